@@ -1,0 +1,98 @@
+//! The default.
+
+use http::StatusCode;
+
+use super::{ClassifyResponse, ResponseHead, Verdict};
+
+/// A 429 is a cooldown; everything else says nothing.
+///
+/// Some services answer a limit with 403 or 503, which mean other things as well.
+/// [`or_with_a_hint`](Self::or_with_a_hint) counts such a status where the response says how long to wait:
+///
+/// ```
+/// use http::StatusCode;
+/// use tower_key_rotation::classify::TooManyRequests;
+///
+/// // GitHub's secondary limits
+/// let classify = TooManyRequests::new().or_with_a_hint([StatusCode::FORBIDDEN]);
+/// # let _ = classify;
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct TooManyRequests {
+    with_a_hint: Vec<StatusCode>,
+}
+
+impl TooManyRequests {
+    /// Counts 429 only.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Counts these as well, where the response says how long to wait.
+    #[must_use]
+    pub fn or_with_a_hint(mut self, statuses: impl IntoIterator<Item = StatusCode>) -> Self {
+        self.with_a_hint.extend(statuses);
+        self
+    }
+}
+
+impl ClassifyResponse for TooManyRequests {
+    #[inline]
+    fn classify(&self, response: &ResponseHead<'_>) -> Verdict {
+        if response.status() == StatusCode::TOO_MANY_REQUESTS {
+            return Verdict::RateLimited { wait: response.wait() };
+        }
+        if !self.with_a_hint.contains(&response.status()) {
+            return Verdict::Nothing;
+        }
+        match response.wait() {
+            None => Verdict::Nothing,
+            wait => Verdict::RateLimited { wait },
+        }
+    }
+
+    fn wants_body(&self, response: &ResponseHead<'_>) -> bool {
+        let counts = response.status() == StatusCode::TOO_MANY_REQUESTS
+            || self.with_a_hint.contains(&response.status());
+        counts && response.wait_by_headers().is_none()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use http::{HeaderMap, HeaderValue, header::RETRY_AFTER};
+
+    use super::*;
+
+    fn classify(classifier: &TooManyRequests, status: u16, retry_after: Option<&'static str>) -> Verdict {
+        let mut headers = HeaderMap::new();
+        headers.extend(retry_after.map(|value| (RETRY_AFTER, HeaderValue::from_static(value))));
+        classifier.classify(&ResponseHead::new(StatusCode::from_u16(status).unwrap(), &headers))
+    }
+
+    #[test]
+    fn a_429_is_a_cooldown_with_the_services_hint() {
+        let classifier = TooManyRequests::new();
+        assert_eq!(classify(&classifier, 429, None), Verdict::RateLimited { wait: None });
+        let wait = Some(Duration::from_secs(30));
+        assert_eq!(classify(&classifier, 429, Some("30")), Verdict::RateLimited { wait });
+    }
+
+    #[test]
+    fn everything_else_says_nothing() {
+        for status in [200, 301, 401, 402, 403, 500, 503] {
+            assert_eq!(classify(&TooManyRequests::new(), status, Some("30")), Verdict::Nothing, "{status}");
+        }
+    }
+
+    #[test]
+    fn a_status_added_counts_only_with_a_hint() {
+        let classifier = TooManyRequests::new().or_with_a_hint([StatusCode::FORBIDDEN]);
+        assert_eq!(classify(&classifier, 403, None), Verdict::Nothing);
+        let wait = Some(Duration::from_secs(30));
+        assert_eq!(classify(&classifier, 403, Some("30")), Verdict::RateLimited { wait });
+    }
+}

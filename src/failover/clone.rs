@@ -1,0 +1,35 @@
+//! How a request is kept for a further attempt.
+
+use http::Request;
+
+/// Clones a request for another attempt, if that can be done. Any `Fn(&Req) -> Option<Req>` does.
+pub trait CloneRequest<Req> {
+    /// The clone; `None` where the request can only be sent once.
+    fn clone_request(&self, request: &Req) -> Option<Req>;
+}
+
+/// Clones an `http::Request` whose body is `Clone`, and a `reqwest::Request` unless its body streams.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct TryClone;
+
+impl<B: Clone> CloneRequest<Request<B>> for TryClone {
+    fn clone_request(&self, request: &Request<B>) -> Option<Request<B>> {
+        Some(request.clone())
+    }
+}
+
+#[cfg(feature = "reqwest")]
+impl CloneRequest<reqwest::Request> for TryClone {
+    fn clone_request(&self, request: &reqwest::Request) -> Option<reqwest::Request> {
+        request.try_clone()
+    }
+}
+
+impl<Req, F> CloneRequest<Req> for F
+where
+    F: Fn(&Req) -> Option<Req>,
+{
+    fn clone_request(&self, request: &Req) -> Option<Req> {
+        self(request)
+    }
+}

@@ -1,0 +1,102 @@
+//! Several API keys behind one HTTP client.
+//!
+//! Programs that call rate-limited services, LLM providers above all, hold several keys. This crate puts one
+//! into each outgoing request, each in its turn; rests a key for 2 minutes after a 429, or for as long as
+//! the service asks; sends the limited request again with another key; and takes the rested key back by
+//! itself. It does so as [tower](https://docs.rs/tower) layers around any client, `reqwest` among them.
+//!
+//! ```
+//! use http::{Request, Response};
+//! use tower::{Service, ServiceBuilder, ServiceExt, service_fn};
+//! use tower_key_rotation::{KeyPool, KeyRotationLayer, RecoveryHandle};
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let pool = KeyPool::builder()
+//!     .key("alpha", "sk-1")
+//!     .key("beta", "sk-2")
+//!     .build()?;
+//! let recovery = RecoveryHandle::spawn(&pool);
+//!
+//! // the client: anything that takes an `http::Request`, or a `reqwest::Request`
+//! let client = service_fn(async |request: Request<String>| {
+//!     let status = if request.headers()["authorization"] == "Bearer sk-1" { 429 } else { 200 };
+//!     Ok::<_, std::io::Error>(Response::builder().status(status).body(String::new()).unwrap())
+//! });
+//! let mut client = ServiceBuilder::new()
+//!     .layer(KeyRotationLayer::new(&pool))
+//!     .service(client);
+//!
+//! let request = || Request::post("https://api.example.com/v1").body(String::new());
+//! assert_eq!(client.ready().await?.call(request()?).await?.status(), 429);
+//! // alpha rests now, so everything goes to beta
+//! assert_eq!(client.ready().await?.call(request()?).await?.status(), 200);
+//! assert_eq!(client.ready().await?.call(request()?).await?.status(), 200);
+//!
+//! recovery.shutdown().await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # Where to look
+//!
+//! - [`KeyPool`]: the keys, where they come from, how long they rest; [`Inject`]: where they go in a request.
+//! - [`KeyRotationLayer`]: a key for each request ([`layer`]).
+//! - `FailoverLayer`: the same request again with another key ([`failover`]).
+//! - [`classify`]: what a response says of its key.
+//! - [`RecoveryHandle`] and [`store`]: state that outlives a process, and is shared by several.
+//! - `KeyRotationMiddleware`: all of it for `reqwest-middleware`.
+//!
+//! # Features
+//!
+//! None is on by default.
+//!
+//! | feature | what it adds |
+//! |---|---|
+//! | `failover` | [`failover`]: a limited request is sent again with another key |
+//! | `reqwest` | the layers over `reqwest::Request` |
+//! | `reqwest-middleware` | `KeyRotationMiddleware`; brings `reqwest` and `failover` |
+//! | `serde` | statistics are `Serialize` |
+//! | `full` | all of these |
+
+#![cfg_attr(docsrs, feature(doc_cfg))]
+#![cfg_attr(not(feature = "failover"), allow(rustdoc::broken_intra_doc_links))]
+
+pub mod classify;
+pub mod clock;
+mod error;
+#[cfg(feature = "failover")]
+pub mod failover;
+mod hosts;
+mod inject;
+pub mod layer;
+mod message;
+mod pool;
+mod query;
+mod recovery;
+mod replay;
+#[cfg(feature = "reqwest-middleware")]
+mod reqwest_middleware;
+mod rotation;
+mod secret;
+pub mod store;
+
+#[cfg(feature = "failover")]
+pub use self::failover::FailoverLayer;
+#[cfg(feature = "reqwest-middleware")]
+pub use self::reqwest_middleware::KeyRotationMiddleware;
+pub use self::{
+    error::{Error, InjectError},
+    hosts::InvalidHost,
+    inject::{Credentials, Inject, UnusableSecret},
+    layer::{KeyRotation, KeyRotationLayer},
+    message::{ReadableResponse, RequestMessage, ResponseMessage, UriTooLong},
+    pool::{
+        BuildError, KeyPool, KeyPoolBuilder, KeyStats, NoKeyAvailable, OpenError, OperateError, Place,
+        PoolStats, Rejected, Rejection, Rest, Status,
+    },
+    recovery::{MarksNotWritten, PassError, RecoveryConfig, RecoveryHandle, Report},
+    replay::Replay,
+    rotation::ServedBy,
+    secret::{InvalidKeyId, KeyId, Secret},
+};

@@ -1,0 +1,293 @@
+//! `http` and `reqwest` messages, seen alike.
+
+use std::{error::Error as StdError, fmt};
+
+use bytes::Bytes;
+use http::{HeaderMap, Request, Response, StatusCode, Uri, header::HOST, uri::PathAndQuery};
+use http_body::Body;
+
+use crate::{
+    clock::Sleep,
+    query::{self, Parameter},
+    replay::Replay,
+};
+
+mod sealed {
+    pub trait Sealed {}
+}
+
+/// A request that a key can be put into: `http::Request<B>` of any `B` or, with the feature `reqwest`,
+/// `reqwest::Request`.
+pub trait RequestMessage: sealed::Sealed {
+    #[doc(hidden)]
+    fn destination(&self) -> Destination<'_>;
+    #[doc(hidden)]
+    fn headers_mut(&mut self) -> &mut HeaderMap;
+    #[doc(hidden)]
+    fn set_query(&mut self, parameters: &[Parameter]) -> Result<(), UriTooLong>;
+}
+
+/// A response that is read for what it says of a key: `http::Response<B>` of any `B` or, with the feature
+/// `reqwest`, `reqwest::Response`.
+pub trait ResponseMessage: sealed::Sealed + Sized {
+    #[doc(hidden)]
+    fn status(&self) -> StatusCode;
+    #[doc(hidden)]
+    fn headers(&self) -> &HeaderMap;
+    #[doc(hidden)]
+    fn extensions(&self) -> &http::Extensions;
+    #[doc(hidden)]
+    fn extensions_mut(&mut self) -> &mut http::Extensions;
+    /// Takes a key out of the URL that the response remembers, if it does.
+    #[doc(hidden)]
+    #[must_use]
+    fn without_query(self, _parameters: &[Parameter]) -> Self {
+        self
+    }
+}
+
+/// A response whose body can be read in part and still be passed on whole.
+///
+/// An `http::Response<B>` comes out as `http::Response<Replay<B>>`, a `reqwest::Response` as what it is.
+pub trait ReadableResponse: ResponseMessage {
+    /// The response with a body that may have been begun.
+    type Replayed: ResponseMessage;
+
+    #[doc(hidden)]
+    fn untouched(self) -> Self::Replayed;
+
+    /// Reads its body to the end or until one of the limits is met.
+    #[doc(hidden)]
+    fn begin(self, most: usize, time_over: Sleep) -> impl Future<Output = (Self::Replayed, Bytes)> + Send;
+}
+
+/// Where a request is going, as far as it says.
+#[derive(Clone, Copy, Debug)]
+pub struct Destination<'a> {
+    pub(crate) is_cleartext: bool,
+    pub(crate) host: Option<&'a str>,
+    pub(crate) port: Option<u16>,
+}
+
+/// A request's URI would become longer than one can be with the key in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UriTooLong;
+
+impl fmt::Display for UriTooLong {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("with the key in its query, the request's URI would be too long")
+    }
+}
+
+impl StdError for UriTooLong {}
+
+impl<B> sealed::Sealed for Request<B> {}
+
+impl<B> RequestMessage for Request<B> {
+    #[inline]
+    fn destination(&self) -> Destination<'_> {
+        match self.uri().authority() {
+            Some(authority) => Destination {
+                is_cleartext: self.uri().scheme() != Some(&http::uri::Scheme::HTTPS),
+                host: Some(authority.host()),
+                port: authority.port_u16(),
+            },
+            // A URI without an authority goes out on a connection that somebody else has chosen.
+            None => {
+                let host = self.headers().get(HOST).and_then(|host| host.to_str().ok());
+                let (host, port) = host.map_or((None, None), divided);
+                Destination { is_cleartext: false, host, port }
+            }
+        }
+    }
+
+    #[inline]
+    fn headers_mut(&mut self) -> &mut HeaderMap {
+        self.headers_mut()
+    }
+
+    fn set_query(&mut self, parameters: &[Parameter]) -> Result<(), UriTooLong> {
+        let query = query::with(self.uri().query(), parameters);
+        let path = self.uri().path();
+        let path_and_query = PathAndQuery::try_from(format!("{path}?{query}")).map_err(|_| UriTooLong)?;
+        let mut parts = self.uri().clone().into_parts();
+        parts.path_and_query = Some(path_and_query);
+        *self.uri_mut() = Uri::from_parts(parts).map_err(|_| UriTooLong)?;
+        Ok(())
+    }
+}
+
+/// Host and port of a `Host` header.
+fn divided(host: &str) -> (Option<&str>, Option<u16>) {
+    match host.rsplit_once(':') {
+        Some((host, port)) if !port.contains(']') => (Some(host), port.parse().ok()),
+        _ => (Some(host), None),
+    }
+}
+
+impl<B> sealed::Sealed for Response<B> {}
+
+impl<B> ResponseMessage for Response<B> {
+    #[inline]
+    fn status(&self) -> StatusCode {
+        self.status()
+    }
+
+    #[inline]
+    fn headers(&self) -> &HeaderMap {
+        self.headers()
+    }
+
+    #[inline]
+    fn extensions(&self) -> &http::Extensions {
+        self.extensions()
+    }
+
+    #[inline]
+    fn extensions_mut(&mut self) -> &mut http::Extensions {
+        self.extensions_mut()
+    }
+}
+
+impl<B> ReadableResponse for Response<B>
+where
+    B: Body + Send,
+    B::Data: Send,
+    B::Error: Send,
+{
+    type Replayed = Response<Replay<B>>;
+
+    #[inline]
+    fn untouched(self) -> Self::Replayed {
+        self.map(Replay::untouched)
+    }
+
+    async fn begin(self, most: usize, time_over: Sleep) -> (Self::Replayed, Bytes) {
+        let (head, body) = self.into_parts();
+        let body = Replay::begin(body, most, time_over).await;
+        let beginning = body.beginning();
+        (Response::from_parts(head, body), beginning)
+    }
+}
+
+#[cfg(feature = "reqwest")]
+mod for_reqwest {
+    use reqwest::{Request, Response, ResponseBuilderExt, Url};
+
+    use super::*;
+
+    impl sealed::Sealed for Request {}
+
+    impl RequestMessage for Request {
+        #[inline]
+        fn destination(&self) -> Destination<'_> {
+            Destination {
+                is_cleartext: self.url().scheme() != "https",
+                host: self.url().host_str(),
+                port: self.url().port(),
+            }
+        }
+
+        #[inline]
+        fn headers_mut(&mut self) -> &mut HeaderMap {
+            self.headers_mut()
+        }
+
+        fn set_query(&mut self, parameters: &[Parameter]) -> Result<(), UriTooLong> {
+            let query = query::with(self.url().query(), parameters);
+            self.url_mut().set_query(Some(&query));
+            Ok(())
+        }
+    }
+
+    impl sealed::Sealed for Response {}
+
+    impl ResponseMessage for Response {
+        #[inline]
+        fn status(&self) -> StatusCode {
+            self.status()
+        }
+
+        #[inline]
+        fn headers(&self) -> &HeaderMap {
+            self.headers()
+        }
+
+        #[inline]
+        fn extensions(&self) -> &http::Extensions {
+            self.extensions()
+        }
+
+        #[inline]
+        fn extensions_mut(&mut self) -> &mut http::Extensions {
+            self.extensions_mut()
+        }
+
+        fn without_query(self, parameters: &[Parameter]) -> Self {
+            let mut url = self.url().clone();
+            forget(&mut url, parameters);
+            from_http(self.into(), url)
+        }
+    }
+
+    impl ReadableResponse for Response {
+        type Replayed = Self;
+
+        #[inline]
+        fn untouched(self) -> Self {
+            self
+        }
+
+        async fn begin(self, most: usize, time_over: Sleep) -> (Self, Bytes) {
+            let url = self.url().clone();
+            let response = http::Response::<reqwest::Body>::from(self);
+            let (response, beginning) = response.begin(most, time_over).await;
+            (from_http(response.map(reqwest::Body::wrap), url), beginning)
+        }
+    }
+
+    /// reqwest reads the URL of a response that it makes from an `http` one out of an extension that only its
+    /// own builder can set.
+    fn from_http(response: http::Response<reqwest::Body>, url: Url) -> Response {
+        let with_url = http::Response::builder().url(url).body(());
+        let (mut parts, body) = response.into_parts();
+        if let Ok(with_url) = with_url {
+            parts.extensions.extend(with_url.into_parts().0.extensions);
+        }
+        Response::from(http::Response::from_parts(parts, body))
+    }
+
+    fn forget(url: &mut Url, parameters: &[Parameter]) {
+        let left = query::without(url.query(), parameters);
+        url.set_query(left.as_deref());
+    }
+
+    pub(crate) fn redact(error: &mut reqwest::Error, parameters: &[Parameter]) {
+        if let Some(url) = error.url_mut() {
+            forget(url, parameters);
+        }
+    }
+}
+
+/// Takes a key out of the URL that an error of `reqwest` remembers, and prints.
+pub(crate) fn redact<E: 'static>(error: &mut E, parameters: &[Parameter]) {
+    #[cfg(feature = "reqwest")]
+    {
+        use std::any::Any;
+
+        let error: &mut dyn Any = error;
+        if let Some(error) = error.downcast_mut::<reqwest::Error>() {
+            for_reqwest::redact(error, parameters);
+        } else if let Some(error) = error.downcast_mut::<Box<dyn StdError + Send + Sync>>()
+            && let Some(error) = error.downcast_mut::<reqwest::Error>()
+        {
+            for_reqwest::redact(error, parameters);
+        }
+        #[cfg(feature = "reqwest-middleware")]
+        if let Some(reqwest_middleware::Error::Reqwest(error)) = error.downcast_mut() {
+            for_reqwest::redact(error, parameters);
+        }
+    }
+    #[cfg(not(feature = "reqwest"))]
+    let _ = (error, parameters);
+}

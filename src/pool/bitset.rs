@@ -1,0 +1,195 @@
+//! A set of slots, in which the next member after a given slot is found in constant time.
+//!
+//! One bit per slot, and above every 64 words a summary word with one bit per word that is not empty:
+//! three levels reach 262,144 slots. No operation locks or allocates. A search that runs beside changes
+//! may miss a slot that is being inserted; [`AtomicBitSet::scan_from`] looks at every word and misses none
+//! that was there when it began.
+
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+
+const BITS: usize = u64::BITS as usize;
+
+#[derive(Debug)]
+pub(crate) struct AtomicBitSet {
+    /// `levels[0]` holds the slots; each further level summarises the one below; the last is one word.
+    levels: Box<[Box<[AtomicU64]>]>,
+}
+
+impl AtomicBitSet {
+    pub(crate) fn new(slots: usize) -> Self {
+        let mut levels = Vec::new();
+        let mut words = slots.div_ceil(BITS).max(1);
+        loop {
+            levels.push((0..words).map(|_| AtomicU64::new(0)).collect());
+            if words == 1 {
+                break;
+            }
+            words = words.div_ceil(BITS);
+        }
+        Self { levels: levels.into_boxed_slice() }
+    }
+
+    pub(crate) fn insert(&self, slot: usize) {
+        let mut index = slot;
+        for level in &self.levels {
+            if level[index / BITS].fetch_or(bit(index), SeqCst) != 0 {
+                // The word was not empty, so every summary above it stands, or whoever is clearing one
+                // will look at this word again before leaving.
+                return;
+            }
+            index /= BITS;
+        }
+    }
+
+    pub(crate) fn remove(&self, slot: usize) {
+        let mut index = slot;
+        for (depth, level) in self.levels.iter().enumerate() {
+            let left = level[index / BITS].fetch_and(!bit(index), SeqCst) & !bit(index);
+            if depth > 0 && self.levels[depth - 1][index].load(SeqCst) != 0 {
+                // Somebody filled the word below between our emptying it and our clearing its summary.
+                self.summarise(depth, index);
+                return;
+            }
+            if left != 0 {
+                return;
+            }
+            index /= BITS;
+        }
+    }
+
+    /// Sets the bit of `index` at `depth`, and what summarises it.
+    fn summarise(&self, depth: usize, mut index: usize) {
+        for level in &self.levels[depth..] {
+            level[index / BITS].fetch_or(bit(index), SeqCst);
+            index /= BITS;
+        }
+    }
+
+    /// The first member at or after `slot`.
+    #[inline]
+    pub(crate) fn next_from(&self, slot: usize) -> Option<usize> {
+        let mut from = slot;
+        loop {
+            match self.search(from)? {
+                Found::Slot(slot) => return Some(slot),
+                Found::EmptyUntil(next) => from = next,
+            }
+        }
+    }
+
+    fn search(&self, slot: usize) -> Option<Found> {
+        let mut index = slot;
+        for (depth, level) in self.levels.iter().enumerate() {
+            let word = index / BITS;
+            let ahead = level.get(word)?.load(SeqCst) & (u64::MAX << (index % BITS));
+            if ahead != 0 {
+                return Some(self.descend(depth, word * BITS + ahead.trailing_zeros() as usize));
+            }
+            index = word + 1;
+        }
+        None
+    }
+
+    fn descend(&self, depth: usize, index: usize) -> Found {
+        let mut index = index;
+        for below in (0..depth).rev() {
+            let word = self.levels[below][index].load(SeqCst);
+            if word == 0 {
+                return Found::EmptyUntil((index + 1) * BITS.pow(below as u32 + 1));
+            }
+            index = index * BITS + word.trailing_zeros() as usize;
+        }
+        Found::Slot(index)
+    }
+
+    /// Like [`next_from`](Self::next_from), but reads every word and trusts no summary.
+    pub(crate) fn scan_from(&self, slot: usize) -> Option<usize> {
+        let first = slot / BITS;
+        let words = self.levels[0].iter().enumerate().skip(first);
+        words
+            .map(|(word, bits)| {
+                let mask = if word == first { u64::MAX << (slot % BITS) } else { u64::MAX };
+                (word, bits.load(SeqCst) & mask)
+            })
+            .find(|(_, bits)| *bits != 0)
+            .map(|(word, bits)| word * BITS + bits.trailing_zeros() as usize)
+    }
+
+    #[cfg(any(feature = "failover", test))]
+    pub(crate) fn count(&self) -> usize {
+        self.levels[0].iter().map(|word| word.load(SeqCst).count_ones() as usize).sum()
+    }
+}
+
+enum Found {
+    Slot(usize),
+    /// A summary was out of date: nothing lies before this slot.
+    EmptyUntil(usize),
+}
+
+#[inline]
+fn bit(index: usize) -> u64 {
+    1 << (index % BITS)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn it_answers_like_an_ordered_set(
+            slots in 1usize..10_000,
+            changes in prop::collection::vec((any::<bool>(), any::<prop::sample::Index>()), 0..300),
+            asked in any::<prop::sample::Index>(),
+        ) {
+            let set = AtomicBitSet::new(slots);
+            let mut model = BTreeSet::new();
+            for (insert, slot) in changes {
+                let slot = slot.index(slots);
+                if insert { set.insert(slot); model.insert(slot); } else { set.remove(slot); model.remove(&slot); }
+                prop_assert_eq!(set.next_from(slot) == Some(slot), insert);
+            }
+            let asked = asked.index(slots + 1);
+            let expected = model.range(asked..).next().copied();
+            prop_assert_eq!(set.next_from(asked), expected);
+            prop_assert_eq!(set.scan_from(asked), expected);
+            prop_assert_eq!(set.count(), model.len());
+        }
+    }
+
+    #[test]
+    fn the_last_slot_of_a_three_level_set_is_found_from_the_first() {
+        let set = AtomicBitSet::new(262_144);
+        assert_eq!(set.next_from(0), None);
+        set.insert(262_143);
+        assert_eq!(set.next_from(0), Some(262_143));
+        set.remove(262_143);
+        assert_eq!(set.next_from(0), None);
+    }
+
+    #[test]
+    fn threads_that_insert_and_remove_neighbours_lose_none_of_their_own() {
+        let set = AtomicBitSet::new(64 * 64);
+        std::thread::scope(|scope| {
+            for thread in 0..4 {
+                let set = &set;
+                scope.spawn(move || {
+                    for round in 0..2_000 {
+                        let slot = (round % 60) * 64 + thread;
+                        set.insert(slot);
+                        assert_eq!(set.scan_from(slot), Some(slot));
+                        set.remove(slot);
+                    }
+                });
+            }
+        });
+        assert_eq!(set.next_from(0), None);
+        set.insert(64 * 64 - 1);
+        assert_eq!(set.next_from(0), Some(64 * 64 - 1), "a summary was lost");
+    }
+}

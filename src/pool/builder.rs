@@ -1,0 +1,392 @@
+//! From keys, wherever they are written down, to a pool.
+
+use std::{
+    collections::{HashMap, HashSet},
+    env, fs, io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use super::{
+    Cooldowns, Key, KeyPool, Rejected, Rejection, State,
+    sources::{self, Candidate, Place},
+};
+use crate::{
+    clock::{Clock, SystemClock},
+    inject::Inject,
+    secret::{KeyId, Secret},
+    store::{KeyStore, MemoryStore, StoreError},
+};
+
+/// Puts a [`KeyPool`] together: its keys, where they go, and how long they rest.
+///
+/// Keys without an id are called `key-1`, `key-2` and so on, by their place among all keys.
+///
+/// A key that can't be used is left out, logged by place and id, and listed in [`KeyPool::rejected`]; the
+/// others serve. With [`strict`](Self::strict), it is an error instead.
+///
+/// ```
+/// use std::time::Duration;
+/// use tower_key_rotation::{Inject, KeyPool};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let pool = KeyPool::builder()
+///     .key("alpha", "sk-1")
+///     .keys([("beta", "sk-2"), ("gamma", "sk 3\n")])
+///     .inject(Inject::header("x-api-key"))
+///     .cooldown(Duration::from_secs(60))
+///     .build()?;
+///
+/// assert_eq!(pool.stats().healthy, 2);
+/// assert_eq!(
+///     pool.rejected()[0].to_string(),
+///     "key 3 in code: key gamma: the secret has a newline, a tab or another control character",
+/// );
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+#[must_use]
+pub struct KeyPoolBuilder {
+    given: Vec<Given>,
+    strict: bool,
+    config: Config,
+}
+
+#[derive(Debug)]
+enum Given {
+    Key(String, Secret),
+    Env(String),
+    File(PathBuf),
+}
+
+#[derive(Debug)]
+pub(super) struct Config {
+    pub(super) clock: Arc<dyn Clock>,
+    pub(super) inject: Inject,
+    pub(super) cooldowns: Cooldowns,
+}
+
+impl Default for KeyPoolBuilder {
+    fn default() -> Self {
+        Self {
+            given: Vec::new(),
+            strict: false,
+            config: Config {
+                clock: Arc::new(SystemClock::new()),
+                inject: Inject::default(),
+                cooldowns: Cooldowns::default(),
+            },
+        }
+    }
+}
+
+impl KeyPoolBuilder {
+    /// Adds a key.
+    pub fn key(mut self, id: impl Into<String>, secret: impl Into<Secret>) -> Self {
+        self.given.push(Given::Key(id.into(), secret.into()));
+        self
+    }
+
+    /// Adds keys, each with its id.
+    pub fn keys<I, K, S>(self, keys: I) -> Self
+    where
+        I: IntoIterator<Item = (K, S)>,
+        K: Into<String>,
+        S: Into<Secret>,
+    {
+        keys.into_iter().fold(self, |builder, (id, secret)| builder.key(id, secret))
+    }
+
+    /// Adds the keys of an environment variable: `id=secret,id=secret` or bare secrets, divided by commas.
+    /// It is read by [`build`](Self::build).
+    ///
+    /// The first `=` of an entry divides, unless only a base64 secret's padding stands behind it.
+    pub fn keys_from_env(mut self, variable: impl Into<String>) -> Self {
+        self.given.push(Given::Env(variable.into()));
+        self
+    }
+
+    /// Adds the keys of a file, which is read by [`build`](Self::build).
+    ///
+    /// One `id|secret` or bare secret a line; empty lines and those that begin with `#` are skipped. Or JSON,
+    /// where the name ends in `.json` or the text begins with `[` or `{`: `["secret"]`,
+    /// `[{"id": "…", "secret": "…"}]` or `{"id": "secret"}`.
+    ///
+    /// Spaces around an id are dropped. Those around a secret are not: such a key is rejected.
+    pub fn keys_from_file(mut self, path: impl Into<PathBuf>) -> Self {
+        self.given.push(Given::File(path.into()));
+        self
+    }
+
+    /// Where keys go in a request. By default `Authorization: Bearer`.
+    pub fn inject(mut self, inject: Inject) -> Self {
+        self.config.inject = inject;
+        self
+    }
+
+    /// How long a key rests after a 429 where the service doesn't say, and at least where it does. By
+    /// default 2 minutes.
+    pub fn cooldown(mut self, cooldown: Duration) -> Self {
+        self.config.cooldowns.rate_limited = cooldown;
+        self
+    }
+
+    /// How long a key rests once its quota is used up. By default 24 hours.
+    pub fn exhausted_for(mut self, rest: Duration) -> Self {
+        self.config.cooldowns.exhausted = rest;
+        self
+    }
+
+    /// Takes the service at its word where it asks for less than [`cooldown`](Self::cooldown), too.
+    pub fn exact_hints(mut self) -> Self {
+        self.config.cooldowns.exact_hints = true;
+        self
+    }
+
+    /// The least and the most that a service's hint can ask for: a hint below or above counts as that. By
+    /// default 1 second and 1 hour. Where the two cross, the most holds.
+    pub fn hint_limits(mut self, least: Duration, most: Duration) -> Self {
+        self.config.cooldowns.shortest_hint = least;
+        self.config.cooldowns.longest_hint = most;
+        self
+    }
+
+    /// Where the time comes from: for tests, see [`clock`](crate::clock).
+    pub fn clock(mut self, clock: impl Clock) -> Self {
+        self.config.clock = Arc::new(clock);
+        self
+    }
+
+    /// Makes a key that can't be used an error, which lists all of them.
+    pub fn strict(mut self) -> Self {
+        self.strict = true;
+        self
+    }
+
+    /// A pool with these keys, kept in this process's memory. It may be empty, and be filled later.
+    ///
+    /// # Errors
+    ///
+    /// Where a file or variable can't be read, or with [`strict`](Self::strict) where a key can't be used.
+    pub fn build(self) -> Result<KeyPool, BuildError> {
+        let store = MemoryStore::with_clock(self.config.clock.clone());
+        let (keys, rejected) = self.read()?;
+        for key in &keys {
+            store.add(key.id.clone(), key.secret.clone());
+        }
+        let keys = keys.into_iter().map(Arc::new).collect();
+        Ok(KeyPool::new(keys, rejected, self.config, Arc::new(store)))
+    }
+
+    /// A pool over that store: the store's keys and their state, and those given here. A key given here whose
+    /// id the store has already is the store's: its secret and its state hold.
+    ///
+    /// # Errors
+    ///
+    /// As for [`build`](Self::build), and where the store fails.
+    pub async fn open(self, store: impl KeyStore) -> Result<KeyPool, OpenError> {
+        let (keys, rejected) = self.read()?;
+        for key in keys {
+            store.insert(key.id, key.secret).await?;
+        }
+        let pool = KeyPool::new(Vec::new(), rejected, self.config, Arc::new(store));
+        pool.reload().await?;
+        Ok(pool)
+    }
+
+    fn read(&self) -> Result<(Vec<Key>, Vec<Rejected>), BuildError> {
+        if let Some(name) = self.config.inject.invalid_header() {
+            return Err(BuildError::HeaderName(name.to_owned()));
+        }
+        let mut accepted = Accepted::default();
+        for (number, given) in (1..).zip(&self.given) {
+            for candidate in given.read(number)? {
+                accepted.add(candidate, &self.config.inject);
+            }
+        }
+        let Accepted { keys, rejected, .. } = accepted;
+        if self.strict && !rejected.is_empty() {
+            return Err(BuildError::Rejected(rejected));
+        }
+        for rejected in &rejected {
+            tracing::warn!("key rejected: {rejected}");
+        }
+        Ok((keys, rejected))
+    }
+}
+
+impl Given {
+    fn read(&self, number: usize) -> Result<Vec<Candidate>, BuildError> {
+        match self {
+            Self::Key(id, secret) => Ok(vec![Candidate {
+                place: Place::Code(number),
+                id: Some(id.clone()),
+                secret: Ok(secret.clone()),
+            }]),
+            Self::Env(variable) => {
+                let value = env::var_os(variable).ok_or_else(|| BuildError::NoVariable(variable.clone()))?;
+                let value = value.to_str().ok_or_else(|| BuildError::VariableNotText(variable.clone()))?;
+                Ok(sources::env(variable, value))
+            }
+            Self::File(path) => read_file(path),
+        }
+    }
+}
+
+fn read_file(path: &Path) -> Result<Vec<Candidate>, BuildError> {
+    let text =
+        fs::read_to_string(path).map_err(|source| BuildError::File { path: path.to_owned(), source })?;
+    if sources::is_json(path, &text) {
+        sources::json(path, &text).map_err(|source| BuildError::Json {
+            path: path.to_owned(),
+            line: source.line(),
+            source,
+        })
+    } else {
+        Ok(sources::lines(path, &text))
+    }
+}
+
+#[derive(Default)]
+struct Accepted {
+    keys: Vec<Key>,
+    rejected: Vec<Rejected>,
+    ids: HashSet<KeyId>,
+    by_secret: HashMap<Secret, KeyId>,
+    candidates: usize,
+}
+
+impl Accepted {
+    fn add(&mut self, candidate: Candidate, inject: &Inject) {
+        self.candidates += 1;
+        let id = match &candidate.id {
+            Some(id) => KeyId::new(id),
+            None => KeyId::new(format!("key-{}", self.candidates)),
+        };
+        let known_id = id.as_ref().ok().cloned();
+        match id.map_err(Rejection::from).and_then(|id| self.check(id, candidate.secret, inject)) {
+            Ok(key) => {
+                self.ids.insert(key.id.clone());
+                self.by_secret.insert(key.secret.clone(), key.id.clone());
+                self.keys.push(key);
+            }
+            Err(reason) => self.rejected.push(Rejected { place: candidate.place, id: known_id, reason }),
+        }
+    }
+
+    fn check(&self, id: KeyId, secret: Result<Secret, Rejection>, inject: &Inject) -> Result<Key, Rejection> {
+        let secret = secret?;
+        if self.ids.contains(&id) {
+            return Err(Rejection::DuplicateId);
+        }
+        if let Some(other) = self.by_secret.get(&secret) {
+            return Err(Rejection::DuplicateSecret(other.clone()));
+        }
+        Ok(Key::new(id, secret, State::HEALTHY, inject)?)
+    }
+}
+
+/// Why a pool could not be built.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BuildError {
+    /// An environment variable is not set.
+    #[error("the environment variable {0} is not set")]
+    NoVariable(String),
+    /// An environment variable is not UTF-8.
+    #[error("the environment variable {0} is not UTF-8 text")]
+    VariableNotText(String),
+    /// A file could not be read.
+    #[error("{} could not be read", path.display())]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A file is not the JSON that it should be.
+    #[error("{}, line {line}: not valid JSON", path.display())]
+    Json {
+        /// Which.
+        path: PathBuf,
+        /// On which line.
+        line: usize,
+        /// What is wrong.
+        source: serde_json::Error,
+    },
+    /// The name given to [`Inject::header`] can't be one.
+    #[error("{0:?} is not a header name")]
+    HeaderName(String),
+    /// These keys can't be used, and the builder is [`strict`](KeyPoolBuilder::strict).
+    #[error("{} could not be used as keys:{}", .0.len(), listed(.0))]
+    Rejected(Vec<Rejected>),
+}
+
+fn listed(rejected: &[Rejected]) -> String {
+    rejected.iter().map(|rejected| format!("\n  {rejected}")).collect()
+}
+
+/// Why a pool could not be opened over a store.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// Its own keys could not be read.
+    #[error(transparent)]
+    Build(#[from] BuildError),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn f30_a_bad_key_is_rejected_by_id_and_the_others_serve() {
+        let pool = KeyPool::builder()
+            .keys((0..99).map(|number| (format!("key-{number}"), format!("sk-{number}"))))
+            .key("bad", "canary\n")
+            .build()
+            .unwrap();
+        assert_eq!(pool.stats().healthy, 99);
+        let shown = format!("{:?} {}", pool.rejected(), pool.rejected()[0]);
+        assert!(shown.contains("bad") && !shown.contains("canary"), "{shown}");
+    }
+
+    #[test]
+    fn two_keys_of_one_id_or_one_secret_are_one_key() {
+        let pool = KeyPool::builder().keys([("a", "sk-1"), ("a", "sk-2"), ("b", "sk-1")]).build().unwrap();
+        let shown: Vec<_> = pool.rejected().iter().map(ToString::to_string).collect();
+        assert_eq!(
+            shown,
+            [
+                "key 2 in code: key a: another key has this id",
+                "key 3 in code: key b: key a has the same secret"
+            ]
+        );
+    }
+
+    #[test]
+    fn a_strict_builder_lists_all_that_is_wrong() {
+        let error = KeyPool::builder().keys([("a", ""), ("", "sk")]).strict().build().unwrap_err();
+        let shown = error.to_string();
+        assert!(shown.contains("key 1 in code: key a: the secret is empty"), "{shown}");
+        assert!(shown.contains("key 2 in code: a key id has"), "{shown}");
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_an_error_that_names_it() {
+        let error = |builder: KeyPoolBuilder| builder.build().unwrap_err().to_string();
+        assert_eq!(
+            error(KeyPool::builder().keys_from_file("no/such/file")),
+            "no/such/file could not be read"
+        );
+        let unset = KeyPool::builder().keys_from_env("TOWER_KEY_ROTATION_UNSET");
+        assert!(error(unset).contains("TOWER_KEY_ROTATION_UNSET is not set"));
+        let header = KeyPool::builder().inject(Inject::header("no header"));
+        assert_eq!(error(header), "\"no header\" is not a header name");
+    }
+}

@@ -1,0 +1,93 @@
+//! How long a key rests.
+
+use std::time::Duration;
+
+use super::state::Rest;
+
+/// The rules by which the service's hint and the pool's own default become a cooldown.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Cooldowns {
+    pub(crate) rate_limited: Duration,
+    pub(crate) exhausted: Duration,
+    pub(crate) shortest_hint: Duration,
+    pub(crate) longest_hint: Duration,
+    pub(crate) exact_hints: bool,
+}
+
+impl Default for Cooldowns {
+    fn default() -> Self {
+        Self {
+            rate_limited: Duration::from_secs(120),
+            exhausted: Duration::from_secs(24 * 60 * 60),
+            shortest_hint: Duration::from_secs(1),
+            longest_hint: Duration::from_secs(60 * 60),
+            exact_hints: false,
+        }
+    }
+}
+
+impl Cooldowns {
+    /// How long a key rests; `None` until somebody resets it.
+    pub(crate) fn how_long(&self, rest: Rest, hint: Option<Duration>) -> Option<Duration> {
+        let by_default = match rest {
+            Rest::RateLimited => self.rate_limited,
+            Rest::Exhausted => self.exhausted,
+            Rest::Revoked => return None,
+        };
+        let hint = hint.map(|hint| hint.max(self.shortest_hint).min(self.longest_hint));
+        Some(match hint {
+            None => by_default,
+            Some(hint) if self.exact_hints => hint,
+            Some(hint) => hint.max(by_default),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MINUTE: Duration = Duration::from_secs(60);
+
+    fn limited(rules: &Cooldowns, hint: Duration) -> Option<Duration> {
+        rules.how_long(Rest::RateLimited, Some(hint))
+    }
+
+    #[test]
+    fn without_a_hint_it_is_2_minutes_or_24_hours_or_for_good() {
+        let rules = Cooldowns::default();
+        assert_eq!(rules.how_long(Rest::RateLimited, None), Some(2 * MINUTE));
+        assert_eq!(rules.how_long(Rest::Exhausted, None), Some(24 * 60 * MINUTE));
+        assert_eq!(rules.how_long(Rest::Revoked, None), None);
+    }
+
+    #[test]
+    fn a_longer_hint_is_honoured_and_a_shorter_one_is_not() {
+        let rules = Cooldowns::default();
+        assert_eq!(limited(&rules, 5 * MINUTE), Some(5 * MINUTE));
+        assert_eq!(limited(&rules, MINUTE), Some(2 * MINUTE));
+    }
+
+    #[test]
+    fn a_hint_is_capped_at_an_hour() {
+        assert_eq!(limited(&Cooldowns::default(), Duration::MAX), Some(60 * MINUTE));
+    }
+
+    #[test]
+    fn exact_hints_are_honoured_when_shorter_too_down_to_the_floor() {
+        let rules = Cooldowns { exact_hints: true, ..Cooldowns::default() };
+        assert_eq!(limited(&rules, MINUTE), Some(MINUTE));
+        assert_eq!(limited(&rules, Duration::ZERO), Some(Duration::from_secs(1)));
+    }
+
+    #[test]
+    fn a_floor_above_the_cap_gives_way_without_a_panic() {
+        let rules = Cooldowns {
+            shortest_hint: 2 * MINUTE,
+            longest_hint: MINUTE,
+            exact_hints: true,
+            ..Cooldowns::default()
+        };
+        assert_eq!(limited(&rules, Duration::ZERO), Some(MINUTE));
+    }
+}

@@ -1,0 +1,176 @@
+//! When each resting slot is due back, and the earliest of them, in constant time.
+//!
+//! A tree of minima over a row of deadlines: 64 to a node, so three levels of nodes reach 262,144 slots.
+//! A node may be earlier than the earliest deadline below it; whoever finds nothing due there puts it right
+//! and looks again. It may be later only for the moment in which it is being put right, which
+//! [`Deadlines::earliest_for_certain`] knows about.
+
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+
+/// The deadline of a slot that is not waiting for one.
+pub(crate) const NEVER: u64 = u64::MAX;
+
+const FANOUT: usize = 64;
+
+#[derive(Debug)]
+pub(crate) struct Deadlines {
+    /// `levels[0]` holds the slots' own deadlines; each further level the minima of the one below.
+    levels: Box<[Box<[AtomicU64]>]>,
+    /// How often nodes have begun, and have ended, to be put right.
+    begun: AtomicU64,
+    ended: AtomicU64,
+}
+
+impl Deadlines {
+    pub(crate) fn new(slots: usize) -> Self {
+        let mut levels = Vec::new();
+        let mut nodes = slots.max(1);
+        loop {
+            levels.push((0..nodes).map(|_| AtomicU64::new(NEVER)).collect());
+            if nodes == 1 && levels.len() > 1 {
+                break;
+            }
+            nodes = nodes.div_ceil(FANOUT);
+        }
+        Self { levels: levels.into_boxed_slice(), begun: AtomicU64::new(0), ended: AtomicU64::new(0) }
+    }
+
+    /// No deadline is before this one, but for the moment in which another thread moves one back; [`NEVER`]
+    /// where there is none at all.
+    #[inline]
+    pub(crate) fn earliest(&self) -> u64 {
+        self.levels[self.levels.len() - 1][0].load(SeqCst)
+    }
+
+    /// The same without the exception. It looks at every slot where another thread is just moving one back,
+    /// so it is for those who would otherwise give up.
+    pub(crate) fn earliest_for_certain(&self) -> u64 {
+        let ended = self.ended.load(SeqCst);
+        let earliest = self.earliest();
+        if self.begun.load(SeqCst) == ended {
+            return earliest;
+        }
+        self.levels[0].iter().map(|deadline| deadline.load(SeqCst)).min().unwrap_or(NEVER)
+    }
+
+    pub(crate) fn set(&self, slot: usize, deadline: u64) {
+        let before = self.levels[0][slot].swap(deadline, SeqCst);
+        if deadline > before {
+            self.put_right(1, slot / FANOUT);
+        } else {
+            self.lower(slot, deadline);
+        }
+    }
+
+    fn lower(&self, slot: usize, deadline: u64) {
+        let mut index = slot;
+        for level in &self.levels[1..] {
+            index /= FANOUT;
+            level[index].fetch_min(deadline, SeqCst);
+        }
+    }
+
+    /// A slot whose deadline is at or before `now`.
+    pub(crate) fn first_due(&self, now: u64) -> Option<usize> {
+        'from_the_root: while self.earliest() <= now {
+            let mut index = 0;
+            for depth in (1..self.levels.len()).rev() {
+                let due = self.children(depth, index).position(|deadline| deadline <= now);
+                match due {
+                    Some(child) => index = index * FANOUT + child,
+                    None => {
+                        self.put_right(depth, index);
+                        continue 'from_the_root;
+                    }
+                }
+            }
+            return Some(index);
+        }
+        None
+    }
+
+    /// Moves a node, and those above it, up to the minimum of its children.
+    fn put_right(&self, depth: usize, mut index: usize) {
+        self.begun.fetch_add(1, SeqCst);
+        for depth in depth..self.levels.len() {
+            self.raise(depth, index);
+            index /= FANOUT;
+        }
+        self.ended.fetch_add(1, SeqCst);
+    }
+
+    fn raise(&self, depth: usize, index: usize) {
+        let node = &self.levels[depth][index];
+        loop {
+            let before = node.load(SeqCst);
+            let minimum = self.minimum(depth, index);
+            if minimum <= before || node.compare_exchange(before, minimum, SeqCst, SeqCst).is_ok() {
+                break;
+            }
+        }
+        // A child that was lowered before the exchange, but after it was read, is still to be counted.
+        node.fetch_min(self.minimum(depth, index), SeqCst);
+    }
+
+    fn minimum(&self, depth: usize, index: usize) -> u64 {
+        self.children(depth, index).min().unwrap_or(NEVER)
+    }
+
+    fn children(&self, depth: usize, index: usize) -> impl Iterator<Item = u64> {
+        let below = &self.levels[depth - 1];
+        let first = index * FANOUT;
+        let last = below.len().min(first + FANOUT);
+        below[first..last].iter().map(|deadline| deadline.load(SeqCst))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn it_knows_the_earliest_deadline_and_finds_every_due_slot(
+            slots in 1usize..9_000,
+            changes in prop::collection::vec((any::<prop::sample::Index>(), prop::option::of(0u64..1_000)), 1..200),
+            now in 0u64..1_000,
+        ) {
+            let deadlines = Deadlines::new(slots);
+            let mut model = vec![NEVER; slots];
+            for (slot, deadline) in changes {
+                let (slot, deadline) = (slot.index(slots), deadline.unwrap_or(NEVER));
+                deadlines.set(slot, deadline);
+                model[slot] = deadline;
+                prop_assert_eq!(deadlines.earliest(), model.iter().copied().min().unwrap_or(NEVER));
+            }
+            while let Some(slot) = deadlines.first_due(now) {
+                prop_assert!(model[slot] <= now);
+                deadlines.set(slot, NEVER);
+                model[slot] = NEVER;
+            }
+            prop_assert!(model.iter().all(|deadline| *deadline > now));
+        }
+    }
+
+    #[test]
+    fn a_deadline_set_beside_others_that_are_cleared_is_never_overlooked() {
+        let deadlines = Deadlines::new(64 * 64);
+        std::thread::scope(|scope| {
+            for thread in 0..4 {
+                let deadlines = &deadlines;
+                scope.spawn(move || {
+                    for round in 0..2_000u64 {
+                        let slot = (round as usize % 60) * 64 + thread;
+                        deadlines.set(slot, round + 1);
+                        assert!(deadlines.earliest_for_certain() <= round + 1);
+                        deadlines.set(slot, NEVER);
+                    }
+                });
+            }
+        });
+        assert_eq!(deadlines.first_due(NEVER - 1), None);
+        assert_eq!(deadlines.earliest(), NEVER);
+    }
+}

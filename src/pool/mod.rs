@@ -1,0 +1,287 @@
+//! The keys of one service and the state of each, shared by every clone.
+
+mod bitset;
+mod builder;
+mod cooldowns;
+mod deadlines;
+mod key;
+mod operate;
+mod persist;
+mod snapshot;
+mod sources;
+mod state;
+mod stats;
+
+use std::{
+    fmt,
+    sync::{Arc, Mutex, PoisonError, atomic::Ordering::Relaxed},
+    time::Duration,
+};
+
+use arc_swap::ArcSwap;
+use tokio::sync::Notify;
+
+pub use self::{
+    builder::{BuildError, KeyPoolBuilder, OpenError},
+    operate::OperateError,
+    sources::{Place, Rejected, Rejection},
+    state::{Rest, Status},
+    stats::{KeyStats, PoolStats},
+};
+use self::{
+    cooldowns::Cooldowns, deadlines::NEVER, key::Key, persist::Persistence, snapshot::Snapshot, state::State,
+};
+pub(crate) use self::{key::Lease, state::nanos};
+use crate::{clock::Clock, inject::Inject, secret::KeyId, store::KeyStore};
+
+/// The keys of one service, and what is known about each of them.
+///
+/// Cheap to clone; every clone is the same pool. Layers pick from it, and nothing else has to be told: a key
+/// that rests is skipped, and is picked again from the moment its cooldown ends.
+///
+/// ```
+/// use tower_key_rotation::KeyPool;
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let pool = KeyPool::builder()
+///     .key("alpha", "sk-1")
+///     .key("beta", "sk-2")
+///     .build()?;
+///
+/// assert_eq!(pool.stats().healthy, 2);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct KeyPool {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    snapshot: ArcSwap<Snapshot>,
+    editing: Mutex<()>,
+    clock: Arc<dyn Clock>,
+    inject: Inject,
+    cooldowns: Cooldowns,
+    rejected: Vec<Rejected>,
+    /// Wakes who waits for a key, where one comes back otherwise than by the end of its cooldown.
+    returned: Notify,
+    persistence: Persistence,
+}
+
+impl KeyPool {
+    /// A pool to be given keys.
+    pub fn builder() -> KeyPoolBuilder {
+        KeyPoolBuilder::default()
+    }
+
+    fn new(
+        keys: Vec<Arc<Key>>,
+        rejected: Vec<Rejected>,
+        config: builder::Config,
+        store: Arc<dyn KeyStore>,
+    ) -> Self {
+        let inner = Inner {
+            snapshot: ArcSwap::from_pointee(Snapshot::new(keys, None)),
+            editing: Mutex::new(()),
+            clock: config.clock,
+            inject: config.inject,
+            cooldowns: config.cooldowns,
+            rejected,
+            returned: Notify::new(),
+            persistence: Persistence::new(store),
+        };
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// What was given to the builder and could not be used: each entry names its place, never its secret.
+    #[must_use]
+    pub fn rejected(&self) -> &[Rejected] {
+        &self.inner.rejected
+    }
+
+    /// The clock that all of the pool's times are read from.
+    #[must_use]
+    pub fn clock(&self) -> &Arc<dyn Clock> {
+        &self.inner.clock
+    }
+
+    /// How long until a key can be picked: zero where one can be now, `None` where no key comes back by
+    /// itself.
+    #[must_use]
+    pub fn next_return(&self) -> Option<Duration> {
+        if self.has_available() {
+            return Some(Duration::ZERO);
+        }
+        let earliest = self.inner.snapshot.load().earliest_for_certain();
+        (earliest != NEVER).then(|| Duration::from_nanos(earliest.saturating_sub(self.now())))
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.inner.snapshot.load().keys().len()
+    }
+
+    pub(crate) fn pick(&self) -> Result<Lease, NoKeyAvailable> {
+        let snapshot = self.inner.snapshot.load();
+        loop {
+            self.return_expired(&snapshot);
+            if let Some(key) = snapshot.pick() {
+                key.counts.requests.fetch_add(1, Relaxed);
+                return Ok(Lease(key.clone()));
+            }
+            if snapshot.earliest_for_certain() > self.now() {
+                return Err(self.no_key());
+            }
+        }
+    }
+
+    pub(crate) fn has_available(&self) -> bool {
+        let snapshot = self.inner.snapshot.load();
+        self.return_expired(&snapshot);
+        snapshot.has_available()
+    }
+
+    #[cfg(feature = "failover")]
+    pub(crate) fn count_available(&self) -> usize {
+        self.inner.snapshot.load().count_available()
+    }
+
+    #[cfg(feature = "failover")]
+    /// Completes when a key comes back otherwise than by the end of its cooldown, from now on.
+    pub(crate) fn returned(&self) -> tokio::sync::futures::Notified<'_> {
+        self.inner.returned.notified()
+    }
+
+    pub(crate) fn no_key(&self) -> NoKeyAvailable {
+        NoKeyAvailable { keys: self.len(), retry_in: self.next_return() }
+    }
+
+    /// Notes what a response said of the key that it was sent with.
+    pub(crate) fn mark(&self, lease: &Lease, rest: Rest, hint: Option<Duration>, status: u16) {
+        let key = &lease.0;
+        let now = self.inner.clock.now();
+        let cooldown = self.inner.cooldowns.how_long(rest, hint);
+        let state = State::resting(rest, cooldown.map(|cooldown| now.saturating_add(cooldown)));
+
+        key.counts.limited.fetch_add(1, Relaxed);
+        key.counts.last_status.store(status, Relaxed);
+        let before = key.state.load();
+        if before.later(state) == before {
+            return;
+        }
+        key.written.changing();
+        key.state.update(|before| before.later(state));
+        key.written.changing();
+        key.written.set_marked_at(nanos(now));
+        self.refresh(key);
+        self.inner.persistence.mark_waits();
+
+        let cooldown_ms = cooldown.map(|cooldown| cooldown.as_millis() as u64);
+        if before == State::HEALTHY {
+            tracing::info!(key = %key.id, cooldown_ms, reason = ?rest, http_status = status, "key rests");
+        } else {
+            tracing::debug!(key = %key.id, cooldown_ms, reason = ?rest, http_status = status, "key rests longer");
+        }
+    }
+
+    /// Credits tokens, or whatever else the service counts, to a key. An unknown id is ignored: the key may
+    /// have been removed while its request was under way.
+    ///
+    /// Which key served a request is said by [`ServedBy`](crate::ServedBy).
+    pub fn record_usage(&self, id: &KeyId, tokens: u64) {
+        if let Some(key) = self.inner.snapshot.load().get(id.as_str()) {
+            key.counts.tokens.fetch_add(tokens, Relaxed);
+        }
+    }
+
+    fn now(&self) -> u64 {
+        nanos(self.inner.clock.now())
+    }
+
+    #[inline]
+    fn return_expired(&self, snapshot: &Snapshot) {
+        // No clock is read while nothing is cooling.
+        let earliest = snapshot.earliest();
+        if earliest == NEVER {
+            return;
+        }
+        let now = self.now();
+        if earliest <= now {
+            snapshot.return_expired(now, |key| {
+                key.counts.recovered.fetch_add(1, Relaxed);
+                tracing::debug!(key = %key.id, "cooldown over");
+            });
+        }
+    }
+
+    /// Brings the indexes in line with the state of a key, in the snapshot that is in use when this returns.
+    fn refresh(&self, key: &Arc<Key>) {
+        loop {
+            let snapshot = self.inner.snapshot.load();
+            snapshot.refresh(key);
+            if Arc::ptr_eq(&snapshot, &self.inner.snapshot.load()) {
+                return;
+            }
+        }
+    }
+
+    /// Replaces the keys by what `next` makes of them, if anything. Keys that stay are the same objects, so
+    /// that requests under way still mark them.
+    fn edit(&self, next: impl FnOnce(&[Arc<Key>]) -> Option<Vec<Arc<Key>>>) {
+        let _one_at_a_time = self.inner.editing.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = self.inner.snapshot.load_full();
+        let Some(keys) = next(before.keys()) else { return };
+        let after = Arc::new(Snapshot::new(keys, Some(&before)));
+        self.inner.snapshot.store(after.clone());
+        // What changed while the snapshot was being built went into the indexes of the one before.
+        after.refresh_all();
+        self.inner.returned.notify_waiters();
+    }
+}
+
+impl fmt::Debug for KeyPool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KeyPool").field("keys", &self.len()).finish_non_exhaustive()
+    }
+}
+
+/// There is no key that a request could be sent with now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NoKeyAvailable {
+    keys: usize,
+    retry_in: Option<Duration>,
+}
+
+impl NoKeyAvailable {
+    /// The time until the first key is back, for a `Retry-After` or a wait of one's own. `None` where no
+    /// key comes back by itself: the pool is empty, or its keys are revoked or disabled.
+    #[must_use]
+    pub fn retry_in(&self) -> Option<Duration> {
+        self.retry_in
+    }
+
+    /// Whether the pool holds no key at all.
+    #[must_use]
+    pub fn is_empty_pool(&self) -> bool {
+        self.keys == 0
+    }
+}
+
+impl fmt::Display for NoKeyAvailable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.keys, self.retry_in) {
+            (0, _) => f.write_str("no key available: the pool is empty"),
+            (keys, Some(time)) => write!(
+                f,
+                "no key available: all {keys} are resting or out of service, the first is back in {:.1} s",
+                time.as_secs_f64()
+            ),
+            (keys, None) => write!(
+                f,
+                "no key available: all {keys} are revoked or disabled, and stay so until reset or enabled"
+            ),
+        }
+    }
+}
+
+impl std::error::Error for NoKeyAvailable {}

@@ -1,0 +1,147 @@
+//! What an operator does to keys. Each takes effect in this pool at once, then in the store; a new key goes
+//! into the store first, which may know one of that name.
+
+use std::sync::Arc;
+
+use super::{KeyPool, key::Key, state::State};
+use crate::{
+    inject::UnusableSecret,
+    secret::{InvalidKeyId, KeyId, Secret},
+    store::StoreError,
+};
+
+/// Why an operator's change could not be made.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OperateError {
+    /// There is no such key.
+    #[error("there is no key {0:?}")]
+    UnknownKey(String),
+    /// There is such a key already, here or in the store.
+    #[error("there is a key {0} already")]
+    KeyExists(KeyId),
+    /// That can't be the name of a key.
+    #[error(transparent)]
+    InvalidKeyId(#[from] InvalidKeyId),
+    /// No request could carry the secret.
+    #[error("key {id} can't be used: {reason}")]
+    UnusableSecret {
+        /// The key.
+        id: KeyId,
+        /// What is wrong with its secret.
+        reason: UnusableSecret,
+    },
+    /// It was done in this pool, but not in the store, which will have the last word at the next reload.
+    #[error("done in memory, but not in the store")]
+    Store(#[from] StoreError),
+}
+
+impl KeyPool {
+    /// Adds a key. It is picked as soon as the store has it.
+    ///
+    /// # Errors
+    ///
+    /// Where the id or the secret can't be used, or the id is taken; and where the store fails, in which case
+    /// the pool is as it was.
+    pub async fn insert(&self, id: impl AsRef<str>, secret: impl Into<Secret>) -> Result<(), OperateError> {
+        let id = KeyId::new(id)?;
+        let secret = secret.into();
+        let key = Key::new(id.clone(), secret.clone(), State::HEALTHY, &self.inner.inject)
+            .map_err(|reason| OperateError::UnusableSecret { id: id.clone(), reason })?;
+        let key = Arc::new(key);
+
+        let persistence = &self.inner.persistence;
+        let _turn = persistence.turn.lock().await;
+        if self.known(id.as_str()).is_ok() || !persistence.store.insert(id.clone(), secret).await? {
+            return Err(OperateError::KeyExists(id));
+        }
+        self.edit(|keys| Some(keys.iter().cloned().chain([key]).collect()));
+        Ok(())
+    }
+
+    /// Removes a key for good. Requests that are under way with it finish.
+    ///
+    /// # Errors
+    ///
+    /// Where there is no such key, or the store fails.
+    pub async fn remove(&self, id: impl AsRef<str>) -> Result<(), OperateError> {
+        let id = self.known(id.as_ref())?.id.clone();
+        self.take_out(&id);
+        let persistence = &self.inner.persistence;
+        let _turn = persistence.turn.lock().await;
+        persistence.store.remove(&id).await?;
+        self.take_out(&id);
+        Ok(())
+    }
+
+    /// Ends a key's rest, whatever its reason, and forgets marks that the store does not have yet. A key that
+    /// is disabled stays so.
+    ///
+    /// # Errors
+    ///
+    /// Where there is no such key, or the store fails.
+    pub async fn reset(&self, id: impl AsRef<str>) -> Result<(), OperateError> {
+        let key = self.known(id.as_ref())?;
+        let reset = || self.change(&key, |state| State::HEALTHY.disabled(state.is_disabled()));
+        reset();
+        let persistence = &self.inner.persistence;
+        let _turn = persistence.turn.lock().await;
+        // A mark that is on its way arrives before the reset, not after it.
+        let _no_write_under_way = persistence.writing.lock().await;
+        self.found(&key, persistence.store.reset(&key.id).await?)?;
+        reset();
+        Ok(())
+    }
+
+    /// Takes a key out of service until [`enable`](Self::enable). Its cooldown, if it has one, goes on.
+    ///
+    /// # Errors
+    ///
+    /// Where there is no such key, or the store fails.
+    pub async fn disable(&self, id: impl AsRef<str>) -> Result<(), OperateError> {
+        self.set_disabled(id.as_ref(), true).await
+    }
+
+    /// Puts a disabled key back into service; if it still has a cooldown, when that ends.
+    ///
+    /// # Errors
+    ///
+    /// Where there is no such key, or the store fails.
+    pub async fn enable(&self, id: impl AsRef<str>) -> Result<(), OperateError> {
+        self.set_disabled(id.as_ref(), false).await
+    }
+
+    async fn set_disabled(&self, id: &str, disabled: bool) -> Result<(), OperateError> {
+        let key = self.known(id)?;
+        let set = || self.change(&key, |state| state.disabled(disabled));
+        set();
+        let persistence = &self.inner.persistence;
+        let _turn = persistence.turn.lock().await;
+        self.found(&key, persistence.store.set_disabled(&key.id, disabled).await?)?;
+        // A reload that had read the store before may have undone it.
+        set();
+        Ok(())
+    }
+
+    fn known(&self, id: &str) -> Result<Arc<Key>, OperateError> {
+        let snapshot = self.inner.snapshot.load();
+        snapshot.get(id).cloned().ok_or_else(|| OperateError::UnknownKey(id.to_owned()))
+    }
+
+    fn found(&self, key: &Key, found: bool) -> Result<(), OperateError> {
+        if found { Ok(()) } else { Err(OperateError::UnknownKey(key.id.to_string())) }
+    }
+
+    fn change(&self, key: &Arc<Key>, next: impl Fn(State) -> State) {
+        key.state.update(next);
+        self.refresh(key);
+        self.inner.returned.notify_waiters();
+    }
+
+    fn take_out(&self, id: &KeyId) {
+        self.edit(|keys| {
+            let left: Vec<_> = keys.iter().filter(|key| key.id != *id).cloned().collect();
+            (left.len() < keys.len()).then_some(left)
+        });
+    }
+}

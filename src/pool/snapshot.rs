@@ -1,0 +1,163 @@
+//! The keys of a pool at one moment, and indexes over their states.
+//!
+//! A key's own state is the truth. `available` and `cooling` only say where to look: each change of a state
+//! is followed by [`Snapshot::refresh`], and who comes to a key through an index checks the state itself.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+};
+
+use super::{bitset::AtomicBitSet, deadlines::Deadlines, key::Key, state::State};
+use crate::secret::KeyId;
+
+/// The most keys that one pick returns to service: bounds the time a single request can spend on it.
+const EXPIRED_PER_PICK: usize = 16;
+
+#[derive(Debug)]
+pub(crate) struct Snapshot {
+    keys: Box<[Arc<Key>]>,
+    by_id: HashMap<KeyId, usize>,
+    available: AtomicBitSet,
+    cooling: Deadlines,
+    unwritten: AtomicBitSet,
+    cursor: AtomicUsize,
+}
+
+impl Snapshot {
+    /// Goes on with the turn where `before` stood.
+    pub(crate) fn new(keys: Vec<Arc<Key>>, before: Option<&Self>) -> Self {
+        let snapshot = Self {
+            by_id: (0..).zip(&keys).map(|(slot, key)| (key.id.clone(), slot)).collect(),
+            available: AtomicBitSet::new(keys.len()),
+            cooling: Deadlines::new(keys.len()),
+            unwritten: AtomicBitSet::new(keys.len()),
+            cursor: AtomicUsize::new(before.map_or(0, |before| before.cursor.load(Relaxed))),
+            keys: keys.into(),
+        };
+        for (slot, key) in snapshot.keys.iter().enumerate() {
+            key.slot.store(slot, Relaxed);
+        }
+        snapshot.refresh_all();
+        snapshot
+    }
+
+    pub(crate) fn keys(&self) -> &[Arc<Key>] {
+        &self.keys
+    }
+
+    pub(crate) fn get(&self, id: &str) -> Option<&Arc<Key>> {
+        self.by_id.get(id).map(|slot| &self.keys[*slot])
+    }
+
+    /// The next available key in turn.
+    #[inline]
+    pub(crate) fn pick(&self) -> Option<&Arc<Key>> {
+        loop {
+            let cursor = self.cursor.load(Relaxed);
+            let slot = self.next_available(cursor)?;
+            // The turn passes to the key behind the one that was picked, not behind the one that was asked
+            // for: every available key gets its share, whatever rests between them.
+            if self.cursor.compare_exchange_weak(cursor, slot + 1, Relaxed, Relaxed).is_err() {
+                continue;
+            }
+            let key = &self.keys[slot];
+            if key.state.load() == State::HEALTHY {
+                return Some(key);
+            }
+            self.refresh_slot(slot);
+        }
+    }
+
+    #[inline]
+    fn next_available(&self, cursor: usize) -> Option<usize> {
+        self.available
+            .next_from(cursor)
+            .or_else(|| self.available.next_from(0))
+            .or_else(|| self.available.scan_from(0))
+    }
+
+    pub(crate) fn has_available(&self) -> bool {
+        self.next_available(0).is_some()
+    }
+
+    #[cfg(feature = "failover")]
+    pub(crate) fn count_available(&self) -> usize {
+        self.available.count()
+    }
+
+    /// When the first resting key is due back, at the earliest.
+    #[inline]
+    pub(crate) fn earliest(&self) -> u64 {
+        self.cooling.earliest()
+    }
+
+    /// The same for those who would otherwise give up.
+    pub(crate) fn earliest_for_certain(&self) -> u64 {
+        self.cooling.earliest_for_certain()
+    }
+
+    /// Returns a bounded number of keys whose cooldown has ended, and says which.
+    pub(crate) fn return_expired(&self, now: u64, mut returned: impl FnMut(&Key)) {
+        for _ in 0..EXPIRED_PER_PICK {
+            let Some(slot) = self.cooling.first_due(now) else { return };
+            let key = &self.keys[slot];
+            let expired = key.state.update(|state| if state.is_over(now) { State::HEALTHY } else { state });
+            self.refresh_slot(slot);
+            if expired.is_some() {
+                returned(key);
+            }
+        }
+    }
+
+    /// Brings the indexes in line with the state of a key, if this snapshot has it.
+    pub(crate) fn refresh(&self, key: &Arc<Key>) {
+        if let Some(slot) = self.slot_of(key) {
+            self.refresh_slot(slot);
+        }
+    }
+
+    pub(crate) fn refresh_all(&self) {
+        (0..self.keys.len()).for_each(|slot| self.refresh_slot(slot));
+    }
+
+    fn slot_of(&self, key: &Arc<Key>) -> Option<usize> {
+        let holds = |slot: &usize| self.keys.get(*slot).is_some_and(|held| Arc::ptr_eq(held, key));
+        Some(key.slot.load(Relaxed)).filter(holds).or_else(|| self.by_id.get(&key.id).copied().filter(holds))
+    }
+
+    fn refresh_slot(&self, slot: usize) {
+        let key = &self.keys[slot];
+        loop {
+            let state = key.state.load();
+            if state == State::HEALTHY {
+                self.cooling.set(slot, state.deadline());
+                self.available.insert(slot);
+            } else {
+                self.available.remove(slot);
+                self.cooling.set(slot, state.deadline());
+            }
+            if key.written.waits() {
+                self.unwritten.insert(slot);
+            }
+            // Two refreshes of one slot may overlap; the one that wrote last still has to look.
+            if key.state.load() == state {
+                return;
+            }
+        }
+    }
+
+    /// Takes the next key, from `slot` on, that the store does not know all about.
+    pub(crate) fn take_unwritten(&self, slot: usize) -> Option<(usize, &Arc<Key>)> {
+        let slot = self.unwritten.next_from(slot)?;
+        self.unwritten.remove(slot);
+        Some((slot, &self.keys[slot]))
+    }
+
+    pub(crate) fn count_unwritten(&self) -> usize {
+        self.keys.iter().filter(|key| key.written.waits()).count()
+    }
+}

@@ -1,0 +1,96 @@
+//! What a pool looks like at one moment.
+
+use std::{sync::atomic::Ordering::Relaxed, time::Duration};
+
+use super::{KeyPool, Status, key::Key};
+use crate::secret::KeyId;
+
+/// The totals of a pool, and each key: see [`KeyPool::stats`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
+pub struct PoolStats {
+    /// Keys that are picked.
+    pub healthy: usize,
+    /// Keys that rest because the service limits them.
+    pub rate_limited: usize,
+    /// Keys that rest because their quota is used up.
+    pub exhausted: usize,
+    /// Keys that the service no longer accepts.
+    pub revoked: usize,
+    /// Keys that an operator took out of service.
+    pub disabled: usize,
+    /// Marks that the store does not have yet.
+    pub marks_waiting: usize,
+    /// Each key, in the order in which they are picked.
+    pub keys: Vec<KeyStats>,
+}
+
+/// One key: see [`KeyPool::stats`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
+pub struct KeyStats {
+    /// Its public name.
+    pub id: KeyId,
+    /// What it is good for.
+    pub status: Status,
+    /// How long it still rests; `None` where it doesn't, or not for a time of its own. Serialized in
+    /// seconds, with a fraction.
+    #[cfg_attr(feature = "serde", serde(rename = "time_left_seconds", serialize_with = "seconds"))]
+    pub time_left: Option<Duration>,
+    /// Requests that were sent with it.
+    pub requests: u64,
+    /// Responses that spoke against it: 429s, and whatever else the classifier counts.
+    pub limited: u64,
+    /// How often it came back by itself after a rest.
+    pub recovered: u64,
+    /// What [`KeyPool::record_usage`] credited to it.
+    pub tokens: u64,
+    /// The last response that spoke against it, as its HTTP status.
+    pub last_reason: Option<u16>,
+}
+
+impl KeyPool {
+    /// The totals, and each key. Takes a time that grows with the number of keys; requests don't notice.
+    #[must_use]
+    pub fn stats(&self) -> PoolStats {
+        let snapshot = self.inner.snapshot.load();
+        let now = self.now();
+        let mut stats = PoolStats {
+            marks_waiting: snapshot.count_unwritten(),
+            keys: snapshot.keys().iter().map(|key| key_stats(key, now)).collect(),
+            ..PoolStats::default()
+        };
+        for key in &stats.keys {
+            *match key.status {
+                Status::Healthy => &mut stats.healthy,
+                Status::RateLimited => &mut stats.rate_limited,
+                Status::Exhausted => &mut stats.exhausted,
+                Status::Revoked => &mut stats.revoked,
+                Status::Disabled => &mut stats.disabled,
+            } += 1;
+        }
+        stats
+    }
+}
+
+fn key_stats(key: &Key, now: u64) -> KeyStats {
+    let state = key.state.load();
+    let counts = &key.counts;
+    KeyStats {
+        id: key.id.clone(),
+        status: state.status(now),
+        time_left: state.rest(now).and_then(|(_, left)| left),
+        requests: counts.requests.load(Relaxed),
+        limited: counts.limited.load(Relaxed),
+        recovered: counts.recovered.load(Relaxed),
+        tokens: counts.tokens.load(Relaxed),
+        last_reason: counts.last_status(),
+    }
+}
+
+#[cfg(feature = "serde")]
+fn seconds<S: serde::Serializer>(time: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
+    serde::Serialize::serialize(&time.map(|time| time.as_secs_f64()), serializer)
+}

@@ -1,0 +1,379 @@
+//! The companion of a pool: writes its marks to the store, and every 30 seconds resets in the store what has
+//! expired and brings the store's view into memory.
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    task::JoinHandle,
+};
+
+use crate::{
+    clock::Clock,
+    pool::KeyPool,
+    store::{Recovered, StoreError},
+};
+
+/// How long the store is left alone after marks were written, so that a storm of them becomes two writes.
+const BETWEEN_WRITES: Duration = Duration::from_millis(250);
+
+/// How long until marks that could not be written are tried again.
+const AFTER_A_FAILED_WRITE: Duration = Duration::from_secs(1);
+
+/// When and for how long a [`RecoveryHandle`] works.
+#[derive(Clone, Debug)]
+#[must_use]
+pub struct RecoveryConfig {
+    interval: Duration,
+    limit: Duration,
+    start_jitter: Option<Duration>,
+}
+
+impl Default for RecoveryConfig {
+    fn default() -> Self {
+        Self { interval: Duration::from_secs(30), limit: Duration::from_secs(10), start_jitter: None }
+    }
+}
+
+impl RecoveryConfig {
+    /// A pass every 30 seconds, for at most 10 seconds.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The time from the start of one pass to the start of the next. A pass that starts late delays the ones
+    /// after it; none is made up for.
+    pub fn interval(mut self, interval: Duration) -> Self {
+        self.interval = interval;
+        self
+    }
+
+    /// How long a pass may take. One that takes longer is reported as failed. It is not cut off, and the next
+    /// one does not begin beside it.
+    pub fn limit(mut self, limit: Duration) -> Self {
+        self.limit = limit;
+        self
+    }
+
+    /// The first pass begins at random within that time, so that processes which start together don't sweep
+    /// together. By default the interval.
+    pub fn start_jitter(mut self, within: Duration) -> Self {
+        self.start_jitter = Some(within);
+        self
+    }
+}
+
+/// Keeps a pool and its store in line for as long as it lives. Dropping it stops that, without waiting.
+///
+/// A pool works without one: keys rest and come back. What a handle adds is the store: marks are written to
+/// it, its expired cooldowns are reset, and what other processes and operators changed there is honoured here.
+///
+/// ```
+/// use tower_key_rotation::{KeyPool, RecoveryHandle};
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let pool = KeyPool::builder().key("alpha", "sk-1").build()?;
+/// let recovery = RecoveryHandle::spawn(&pool);
+///
+/// let report = recovery.sweep_now().await;
+/// assert_eq!(report.outcome?.count, 0);
+///
+/// recovery.shutdown().await?;
+/// # Ok(())
+/// # }
+/// ```
+#[must_use = "dropping the handle stops the recovery"]
+pub struct RecoveryHandle {
+    commands: mpsc::Sender<Command>,
+    reports: watch::Receiver<Option<Report>>,
+}
+
+enum Command {
+    Sweep(oneshot::Sender<Report>),
+    ShutDown(oneshot::Sender<Result<(), MarksNotWritten>>),
+}
+
+impl RecoveryHandle {
+    /// Starts with the usual intervals.
+    ///
+    /// # Panics
+    ///
+    /// Outside of a tokio runtime, as `tokio::spawn` does.
+    pub fn spawn(pool: &KeyPool) -> Self {
+        Self::spawn_with(pool, RecoveryConfig::default())
+    }
+
+    /// Starts with intervals of one's own.
+    ///
+    /// # Panics
+    ///
+    /// Outside of a tokio runtime, as `tokio::spawn` does.
+    pub fn spawn_with(pool: &KeyPool, config: RecoveryConfig) -> Self {
+        let (commands, received) = mpsc::channel(8);
+        let (reports, reported) = watch::channel(None);
+        let (stop, stopped) = watch::channel(());
+        tracing::info!(interval_ms = millis(config.interval), "recovery started");
+        let recovery = Recovery {
+            pool: pool.clone(),
+            config,
+            commands: received,
+            reports,
+            writer: tokio::spawn(write_marks(pool.clone(), stopped)),
+            stop_writer: stop,
+            overdue: None,
+            passes: 0,
+            failures: 0,
+        };
+        tokio::spawn(recovery.run());
+        Self { commands, reports: reported }
+    }
+
+    /// Makes a pass now, or after the one that is under way, and says how it went.
+    pub async fn sweep_now(&self) -> Report {
+        let (reply, report) = oneshot::channel();
+        // Where the task is gone, so is the reply's sender.
+        let _ = self.commands.send(Command::Sweep(reply)).await;
+        report.await.unwrap_or_else(|_| self.stopped())
+    }
+
+    /// How the last pass went; `None` before the first.
+    #[must_use]
+    pub fn last_report(&self) -> Option<Report> {
+        self.reports.borrow().clone()
+    }
+
+    /// Finishes the pass that is under way, writes the marks that wait, and stops. Each of the two has the
+    /// limit of a pass.
+    ///
+    /// # Errors
+    ///
+    /// Where marks could not be written. They are lost when the process ends.
+    pub async fn shutdown(self) -> Result<(), MarksNotWritten> {
+        let (reply, done) = oneshot::channel();
+        let _ = self.commands.send(Command::ShutDown(reply)).await;
+        done.await.unwrap_or(Ok(()))
+    }
+
+    fn stopped(&self) -> Report {
+        let last = self.last_report();
+        Report {
+            pass: last.as_ref().map_or(0, |report| report.pass),
+            failures: last.as_ref().map_or(0, |report| report.failures),
+            duration: Duration::ZERO,
+            outcome: Err(PassError::Stopped),
+        }
+    }
+}
+
+impl fmt::Debug for RecoveryHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RecoveryHandle").field("last_report", &self.last_report()).finish()
+    }
+}
+
+/// How a pass went.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Report {
+    /// Which pass it was, from 1.
+    pub pass: u64,
+    /// How many passes have failed so far.
+    pub failures: u64,
+    /// How long it took.
+    pub duration: Duration,
+    /// What it reset in the store, or why it failed.
+    pub outcome: Result<Recovered, PassError>,
+}
+
+/// Why a pass failed. The next one runs all the same.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PassError {
+    /// The store failed.
+    #[error("the pass failed")]
+    Store(#[source] Arc<StoreError>),
+    /// It took longer than it may. It goes on, and the next pass waits for it.
+    #[error("the pass took longer than {0:?}")]
+    TookTooLong(Duration),
+    /// It panicked.
+    #[error("the pass panicked")]
+    Panicked,
+    /// There was no pass: the recovery has stopped, with its runtime.
+    #[error("the recovery has stopped")]
+    Stopped,
+}
+
+/// That many marks could not be written before a shutdown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0} marks could not be written to the store before the shutdown")]
+pub struct MarksNotWritten(pub usize);
+
+type Pass = JoinHandle<Result<Recovered, StoreError>>;
+
+struct Recovery {
+    pool: KeyPool,
+    config: RecoveryConfig,
+    commands: mpsc::Receiver<Command>,
+    reports: watch::Sender<Option<Report>>,
+    writer: JoinHandle<()>,
+    stop_writer: watch::Sender<()>,
+    /// A pass that took longer than it may, and is still under way.
+    overdue: Option<Pass>,
+    passes: u64,
+    failures: u64,
+}
+
+impl Recovery {
+    async fn run(mut self) {
+        let clock = self.pool.clock().clone();
+        let mut next = clock.now() + random_within(self.config.start_jitter.unwrap_or(self.config.interval));
+        loop {
+            tokio::select! {
+                biased;
+                command = self.commands.recv() => match command {
+                    Some(Command::Sweep(reply)) => {
+                        let report = self.pass(&*clock).await;
+                        let _ = reply.send(report);
+                    }
+                    Some(Command::ShutDown(reply)) => {
+                        let _ = reply.send(self.shut_down(&*clock).await);
+                        return;
+                    }
+                    None => return tracing::info!("recovery stopped"),
+                },
+                () = clock.sleep_until(next) => {
+                    next = clock.now().saturating_add(self.config.interval);
+                    self.pass(&*clock).await;
+                }
+            }
+        }
+    }
+
+    async fn pass(&mut self, clock: &dyn Clock) -> Report {
+        let started = clock.now();
+        // Spawned and awaited, rather than run here: so a limit doesn't drop a driver's future half-way, and a
+        // panic ends the pass alone.
+        let mut pass =
+            self.overdue.take().unwrap_or_else(|| tokio::spawn(write_sweep_reload(self.pool.clone())));
+        let outcome = tokio::select! {
+            biased;
+            result = &mut pass => match result {
+                Ok(Ok(recovered)) => Ok(recovered),
+                Ok(Err(error)) => Err(PassError::Store(Arc::new(error))),
+                Err(_) => Err(PassError::Panicked),
+            },
+            () = clock.sleep_until(started.saturating_add(self.config.limit)) => {
+                self.overdue = Some(pass);
+                Err(PassError::TookTooLong(self.config.limit))
+            }
+        };
+        self.passes += 1;
+        self.failures += u64::from(outcome.is_err());
+        let report = Report {
+            pass: self.passes,
+            failures: self.failures,
+            duration: clock.now().saturating_sub(started),
+            outcome,
+        };
+        report.log();
+        self.reports.send_replace(Some(report.clone()));
+        report
+    }
+
+    async fn shut_down(self, clock: &dyn Clock) -> Result<(), MarksNotWritten> {
+        drop(self.stop_writer);
+        let pool = self.pool.clone();
+        let (writer, overdue) = (self.writer, self.overdue);
+        let last_writes = tokio::spawn(async move {
+            let _ = writer.await;
+            if let Some(pass) = overdue {
+                let _ = pass.await;
+            }
+            if let Err(error) = pool.write_marks().await {
+                tracing::warn!(error = %Chain(&error), "marks could not be written");
+            }
+        });
+        tokio::select! {
+            biased;
+            _ = last_writes => {}
+            () = clock.sleep_until(clock.now().saturating_add(self.config.limit)) => {}
+        }
+        tracing::info!("recovery stopped");
+        match self.pool.marks_waiting() {
+            0 => Ok(()),
+            waiting => Err(MarksNotWritten(waiting)),
+        }
+    }
+}
+
+impl Report {
+    fn log(&self) {
+        let duration_ms = millis(self.duration);
+        match &self.outcome {
+            Ok(recovered) if recovered.count == 0 => {}
+            Ok(recovered) => {
+                let (count, ids) = (recovered.count, &recovered.ids);
+                tracing::info!(count, ?ids, duration_ms, "keys recovered");
+            }
+            Err(error) => tracing::warn!(error = %Chain(error), duration_ms, "recovery pass failed"),
+        }
+    }
+}
+
+async fn write_sweep_reload(pool: KeyPool) -> Result<Recovered, StoreError> {
+    pool.write_marks().await?;
+    let recovered = pool.sweep().await?;
+    pool.reload().await?;
+    Ok(recovered)
+}
+
+/// Writes marks as they come, until the sender of `stop` is gone. It never stops in the middle of a write.
+async fn write_marks(pool: KeyPool, mut stop: watch::Receiver<()>) {
+    let clock = pool.clock().clone();
+    loop {
+        tokio::select! {
+            biased;
+            _ = stop.changed() => return,
+            () = pool.mark_waiting() => {}
+        }
+        let pause = match pool.write_marks().await {
+            Ok(()) => BETWEEN_WRITES,
+            Err(error) => {
+                tracing::warn!(error = %Chain(&error), "marks could not be written, they wait in memory");
+                pool.keep_waiting();
+                AFTER_A_FAILED_WRITE
+            }
+        };
+        tokio::select! {
+            biased;
+            _ = stop.changed() => return,
+            () = clock.sleep_until(clock.now().saturating_add(pause)) => {}
+        }
+    }
+}
+
+fn random_within(time: Duration) -> Duration {
+    time.mul_f64(fastrand::f64())
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// An error and its sources on one line, of bounded length.
+struct Chain<'a>(&'a (dyn std::error::Error + 'static));
+
+impl fmt::Display for Chain<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const LONGEST: usize = 400;
+        let mut text = self.0.to_string();
+        let mut error = self.0;
+        while let Some(source) = error.source() {
+            text = format!("{text}: {source}");
+            error = source;
+        }
+        let printable = text.chars().map(|c| if c.is_control() { ' ' } else { c });
+        f.write_str(&printable.take(LONGEST).collect::<String>())
+    }
+}

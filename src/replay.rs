@@ -1,0 +1,220 @@
+//! A body of which the beginning has been read, and that is still whole for the caller.
+
+use std::{
+    collections::VecDeque,
+    fmt,
+    future::poll_fn,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use bytes::{Buf, Bytes, BytesMut};
+use http_body::{Body, Frame, SizeHint};
+use pin_project_lite::pin_project;
+
+use crate::clock::Sleep;
+
+pin_project! {
+    /// A response body that this crate may have begun to read: what it read comes again, then the rest.
+    ///
+    /// [`KeyRotationLayer::read_error_bodies`](crate::KeyRotationLayer::read_error_bodies) and
+    /// `FailoverLayer` give bodies this type, since they read some of them: errors, up to a limit.
+    /// All others pass through as they come.
+    pub struct Replay<B: Body> {
+        read: VecDeque<Frame<Bytes>>,
+        failed: Option<B::Error>,
+        #[pin]
+        rest: Rest<B>,
+    }
+}
+
+pin_project! {
+    #[project = RestProjection]
+    enum Rest<B> {
+        Untouched { #[pin] body: B },
+        // A body that has been polled can't be moved any more, other than in a box.
+        Begun { body: Pin<Box<B>> },
+        Ended,
+    }
+}
+
+impl<B: Body> Replay<B> {
+    pub(crate) fn untouched(body: B) -> Self {
+        Self { read: VecDeque::new(), failed: None, rest: Rest::Untouched { body } }
+    }
+
+    /// Reads until the end, or at least `most` bytes, or until the time is over.
+    pub(crate) async fn begin(body: B, most: usize, mut time_over: Sleep) -> Self {
+        let mut body = Box::pin(body);
+        let mut read = VecDeque::new();
+        let mut bytes = 0;
+        let mut failed = None;
+        let ended = loop {
+            if bytes >= most {
+                break body.is_end_stream();
+            }
+            let frame = tokio::select! {
+                biased;
+                frame = poll_fn(|cx| body.as_mut().poll_frame(cx)) => frame,
+                () = &mut time_over => break false,
+            };
+            match frame {
+                Some(Ok(frame)) => {
+                    let frame = shared(frame);
+                    bytes += frame.data_ref().map_or(0, Bytes::len);
+                    read.push_back(frame);
+                }
+                Some(Err(error)) => {
+                    failed = Some(error);
+                    break true;
+                }
+                None => break true,
+            }
+        };
+        let rest = if ended { Rest::Ended } else { Rest::Begun { body } };
+        Self { read, failed, rest }
+    }
+
+    /// What has been read, in one piece.
+    pub(crate) fn beginning(&self) -> Bytes {
+        let mut pieces = self.read.iter().filter_map(Frame::data_ref);
+        match (pieces.next(), pieces.next()) {
+            (None, _) => Bytes::new(),
+            (Some(only), None) => only.clone(),
+            (Some(first), Some(second)) => {
+                let mut whole = BytesMut::from(&first[..]);
+                whole.extend_from_slice(second);
+                pieces.for_each(|piece| whole.extend_from_slice(piece));
+                whole.freeze()
+            }
+        }
+    }
+}
+
+fn shared<D: Buf>(frame: Frame<D>) -> Frame<Bytes> {
+    frame.map_data(|mut data| data.copy_to_bytes(data.remaining()))
+}
+
+impl<B: Body> Body for Replay<B> {
+    type Data = Bytes;
+    type Error = B::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
+        let this = self.project();
+        if let Some(frame) = this.read.pop_front() {
+            return Poll::Ready(Some(Ok(frame)));
+        }
+        if let Some(error) = this.failed.take() {
+            return Poll::Ready(Some(Err(error)));
+        }
+        let frame = match this.rest.project() {
+            RestProjection::Untouched { body } => ready!(body.poll_frame(cx)),
+            RestProjection::Begun { body } => ready!(body.as_mut().poll_frame(cx)),
+            RestProjection::Ended => None,
+        };
+        Poll::Ready(frame.map(|frame| frame.map(shared)))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.read.is_empty()
+            && self.failed.is_none()
+            && match &self.rest {
+                Rest::Untouched { body } => body.is_end_stream(),
+                Rest::Begun { body } => body.is_end_stream(),
+                Rest::Ended => true,
+            }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let rest = match &self.rest {
+            Rest::Untouched { body } => body.size_hint(),
+            Rest::Begun { body } => body.size_hint(),
+            Rest::Ended => SizeHint::with_exact(0),
+        };
+        let read: usize = self.read.iter().filter_map(Frame::data_ref).map(Bytes::len).sum();
+        let read = read as u64;
+        let mut hint = SizeHint::new();
+        if let Some(upper) = rest.upper() {
+            hint.set_upper(upper.saturating_add(read));
+        }
+        hint.set_lower(rest.lower().saturating_add(read));
+        hint
+    }
+}
+
+impl<B: Body> fmt::Debug for Replay<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Replay").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use http::{HeaderMap, HeaderValue};
+    use http_body_util::{BodyExt, StreamBody, channel::Channel};
+
+    use super::*;
+
+    fn never() -> Sleep {
+        Box::pin(std::future::pending())
+    }
+
+    type Frames = Vec<Result<Frame<Bytes>, &'static str>>;
+
+    fn body(frames: Frames) -> impl Body<Data = Bytes, Error = &'static str> {
+        StreamBody::new(futures_util::stream::iter(frames))
+    }
+
+    fn data(text: &'static str) -> Result<Frame<Bytes>, &'static str> {
+        Ok(Frame::data(Bytes::from_static(text.as_bytes())))
+    }
+
+    #[tokio::test]
+    async fn a_body_that_was_read_to_its_end_comes_again_with_its_trailers() {
+        let mut trailers = HeaderMap::new();
+        trailers.insert("x-sum", HeaderValue::from_static("1"));
+        let replay = Replay::begin(
+            body(vec![data("ab"), data("cd"), Ok(Frame::trailers(trailers.clone()))]),
+            100,
+            never(),
+        )
+        .await;
+        assert_eq!(replay.beginning(), "abcd");
+        assert_eq!(replay.size_hint().exact(), Some(4));
+        let again = replay.collect().await.unwrap();
+        assert_eq!(again.trailers(), Some(&trailers));
+        assert_eq!(again.to_bytes(), "abcd");
+    }
+
+    #[tokio::test]
+    async fn no_more_than_a_frame_beyond_the_limit_is_read_and_the_rest_still_comes() {
+        let replay = Replay::begin(body(vec![data("ab"), data("cd"), data("ef")]), 3, never()).await;
+        assert_eq!(replay.beginning(), "abcd");
+        assert_eq!(replay.collect().await.unwrap().to_bytes(), "abcdef");
+    }
+
+    #[tokio::test]
+    async fn an_error_comes_at_its_place() {
+        let mut replay = Box::pin(Replay::begin(body(vec![data("ab"), Err("cut")]), 100, never()).await);
+        assert!(!replay.is_end_stream());
+        assert_eq!(replay.frame().await.unwrap().unwrap().into_data().unwrap(), "ab");
+        assert_eq!(replay.frame().await.unwrap().unwrap_err(), "cut");
+        assert!(replay.frame().await.is_none());
+    }
+
+    #[tokio::test]
+    async fn a_body_that_trickles_is_given_up_in_time_and_still_comes_whole() {
+        let (mut sender, channel) = Channel::<Bytes, Infallible>::new(4);
+        sender.send_data("ab".into()).await.unwrap();
+        let replay = Replay::begin(channel, 100, Box::pin(std::future::ready(()))).await;
+        assert_eq!(replay.beginning(), "ab");
+        sender.send_data("cd".into()).await.unwrap();
+        drop(sender);
+        assert_eq!(replay.collect().await.unwrap().to_bytes(), "abcd");
+    }
+}

@@ -1,0 +1,170 @@
+//! The work itself: pick, inject, classify, mark. The tower service and the reqwest middleware both call it.
+
+use std::{fmt, time::Duration};
+
+use bytes::Bytes;
+
+use crate::{
+    classify::{ClassifyResponse, ResponseHead, TooManyRequests, Verdict},
+    error::{InjectError, Refused},
+    hosts::{Hosts, Ruling},
+    message::{self, ReadableResponse, RequestMessage, ResponseMessage},
+    pool::{KeyPool, Lease, Rest},
+    secret::KeyId,
+};
+
+/// Says in a response's extensions which key it was asked for with.
+///
+/// It is there where the layer was told to
+/// [`expose_key`](crate::KeyRotationLayer::expose_key):
+///
+/// ```
+/// use tower_key_rotation::{KeyPool, ServedBy};
+///
+/// fn credit<B>(pool: &KeyPool, response: &http::Response<B>, tokens: u64) {
+///     if let Some(ServedBy(key)) = response.extensions().get() {
+///         pool.record_usage(key, tokens);
+///     }
+/// }
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServedBy(pub KeyId);
+
+/// Says in a response's extensions that it spoke against its key.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SpokeAgainstKey;
+
+/// The beginning of an error's body, in its response's extensions.
+#[derive(Clone, Debug)]
+struct ErrorBody(Bytes);
+
+#[derive(Clone)]
+pub(crate) struct Rotation<C> {
+    pub(crate) pool: KeyPool,
+    pub(crate) hosts: Hosts,
+    pub(crate) classifier: C,
+    pub(crate) expose_key: bool,
+}
+
+impl Rotation<TooManyRequests> {
+    pub(crate) fn new(pool: &KeyPool) -> Self {
+        Self {
+            pool: pool.clone(),
+            hosts: Hosts::default(),
+            classifier: TooManyRequests::new(),
+            expose_key: false,
+        }
+    }
+}
+
+impl<C> Rotation<C> {
+    pub(crate) fn classify<D>(self, classifier: D) -> Rotation<D> {
+        Rotation { pool: self.pool, hosts: self.hosts, classifier, expose_key: self.expose_key }
+    }
+
+    /// Puts a key into the request. Without one, it goes to a host that gets no key.
+    #[inline]
+    pub(crate) fn prepare<R: RequestMessage>(&self, request: &mut R) -> Result<Option<Lease>, Refused> {
+        match self.hosts.rule(request.destination()) {
+            Ruling::Key => {}
+            Ruling::PassThrough => return Ok(None),
+            Ruling::RefuseCleartext => return Err(refuse_cleartext(request)),
+        }
+        let lease = self.pool.pick().map_err(Refused::NoKeyAvailable)?;
+        let credentials = lease.credentials();
+        let headers = request.headers_mut();
+        for (name, value) in credentials.headers() {
+            headers.insert(name.clone(), value.clone());
+        }
+        let parameters = credentials.query_parameters();
+        if !parameters.is_empty() {
+            request.set_query(parameters).map_err(|error| Refused::Inject(InjectError::UriTooLong(error)))?;
+        }
+        Ok(Some(lease))
+    }
+
+    /// Takes the key out of an error that would print it.
+    pub(crate) fn redact<E: 'static>(&self, lease: &Lease, error: &mut E) {
+        let parameters = lease.credentials().query_parameters();
+        if !parameters.is_empty() {
+            message::redact(error, parameters);
+        }
+    }
+}
+
+#[cold]
+fn refuse_cleartext<R: RequestMessage>(request: &R) -> Refused {
+    let host = request.destination().host.unwrap_or_default().to_owned();
+    Refused::Inject(InjectError::Cleartext { host })
+}
+
+impl<C: ClassifyResponse> Rotation<C> {
+    /// Marks the key by what the response says.
+    #[inline]
+    pub(crate) fn observe<R: ResponseMessage>(&self, lease: &Lease, mut response: R) -> R {
+        let (rest, wait) = match self.verdict(&response) {
+            Verdict::Nothing => return self.finish(lease, response),
+            Verdict::RateLimited { wait } => (Rest::RateLimited, wait),
+            Verdict::Exhausted { wait } => (Rest::Exhausted, wait),
+            Verdict::Revoked => (Rest::Revoked, None),
+        };
+        self.pool.mark(lease, rest, wait, response.status().as_u16());
+        response.extensions_mut().insert(SpokeAgainstKey);
+        self.finish(lease, response)
+    }
+
+    fn verdict<R: ResponseMessage>(&self, response: &R) -> Verdict {
+        let head = ResponseHead::new(response.status(), response.headers());
+        match response.extensions().get::<ErrorBody>() {
+            Some(ErrorBody(body)) => self.classifier.classify(&head.with_body(body)),
+            None => self.classifier.classify(&head),
+        }
+    }
+
+    #[inline]
+    fn finish<R: ResponseMessage>(&self, lease: &Lease, mut response: R) -> R {
+        if self.expose_key {
+            response.extensions_mut().insert(ServedBy(lease.id().clone()));
+        }
+        let parameters = lease.credentials().query_parameters();
+        if parameters.is_empty() { response } else { response.without_query(parameters) }
+    }
+
+    /// Whether the classifier wants to see this response's body.
+    pub(crate) fn wants_body<R: ResponseMessage>(&self, response: &R) -> bool {
+        let status = response.status();
+        let is_error = status.is_client_error() || status.is_server_error();
+        is_error && self.classifier.wants_body(&ResponseHead::new(status, response.headers()))
+    }
+}
+
+/// How much of an error's body is read, and how long that may take.
+#[derive(Clone, Copy, Debug)]
+pub struct BodyLimits {
+    pub(crate) bytes: usize,
+    pub(crate) time: Duration,
+}
+
+impl BodyLimits {
+    pub(crate) fn bytes(bytes: usize) -> Self {
+        Self { bytes, time: Duration::from_secs(1) }
+    }
+
+    /// Reads a body within these limits, and notes in the response what was read.
+    pub(crate) async fn read<R: ReadableResponse>(self, pool: &KeyPool, response: R) -> R::Replayed {
+        let clock = pool.clock();
+        let time_over = clock.sleep_until(clock.now().saturating_add(self.time));
+        let (mut response, beginning) = response.begin(self.bytes, time_over).await;
+        response.extensions_mut().insert(ErrorBody(beginning));
+        response
+    }
+}
+
+impl<C> fmt::Debug for Rotation<C> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Rotation")
+            .field("pool", &self.pool)
+            .field("hosts", &self.hosts)
+            .finish_non_exhaustive()
+    }
+}
