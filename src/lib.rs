@@ -100,3 +100,7 @@ pub use self::{
     rotation::ServedBy,
     secret::{InvalidKeyId, KeyId, Secret},
 };
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -322,10 +322,11 @@ impl Report {
 }
 
 async fn write_sweep_reload(pool: KeyPool) -> Result<Recovered, StoreError> {
-    pool.write_marks().await?;
+    // A mark that the store doesn't take must not keep the others from coming back.
+    let written = pool.write_marks().await;
     let recovered = pool.sweep().await?;
     pool.reload().await?;
-    Ok(recovered)
+    written.map(|()| recovered)
 }
 
 /// Writes marks as they come, until the sender of `stop` is gone. It never stops in the middle of a write.

@@ -1,0 +1,44 @@
+//! Several keys behind a `reqwest::Client`.
+//!
+//! ```text
+//! KEYS=alpha=sk-1,beta=sk-2 cargo run --example reqwest -- https://api.example.com/v1/models
+//! ```
+//!
+//! Without arguments it talks to a service of its own, which limits one of two keys.
+
+mod local;
+
+use std::{env, error::Error, time::Duration};
+
+use reqwest::{Method, Request, Url, redirect};
+use tower::{Service, ServiceBuilder, ServiceExt};
+use tower_key_rotation::{FailoverLayer, KeyPool, KeyRotationLayer, RecoveryHandle, ServedBy};
+
+#[tokio::main]
+async fn main() -> Result<(), Box<dyn Error>> {
+    let (pool, url) = match env::args().nth(1) {
+        Some(url) => (KeyPool::builder().keys_from_env("KEYS").build()?, url),
+        None => (KeyPool::builder().key("alpha", "sk-1").key("beta", "sk-2").build()?, local::serve().await?),
+    };
+    let url: Url = url.parse()?;
+    let recovery = RecoveryHandle::spawn(&pool);
+
+    // A redirect that reqwest follows by itself would take a key along: see the README.
+    let client = reqwest::Client::builder().redirect(redirect::Policy::none()).build()?;
+    let mut client = ServiceBuilder::new()
+        .layer(FailoverLayer::new(&pool).wait_up_to(Duration::from_secs(10)))
+        .layer(KeyRotationLayer::new(&pool).allowed_hosts(url.host_str())?.expose_key())
+        .service(client);
+
+    for _ in 0..4 {
+        let response = client.ready().await?.call(Request::new(Method::GET, url.clone())).await?;
+        let key = response.extensions().get().map(|ServedBy(key)| key.clone());
+        println!("{} with key {}", response.status(), key.map_or_else(String::new, |key| key.to_string()));
+    }
+
+    for key in pool.stats().keys {
+        println!("{}: {:?}, {} requests, {} limited", key.id, key.status, key.requests, key.limited);
+    }
+    recovery.shutdown().await?;
+    Ok(())
+}
