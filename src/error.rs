@@ -3,6 +3,18 @@
 use crate::{message::UriTooLong, pool::NoKeyAvailable};
 
 /// The error of [`KeyRotation`](crate::KeyRotation): its own, or the inner service's.
+///
+/// ```
+/// use tower_key_rotation::Error;
+///
+/// fn status<E>(error: &Error<E>) -> u16 {
+///     match error {
+///         Error::NoKeyAvailable(_) => 429,
+///         Error::Inner(_) => 502,
+///         _ => 500,
+///     }
+/// }
+/// ```
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error<E> {

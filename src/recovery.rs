@@ -21,6 +21,23 @@ const BETWEEN_WRITES: Duration = Duration::from_millis(250);
 const AFTER_A_FAILED_WRITE: Duration = Duration::from_secs(1);
 
 /// When and for how long a [`RecoveryHandle`] works.
+///
+/// ```
+/// use std::time::Duration;
+/// use tower_key_rotation::{KeyPool, RecoveryConfig, RecoveryHandle};
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let pool = KeyPool::builder().key("alpha", "sk-1").build()?;
+/// let config = RecoveryConfig::new()
+///     .interval(Duration::from_secs(10))
+///     .limit(Duration::from_secs(3))
+///     .start_jitter(Duration::ZERO);
+/// let recovery = RecoveryHandle::spawn_with(&pool, config);
+/// # recovery.shutdown().await?;
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug)]
 #[must_use]
 pub struct RecoveryConfig {
@@ -138,6 +155,16 @@ impl RecoveryHandle {
     }
 
     /// How the last pass went; `None` before the first.
+    ///
+    /// ```
+    /// # use tower_key_rotation::{KeyPool, RecoveryHandle};
+    /// # async fn health(recovery: RecoveryHandle) {
+    /// match recovery.last_report().map(|report| report.outcome) {
+    ///     Some(Err(error)) => println!("the store is in trouble: {error}"),
+    ///     _ => println!("fine"),
+    /// }
+    /// # }
+    /// ```
     #[must_use]
     pub fn last_report(&self) -> Option<Report> {
         self.reports.borrow().clone()

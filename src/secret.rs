@@ -12,6 +12,13 @@ use secrecy::{ExposeSecret, SecretString};
 /// The public name of a key: in logs, errors and statistics. It is never derived from the secret.
 ///
 /// 1 to 256 bytes without control characters.
+///
+/// ```
+/// use tower_key_rotation::KeyId;
+///
+/// assert_eq!(KeyId::new("alpha").unwrap().to_string(), "alpha");
+/// assert!(KeyId::new("two\nlines").is_err());
+/// ```
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct KeyId(Arc<str>);
 
@@ -75,6 +82,14 @@ impl serde::Serialize for KeyId {
 pub struct InvalidKeyId;
 
 /// The secret of a key. Shown by nothing, wiped from memory when its last clone is dropped.
+///
+/// ```
+/// use tower_key_rotation::Secret;
+///
+/// let secret = Secret::new("sk-1");
+/// assert_eq!(format!("{secret:?}"), "Secret(_)");
+/// assert_eq!(secret.expose(), "sk-1");
+/// ```
 #[derive(Clone)]
 pub struct Secret(Arc<SecretString>);
 

@@ -13,6 +13,24 @@ use crate::{pool::KeyPool, rotation::BodyLimits};
 /// Sends a limited request again with another key: see the [module](super).
 ///
 /// The services of one layer, and those of its clones, share its budget and its queue.
+///
+/// ```
+/// use std::time::Duration;
+/// use tower::retry::budget::TpsBudget;
+/// use tower_key_rotation::{FailoverLayer, KeyPool};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let pool = KeyPool::builder().key("alpha", "sk-1").build()?;
+/// let layer = FailoverLayer::new(&pool)
+///     .attempts(2)
+///     // half as many further attempts as requests, and 5 more a second
+///     .budget(TpsBudget::new(Duration::from_secs(10), 5, 0.5))
+///     .wait_up_to(Duration::from_secs(30))
+///     .drain_up_to(4 * 1024);
+/// # let _ = layer;
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone)]
 #[must_use]
 pub struct FailoverLayer<K = TryClone> {

@@ -72,6 +72,20 @@ impl<C, B> KeyRotationLayer<C, B> {
     /// every host below `example.com`, and not `example.com` itself. A request whose URI has no host is
     /// judged by its `Host` header.
     ///
+    /// ```
+    /// use tower_key_rotation::{KeyPool, KeyRotationLayer};
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let pool = KeyPool::builder().key("alpha", "sk-1").build()?;
+    /// let layer = KeyRotationLayer::new(&pool)
+    ///     .allowed_hosts(["api.example.com", "*.openai.azure.com"])?;
+    ///
+    /// assert!(KeyRotationLayer::new(&pool).allowed_hosts(["https://api.example.com"]).is_err());
+    /// # let _ = layer;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// A redirect that the client follows by itself is not seen here: see the README for what that means.
     ///
     /// # Errors
@@ -88,6 +102,17 @@ impl<C, B> KeyRotationLayer<C, B> {
 
     /// Gives keys to requests in cleartext to these hosts as well. Without this, a request by `http` to any
     /// host but loopback fails with [`InjectError::Cleartext`](crate::InjectError::Cleartext).
+    ///
+    /// ```
+    /// use tower_key_rotation::{KeyPool, KeyRotationLayer};
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let pool = KeyPool::builder().key("alpha", "sk-1").build()?;
+    /// let layer = KeyRotationLayer::new(&pool).allow_cleartext_to(["gateway.internal:8080"])?;
+    /// # let _ = layer;
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     ///

@@ -108,6 +108,18 @@ impl KeyPool {
 
     /// How long until a key can be picked: zero where one can be now, `None` where no key comes back by
     /// itself.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use tower_key_rotation::KeyPool;
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let pool = KeyPool::builder().key("alpha", "sk-1").build()?;
+    /// assert_eq!(pool.next_return(), Some(Duration::ZERO));
+    /// assert_eq!(KeyPool::builder().build()?.next_return(), None);
+    /// # Ok(())
+    /// # }
+    /// ```
     #[must_use]
     pub fn next_return(&self) -> Option<Duration> {
         if self.has_available() {
@@ -188,6 +200,17 @@ impl KeyPool {
     /// have been removed while its request was under way.
     ///
     /// Which key served a request is said by [`ServedBy`](crate::ServedBy).
+    ///
+    /// ```
+    /// use tower_key_rotation::{KeyId, KeyPool};
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let pool = KeyPool::builder().key("alpha", "sk-1").build()?;
+    /// pool.record_usage(&KeyId::new("alpha")?, 1_200);
+    /// assert_eq!(pool.stats().keys[0].tokens, 1_200);
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn record_usage(&self, id: &KeyId, tokens: u64) {
         if let Some(key) = self.inner.snapshot.load().get(id.as_str()) {
             key.counts.tokens.fetch_add(tokens, Relaxed);
@@ -246,6 +269,15 @@ impl fmt::Debug for KeyPool {
 }
 
 /// There is no key that a request could be sent with now.
+///
+/// ```
+/// use tower_key_rotation::{Error, NoKeyAvailable};
+///
+/// fn retry_after<E>(error: &Error<E>) -> Option<u64> {
+///     let time = error.no_key_available()?.retry_in()?;
+///     Some(time.as_secs() + 1)
+/// }
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NoKeyAvailable {
     keys: usize,

@@ -39,6 +39,22 @@ pub enum OperateError {
 impl KeyPool {
     /// Adds a key. It is picked as soon as the store has it.
     ///
+    /// ```
+    /// use tower_key_rotation::KeyPool;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let pool = KeyPool::builder().build()?;
+    /// pool.insert("alpha", "sk-1").await?;
+    /// assert_eq!(pool.stats().healthy, 1);
+    ///
+    /// assert!(pool.insert("alpha", "sk-2").await.is_err());
+    /// pool.remove("alpha").await?;
+    /// pool.insert("alpha", "sk-2").await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     ///
     /// Where the id or the secret can't be used, or the id is taken; and where the store fails, in which case
@@ -77,6 +93,20 @@ impl KeyPool {
     /// Ends a key's rest, whatever its reason, and forgets marks that the store does not have yet. A key that
     /// is disabled stays so.
     ///
+    /// ```
+    /// use tower_key_rotation::KeyPool;
+    ///
+    /// // every key that the service no longer accepted, say after a bill was paid
+    /// async fn reset_revoked(pool: &KeyPool) -> Result<(), tower_key_rotation::OperateError> {
+    ///     for key in pool.stats().keys {
+    ///         if key.status == tower_key_rotation::Status::Revoked {
+    ///             pool.reset(&key.id).await?;
+    ///         }
+    ///     }
+    ///     Ok(())
+    /// }
+    /// ```
+    ///
     /// # Errors
     ///
     /// Where there is no such key, or the store fails.
@@ -94,6 +124,20 @@ impl KeyPool {
     }
 
     /// Takes a key out of service until [`enable`](Self::enable). Its cooldown, if it has one, goes on.
+    ///
+    /// ```
+    /// use tower_key_rotation::KeyPool;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let pool = KeyPool::builder().key("alpha", "sk-1").build()?;
+    /// pool.disable("alpha").await?;
+    /// assert_eq!(pool.stats().disabled, 1);
+    /// pool.enable("alpha").await?;
+    /// assert_eq!(pool.stats().healthy, 1);
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     ///

@@ -60,6 +60,22 @@ impl KeyPool {
     ///
     /// A [`RecoveryHandle`](crate::RecoveryHandle) does this every 30 seconds.
     ///
+    /// ```
+    /// use tower_key_rotation::{KeyPool, store::MemoryStore};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let store = MemoryStore::new();
+    /// let here = KeyPool::builder().open(store.clone()).await?;
+    /// let there = KeyPool::builder().open(store).await?;
+    ///
+    /// there.insert("alpha", "sk-1").await?;
+    /// here.reload().await?;
+    /// assert_eq!(here.stats().healthy, 1);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     ///
     /// Where the store can't be read. The pool goes on with what it has.

@@ -53,6 +53,19 @@ pub struct KeyStats {
 
 impl KeyPool {
     /// The totals, and each key. Takes a time that grows with the number of keys; requests don't notice.
+    ///
+    /// ```
+    /// use tower_key_rotation::{KeyPool, Status};
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let pool = KeyPool::builder().key("alpha", "sk-1").build()?;
+    /// let stats = pool.stats();
+    /// assert_eq!((stats.healthy, stats.rate_limited), (1, 0));
+    /// assert_eq!(stats.keys[0].id.as_str(), "alpha");
+    /// assert_eq!(stats.keys[0].status, Status::Healthy);
+    /// # Ok(())
+    /// # }
+    /// ```
     #[must_use]
     pub fn stats(&self) -> PoolStats {
         let snapshot = self.inner.snapshot.load();
@@ -93,4 +106,25 @@ fn key_stats(key: &Key, now: u64) -> KeyStats {
 #[cfg(feature = "serde")]
 fn seconds<S: serde::Serializer>(time: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
     serde::Serialize::serialize(&time.map(|time| time.as_secs_f64()), serializer)
+}
+
+#[cfg(all(test, feature = "serde"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn they_serialize_by_names_that_say_the_unit_and_without_a_secret() {
+        let pool = KeyPool::builder().key("alpha", "sk-canary").build().unwrap();
+        let shown = serde_json::to_value(pool.stats()).unwrap();
+        assert_eq!(
+            shown,
+            serde_json::json!({
+                "healthy": 1, "rate_limited": 0, "exhausted": 0, "revoked": 0, "disabled": 0, "marks_waiting": 0,
+                "keys": [{
+                    "id": "alpha", "status": "healthy", "time_left_seconds": null, "requests": 0, "limited": 0,
+                    "recovered": 0, "tokens": 0, "last_reason": null,
+                }],
+            })
+        );
+    }
 }

@@ -23,6 +23,44 @@ pub type StoreFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, StoreError>>
 /// process's clock decides for another.
 ///
 /// A method that may take long has to end by itself: nothing here is cut off half-way.
+///
+/// A store around another one, which counts what is written:
+///
+/// ```
+/// use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+/// use tower_key_rotation::{KeyId, Secret, store::{KeyRecord, KeyStore, Mark, MemoryStore, Recovered, StoreFuture}};
+///
+/// #[derive(Debug, Default)]
+/// struct Counting {
+///     inner: MemoryStore,
+///     writes: AtomicUsize,
+/// }
+///
+/// impl KeyStore for Counting {
+///     fn write(&self, mark: Mark) -> StoreFuture<'_, ()> {
+///         self.writes.fetch_add(1, Relaxed);
+///         self.inner.write(mark)
+///     }
+///     fn load(&self) -> StoreFuture<'_, Vec<KeyRecord>> {
+///         self.inner.load()
+///     }
+///     fn recover(&self) -> StoreFuture<'_, Recovered> {
+///         self.inner.recover()
+///     }
+///     fn insert(&self, id: KeyId, secret: Secret) -> StoreFuture<'_, bool> {
+///         self.inner.insert(id, secret)
+///     }
+///     fn remove<'a>(&'a self, id: &'a KeyId) -> StoreFuture<'a, bool> {
+///         self.inner.remove(id)
+///     }
+///     fn reset<'a>(&'a self, id: &'a KeyId) -> StoreFuture<'a, bool> {
+///         self.inner.reset(id)
+///     }
+///     fn set_disabled<'a>(&'a self, id: &'a KeyId, disabled: bool) -> StoreFuture<'a, bool> {
+///         self.inner.set_disabled(id, disabled)
+///     }
+/// }
+/// ```
 pub trait KeyStore: fmt::Debug + Send + Sync + 'static {
     /// Every key that can be read, with what is left of its rest. All of them or an error: a key that is
     /// missing is removed from the pool.
