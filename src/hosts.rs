@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use crate::message::Destination;
+use crate::message::{Destination, RequestMessage};
 
 /// The hosts that may get a key, and in which way.
 #[derive(Clone, Debug, Default)]
@@ -22,7 +22,14 @@ pub(crate) enum Ruling {
 
 impl Hosts {
     #[inline]
-    pub(crate) fn rule(&self, to: Destination<'_>) -> Ruling {
+    pub(crate) fn rule<R: RequestMessage>(&self, request: &R) -> Ruling {
+        if self.allowed.is_none() && request.is_https() {
+            return Ruling::Key;
+        }
+        self.judge(request.destination())
+    }
+
+    fn judge(&self, to: Destination<'_>) -> Ruling {
         if let Some(allowed) = &self.allowed
             && !listed(allowed, to)
         {
@@ -110,15 +117,8 @@ impl Host {
 mod tests {
     use super::*;
 
-    fn to(url: &str) -> (http::Uri, bool) {
-        let uri: http::Uri = url.parse().unwrap();
-        let is_cleartext = uri.scheme_str() == Some("http");
-        (uri, is_cleartext)
-    }
-
     fn rule(hosts: &Hosts, url: &str) -> Ruling {
-        let (uri, is_cleartext) = to(url);
-        hosts.rule(Destination { is_cleartext, host: uri.host(), port: uri.port_u16() })
+        hosts.rule(&http::Request::get(url).body(()).unwrap())
     }
 
     fn allowed(host: &str) -> Hosts {

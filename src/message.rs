@@ -3,7 +3,11 @@
 use std::{error::Error as StdError, fmt};
 
 use bytes::Bytes;
-use http::{HeaderMap, Request, Response, StatusCode, Uri, header::HOST, uri::PathAndQuery};
+use http::{
+    HeaderMap, Request, Response, StatusCode, Uri,
+    header::HOST,
+    uri::{PathAndQuery, Scheme},
+};
 use http_body::Body;
 
 use crate::{
@@ -19,6 +23,9 @@ mod sealed {
 /// A request that a key can be put into: `http::Request<B>` of any `B` or, with the feature `reqwest`,
 /// `reqwest::Request`.
 pub trait RequestMessage: sealed::Sealed {
+    #[doc(hidden)]
+    fn is_https(&self) -> bool;
+    /// More than [`is_https`](Self::is_https) says, and dearer: the host has to be looked for.
     #[doc(hidden)]
     fn destination(&self) -> Destination<'_>;
     #[doc(hidden)]
@@ -85,10 +92,14 @@ impl<B> sealed::Sealed for Request<B> {}
 
 impl<B> RequestMessage for Request<B> {
     #[inline]
+    fn is_https(&self) -> bool {
+        self.uri().scheme() == Some(&Scheme::HTTPS)
+    }
+
     fn destination(&self) -> Destination<'_> {
         match self.uri().authority() {
             Some(authority) => Destination {
-                is_cleartext: self.uri().scheme() != Some(&http::uri::Scheme::HTTPS),
+                is_cleartext: !self.is_https(),
                 host: Some(authority.host()),
                 port: authority.port_u16(),
             },
@@ -180,9 +191,13 @@ mod for_reqwest {
 
     impl RequestMessage for Request {
         #[inline]
+        fn is_https(&self) -> bool {
+            self.url().scheme() == "https"
+        }
+
         fn destination(&self) -> Destination<'_> {
             Destination {
-                is_cleartext: self.url().scheme() != "https",
+                is_cleartext: !self.is_https(),
                 host: self.url().host_str(),
                 port: self.url().port(),
             }

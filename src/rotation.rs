@@ -65,7 +65,7 @@ impl<C> Rotation<C> {
     /// Puts a key into the request. Without one, it goes to a host that gets no key.
     #[inline]
     pub(crate) fn prepare<R: RequestMessage>(&self, request: &mut R) -> Result<Option<Lease>, Refused> {
-        match self.hosts.rule(request.destination()) {
+        match self.hosts.rule(request) {
             Ruling::Key => {}
             Ruling::PassThrough => return Ok(None),
             Ruling::RefuseCleartext => return Err(refuse_cleartext(request)),
