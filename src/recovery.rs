@@ -102,6 +102,7 @@ impl RecoveryConfig {
 /// ```
 #[must_use = "dropping the handle stops the recovery"]
 pub struct RecoveryHandle {
+    pool: KeyPool,
     commands: mpsc::Sender<Command>,
     reports: watch::Receiver<Option<Report>>,
 }
@@ -143,7 +144,7 @@ impl RecoveryHandle {
             failures: 0,
         };
         tokio::spawn(recovery.run());
-        Self { commands, reports: reported }
+        Self { pool: pool.clone(), commands, reports: reported }
     }
 
     /// Makes a pass now, or after the one that is under way, and says how it went.
@@ -179,7 +180,7 @@ impl RecoveryHandle {
     pub async fn shutdown(self) -> Result<(), MarksNotWritten> {
         let (reply, done) = oneshot::channel();
         let _ = self.commands.send(Command::ShutDown(reply)).await;
-        done.await.unwrap_or(Ok(()))
+        done.await.unwrap_or_else(|_| all_written(&self.pool))
     }
 
     fn stopped(&self) -> Report {
@@ -327,10 +328,14 @@ impl Recovery {
             () = clock.sleep_until(clock.now().saturating_add(self.config.limit)) => {}
         }
         tracing::info!("recovery stopped");
-        match self.pool.marks_waiting() {
-            0 => Ok(()),
-            waiting => Err(MarksNotWritten(waiting)),
-        }
+        all_written(&self.pool)
+    }
+}
+
+fn all_written(pool: &KeyPool) -> Result<(), MarksNotWritten> {
+    match pool.marks_waiting() {
+        0 => Ok(()),
+        waiting => Err(MarksNotWritten(waiting)),
     }
 }
 

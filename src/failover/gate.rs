@@ -79,17 +79,15 @@ impl Gate {
             // Both listen before the look, so that nothing that happens after it is missed.
             let answered = self.answered.notified();
             let returned = pool.returned();
-            match pool.next_return() {
-                Some(Duration::ZERO) if self.lock().admit(pool.count_available()) => return,
-                Some(Duration::ZERO) => answered.await,
-                time => {
-                    let clock = pool.clock();
-                    let look_again = clock.now().saturating_add(time.unwrap_or(NO_KEY_IN_SIGHT));
-                    tokio::select! {
-                        () = clock.sleep_until(look_again) => {}
-                        () = returned => {}
-                    }
-                }
+            if pool.has_available() && self.lock().admit(pool.count_available()) {
+                return;
+            }
+            let clock = pool.clock();
+            let look_again = pool.next_end_of_a_rest().unwrap_or(NO_KEY_IN_SIGHT);
+            tokio::select! {
+                () = clock.sleep_until(clock.now().saturating_add(look_again)) => {}
+                () = answered => {}
+                () = returned => {}
             }
         }
     }

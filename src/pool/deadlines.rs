@@ -70,23 +70,42 @@ impl Deadlines {
         }
     }
 
-    /// A slot whose deadline is at or before `now`.
-    pub(crate) fn first_due(&self, now: u64) -> Option<usize> {
-        'from_the_root: while self.earliest() <= now {
-            let mut index = 0;
-            for depth in (1..self.levels.len()).rev() {
-                let due = self.children(depth, index).position(|deadline| deadline <= now);
-                match due {
-                    Some(child) => index = index * FANOUT + child,
-                    None => {
-                        self.put_right(depth, index);
-                        continue 'from_the_root;
-                    }
-                }
+    /// The first slot at or after `slot` whose deadline is at or before `now`.
+    pub(crate) fn next_due(&self, slot: usize, now: u64) -> Option<usize> {
+        let mut from = slot;
+        loop {
+            match self.search(from, now)? {
+                Found::Slot(slot) => return Some(slot),
+                Found::NothingUntil(next) => from = next,
             }
-            return Some(index);
+        }
+    }
+
+    /// Looks at the rest of a node's children, then at the rest of the nodes beside it, and so on upwards.
+    fn search(&self, slot: usize, now: u64) -> Option<Found> {
+        let mut index = slot;
+        for (depth, level) in self.levels.iter().enumerate() {
+            let end = level.len().min((index / FANOUT + 1) * FANOUT);
+            if let Some(due) = (index..end).find(|index| level[*index].load(SeqCst) <= now) {
+                return Some(self.descend(depth, due, now));
+            }
+            index = index / FANOUT + 1;
         }
         None
+    }
+
+    fn descend(&self, depth: usize, index: usize, now: u64) -> Found {
+        let mut index = index;
+        for depth in (1..=depth).rev() {
+            match self.children(depth, index).position(|deadline| deadline <= now) {
+                Some(child) => index = index * FANOUT + child,
+                None => {
+                    self.put_right(depth, index);
+                    return Found::NothingUntil((index + 1) * FANOUT.pow(depth as u32));
+                }
+            }
+        }
+        Found::Slot(index)
     }
 
     /// Moves a node, and those above it, up to the minimum of its children.
@@ -124,6 +143,12 @@ impl Deadlines {
     }
 }
 
+enum Found {
+    Slot(usize),
+    /// A node was earlier than anything below it: nothing is due before this slot.
+    NothingUntil(usize),
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -136,6 +161,7 @@ mod tests {
             slots in 1usize..9_000,
             changes in prop::collection::vec((any::<prop::sample::Index>(), prop::option::of(0u64..1_000)), 1..200),
             now in 0u64..1_000,
+            asked in any::<prop::sample::Index>(),
         ) {
             let deadlines = Deadlines::new(slots);
             let mut model = vec![NEVER; slots];
@@ -145,7 +171,10 @@ mod tests {
                 model[slot] = deadline;
                 prop_assert_eq!(deadlines.earliest(), model.iter().copied().min().unwrap_or(NEVER));
             }
-            while let Some(slot) = deadlines.first_due(now) {
+            let asked = asked.index(slots + 1);
+            let due = (asked..slots).find(|slot| model[*slot] <= now);
+            prop_assert_eq!(deadlines.next_due(asked, now), due);
+            while let Some(slot) = deadlines.next_due(0, now) {
                 prop_assert!(model[slot] <= now);
                 deadlines.set(slot, NEVER);
                 model[slot] = NEVER;
@@ -170,7 +199,7 @@ mod tests {
                 });
             }
         });
-        assert_eq!(deadlines.first_due(NEVER - 1), None);
+        assert_eq!(deadlines.next_due(0, NEVER - 1), None);
         assert_eq!(deadlines.earliest(), NEVER);
     }
 }

@@ -125,6 +125,11 @@ impl KeyPool {
         if self.has_available() {
             return Some(Duration::ZERO);
         }
+        self.next_end_of_a_rest()
+    }
+
+    /// How long until the next resting key is back, whether others are available or not.
+    pub(crate) fn next_end_of_a_rest(&self) -> Option<Duration> {
         let earliest = self.inner.snapshot.load().earliest_for_certain();
         (earliest != NEVER).then(|| Duration::from_nanos(earliest.saturating_sub(self.now())))
     }

@@ -123,7 +123,8 @@ impl KeyPool {
     fn reconcile(&self, key: &Arc<Key>, stored: State, reload: u64) {
         let changed = key.state.update(|state| {
             if !key.written.was_read_by(reload) {
-                state.later(stored)
+                // What an operator did is not overruled by a mark.
+                state.later(stored).disabled(stored.is_disabled())
             } else if stored.is_disabled() == state.is_disabled()
                 && (1..NEGLIGIBLE).contains(&stored.earlier_by(state))
             {

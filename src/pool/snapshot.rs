@@ -28,16 +28,22 @@ pub(crate) struct Snapshot {
 }
 
 impl Snapshot {
-    /// Goes on with the turn where `before` stood.
+    /// Goes on with the turn where `before` stood: keys that stay have to stand in the same order as there, and
+    /// new ones behind them.
     pub(crate) fn new(keys: Vec<Arc<Key>>, before: Option<&Self>) -> Self {
         let snapshot = Self {
             by_id: (0..).zip(&keys).map(|(slot, key)| (key.id.clone(), slot)).collect(),
             available: AtomicBitSet::new(keys.len()),
             cooling: Deadlines::new(keys.len()),
             unwritten: AtomicBitSet::new(keys.len()),
-            cursor: AtomicUsize::new(before.map_or(0, |before| before.cursor.load(Relaxed))),
+            cursor: AtomicUsize::new(0),
             keys: keys.into(),
         };
+        if let Some(before) = before {
+            let had_their_turn = before.keys.iter().take(before.cursor.load(Relaxed));
+            let stay = had_their_turn.filter(|key| snapshot.by_id.contains_key(&key.id)).count();
+            snapshot.cursor.store(stay, Relaxed);
+        }
         for (slot, key) in snapshot.keys.iter().enumerate() {
             key.slot.store(slot, Relaxed);
         }
@@ -102,8 +108,11 @@ impl Snapshot {
 
     /// Returns a bounded number of keys whose cooldown has ended, and says which.
     pub(crate) fn return_expired(&self, now: u64, mut returned: impl FnMut(&Key)) {
+        // From the cursor on, so that a key whose turn it is has come back before it is passed over.
+        let cursor = self.cursor.load(Relaxed);
         for _ in 0..EXPIRED_PER_PICK {
-            let Some(slot) = self.cooling.first_due(now) else { return };
+            let due = self.cooling.next_due(cursor, now).or_else(|| self.cooling.next_due(0, now));
+            let Some(slot) = due else { return };
             let key = &self.keys[slot];
             let expired = key.state.update(|state| if state.is_over(now) { State::HEALTHY } else { state });
             self.refresh_slot(slot);
