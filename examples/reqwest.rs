@@ -16,18 +16,19 @@ use tower_key_rotation::{FailoverLayer, KeyPool, KeyRotationLayer, RecoveryHandl
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
-    let (pool, url) = match env::args().nth(1) {
-        Some(url) => (KeyPool::builder().keys_from_env("KEYS").build()?, url),
-        None => (KeyPool::builder().key("alpha", "sk-1").key("beta", "sk-2").build()?, local::serve().await?),
+    let (keys, url) = match env::args().nth(1) {
+        Some(url) => (KeyPool::builder().keys_from_env("KEYS"), url),
+        None => (KeyPool::builder().key("alpha", "sk-1").key("beta", "sk-2"), local::serve().await?),
     };
     let url: Url = url.parse()?;
+    let pool = keys.allowed_hosts(url.host_str()).build()?;
     let recovery = RecoveryHandle::spawn(&pool);
 
     // A redirect that reqwest follows by itself would take a key along: see the README.
     let client = reqwest::Client::builder().redirect(redirect::Policy::none()).build()?;
     let mut client = ServiceBuilder::new()
         .layer(FailoverLayer::new(&pool).wait_up_to(Duration::from_secs(10)))
-        .layer(KeyRotationLayer::new(&pool).allowed_hosts(url.host_str())?.expose_key())
+        .layer(KeyRotationLayer::new(&pool).expose_key())
         .service(client);
 
     for _ in 0..4 {

@@ -34,7 +34,7 @@ pub enum Error<E> {
 #[non_exhaustive]
 pub enum InjectError {
     /// It would travel in cleartext to a host that is not loopback.
-    #[error("{host} would get a key in cleartext: use https, or name it in `allow_cleartext_to`")]
+    #[error("{host} would get a key in cleartext: use https, or name it to the pool's `allow_cleartext_to`")]
     Cleartext {
         /// The host.
         host: String,

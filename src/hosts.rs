@@ -74,7 +74,7 @@ pub(crate) struct Host {
 }
 
 /// Something that can't be a host: see
-/// [`KeyRotationLayer::allowed_hosts`](crate::KeyRotationLayer::allowed_hosts).
+/// [`KeyPoolBuilder::allowed_hosts`](crate::KeyPoolBuilder::allowed_hosts).
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is not a host: give `host`, `host:port` or `*.domain`, without scheme or path")]
 pub struct InvalidHost(String);

@@ -25,8 +25,8 @@ use crate::{
 /// use tower_key_rotation::{FailoverLayer, KeyPool, KeyRotationLayer, KeyRotationMiddleware};
 ///
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// let pool = KeyPool::builder().key("alpha", "sk-1").build()?;
-/// let rotation = KeyRotationLayer::new(&pool).allowed_hosts(["api.example.com"])?;
+/// let pool = KeyPool::builder().key("alpha", "sk-1").allowed_hosts(["api.example.com"]).build()?;
+/// let rotation = KeyRotationLayer::new(&pool);
 ///
 /// let client = reqwest_middleware::ClientBuilder::new(reqwest::Client::new())
 ///     .with(KeyRotationMiddleware::new(rotation).with_failover(FailoverLayer::new(&pool)))

@@ -7,9 +7,9 @@ use bytes::Bytes;
 use crate::{
     classify::{ClassifyResponse, ResponseHead, TooManyRequests, Verdict},
     error::{InjectError, Refused},
-    hosts::{Hosts, Ruling},
+    hosts::Ruling,
     message::{self, ReadableResponse, RequestMessage, ResponseMessage},
-    pool::{KeyPool, Lease, Rest},
+    pool::{KeyPool, Lease, NoKeyAvailable, Rest},
     secret::KeyId,
 };
 
@@ -30,9 +30,17 @@ use crate::{
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServedBy(pub KeyId);
 
-/// Says in a response's extensions that it spoke against its key.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct SpokeAgainstKey;
+/// Says in a response's extensions that it spoke against its key, and which that is.
+#[cfg(feature = "failover")]
+#[derive(Clone)]
+pub(crate) struct SpokeAgainstKey(pub(crate) Lease);
+
+// A `reqwest::Request` carries no extensions that we could reach, so this goes beside the request.
+#[cfg(feature = "failover")]
+tokio::task_local! {
+    /// The keys that the request which is being sent must not go out with again.
+    pub(crate) static TRIED: Vec<Lease>;
+}
 
 /// The beginning of an error's body, in its response's extensions.
 #[derive(Clone, Debug)]
@@ -41,36 +49,30 @@ struct ErrorBody(Bytes);
 #[derive(Clone)]
 pub(crate) struct Rotation<C> {
     pub(crate) pool: KeyPool,
-    pub(crate) hosts: Hosts,
     pub(crate) classifier: C,
     pub(crate) expose_key: bool,
 }
 
 impl Rotation<TooManyRequests> {
     pub(crate) fn new(pool: &KeyPool) -> Self {
-        Self {
-            pool: pool.clone(),
-            hosts: Hosts::default(),
-            classifier: TooManyRequests::new(),
-            expose_key: false,
-        }
+        Self { pool: pool.clone(), classifier: TooManyRequests::new(), expose_key: false }
     }
 }
 
 impl<C> Rotation<C> {
     pub(crate) fn classify<D>(self, classifier: D) -> Rotation<D> {
-        Rotation { pool: self.pool, hosts: self.hosts, classifier, expose_key: self.expose_key }
+        Rotation { pool: self.pool, classifier, expose_key: self.expose_key }
     }
 
     /// Puts a key into the request. Without one, it goes to a host that gets no key.
     #[inline]
     pub(crate) fn prepare<R: RequestMessage>(&self, request: &mut R) -> Result<Option<Lease>, Refused> {
-        match self.hosts.rule(request) {
+        match self.pool.hosts().rule(request) {
             Ruling::Key => {}
             Ruling::PassThrough => return Ok(None),
             Ruling::RefuseCleartext => return Err(refuse_cleartext(request)),
         }
-        let lease = self.pool.pick().map_err(Refused::NoKeyAvailable)?;
+        let lease = self.pick().map_err(Refused::NoKeyAvailable)?;
         let credentials = lease.credentials();
         let headers = request.headers_mut();
         for (name, value) in credentials.headers() {
@@ -83,6 +85,15 @@ impl<C> Rotation<C> {
         Ok(Some(lease))
     }
 
+    #[inline]
+    fn pick(&self) -> Result<Lease, NoKeyAvailable> {
+        #[cfg(feature = "failover")]
+        if let Ok(lease) = TRIED.try_with(|tried| self.pool.pick_besides(tried)) {
+            return lease;
+        }
+        self.pool.pick()
+    }
+
     /// Takes the key out of an error that would print it.
     pub(crate) fn redact<E: 'static>(&self, lease: &Lease, error: &mut E) {
         let parameters = lease.credentials().query_parameters();
@@ -90,6 +101,14 @@ impl<C> Rotation<C> {
             message::redact(error, parameters);
         }
     }
+}
+
+/// Tells a failover around the rotation which key a response speaks against.
+fn note_for_failover<R: ResponseMessage>(lease: &Lease, response: &mut R) {
+    #[cfg(feature = "failover")]
+    response.extensions_mut().insert(SpokeAgainstKey(lease.clone()));
+    #[cfg(not(feature = "failover"))]
+    let _ = (lease, response);
 }
 
 #[cold]
@@ -109,7 +128,7 @@ impl<C: ClassifyResponse> Rotation<C> {
             Verdict::Revoked => (Rest::Revoked, None),
         };
         self.pool.mark(lease, rest, wait, response.status().as_u16());
-        response.extensions_mut().insert(SpokeAgainstKey);
+        note_for_failover(lease, &mut response);
         self.finish(lease, response)
     }
 
@@ -162,9 +181,6 @@ impl BodyLimits {
 
 impl<C> fmt::Debug for Rotation<C> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Rotation")
-            .field("pool", &self.pool)
-            .field("hosts", &self.hosts)
-            .finish_non_exhaustive()
+        f.debug_struct("Rotation").field("pool", &self.pool).finish_non_exhaustive()
     }
 }

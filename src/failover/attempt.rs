@@ -12,7 +12,12 @@ use pin_project_lite::pin_project;
 use tower_service::Service;
 
 use super::gate::Pass;
-use crate::{error::Error, message::ReadableResponse, pool::NoKeyAvailable, rotation::SpokeAgainstKey};
+use crate::{
+    error::Error,
+    message::ReadableResponse,
+    pool::{Lease, NoKeyAvailable},
+    rotation::{SpokeAgainstKey, TRIED},
+};
 
 /// A request, and what has become of its attempts so far.
 pub struct Tracked<Req, R> {
@@ -22,6 +27,8 @@ pub struct Tracked<Req, R> {
 
 /// What the attempts of one request share. It is made when the first of them does not simply succeed.
 pub(super) struct History<R> {
+    /// The keys that it has been limited on, as long as it must not be sent with them again.
+    pub(super) tried: Vec<Lease>,
     pub(super) sent: u32,
     pub(super) waited: Duration,
     /// The last limited response, for the caller where no further attempt can be made.
@@ -55,6 +62,10 @@ impl<Req, R> Tracked<Req, R> {
         self.history.get_or_insert_with(new).clone()
     }
 
+    pub(crate) fn tried(&self) -> Vec<Lease> {
+        self.history.as_ref().map_or_else(Vec::new, |history| lock(history).tried.clone())
+    }
+
     /// The outcome of having waited for this attempt, if it had to wait.
     pub(crate) fn take_turn(&self) -> Option<Result<Pass, NoKeyAvailable>> {
         self.history.as_ref().and_then(|history| lock(history).turn.take())
@@ -63,7 +74,7 @@ impl<Req, R> Tracked<Req, R> {
 
 impl<R> Default for History<R> {
     fn default() -> Self {
-        Self { sent: 0, waited: Duration::ZERO, kept: None, turn: None }
+        Self { tried: Vec::new(), sent: 0, waited: Duration::ZERO, kept: None, turn: None }
     }
 }
 
@@ -79,10 +90,11 @@ pub enum Attempt<R: ReadableResponse> {
 }
 
 impl<R: ReadableResponse> Attempt<R> {
-    pub(crate) fn spoke_against_key(&self) -> bool {
+    /// The key that the response speaks against, if it does.
+    pub(crate) fn spoke_against(&self) -> Option<&Lease> {
         match self {
-            Self::Fresh(response) => response.extensions().get::<SpokeAgainstKey>().is_some(),
-            Self::Kept(_) => false,
+            Self::Fresh(response) => response.extensions().get().map(|SpokeAgainstKey(lease)| lease),
+            Self::Kept(_) => None,
         }
     }
 
@@ -98,7 +110,7 @@ impl<R: ReadableResponse> Attempt<R> {
 /// Tells the gate how an attempt went that had waited at it.
 pub(crate) fn answer<R: ReadableResponse, E>(pass: Option<Pass>, result: &Result<Attempt<R>, E>) {
     if let (Some(pass), Ok(attempt)) = (pass, result) {
-        pass.answered(attempt.spoke_against_key());
+        pass.answered(attempt.spoke_against().is_some());
     }
 }
 
@@ -123,7 +135,10 @@ where
         let state = match tracked.take_turn() {
             Some(Err(no_key)) => State::Refused { no_key },
             turn => {
-                State::Calling { response: self.0.call(tracked.request), pass: turn.and_then(Result::ok) }
+                let (tried, pass) = (tracked.tried(), turn.and_then(Result::ok));
+                let call = || self.0.call(tracked.request);
+                let response = if tried.is_empty() { call() } else { TRIED.sync_scope(tried, call) };
+                State::Calling { response, pass }
             }
         };
         AttemptFuture { state }

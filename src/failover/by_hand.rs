@@ -9,7 +9,11 @@ use super::{
     clone::CloneRequest,
     policy::FailoverPolicy,
 };
-use crate::{error::Error, message::ReadableResponse};
+use crate::{
+    error::Error,
+    message::{ReadableResponse, RequestMessage},
+    rotation::TRIED,
+};
 
 /// Makes one attempt, with a key that is picked for it.
 pub(crate) trait SendOnce<Req, R, E> {
@@ -25,11 +29,12 @@ pub(crate) async fn send_with_failover<K, Req, R, E>(
 ) -> Result<R::Replayed, Error<E>>
 where
     K: CloneRequest<Req>,
+    Req: RequestMessage,
     R: ReadableResponse + Send + 'static,
     R::Replayed: Send + 'static,
 {
     let mut tracked = Tracked::new(request);
-    if policy.shared.is_closed() {
+    if policy.shared.is_closed_to(&tracked.request) {
         let (turn, waited) = policy.shared.clone().first_wait().await;
         tracked = Tracked::admitted(tracked.request, turn.map_err(Error::NoKeyAvailable)?, waited);
     }
@@ -38,7 +43,10 @@ where
         let mut result = match tracked.take_turn() {
             Some(Err(no_key)) => Err(Error::NoKeyAvailable(no_key)),
             turn => {
-                let result = client.send(tracked.request).await.map(Attempt::Fresh);
+                let tried = tracked.tried();
+                let sent = client.send(tracked.request);
+                let result = if tried.is_empty() { sent.await } else { TRIED.scope(tried, sent).await };
+                let result = result.map(Attempt::Fresh);
                 answer(turn.and_then(Result::ok), &result);
                 result
             }

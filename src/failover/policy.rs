@@ -21,8 +21,9 @@ use super::{
 };
 use crate::{
     error::Error,
-    message::ReadableResponse,
-    pool::{KeyPool, NoKeyAvailable},
+    hosts::Ruling,
+    message::{ReadableResponse, RequestMessage},
+    pool::{KeyPool, Lease, NoKeyAvailable},
     rotation::BodyLimits,
 };
 
@@ -49,9 +50,14 @@ impl Shared {
         }
     }
 
-    /// Where a request has to wait before it is sent at all.
-    pub(super) fn is_closed(&self) -> bool {
+    /// Whether a request that needs a key has to queue for it.
+    fn is_closed(&self) -> bool {
         !self.wait.is_zero() && self.gate.is_closed(&self.pool)
+    }
+
+    /// Whether this request has to queue before it is sent at all.
+    pub(super) fn is_closed_to<Req: RequestMessage>(&self, request: &Req) -> bool {
+        self.is_closed() && self.pool.hosts().rule(request) == Ruling::Key
     }
 
     /// Waits for a turn before a request is sent at all.
@@ -101,6 +107,7 @@ impl<K> FailoverPolicy<K> {
 
     fn fail_over<Req, R, E>(
         &self,
+        limited: Lease,
         request: &mut Tracked<Req, R::Replayed>,
         result: &mut Result<Attempt<R>, Error<E>>,
     ) -> Option<BeforeNextAttempt>
@@ -111,13 +118,14 @@ impl<K> FailoverPolicy<K> {
         let history = request.history();
         let waited = {
             let mut history = lock(&history);
+            history.tried.push(limited);
             history.sent += 1;
             if history.sent >= self.shared.attempts {
                 return None;
             }
             history.waited
         };
-        let at_once = !self.must_wait() && self.shared.pool.has_available();
+        let at_once = !self.shared.is_closed() && self.shared.pool.has_available();
         if !at_once && !self.can_wait(waited) {
             return None;
         }
@@ -163,10 +171,6 @@ impl<K> FailoverPolicy<K> {
         None
     }
 
-    fn must_wait(&self) -> bool {
-        self.shared.is_closed()
-    }
-
     fn can_wait(&self, waited: Duration) -> bool {
         let left = self.shared.wait.saturating_sub(waited);
         let next = self.shared.pool.next_return();
@@ -178,6 +182,8 @@ async fn wait<R>(shared: &Shared, history: &Mutex<History<R>>) {
     let waited = lock(history).waited;
     let (turn, waited) = shared.wait(waited).await;
     let mut history = lock(history);
+    // Who has waited may go with any key whose cooldown is over.
+    history.tried.clear();
     history.waited = waited;
     history.turn = Some(turn);
 }
@@ -198,11 +204,13 @@ where
         result: &mut Result<Attempt<R>, Error<E>>,
     ) -> Option<Self::Future> {
         match result {
-            Ok(attempt) if attempt.spoke_against_key() => self.fail_over(request, result),
-            Ok(_) => {
-                self.shared.budget.deposit();
-                None
-            }
+            Ok(attempt) => match attempt.spoke_against().cloned() {
+                Some(limited) => self.fail_over(limited, request, result),
+                None => {
+                    self.shared.budget.deposit();
+                    None
+                }
+            },
             Err(Error::NoKeyAvailable(_)) => self.find_key_or_give_back(request, result),
             Err(_) => None,
         }

@@ -15,7 +15,10 @@ use super::{
     clone::{CloneRequest, TryClone},
     policy::FailoverPolicy,
 };
-use crate::{error::Error, message::ReadableResponse};
+use crate::{
+    error::Error,
+    message::{ReadableResponse, RequestMessage},
+};
 
 /// A client that sends a limited request again with another key: see the [module](super).
 #[derive(Clone)]
@@ -35,7 +38,7 @@ where
     S: Service<Req, Response = R, Error = Error<E>> + Clone + Send + 'static,
     S::Future: Send + 'static,
     K: CloneRequest<Req> + Clone + Send + 'static,
-    Req: Send + 'static,
+    Req: RequestMessage + Send + 'static,
     R: ReadableResponse + Send + 'static,
     R::Replayed: Send + 'static,
     E: Send + 'static,
@@ -53,7 +56,7 @@ where
     }
 
     fn call(&mut self, request: Req) -> Self::Future {
-        if !self.policy.shared.is_closed() {
+        if !self.policy.shared.is_closed_to(&request) {
             let response = self.retry.call(Tracked::new(request));
             return FailoverFuture { state: State::Calling { response } };
         }

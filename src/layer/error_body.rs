@@ -13,7 +13,8 @@ use tower_service::Service;
 
 use crate::{
     classify::ClassifyResponse,
-    message::ReadableResponse,
+    hosts::Ruling,
+    message::{ReadableResponse, RequestMessage},
     rotation::{BodyLimits, Rotation},
 };
 
@@ -43,6 +44,7 @@ where
     S: Service<Req>,
     S::Response: ReadableResponse + Send + 'static,
     C: ClassifyResponse,
+    Req: RequestMessage,
 {
     type Response = <S::Response as ReadableResponse>::Replayed;
     type Error = S::Error;
@@ -53,8 +55,9 @@ where
     }
 
     fn call(&mut self, request: Req) -> Self::Future {
+        let keyed = self.rotation.pool.hosts().rule(&request) == Ruling::Key;
         ReadErrorBodyFuture {
-            state: State::Calling { response: self.inner.call(request) },
+            state: State::Calling { response: self.inner.call(request), keyed },
             rotation: self.rotation.clone(),
             limits: self.limits,
         }
@@ -80,7 +83,7 @@ pin_project! {
 pin_project! {
     #[project = StateProjection]
     enum State<F, R> {
-        Calling { #[pin] response: F },
+        Calling { #[pin] response: F, keyed: bool },
         // Boxed, because it is only ever made for errors.
         Reading { response: Pin<Box<dyn Future<Output = R> + Send>> },
     }
@@ -98,9 +101,9 @@ where
         let mut this = self.project();
         loop {
             match this.state.as_mut().project() {
-                StateProjection::Calling { response } => {
+                StateProjection::Calling { response, keyed } => {
                     let response = ready!(response.poll(cx))?;
-                    if !this.rotation.wants_body(&response) {
+                    if !*keyed || !this.rotation.wants_body(&response) {
                         return Poll::Ready(Ok(response.untouched()));
                     }
                     let (limits, pool) = (*this.limits, this.rotation.pool.clone());

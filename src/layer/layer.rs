@@ -5,7 +5,6 @@ use tower_layer::Layer;
 use super::{KeyRotation, ReadErrorBody};
 use crate::{
     classify::TooManyRequests,
-    hosts::{Host, InvalidHost},
     pool::KeyPool,
     rotation::{BodyLimits, Rotation},
 };
@@ -63,67 +62,6 @@ impl<C, B> KeyRotationLayer<C, B> {
     /// Decides otherwise what a response says of its key: see [`classify`](crate::classify).
     pub fn classify<D>(self, classifier: D) -> KeyRotationLayer<D, B> {
         KeyRotationLayer { rotation: self.rotation.classify(classifier), bodies: self.bodies }
-    }
-
-    /// Gives keys to requests to these hosts only. Any other request passes through without a key, and its
-    /// response is not looked at.
-    ///
-    /// A host is `api.example.com`, on any port, or `api.example.com:8443`, on that one; `*.example.com` is
-    /// every host below `example.com`, and not `example.com` itself. A request whose URI has no host is
-    /// judged by its `Host` header.
-    ///
-    /// ```
-    /// use tower_key_rotation::{KeyPool, KeyRotationLayer};
-    ///
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// let pool = KeyPool::builder().key("alpha", "sk-1").build()?;
-    /// let layer = KeyRotationLayer::new(&pool)
-    ///     .allowed_hosts(["api.example.com", "*.openai.azure.com"])?;
-    ///
-    /// assert!(KeyRotationLayer::new(&pool).allowed_hosts(["https://api.example.com"]).is_err());
-    /// # let _ = layer;
-    /// # Ok(())
-    /// # }
-    /// ```
-    ///
-    /// A redirect that the client follows by itself is not seen here: see the README for what that means.
-    ///
-    /// # Errors
-    ///
-    /// Where one of them is not a host.
-    pub fn allowed_hosts<I, H>(mut self, hosts: I) -> Result<Self, InvalidHost>
-    where
-        I: IntoIterator<Item = H>,
-        H: AsRef<str>,
-    {
-        self.rotation.hosts.allowed = Some(Host::all(hosts)?);
-        Ok(self)
-    }
-
-    /// Gives keys to requests in cleartext to these hosts as well. Without this, a request by `http` to any
-    /// host but loopback fails with [`InjectError::Cleartext`](crate::InjectError::Cleartext).
-    ///
-    /// ```
-    /// use tower_key_rotation::{KeyPool, KeyRotationLayer};
-    ///
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// let pool = KeyPool::builder().key("alpha", "sk-1").build()?;
-    /// let layer = KeyRotationLayer::new(&pool).allow_cleartext_to(["gateway.internal:8080"])?;
-    /// # let _ = layer;
-    /// # Ok(())
-    /// # }
-    /// ```
-    ///
-    /// # Errors
-    ///
-    /// Where one of them is not a host.
-    pub fn allow_cleartext_to<I, H>(mut self, hosts: I) -> Result<Self, InvalidHost>
-    where
-        I: IntoIterator<Item = H>,
-        H: AsRef<str>,
-    {
-        self.rotation.hosts.cleartext = Host::all(hosts)?;
-        Ok(self)
     }
 
     /// Has each response say which key it was asked for with, as [`ServedBy`](crate::ServedBy) in its

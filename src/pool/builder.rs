@@ -14,6 +14,7 @@ use super::{
 };
 use crate::{
     clock::{Clock, SystemClock},
+    hosts::{Host, Hosts, InvalidHost},
     inject::Inject,
     secret::{KeyId, Secret},
     store::{KeyStore, MemoryStore, StoreError},
@@ -51,6 +52,7 @@ use crate::{
 pub struct KeyPoolBuilder {
     given: Vec<Given>,
     strict: bool,
+    invalid_host: Option<InvalidHost>,
     config: Config,
 }
 
@@ -65,6 +67,7 @@ enum Given {
 pub(super) struct Config {
     pub(super) clock: Arc<dyn Clock>,
     pub(super) inject: Inject,
+    pub(super) hosts: Hosts,
     pub(super) cooldowns: Cooldowns,
 }
 
@@ -73,9 +76,11 @@ impl Default for KeyPoolBuilder {
         Self {
             given: Vec::new(),
             strict: false,
+            invalid_host: None,
             config: Config {
                 clock: Arc::new(SystemClock::new()),
                 inject: Inject::default(),
+                hosts: Hosts::default(),
                 cooldowns: Cooldowns::default(),
             },
         }
@@ -124,6 +129,59 @@ impl KeyPoolBuilder {
     pub fn inject(mut self, inject: Inject) -> Self {
         self.config.inject = inject;
         self
+    }
+
+    /// Gives keys to requests to these hosts only. Any other request passes through without a key, and its
+    /// response is not looked at.
+    ///
+    /// A host is `api.example.com`, on any port, or `api.example.com:8443`, on that one; `*.example.com` is
+    /// every host below `example.com`, and not `example.com` itself. What is none of these is reported by
+    /// [`build`](Self::build). A request whose URI has no host is judged by its `Host` header.
+    ///
+    /// A redirect that the client follows by itself is not seen here: the README says what that means.
+    ///
+    /// ```
+    /// use tower_key_rotation::KeyPool;
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let pool = KeyPool::builder()
+    ///     .key("alpha", "sk-1")
+    ///     .allowed_hosts(["api.example.com", "*.openai.azure.com"])
+    ///     .build()?;
+    ///
+    /// assert!(KeyPool::builder().allowed_hosts(["https://api.example.com"]).build().is_err());
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn allowed_hosts<I, H>(mut self, hosts: I) -> Self
+    where
+        I: IntoIterator<Item = H>,
+        H: AsRef<str>,
+    {
+        self.config.hosts.allowed = Some(self.hosts(hosts));
+        self
+    }
+
+    /// Gives keys to requests in cleartext to these hosts as well. Without this, a request by `http` to any
+    /// host but loopback fails with [`InjectError::Cleartext`](crate::InjectError::Cleartext).
+    pub fn allow_cleartext_to<I, H>(mut self, hosts: I) -> Self
+    where
+        I: IntoIterator<Item = H>,
+        H: AsRef<str>,
+    {
+        self.config.hosts.cleartext = self.hosts(hosts);
+        self
+    }
+
+    fn hosts<I, H>(&mut self, hosts: I) -> Vec<Host>
+    where
+        I: IntoIterator<Item = H>,
+        H: AsRef<str>,
+    {
+        Host::all(hosts).unwrap_or_else(|invalid| {
+            self.invalid_host = Some(invalid);
+            Vec::new()
+        })
     }
 
     /// How long a key rests after a 429 where the service doesn't say, and at least where it does. By
@@ -199,6 +257,9 @@ impl KeyPoolBuilder {
     fn read(&self) -> Result<(Vec<Key>, Vec<Rejected>), BuildError> {
         if let Some(name) = self.config.inject.invalid_header() {
             return Err(BuildError::HeaderName(name.to_owned()));
+        }
+        if let Some(invalid) = &self.invalid_host {
+            return Err(BuildError::Host(invalid.clone()));
         }
         let mut accepted = Accepted::default();
         for (number, given) in (1..).zip(&self.given) {
@@ -319,6 +380,10 @@ pub enum BuildError {
     /// The name given to [`Inject::header`] can't be one.
     #[error("{0:?} is not a header name")]
     HeaderName(String),
+    /// What was given to [`KeyPoolBuilder::allowed_hosts`] or [`KeyPoolBuilder::allow_cleartext_to`] can't be
+    /// a host.
+    #[error(transparent)]
+    Host(InvalidHost),
     /// These keys can't be used, and the builder is [`strict`](KeyPoolBuilder::strict).
     #[error("{} could not be used as keys:{}", .0.len(), listed(.0))]
     Rejected(Vec<Rejected>),

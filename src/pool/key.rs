@@ -113,6 +113,13 @@ impl Counts {
 #[derive(Clone, Debug)]
 pub(crate) struct Lease(pub(crate) Arc<Key>);
 
+impl PartialEq for Lease {
+    /// The same key with the same secret.
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
 impl Lease {
     pub(crate) fn id(&self) -> &KeyId {
         &self.0.id

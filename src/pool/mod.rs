@@ -32,7 +32,7 @@ use self::{
     cooldowns::Cooldowns, deadlines::NEVER, key::Key, persist::Persistence, snapshot::Snapshot, state::State,
 };
 pub(crate) use self::{key::Lease, state::nanos};
-use crate::{clock::Clock, inject::Inject, secret::KeyId, store::KeyStore};
+use crate::{clock::Clock, hosts::Hosts, inject::Inject, secret::KeyId, store::KeyStore};
 
 /// The keys of one service, and what is known about each of them.
 ///
@@ -62,6 +62,7 @@ struct Inner {
     editing: Mutex<()>,
     clock: Arc<dyn Clock>,
     inject: Inject,
+    hosts: Hosts,
     cooldowns: Cooldowns,
     rejected: Vec<Rejected>,
     /// Wakes who waits for a key, where one comes back otherwise than by the end of its cooldown.
@@ -86,6 +87,7 @@ impl KeyPool {
             editing: Mutex::new(()),
             clock: config.clock,
             inject: config.inject,
+            hosts: config.hosts,
             cooldowns: config.cooldowns,
             rejected,
             returned: Notify::new(),
@@ -134,16 +136,40 @@ impl KeyPool {
         (earliest != NEVER).then(|| Duration::from_nanos(earliest.saturating_sub(self.now())))
     }
 
+    pub(crate) fn hosts(&self) -> &Hosts {
+        &self.inner.hosts
+    }
+
     pub(crate) fn len(&self) -> usize {
         self.inner.snapshot.load().keys().len()
     }
 
     pub(crate) fn pick(&self) -> Result<Lease, NoKeyAvailable> {
+        let lease = self.take_turn()?;
+        lease.0.counts.requests.fetch_add(1, Relaxed);
+        Ok(lease)
+    }
+
+    /// The next key in turn that is none of these. They lose their turn.
+    #[cfg(feature = "failover")]
+    pub(crate) fn pick_besides(&self, tried: &[Lease]) -> Result<Lease, NoKeyAvailable> {
+        // Each of them can be in the way once, and more often only where others pick at the same time.
+        for _ in 0..=2 * tried.len() {
+            let lease = self.take_turn()?;
+            if !tried.contains(&lease) {
+                lease.0.counts.requests.fetch_add(1, Relaxed);
+                return Ok(lease);
+            }
+        }
+        Err(self.no_key())
+    }
+
+    #[inline]
+    fn take_turn(&self) -> Result<Lease, NoKeyAvailable> {
         let snapshot = self.inner.snapshot.load();
         loop {
             self.return_expired(&snapshot);
             if let Some(key) = snapshot.pick() {
-                key.counts.requests.fetch_add(1, Relaxed);
                 return Ok(Lease(key.clone()));
             }
             if snapshot.earliest_for_certain() > self.now() {

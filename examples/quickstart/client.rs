@@ -1,0 +1,81 @@
+//! The stack: failover around rotation around `reqwest`, and the ledger's two layers between them.
+
+use std::{error::Error, sync::Arc, time::Duration};
+
+use reqwest::{Request, Response, redirect};
+use tokio::sync::Semaphore;
+use tower::{
+    Service, ServiceBuilder, layer::layer_fn, retry::budget::TpsBudget, service_fn, util::BoxCloneService,
+};
+use tower_key_rotation::{FailoverLayer, KeyPool, KeyRotationLayer};
+
+use crate::{
+    ledger::Ledger,
+    options::Options,
+    target::Target,
+    watch::{AroundRotation, InsideRotation},
+};
+
+/// All that there are, but on macOS, where a program may open 256 files unless it is told otherwise: with the
+/// local service, a connection takes two of them.
+const CONNECTIONS: usize = if cfg!(target_os = "macos") { 64 } else { Semaphore::MAX_PERMITS };
+
+pub(crate) type Client = BoxCloneService<Request, Response, tower_key_rotation::Error<reqwest::Error>>;
+
+/// `reqwest`, with a key in each request.
+pub(crate) fn with_keys(
+    pool: &KeyPool,
+    options: &Options,
+    target: &Target,
+    ledger: &Arc<Ledger>,
+) -> Result<Client, Box<dyn Error>> {
+    // The defaults, 3 attempts and a further one for every fifth request, keep a server from repeating itself
+    // in a bad hour. This program is all bad hour: it sends far more than its keys may, on purpose, and each
+    // request has to succeed in the end.
+    let failover = FailoverLayer::new(pool)
+        .wait_up_to(options.wait())
+        .attempts(options.attempts)
+        .budget(TpsBudget::new(Duration::from_secs(10), 1000, 10.0));
+
+    let witness = target.witness();
+    Ok(BoxCloneService::new(
+        ServiceBuilder::new()
+            .layer(failover)
+            .layer(layer_fn(|inner| AroundRotation::new(inner, ledger.clone(), witness)))
+            .layer(KeyRotationLayer::new(pool).expose_key())
+            .layer(layer_fn(|inner| InsideRotation::new(inner, ledger.clone())))
+            .service(at_most(CONNECTIONS, reqwest_client(options, target)?)),
+    ))
+}
+
+fn reqwest_client(options: &Options, target: &Target) -> reqwest::Result<reqwest::Client> {
+    // A redirect that reqwest follows by itself would take a key along: see the README.
+    let client = reqwest::Client::builder()
+        .redirect(redirect::Policy::none())
+        .referer(false)
+        .timeout(options.timeout.into());
+    if target.is_local() {
+        // Whatever proxy or certificates this machine has or lacks, they have no part in this.
+        client.no_proxy().tls_certs_only([]).build()
+    } else {
+        client.build()
+    }
+}
+
+/// `reqwest`, with at most so many requests on the wire at once.
+///
+/// A permit is taken once a request is sent, other than by `tower::limit`, which takes it when the service is
+/// made ready: a request that then waits for a key would keep others, which have one, from being sent.
+fn at_most(
+    requests: usize,
+    client: reqwest::Client,
+) -> impl Service<Request, Response = Response, Error = reqwest::Error, Future: Send> + Clone + Send {
+    let permits = Arc::new(Semaphore::new(requests));
+    service_fn(move |request| {
+        let (client, permits) = (client.clone(), permits.clone());
+        async move {
+            let _permit = permits.acquire().await;
+            client.execute(request).await
+        }
+    })
+}

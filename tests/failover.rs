@@ -1,0 +1,616 @@
+//! A limited request is sent again with another key, or waits for one.
+
+// A test may panic, and so may what it calls.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::{
+    collections::HashSet,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures_util::{future::join_all, stream::iter};
+use http::{HeaderValue, Request};
+use http_body_util::{BodyExt, Full};
+use hyper_util::{client::legacy::Client, rt::TokioExecutor};
+use support::*;
+use tokio::{sync::Semaphore, task::JoinHandle};
+use tower::{Layer, ServiceExt, retry::budget::TpsBudget};
+use tower_key_rotation::{
+    FailoverLayer, KeyPool, KeyRotationLayer, Status, classify::LlmGateway, clock::ManualClock,
+};
+
+fn failover(pool: &KeyPool) -> FailoverLayer {
+    FailoverLayer::new(pool)
+}
+
+#[tokio::test]
+async fn a_limited_request_is_sent_again_at_once_with_another_key() {
+    let pool = pool(["alpha", "beta"], &ManualClock::new());
+    let server = Server::limiting(["alpha"]).await;
+    let client = failing_over(&pool, failover(&pool));
+
+    let mut request = reqwest::Request::new(reqwest::Method::POST, server.url().parse().unwrap());
+    *request.body_mut() = Some("the same".into());
+    assert_eq!(send(&client, request).await.unwrap().text().await.unwrap(), "fine");
+    assert_eq!(server.keys(), ["alpha", "beta"]);
+    assert!(
+        server.requests().iter().all(|request| request.body() == "the same" && request.method() == "POST")
+    );
+    assert_eq!(stats_of(&pool, "alpha").status, Status::RateLimited);
+}
+
+#[tokio::test]
+async fn a_request_is_sent_3_times_at_most_each_time_with_another_key() {
+    const ALL: [&str; 5] = ["alpha", "beta", "gamma", "delta", "epsilon"];
+    let pool = pool(ALL, &ManualClock::new());
+    let server = Server::limiting(ALL).await;
+    assert_eq!(status(&failing_over(&pool, failover(&pool)), &server.url()).await, 429);
+    assert_eq!(server.keys(), ALL[..3]);
+}
+
+#[tokio::test]
+async fn the_number_of_attempts_can_be_set_and_is_1_at_least() {
+    const ALL: [&str; 5] = ["alpha", "beta", "gamma", "delta", "epsilon"];
+    for (attempts, sent) in [(0, 1), (1, 1), (4, 4), (9, 5)] {
+        let pool = pool(ALL, &ManualClock::new());
+        let server = Server::limiting(ALL).await;
+        let client = failing_over(&pool, failover(&pool).attempts(attempts));
+        assert_eq!(status(&client, &server.url()).await, 429);
+        assert_eq!(server.keys(), ALL[..sent]);
+    }
+}
+
+const DETAIL: [(&str, &str); 2] = [("x-detail", "account"), ("retry-after", "7")];
+
+/// Larger than what is read of a limited response before the next attempt.
+fn long_body() -> String {
+    "too many requests, ".repeat(10_000)
+}
+
+#[tokio::test]
+async fn where_there_is_no_other_key_the_caller_gets_the_429_itself_as_it_was_sent() {
+    for keys in [&["alpha"][..], &["alpha", "beta"]] {
+        let pool = builder(keys, &ManualClock::new()).build().unwrap();
+        let server = Server::answering(|| answer_with(429, DETAIL, long_body())).await;
+        let response = get(&failing_over(&pool, failover(&pool)), &server.url()).await.unwrap();
+        assert_eq!(server.count(), keys.len());
+        assert_eq!(response.status(), 429);
+        assert_eq!(response.headers()["x-detail"], "account");
+        assert_eq!(response.headers()["retry-after"], "7");
+        assert_eq!(response.url().as_str(), server.url());
+        assert_eq!(response.text().await.unwrap(), long_body());
+    }
+}
+
+#[tokio::test]
+async fn a_429_that_was_begun_to_be_read_is_whole_where_the_other_key_is_gone_by_then() {
+    let pool = pool(["alpha", "beta"], &ManualClock::new());
+    let bodies = Arc::new(Mutex::new(Vec::new()));
+    let server = Server::start({
+        let bodies = bodies.clone();
+        move |_| {
+            let (sender, body) = stream();
+            bodies.lock().unwrap().push(sender);
+            std::future::ready(answer_with(429, DETAIL, body))
+        }
+    })
+    .await;
+    let client = failing_over(&pool, failover(&pool));
+    let url = server.url();
+    let response = tokio::spawn(async move { get(&client, &url).await });
+    eventually("the 429 is on its way", || bodies.lock().unwrap().len() == 1).await;
+    let mut body = bodies.lock().unwrap().remove(0);
+    body.send_data("begun, ".into()).await.unwrap();
+    eventually("the key rests", || pool.stats().rate_limited == 1).await;
+    pool.disable("beta").await.unwrap();
+    body.send_data("ended".into()).await.unwrap();
+    drop(body);
+
+    let response = in_time(response).await.unwrap().unwrap();
+    assert_eq!(
+        (response.status().as_u16(), &response.headers()["x-detail"]),
+        (429, &HeaderValue::from_static("account"))
+    );
+    assert_eq!(response.text().await.unwrap(), "begun, ended");
+    assert_eq!(server.keys(), ["alpha"]);
+}
+
+#[tokio::test]
+async fn over_hypers_client_too_a_429_without_another_key_comes_whole() {
+    let pool = pool(["alpha", "beta"], &ManualClock::new());
+    let server = Server::answering(|| answer_with(429, DETAIL, long_body())).await;
+    let client = Client::builder(TokioExecutor::new()).build_http::<Full<Bytes>>();
+    let client = failover(&pool).layer(KeyRotationLayer::new(&pool).layer(client));
+
+    let request = Request::post(server.url()).body(Full::from("prompt")).unwrap();
+    let response = client.clone().oneshot(request).await.unwrap();
+    assert_eq!(response.status(), 429);
+    assert_eq!(response.headers()["x-detail"], "account");
+    assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), long_body());
+    assert_eq!(server.keys(), ["alpha", "beta"]);
+    assert!(server.requests().iter().all(|request| request.body() == "prompt"));
+
+    let request = Request::get(server.url()).body(Full::default()).unwrap();
+    assert!(client.oneshot(request).await.unwrap_err().no_key_available().is_some());
+}
+
+#[tokio::test]
+async fn over_hypers_client_too_the_other_key_answers() {
+    let pool = pool(["alpha", "beta"], &ManualClock::new());
+    let server = Server::limiting(["alpha"]).await;
+    let client = Client::builder(TokioExecutor::new()).build_http::<Full<Bytes>>();
+    let client = failover(&pool).layer(KeyRotationLayer::new(&pool).layer(client));
+    let request = Request::get(server.url()).body(Full::default()).unwrap();
+    let response = client.oneshot(request).await.unwrap();
+    assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "fine");
+    assert_eq!(server.keys(), ["alpha", "beta"]);
+}
+
+#[tokio::test]
+async fn f19_with_100_keys_and_all_of_them_limited_the_budget_bounds_the_attempts() {
+    const REQUESTS: usize = 50;
+    const RESERVE: usize = 10;
+    let pool = builder(0..100, &ManualClock::new()).build().unwrap();
+    let server = Server::answering(|| answer(429, "the whole account")).await;
+    let budget = TpsBudget::new(10 * SECOND, 1, 0.2);
+    let client = failing_over(&pool, failover(&pool).budget(budget));
+    for _ in 0..REQUESTS {
+        assert_eq!(status(&client, &server.url()).await, 429);
+    }
+    assert!(server.count() <= REQUESTS * 12 / 10 + RESERVE, "{} attempts", server.count());
+    assert!(server.count() > REQUESTS, "there was no failover at all");
+}
+
+#[tokio::test]
+async fn f19_the_default_budget_is_a_fifth_of_the_requests_and_10_a_second() {
+    const REQUESTS: usize = 300;
+    const RESERVE: usize = 100;
+    let pool = builder(0..1_000, &ManualClock::new()).build().unwrap();
+    let server = Server::answering(|| answer(429, "the whole account")).await;
+    let client = failing_over(&pool, failover(&pool));
+    for _ in 0..REQUESTS {
+        assert_eq!(status(&client, &server.url()).await, 429);
+    }
+    assert!(server.count() <= REQUESTS * 12 / 10 + RESERVE, "{} attempts", server.count());
+}
+
+#[tokio::test]
+async fn f26_a_body_that_streams_is_sent_once_its_key_rests_and_the_429_comes_back() {
+    let pool = pool(["alpha", "beta"], &ManualClock::new());
+    let server = Server::answering(|| answer_with(429, DETAIL, long_body())).await;
+    let mut request = reqwest::Request::new(reqwest::Method::POST, server.url().parse().unwrap());
+    let pieces = ["one ", "two ", "three"].map(Ok::<_, std::io::Error>);
+    *request.body_mut() = Some(reqwest::Body::wrap_stream(iter(pieces)));
+
+    let response = send(&failing_over(&pool, failover(&pool)), request).await.unwrap();
+    assert_eq!(
+        (response.status().as_u16(), &response.headers()["retry-after"]),
+        (429, &HeaderValue::from_static("7"))
+    );
+    assert_eq!(response.text().await.unwrap(), long_body());
+    assert_eq!(server.keys(), ["alpha"]);
+    assert_eq!(server.requests()[0].body(), "one two three");
+    assert_eq!(stats_of(&pool, "alpha").status, Status::RateLimited);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn in_a_storm_no_request_is_sent_twice_with_the_same_key_and_all_counts_agree() {
+    const KEYS: usize = 8;
+    const REQUESTS: usize = 200;
+    let pool = builder(0..KEYS, &ManualClock::new()).build().unwrap();
+    // Every other key is limited.
+    let server = Server::start(|request| async move {
+        let key: usize = key_of(&request).unwrap().parse().unwrap();
+        answer(if key.is_multiple_of(2) { 429 } else { 200 }, "body")
+    })
+    .await;
+    let client = failing_over(&pool, failover(&pool).attempts(KEYS as u32));
+    let answered = in_time(join_all((0..REQUESTS).map(|number| {
+        let (client, mut request) = (client.clone(), get_request(&server.url()));
+        request.headers_mut().insert("x-number", number.into());
+        async move { send(&client, request).await.unwrap().status().as_u16() }
+    })))
+    .await;
+
+    let sent: HashSet<_> = server
+        .requests()
+        .iter()
+        .map(|request| (request.headers()["x-number"].clone(), key_of(request).unwrap().to_owned()))
+        .collect();
+    assert_eq!(sent.len(), server.count(), "a request was sent twice with the same key");
+    let stats = pool.stats();
+    assert_eq!(stats.keys.iter().map(|key| key.requests).sum::<u64>(), server.count() as u64);
+    // Each 429 was either made up for by another attempt or, the budget being used up, passed on.
+    let limited: u64 = stats.keys.iter().map(|key| key.limited).sum();
+    let passed_on = answered.iter().filter(|status| **status == 429).count() as u64;
+    assert_eq!(limited - passed_on, (server.count() - REQUESTS) as u64);
+    assert_eq!((stats.rate_limited, stats.healthy), (KEYS / 2, KEYS / 2));
+}
+
+#[tokio::test]
+async fn a_request_is_not_sent_twice_with_the_same_key_even_where_its_cooldown_is_nothing() {
+    let clock = ManualClock::new();
+    clock.advance(MINUTE);
+    let pool = builder(["alpha"], &clock).exact_hints().hint_limits(Duration::ZERO, MINUTE).build().unwrap();
+    let server = Server::answering(|| answer_with(429, [("retry-after", "0")], "again")).await;
+    assert_eq!(status(&failing_over(&pool, failover(&pool)), &server.url()).await, 429);
+    assert_eq!(server.keys(), ["alpha"]);
+}
+
+#[tokio::test]
+async fn a_request_is_not_sent_twice_with_a_key_that_comes_back_while_its_429_is_read() {
+    let clock = ManualClock::new();
+    let pool = builder(["alpha", "beta"], &clock).exact_hints().build().unwrap();
+    let bodies = Arc::new(Mutex::new(Vec::new()));
+    let server = Server::start({
+        let bodies = bodies.clone();
+        move |_| {
+            let (sender, body) = stream();
+            bodies.lock().unwrap().push(sender);
+            std::future::ready(answer_with(429, [("retry-after", "1")], body))
+        }
+    })
+    .await;
+    let client = failing_over(&pool, failover(&pool));
+    let waiting = spawn_get(&client, &server.url());
+    eventually("alpha rests", || pool.stats().rate_limited == 1).await;
+    // The other key goes while the body of the 429, which does not end, is read for a second.
+    pool.disable("beta").await.unwrap();
+    clock.advance(SECOND);
+    settle().await;
+    assert_eq!(server.keys(), ["alpha"]);
+    assert_eq!(in_time(waiting).await.unwrap().unwrap(), 429);
+}
+
+#[tokio::test]
+async fn the_connection_is_kept_after_a_429_whether_its_body_has_a_length_or_not() {
+    for chunked in [false, true] {
+        let pool = pool(["alpha", "beta", "gamma"], &ManualClock::new());
+        let server = Server::start(move |request| async move {
+            if key_of(&request) == Some("gamma") {
+                return answer(200, "fine");
+            }
+            let text = "wait. ".repeat(1_000);
+            let pieces: Vec<_> =
+                text.split_inclusive(' ').map(|piece| Ok::<_, std::io::Error>(piece.to_owned())).collect();
+            answer(429, if chunked { axum::body::Body::from_stream(iter(pieces)) } else { text.into() })
+        })
+        .await;
+        assert_eq!(status(&failing_over(&pool, failover(&pool)), &server.url()).await, 200);
+        assert_eq!(server.count(), 3);
+        assert_eq!(server.connections(), 1, "chunked: {chunked}");
+    }
+}
+
+#[tokio::test]
+async fn a_429_with_a_longer_body_than_is_read_costs_its_connection_and_nothing_else() {
+    let pool = pool(["alpha", "beta"], &ManualClock::new());
+    let server = Server::start(|request| async move {
+        match key_of(&request) {
+            Some("alpha") => answer(429, "x".repeat(50_000_000)),
+            _ => answer(200, "fine"),
+        }
+    })
+    .await;
+    let client = failing_over(&pool, failover(&pool).drain_up_to(1_000));
+    assert_eq!(in_time(status(&client, &server.url())).await, 200);
+    assert_eq!(server.connections(), 2);
+}
+
+#[tokio::test]
+async fn a_429_whose_body_never_ends_holds_the_next_attempt_up_for_a_second_by_the_pools_clock() {
+    let clock = ManualClock::new();
+    let pool = pool(["alpha", "beta"], &clock);
+    let bodies = Arc::new(Mutex::new(Vec::new()));
+    let server = Server::start(move |request| {
+        let reply = match key_of(&request) {
+            Some("alpha") => {
+                let (sender, body) = stream();
+                bodies.lock().unwrap().push(sender);
+                answer(429, body)
+            }
+            _ => answer(200, "fine"),
+        };
+        std::future::ready(reply)
+    })
+    .await;
+    let client = failing_over(&pool, failover(&pool));
+    let url = server.url();
+    let response = tokio::spawn(async move { status(&client, &url).await });
+    eventually("the key rests", || pool.stats().rate_limited == 1).await;
+    clock.advance(SECOND - INSTANT);
+    settle().await;
+    assert_eq!(server.count(), 1);
+    clock.advance(INSTANT);
+    assert_eq!(in_time(response).await.unwrap(), 200);
+    assert_eq!(server.keys(), ["alpha", "beta"]);
+}
+
+#[tokio::test]
+async fn a_revoked_key_fails_over_as_well() {
+    let pool = pool(["alpha", "beta"], &ManualClock::new());
+    let server = Server::start(|request| async move {
+        answer(if key_of(&request) == Some("alpha") { 401 } else { 200 }, "")
+    })
+    .await;
+    let rotation = KeyRotationLayer::new(&pool).classify(LlmGateway::new()).read_error_bodies(1_000);
+    let client = failover(&pool).layer(rotation.layer(http()));
+    assert_eq!(status(&client, &server.url()).await, 200);
+    assert_eq!(server.keys(), ["alpha", "beta"]);
+    assert_eq!(stats_of(&pool, "alpha").status, Status::Revoked);
+}
+
+#[tokio::test]
+async fn an_error_that_says_nothing_of_the_key_is_not_sent_again() {
+    let pool = pool(["alpha", "beta"], &ManualClock::new());
+    let server = Server::answering(|| answer(500, "")).await;
+    assert_eq!(status(&failing_over(&pool, failover(&pool)), &server.url()).await, 500);
+    assert_eq!(server.count(), 1);
+}
+
+/// A request in the background.
+fn spawn_get<S>(client: &S, url: &str) -> JoinHandle<Result<u16, ClientError>>
+where
+    S: tower::Service<reqwest::Request, Response = reqwest::Response, Error = ClientError, Future: Send>
+        + Clone
+        + Send
+        + 'static,
+{
+    let (client, request) = (client.clone(), get_request(url));
+    tokio::spawn(async move { Ok(client.oneshot(request).await?.status().as_u16()) })
+}
+
+#[tokio::test]
+async fn f20_a_request_waits_for_the_first_key_where_that_is_asked_for() {
+    let clock = ManualClock::new();
+    let pool = pool(["alpha", "beta"], &clock);
+    let server = Server::limiting(["alpha", "beta"]).await;
+    let client = failing_over(&pool, failover(&pool).wait_up_to(2 * MINUTE));
+    let rotating = rotating(&pool);
+    assert_eq!(status(&rotating, &server.url()).await, 429);
+    clock.advance(MINUTE);
+    assert_eq!(status(&rotating, &server.url()).await, 429);
+    server.lift("alpha");
+    server.lift("beta");
+
+    let waiting = spawn_get(&client, &server.url());
+    settle().await;
+    clock.advance(MINUTE - INSTANT);
+    settle().await;
+    assert!(!waiting.is_finished());
+    assert_eq!(server.count(), 2, "a resting key was used");
+    clock.advance(INSTANT);
+    assert_eq!(in_time(waiting).await.unwrap().unwrap(), 200);
+    assert_eq!(server.keys(), ["alpha", "beta", "alpha"]);
+}
+
+#[tokio::test]
+async fn a_request_fails_at_once_where_the_first_key_is_back_later_than_it_would_wait() {
+    let clock = ManualClock::new();
+    let pool = pool(["alpha"], &clock);
+    let server = Server::limiting(["alpha"]).await;
+    assert_eq!(status(&rotating(&pool), &server.url()).await, 429);
+    let client = failing_over(&pool, failover(&pool).wait_up_to(2 * MINUTE - INSTANT));
+    let error = in_time(spawn_get(&client, &server.url())).await.unwrap().unwrap_err();
+    assert_eq!(error.no_key_available().unwrap().retry_in(), Some(2 * MINUTE));
+    clock.advance(INSTANT);
+    let waiting = spawn_get(&client, &server.url());
+    settle().await;
+    assert!(!waiting.is_finished(), "now it is within the limit");
+    assert_eq!(server.count(), 1);
+}
+
+#[tokio::test]
+async fn a_request_that_waits_gives_up_when_its_key_is_put_off_beyond_its_limit() {
+    let clock = ManualClock::new();
+    let pool = pool(["alpha"], &clock);
+    let release = Arc::new(Semaphore::new(0));
+    let server = Server::start({
+        let release = release.clone();
+        move |request| {
+            let release = release.clone();
+            async move {
+                if request.uri().path() == "/v1/held" {
+                    release.acquire().await.unwrap().forget();
+                    return answer_with(429, [("retry-after", "1200")], "");
+                }
+                answer(429, "")
+            }
+        }
+    })
+    .await;
+    let client = failing_over(&pool, failover(&pool).wait_up_to(3 * MINUTE));
+    let held = spawn_get(&rotating(&pool), &format!("{}/held", server.url()));
+    eventually("the held request is at the server", || server.count() == 1).await;
+    assert_eq!(status(&rotating(&pool), &server.url()).await, 429);
+    let waiting = spawn_get(&client, &server.url());
+    settle().await;
+    release.add_permits(1);
+    assert_eq!(held.await.unwrap().unwrap(), 429);
+    clock.advance(3 * MINUTE);
+    let error = in_time(waiting).await.unwrap().unwrap_err();
+    assert_eq!(error.no_key_available().unwrap().retry_in(), Some(17 * MINUTE));
+    assert_eq!(server.count(), 2);
+}
+
+#[tokio::test]
+async fn the_only_key_is_waited_for_after_its_429_and_the_request_is_sent_again_with_it() {
+    let clock = ManualClock::new();
+    let pool = pool(["alpha"], &clock);
+    let server = Server::limiting(["alpha"]).await;
+    let client = failing_over(&pool, failover(&pool).wait_up_to(5 * MINUTE));
+    let waiting = spawn_get(&client, &server.url());
+    eventually("the key rests", || pool.stats().rate_limited == 1).await;
+    settle().await;
+    assert!(!waiting.is_finished());
+    server.lift("alpha");
+    clock.advance(2 * MINUTE);
+    assert_eq!(in_time(waiting).await.unwrap().unwrap(), 200);
+    assert_eq!(server.keys(), ["alpha", "alpha"]);
+}
+
+#[tokio::test]
+async fn a_request_that_would_have_to_wait_too_long_after_its_429_gets_the_429() {
+    let clock = ManualClock::new();
+    let pool = pool(["alpha"], &clock);
+    let server = Server::limiting(["alpha"]).await;
+    // The first wait uses up so much of the limit that there is not enough for the second.
+    let client = failing_over(&pool, failover(&pool).wait_up_to(3 * MINUTE));
+    let waiting = spawn_get(&client, &server.url());
+    eventually("the key rests", || pool.stats().rate_limited == 1).await;
+    settle().await;
+    clock.advance(2 * MINUTE);
+    assert_eq!(in_time(waiting).await.unwrap().unwrap(), 429);
+    assert_eq!(server.keys(), ["alpha", "alpha"]);
+}
+
+#[tokio::test]
+async fn a_waiting_request_goes_as_soon_as_an_operator_resets_or_adds_a_key() {
+    for adds in [false, true] {
+        let clock = ManualClock::new();
+        let pool = pool(["alpha"], &clock);
+        let server = Server::limiting(["alpha"]).await;
+        let client = failing_over(&pool, failover(&pool).wait_up_to(5 * MINUTE));
+        assert_eq!(status(&rotating(&pool), &server.url()).await, 429);
+        server.lift("alpha");
+        let waiting = spawn_get(&client, &server.url());
+        settle().await;
+        assert!(!waiting.is_finished());
+        if adds {
+            pool.insert("beta", "sk-beta").await.unwrap();
+        } else {
+            pool.reset("alpha").await.unwrap();
+        }
+        assert_eq!(in_time(waiting).await.unwrap().unwrap(), 200);
+    }
+}
+
+/// A server that holds every answer until there is a permit for it, and knows how many it holds.
+async fn holding(permits: Arc<Semaphore>, held: Arc<AtomicUsize>) -> Server {
+    Server::start(move |request| {
+        let (permits, held) = (permits.clone(), held.clone());
+        async move {
+            if request.uri().path() == "/v1/limited" {
+                return answer(429, "");
+            }
+            held.fetch_add(1, SeqCst);
+            permits.acquire().await.unwrap().forget();
+            held.fetch_sub(1, SeqCst);
+            answer(200, "")
+        }
+    })
+    .await
+}
+
+#[tokio::test]
+async fn f22_1_000_callers_that_wait_for_one_key_are_let_through_a_few_at_first_and_all_in_the_end() {
+    const CALLERS: usize = 1_000;
+    let clock = ManualClock::new();
+    let pool = pool(["alpha"], &clock);
+    let (permits, held) = (Arc::new(Semaphore::new(0)), Arc::new(AtomicUsize::new(0)));
+    let server = holding(permits.clone(), held.clone()).await;
+    let client = failing_over(&pool, failover(&pool).wait_up_to(5 * MINUTE));
+    assert_eq!(status(&rotating(&pool), &format!("{}/limited", server.url())).await, 429);
+
+    let callers: Vec<_> = (0..CALLERS).map(|_| spawn_get(&client, &server.url())).collect();
+    settle().await;
+    assert_eq!(server.count(), 1);
+    clock.advance(2 * MINUTE);
+    for at_once in [1, 2, 4, 8, 16, 32] {
+        eventually("a round is at the server", || held.load(SeqCst) == at_once).await;
+        settle().await;
+        assert_eq!(held.load(SeqCst), at_once);
+        permits.add_permits(at_once);
+    }
+    permits.add_permits(CALLERS);
+    for caller in in_time(join_all(callers)).await {
+        assert_eq!(caller.unwrap().unwrap(), 200);
+    }
+    assert_eq!(server.count(), 1 + CALLERS);
+}
+
+#[tokio::test]
+async fn f22_where_the_key_is_still_limited_each_return_of_it_costs_one_request() {
+    let clock = ManualClock::new();
+    let pool = pool(["alpha"], &clock);
+    let server = Server::limiting(["alpha"]).await;
+    let client = failing_over(&pool, failover(&pool).wait_up_to(60 * MINUTE));
+    let callers: Vec<_> = (0..100).map(|_| spawn_get(&client, &server.url())).collect();
+    eventually("the key rests", || pool.stats().rate_limited == 1).await;
+    settle().await;
+    let begun = server.count();
+    for returns in 1..=5 {
+        clock.advance(2 * MINUTE);
+        settle().await;
+        assert_eq!(server.count() - begun, returns);
+    }
+    server.lift("alpha");
+    clock.advance(2 * MINUTE);
+    let served =
+        in_time(join_all(callers)).await.into_iter().filter(|caller| matches!(caller, Ok(Ok(200)))).count();
+    assert!(served >= 95, "{served} of 100 were served");
+}
+
+#[tokio::test]
+async fn a_caller_that_goes_away_while_it_waits_leaves_nothing_behind() {
+    let clock = ManualClock::new();
+    let pool = pool(["alpha"], &clock);
+    let (permits, held) = (Arc::new(Semaphore::new(0)), Arc::new(AtomicUsize::new(0)));
+    let server = holding(permits.clone(), held.clone()).await;
+    let client = failing_over(&pool, failover(&pool).wait_up_to(5 * MINUTE));
+    assert_eq!(status(&rotating(&pool), &format!("{}/limited", server.url())).await, 429);
+
+    let mut callers: Vec<_> = (0..10).map(|_| spawn_get(&client, &server.url())).collect();
+    settle().await;
+    // The first in the queue, and some behind it.
+    callers.drain(..5).for_each(|caller| caller.abort());
+    settle().await;
+    clock.advance(2 * MINUTE);
+    eventually("one is at the server", || held.load(SeqCst) == 1).await;
+    // The one that is on its way goes away too: its place is the next one's.
+    callers.remove(0).abort();
+    eventually("the next is at the server", || server.count() == 3).await;
+    permits.add_permits(100);
+    for caller in in_time(join_all(callers)).await {
+        assert_eq!(caller.unwrap().unwrap(), 200);
+    }
+    assert_eq!(in_time(status(&client, &server.url())).await, 200);
+    assert_eq!(server.count(), 1 + 1 + 4 + 1);
+}
+
+#[tokio::test]
+async fn waiting_requests_go_in_their_order_and_later_ones_do_not_overtake_them() {
+    let clock = ManualClock::new();
+    let pool = pool(["alpha"], &clock);
+    let (permits, held) = (Arc::new(Semaphore::new(0)), Arc::new(AtomicUsize::new(0)));
+    let server = holding(permits.clone(), held.clone()).await;
+    let client = failing_over(&pool, failover(&pool).wait_up_to(5 * MINUTE));
+    assert_eq!(status(&rotating(&pool), &format!("{}/limited", server.url())).await, 429);
+
+    let mut callers = Vec::new();
+    for number in 0..3 {
+        callers.push(spawn_get(&client, &format!("{}/{number}", server.url())));
+        settle().await;
+    }
+    clock.advance(2 * MINUTE);
+    eventually("the first is at the server", || held.load(SeqCst) == 1).await;
+    callers.push(spawn_get(&client, &format!("{}/3", server.url())));
+    settle().await;
+    assert_eq!(held.load(SeqCst), 1, "a later request overtook those that wait");
+    for _ in 0..4 {
+        permits.add_permits(1);
+        settle().await;
+    }
+    for caller in in_time(join_all(callers)).await {
+        assert_eq!(caller.unwrap().unwrap(), 200);
+    }
+    assert_eq!(server.requests()[1].uri().path(), "/v1/0");
+    assert_eq!(server.requests().last().unwrap().uri().path(), "/v1/3");
+}

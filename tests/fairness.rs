@@ -1,0 +1,282 @@
+//! Each key in its turn: how evenly requests are shared, whatever rests, and from however many threads.
+
+use std::{
+    convert::Infallible,
+    future::{Ready, ready},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
+    thread,
+    time::{Duration, Instant},
+};
+
+use futures_util::FutureExt;
+use http::{Request, Response};
+use proptest::prelude::*;
+use tower::{Layer, Service, service_fn};
+use tower_key_rotation::{KeyPool, KeyRotation, KeyRotationLayer, Status, clock::ManualClock};
+
+const COOLDOWN: Duration = Duration::from_secs(120);
+
+/// Answers at once with the status in the request's body, and says in the response's which key it saw.
+fn answer(request: Request<u16>) -> Ready<Result<Response<usize>, Infallible>> {
+    let key = request.headers()["authorization"].as_bytes();
+    let number = std::str::from_utf8(&key["Bearer sk-".len()..]).expect("text").parse();
+    let response = Response::builder().status(*request.body()).body(number.expect("one of our secrets"));
+    ready(Ok(response.expect("a response")))
+}
+
+type Answer = fn(Request<u16>) -> Ready<Result<Response<usize>, Infallible>>;
+
+type Client = KeyRotation<tower::util::ServiceFn<Answer>>;
+
+fn client(pool: &KeyPool) -> Client {
+    KeyRotationLayer::new(pool).layer(service_fn(answer as Answer))
+}
+
+/// Sends a request, which is answered with that status; says with which key it was sent.
+fn send(client: &mut Client, status: u16) -> usize {
+    let request = Request::get("https://api.example.com/v1").body(status).expect("a request");
+    let response = client.call(request).now_or_never().expect("an answer at once");
+    *response.expect("a key is available").body()
+}
+
+fn id(number: usize) -> String {
+    format!("key-{number}")
+}
+
+fn pool(keys: usize, clock: &ManualClock) -> KeyPool {
+    let keys = (0..keys).map(|number| (id(number), format!("sk-{number}")));
+    KeyPool::builder().keys(keys).clock(clock.clone()).build().expect("a pool")
+}
+
+fn operate(change: impl Future<Output = Result<(), tower_key_rotation::OperateError>>) {
+    change.now_or_never().expect("a store in memory").expect("a known key");
+}
+
+/// A pool in which the keys that `rests` names rest.
+fn pool_with_resting(keys: usize, rests: impl Fn(usize) -> bool) -> (KeyPool, ManualClock) {
+    let clock = ManualClock::new();
+    let pool = pool(keys, &clock);
+    let mut client = client(&pool);
+    for expected in 0..keys {
+        assert_eq!(send(&mut client, if rests(expected) { 429 } else { 200 }), expected);
+    }
+    assert_eq!(pool.stats().rate_limited, (0..keys).filter(|number| rests(*number)).count());
+    (pool, clock)
+}
+
+/// How often each key is picked, by so many threads at once.
+fn picks(pool: &KeyPool, keys: usize, threads: usize, picks_each: usize) -> Vec<usize> {
+    let counts: Vec<Vec<usize>> = thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads)
+            .map(|_| {
+                scope.spawn(|| {
+                    let mut client = client(pool);
+                    let mut counts = vec![0; keys];
+                    (0..picks_each).for_each(|_| counts[send(&mut client, 200)] += 1);
+                    counts
+                })
+            })
+            .collect();
+        workers.into_iter().map(|worker| worker.join().expect("no panic")).collect()
+    });
+    (0..keys).map(|key| counts.iter().map(|own| own[key]).sum()).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 60, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn over_full_rounds_each_available_key_is_picked_exactly_once_a_round(
+        rests in prop::collection::vec(any::<bool>(), 1..300),
+        rounds in 1usize..5,
+    ) {
+        let available = rests.iter().filter(|rests| !**rests).count();
+        let (pool, _clock) = pool_with_resting(rests.len(), |number| rests[number]);
+        for (number, picked) in picks(&pool, rests.len(), 1, rounds * available).into_iter().enumerate() {
+            prop_assert_eq!(picked, if rests[number] { 0 } else { rounds }, "key {}", number);
+        }
+    }
+}
+
+/// Most picked over mean, of the keys that don't rest.
+fn unevenness(counts: &[usize]) -> f64 {
+    let most = *counts.iter().max().expect("some keys");
+    most as f64 * counts.len() as f64 / counts.iter().sum::<usize>() as f64
+}
+
+fn threads_share_evenly(threads: usize) {
+    const KEYS: usize = 100;
+    const ROUNDS: usize = 800;
+    let clock = ManualClock::new();
+    let counts = picks(&pool(KEYS, &clock), KEYS, threads, KEYS * ROUNDS / threads);
+    assert!(unevenness(&counts) <= 1.01, "{counts:?}");
+    // The turn passes from thread to thread without a gap, so it is even exact.
+    assert_eq!(counts, [ROUNDS; KEYS]);
+}
+
+#[test]
+fn two_threads_share_the_keys_evenly() {
+    threads_share_evenly(2);
+}
+
+#[test]
+fn eight_threads_share_the_keys_evenly() {
+    threads_share_evenly(8);
+}
+
+fn a_resting_block_gives_nobody_its_share(threads: usize) {
+    const KEYS: usize = 2_000;
+    const RESTING: usize = 1_980;
+    const ROUNDS: usize = 2_000;
+    let (pool, _clock) = pool_with_resting(KEYS, |number| number < RESTING);
+    let counts = picks(&pool, KEYS, threads, (KEYS - RESTING) * ROUNDS / threads);
+    assert_eq!(counts[..RESTING], [0; RESTING]);
+    assert!(unevenness(&counts[RESTING..]) <= 1.01, "{:?}", &counts[RESTING..]);
+    assert_eq!(counts[RESTING..], [ROUNDS; KEYS - RESTING]);
+}
+
+#[test]
+fn the_key_behind_a_resting_block_does_not_get_the_blocks_share() {
+    a_resting_block_gives_nobody_its_share(1);
+}
+
+#[test]
+fn nor_does_it_with_two_threads() {
+    a_resting_block_gives_nobody_its_share(2);
+}
+
+#[test]
+fn nor_does_it_with_eight_threads() {
+    a_resting_block_gives_nobody_its_share(8);
+}
+
+/// Where each key stands, for whoever picks: odd while it is certainly disabled.
+struct Board(Vec<AtomicU64>);
+
+impl Board {
+    fn read(&self) -> Vec<u64> {
+        self.0.iter().map(|entry| entry.load(SeqCst)).collect()
+    }
+}
+
+#[test]
+fn no_pick_returns_a_disabled_key_and_none_is_lost_while_keys_rest_and_come_back() {
+    const KEYS: usize = 130;
+    const TOGGLED: usize = 8;
+    const RUN: Duration = Duration::from_millis(1_200);
+
+    let clock = ManualClock::new();
+    let pool = pool(KEYS, &clock);
+    // Some are out for good, some go in and out, all others rest now and then.
+    let is_out = |key: usize| key % 13 == 5;
+    let toggled: Vec<usize> = (0..KEYS).filter(|key| key % 13 == 7).take(TOGGLED).collect();
+    (0..KEYS).filter(|key| is_out(*key)).for_each(|key| operate(pool.disable(id(key))));
+    let board = Board((0..KEYS).map(|_| AtomicU64::new(0)).collect());
+    let stop = AtomicBool::new(false);
+
+    let picked: u64 = thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(SeqCst) {
+                clock.advance(Duration::from_secs(7));
+                thread::yield_now();
+            }
+        });
+        scope.spawn(|| {
+            while !stop.load(SeqCst) {
+                for key in &toggled {
+                    operate(pool.disable(id(*key)));
+                    board.0[*key].fetch_add(1, SeqCst);
+                    thread::yield_now();
+                    board.0[*key].fetch_add(1, SeqCst);
+                    operate(pool.enable(id(*key)));
+                }
+            }
+        });
+        let pickers: Vec<_> = (0..4)
+            .map(|thread: u64| {
+                let (pool, board, stop) = (&pool, &board, &stop);
+                scope.spawn(move || {
+                    let mut client = client(pool);
+                    let mut picked = 0;
+                    while !stop.load(SeqCst) {
+                        let before = board.read();
+                        let limited = (picked + thread).is_multiple_of(3);
+                        let request = Request::get("https://api.example.com");
+                        let request = request.body(if limited { 429 } else { 200 }).expect("a request");
+                        let Ok(response) = client.call(request).now_or_never().expect("at once") else {
+                            continue;
+                        };
+                        let key = *response.body();
+                        picked += 1;
+                        assert!(!is_out(key), "key {key} is disabled for good");
+                        let after = board.0[key].load(SeqCst);
+                        let was_disabled_throughout = before[key] == after && after % 2 == 1;
+                        assert!(!was_disabled_throughout, "key {key} was disabled, and was picked");
+                    }
+                    picked
+                })
+            })
+            .collect();
+        thread::sleep(RUN);
+        stop.store(true, SeqCst);
+        pickers.into_iter().map(|picker| picker.join().expect("no panic")).sum()
+    });
+    assert!(picked > 1_000, "only {picked} requests were sent");
+
+    // All is quiet now: every key is back in its turn, and has exactly its share.
+    clock.advance(COOLDOWN);
+    let mut client = client(&pool);
+    for _ in 0..KEYS {
+        send(&mut client, 200);
+    }
+    let stats = pool.stats();
+    for (number, key) in stats.keys.iter().enumerate() {
+        assert_eq!(key.status, if is_out(number) { Status::Disabled } else { Status::Healthy });
+    }
+    let in_service = stats.healthy;
+    for (number, picked) in picks(&pool, KEYS, 1, 3 * in_service).into_iter().enumerate() {
+        assert_eq!(picked, if is_out(number) { 0 } else { 3 }, "key {number}");
+    }
+}
+
+#[test]
+fn f29_of_a_hundred_thousand_keys_the_one_that_does_not_rest_is_found_and_quickly() {
+    const KEYS: usize = 100_000;
+    const PICKS: usize = 10_000;
+    for awake in [0, 77_777, KEYS - 1] {
+        let (pool, _clock) = pool_with_resting(KEYS, |number| number != awake);
+        let mut client = client(&pool);
+        let start = Instant::now();
+        for _ in 0..PICKS {
+            assert_eq!(send(&mut client, 200), awake);
+        }
+        let took = start.elapsed();
+        assert!(took < Duration::from_secs(1), "{PICKS} picks took {took:?}");
+    }
+}
+
+#[test]
+fn f29_when_the_last_of_a_hundred_thousand_keys_rests_too_the_time_until_the_first_is_back_is_known() {
+    const KEYS: usize = 100_000;
+    let (pool, clock) = pool_with_resting(KEYS, |_| true);
+    clock.advance(Duration::from_secs(20));
+    let mut client = client(&pool);
+    let start = Instant::now();
+    for _ in 0..1_000 {
+        let request = Request::get("https://api.example.com").body(200).expect("a request");
+        let error = client.call(request).now_or_never().expect("at once").expect_err("no key");
+        let no_key = error.no_key_available().expect("an error about keys");
+        assert_eq!(no_key.retry_in(), Some(Duration::from_secs(100)));
+    }
+    assert!(start.elapsed() < Duration::from_secs(3), "took {:?}", start.elapsed());
+
+    // And when all of them come back at once, no single request pays for it.
+    clock.advance(Duration::from_secs(100));
+    let mut longest = Duration::ZERO;
+    for _ in 0..1_000 {
+        let start = Instant::now();
+        send(&mut client, 200);
+        longest = longest.max(start.elapsed());
+    }
+    assert!(longest < Duration::from_millis(100), "one request took {longest:?}");
+}

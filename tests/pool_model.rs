@@ -1,0 +1,706 @@
+//! The pool beside a plain model of it: a row of keys, a cursor, and a deadline each.
+//!
+//! Random sequences of requests, answers, time and operators' changes are played to both. After each step,
+//! both have to have picked the same key and to say the same of all of them.
+
+use std::{
+    collections::BTreeMap,
+    convert::Infallible,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use futures_util::FutureExt;
+use http::{Request, Response};
+use proptest::{
+    prelude::*,
+    sample::Index,
+    test_runner::{TestCaseError, TestCaseResult},
+};
+use tokio::sync::oneshot;
+use tower::{Layer, Service, service_fn, util::BoxService};
+use tower_key_rotation::{
+    Error, KeyId, KeyPool, KeyRotationLayer, KeyStats, ServedBy, Status,
+    classify::LlmGateway,
+    clock::ManualClock,
+    store::{KeyStore, MemoryStore},
+};
+
+const COOLDOWN: Duration = Duration::from_secs(120);
+const EXHAUSTED: Duration = Duration::from_secs(24 * 60 * 60);
+const LONGEST_HINT: Duration = Duration::from_secs(60 * 60);
+
+/// How many keys may come back at one moment for the very next pick to know of all of them. Larger crowds
+/// return in batches, which
+/// [`a_crowd_that_comes_back_at_once_takes_its_turns_in_order`] is about.
+const SMALL_CROWD: usize = 16;
+
+#[derive(Clone, Copy, Debug)]
+struct Answer {
+    status: u16,
+    retry_after: Option<u64>,
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    /// A request that is answered at once.
+    Send(Answer),
+    /// As many requests as there are keys, and then some, all answered alike.
+    SendRound(Answer, u8),
+    /// A request that stays under way.
+    Begin,
+    /// The answer to one that is under way, if there is one.
+    Finish(Index, Answer),
+    /// The caller drops one that is under way.
+    Abandon(Index),
+    Advance(Duration),
+    Reset(Index),
+    Disable(Index),
+    Enable(Index),
+    Insert(u32),
+    Remove(Index),
+    Reload,
+    /// Somebody asks when the next key is there.
+    Look,
+    /// Another process adds a key to the store, removes one from it, or gives one another secret.
+    StoreInsert(u32),
+    StoreRemove(Index),
+    StoreReplace(Index),
+}
+
+fn answer() -> impl Strategy<Value = Answer> {
+    let status = prop_oneof![5 => Just(200), 1 => Just(500), 6 => Just(429), 1 => Just(401), 1 => Just(402)];
+    let retry_after = prop_oneof![
+        3 => Just(None),
+        1 => (0u64..600).prop_map(Some),
+        1 => prop_oneof![Just(3_599), Just(3_600), Just(3_601), Just(u64::MAX)].prop_map(Some),
+    ];
+    (status, retry_after).prop_map(|(status, retry_after)| Answer { status, retry_after })
+}
+
+fn time() -> impl Strategy<Value = Duration> {
+    prop_oneof![
+        6 => (0u64..40_000).prop_map(Duration::from_millis),
+        1 => Just(Duration::from_nanos(1)),
+        3 => Just(COOLDOWN),
+        1 => Just(COOLDOWN - Duration::from_nanos(1)),
+        1 => Just(LONGEST_HINT),
+        1 => Just(EXHAUSTED),
+    ]
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        24 => answer().prop_map(Step::Send),
+        2 => (answer(), any::<u8>()).prop_map(|(answer, more)| Step::SendRound(answer, more % 8)),
+        6 => Just(Step::Begin),
+        6 => (any::<Index>(), answer()).prop_map(|(which, answer)| Step::Finish(which, answer)),
+        1 => any::<Index>().prop_map(Step::Abandon),
+        10 => time().prop_map(Step::Advance),
+        2 => any::<Index>().prop_map(Step::Reset),
+        2 => any::<Index>().prop_map(Step::Disable),
+        2 => any::<Index>().prop_map(Step::Enable),
+        2 => any::<u32>().prop_map(Step::Insert),
+        2 => any::<Index>().prop_map(Step::Remove),
+        3 => Just(Step::Reload),
+        1 => Just(Step::Look),
+        1 => any::<u32>().prop_map(Step::StoreInsert),
+        1 => any::<Index>().prop_map(Step::StoreRemove),
+        1 => any::<Index>().prop_map(Step::StoreReplace),
+    ]
+}
+
+fn steps(most: usize) -> impl Strategy<Value = Vec<Step>> {
+    prop::collection::vec(step(), 1..most)
+}
+
+// ---- the model ----
+
+type Instance = u32;
+
+#[derive(Clone, Debug)]
+struct ModelKey {
+    id: String,
+    /// Which secret: a key of the same name with another secret is another key.
+    instance: Instance,
+    /// Until when it rests, and as what; `None` is for good.
+    rest: Option<(Status, Option<Duration>)>,
+    disabled: bool,
+    requests: u64,
+    limited: u64,
+    last_reason: Option<u16>,
+    unwritten: bool,
+}
+
+impl ModelKey {
+    fn new(id: &str, instance: Instance, disabled: bool) -> Self {
+        Self {
+            id: id.to_owned(),
+            instance,
+            rest: None,
+            disabled,
+            requests: 0,
+            limited: 0,
+            last_reason: None,
+            unwritten: false,
+        }
+    }
+
+    fn rests(&self, now: Duration) -> bool {
+        matches!(self.rest, Some((_, until)) if until.is_none_or(|until| until > now))
+    }
+
+    fn is_available(&self, now: Duration) -> bool {
+        !self.disabled && !self.rests(now)
+    }
+
+    fn mark(&mut self, answer: Answer, now: Duration) {
+        let (status, until) = match answer.status {
+            401 => (Status::Revoked, None),
+            402 => (Status::Exhausted, Some(now + EXHAUSTED)),
+            429 => {
+                let hint = answer.retry_after.map_or(Duration::ZERO, Duration::from_secs).min(LONGEST_HINT);
+                (Status::RateLimited, Some(now + hint.max(COOLDOWN)))
+            }
+            _ => return,
+        };
+        self.limited += 1;
+        self.last_reason = Some(answer.status);
+        let later = match (self.rest, until) {
+            (None, _) => true,
+            (Some((_, None)), _) => false,
+            (Some(_), None) => true,
+            (Some((_, Some(before))), Some(until)) => until > before,
+        };
+        if later {
+            self.rest = Some((status, until));
+            self.unwritten = true;
+        }
+    }
+
+    fn time_left(&self, now: Duration) -> Option<Duration> {
+        self.rest.and_then(|(_, until)| until).filter(|until| *until > now).map(|until| until - now)
+    }
+
+    fn status(&self, now: Duration) -> Status {
+        match self.rest {
+            _ if self.disabled => Status::Disabled,
+            Some((status, _)) if self.rests(now) => status,
+            _ => Status::Healthy,
+        }
+    }
+
+    fn differs_from(&self, stats: &KeyStats, now: Duration) -> bool {
+        self.id != stats.id.as_str()
+            || self.status(now) != stats.status
+            || self.time_left(now) != stats.time_left
+            || self.requests != stats.requests
+            || self.limited != stats.limited
+            || self.last_reason != stats.last_reason
+    }
+}
+
+#[derive(Debug, Default)]
+struct Model {
+    now: Duration,
+    keys: Vec<ModelKey>,
+    /// The place behind the key that was picked last.
+    cursor: usize,
+    store: BTreeMap<String, (Instance, bool)>,
+    instances: Instance,
+}
+
+impl Model {
+    fn pick(&mut self) -> Option<Instance> {
+        let count = self.keys.len();
+        let place = (self.cursor..count)
+            .chain(0..self.cursor.min(count))
+            .find(|place| self.keys[*place].is_available(self.now))?;
+        self.cursor = place + 1;
+        self.keys[place].requests += 1;
+        Some(self.keys[place].instance)
+    }
+
+    fn retry_in(&self) -> Option<Duration> {
+        self.keys.iter().filter(|key| !key.disabled).filter_map(|key| key.time_left(self.now)).min()
+    }
+
+    fn mark(&mut self, instance: Instance, answer: Answer) {
+        let now = self.now;
+        if let Some(key) = self.keys.iter_mut().find(|key| key.instance == instance) {
+            key.mark(answer, now);
+        }
+    }
+
+    fn new_instance(&mut self) -> Instance {
+        self.instances += 1;
+        self.instances
+    }
+
+    fn take_out(&mut self, place: usize) {
+        self.keys.remove(place);
+        // The turn stays behind the key that was picked last.
+        if place < self.cursor {
+            self.cursor -= 1;
+        }
+    }
+
+    fn reload(&mut self) {
+        for place in (0..self.keys.len()).rev() {
+            if !self.store.contains_key(&self.keys[place].id) {
+                self.take_out(place);
+            }
+        }
+        for (id, (instance, disabled)) in &self.store {
+            match self.keys.iter_mut().find(|key| key.id == *id) {
+                Some(key) if key.instance == *instance => {}
+                Some(key) => *key = ModelKey::new(id, *instance, *disabled),
+                None => self.keys.push(ModelKey::new(id, *instance, *disabled)),
+            }
+        }
+    }
+
+    /// How many keys come back when the time goes on to `then`.
+    fn coming_back(&self, then: Duration) -> usize {
+        self.keys.iter().filter(|key| !key.is_available(self.now) && key.is_available(then)).count()
+    }
+}
+
+// ---- the pool, driven through the layer ----
+
+type Client = BoxService<Request<()>, Response<()>, Error<Infallible>>;
+
+struct Flight {
+    instance: Instance,
+    reply: oneshot::Sender<Answer>,
+    response: futures_util::future::BoxFuture<'static, Result<Response<()>, Error<Infallible>>>,
+}
+
+/// The secret that the inner service last saw, and where it waits for its answer.
+type Sent = Arc<Mutex<Option<(Instance, oneshot::Sender<Answer>)>>>;
+
+struct Pair {
+    model: Model,
+    pool: KeyPool,
+    clock: ManualClock,
+    store: MemoryStore,
+    client: Client,
+    sent: Sent,
+    under_way: Vec<Flight>,
+    /// How many keys have come back since anybody looked.
+    crowd: usize,
+}
+
+fn secret(instance: Instance) -> String {
+    format!("sk-{instance}")
+}
+
+fn immediately<T>(future: impl Future<Output = T>) -> T {
+    future.now_or_never().expect("nothing here waits")
+}
+
+fn key_id(id: &str) -> KeyId {
+    KeyId::new(id).expect("a valid id")
+}
+
+impl Pair {
+    fn new(keys: usize) -> Self {
+        let clock = ManualClock::new();
+        let store = MemoryStore::with_clock(Arc::new(clock.clone()));
+        let mut model = Model::default();
+        let mut builder = KeyPool::builder().clock(clock.clone());
+        for number in 0..keys {
+            let (id, instance) = (format!("key-{number:06}"), model.new_instance());
+            builder = builder.key(id.clone(), secret(instance));
+            model.store.insert(id.clone(), (instance, false));
+            model.keys.push(ModelKey::new(&id, instance, false));
+        }
+        let pool = immediately(builder.open(store.clone())).expect("a pool");
+        assert_eq!(pool.rejected(), []);
+
+        let sent = Arc::new(Mutex::new(None));
+        let seen = sent.clone();
+        let inner = service_fn(move |request: Request<()>| {
+            let header = request.headers()["authorization"].to_str().expect("text").to_owned();
+            let instance = header.strip_prefix("Bearer sk-").and_then(|number| number.parse().ok());
+            let (reply, answered) = oneshot::channel::<Answer>();
+            *seen.lock().expect("not poisoned") = Some((instance.expect("one of our secrets"), reply));
+            async move {
+                let answer = answered.await.expect("an answer");
+                let mut response = Response::builder().status(answer.status);
+                if let Some(seconds) = answer.retry_after {
+                    response = response.header("retry-after", seconds);
+                }
+                Ok(response.body(()).expect("a response"))
+            }
+        });
+        let layer = KeyRotationLayer::new(&pool).classify(LlmGateway::new()).expose_key();
+        let client = BoxService::new(layer.layer(inner));
+        Self { model, pool, clock, store, client, sent, under_way: Vec::new(), crowd: 0 }
+    }
+
+    /// Sends a request with both, and compares which key it went out with.
+    fn begin(&mut self) -> Result<Option<Flight>, TestCaseError> {
+        let expected = self.model.pick();
+        self.crowd = 0;
+        let request = Request::get("https://api.example.com/v1").body(()).expect("a request");
+        let mut response = self.client.call(request);
+        match (self.sent.lock().expect("not poisoned").take(), expected) {
+            (Some((instance, reply)), Some(expected)) => {
+                prop_assert_eq!(self.name(instance), self.name(expected), "another key was picked");
+                prop_assert_eq!(instance, expected, "the key has another secret");
+                Ok(Some(Flight { instance, reply, response }))
+            }
+            (None, None) => {
+                let error = response.as_mut().now_or_never().expect("an error").expect_err("no key");
+                let error = *error.no_key_available().expect("an error about keys");
+                prop_assert_eq!(error.retry_in(), self.model.retry_in());
+                prop_assert_eq!(error.is_empty_pool(), self.model.keys.is_empty());
+                Ok(None)
+            }
+            (Some((instance, _)), None) => {
+                Err(TestCaseError::fail(format!("{:?} was used, but none is available", self.name(instance))))
+            }
+            (None, Some(expected)) => {
+                Err(TestCaseError::fail(format!("no key was found, but {:?} is there", self.name(expected))))
+            }
+        }
+    }
+
+    fn finish(&mut self, flight: Flight, answer: Answer) -> TestCaseResult {
+        let Flight { instance, reply, response } = flight;
+        let id = self.name(instance);
+        reply.send(answer).expect("the request is under way");
+        let response = immediately(response).expect("a response");
+        prop_assert_eq!(response.status().as_u16(), answer.status);
+        if let Some(id) = id {
+            prop_assert_eq!(response.extensions().get(), Some(&ServedBy(key_id(&id))));
+        }
+        self.model.mark(instance, answer);
+        Ok(())
+    }
+
+    fn send(&mut self, answer: Answer) -> TestCaseResult {
+        match self.begin()? {
+            Some(flight) => self.finish(flight, answer),
+            None => Ok(()),
+        }
+    }
+
+    fn name(&self, instance: Instance) -> Option<String> {
+        self.model.keys.iter().find(|key| key.instance == instance).map(|key| key.id.clone())
+    }
+
+    fn some_id(&self, which: Index) -> String {
+        match self.model.keys.len() {
+            0 => "nobody".to_owned(),
+            count => self.model.keys[which.index(count)].id.clone(),
+        }
+    }
+
+    /// An operator's change of one key, which takes effect in memory and counts as done where the store has
+    /// the key.
+    fn operate(&mut self, id: &str, done: bool, change: impl Fn(&mut ModelKey)) -> TestCaseResult {
+        let known = self.model.keys.iter_mut().find(|key| key.id == id);
+        let expected = known.map(change).is_some() && self.model.store.contains_key(id);
+        prop_assert_eq!(done, expected);
+        Ok(())
+    }
+
+    fn step(&mut self, step: Step) -> TestCaseResult {
+        match step {
+            Step::Send(answer) => self.send(answer)?,
+            Step::SendRound(answer, more) => {
+                for _ in 0..self.model.keys.len() + usize::from(more) {
+                    self.send(answer)?;
+                }
+            }
+            Step::Begin => {
+                if let Some(flight) = self.begin()? {
+                    self.under_way.push(flight);
+                }
+            }
+            Step::Finish(which, answer) => {
+                if !self.under_way.is_empty() {
+                    let flight = self.under_way.swap_remove(which.index(self.under_way.len()));
+                    self.finish(flight, answer)?;
+                }
+            }
+            Step::Abandon(which) => {
+                if !self.under_way.is_empty() {
+                    self.under_way.swap_remove(which.index(self.under_way.len()));
+                }
+            }
+            Step::Advance(by) => self.advance(by),
+            Step::Reset(which) => {
+                let id = self.some_id(which);
+                let done = immediately(self.pool.reset(&id)).is_ok();
+                self.operate(&id, done, |key| key.rest = None)?;
+            }
+            Step::Disable(which) => self.set_disabled(which, true)?,
+            Step::Enable(which) => self.set_disabled(which, false)?,
+            Step::Insert(number) => {
+                let (id, instance) = (format!("new-{:02}", number % 50), self.model.new_instance());
+                let done = immediately(self.pool.insert(&id, secret(instance))).is_ok();
+                let taken =
+                    self.model.store.contains_key(&id) || self.model.keys.iter().any(|key| key.id == id);
+                prop_assert_eq!(done, !taken);
+                if done {
+                    self.model.keys.push(ModelKey::new(&id, instance, false));
+                    self.model.store.insert(id, (instance, false));
+                }
+            }
+            Step::Remove(which) => {
+                let id = self.some_id(which);
+                let done = immediately(self.pool.remove(&id)).is_ok();
+                let place = self.model.keys.iter().position(|key| key.id == id);
+                prop_assert_eq!(done, place.is_some());
+                if let Some(place) = place {
+                    self.model.take_out(place);
+                    self.model.store.remove(&id);
+                }
+            }
+            Step::Reload => {
+                immediately(self.pool.reload()).expect("a store in memory");
+                self.model.reload();
+            }
+            Step::Look => self.look()?,
+            Step::StoreInsert(number) => {
+                let (id, instance) = (format!("new-{:02}", number % 50), self.model.new_instance());
+                let free = immediately(self.store.insert(key_id(&id), secret(instance).into()));
+                prop_assert_eq!(free.expect("memory"), !self.model.store.contains_key(&id));
+                self.model.store.entry(id).or_insert((instance, false));
+            }
+            Step::StoreRemove(which) => {
+                let id = self.some_id(which);
+                let was_there = immediately(self.store.remove(&key_id(&id)));
+                prop_assert_eq!(was_there.expect("memory"), self.model.store.remove(&id).is_some());
+            }
+            Step::StoreReplace(which) => {
+                let (id, instance) = (self.some_id(which), self.model.new_instance());
+                if immediately(self.store.remove(&key_id(&id))).expect("memory") {
+                    let free = immediately(self.store.insert(key_id(&id), secret(instance).into()));
+                    prop_assert!(free.expect("memory"));
+                    self.model.store.insert(id, (instance, false));
+                }
+            }
+        }
+        self.compare()
+    }
+
+    fn set_disabled(&mut self, which: Index, disabled: bool) -> TestCaseResult {
+        let id = self.some_id(which);
+        let done = match disabled {
+            true => immediately(self.pool.disable(&id)),
+            false => immediately(self.pool.enable(&id)),
+        };
+        self.operate(&id, done.is_ok(), |key| key.disabled = disabled)?;
+        if let Some((_, stored)) = self.model.store.get_mut(&id).filter(|_| done.is_ok()) {
+            *stored = disabled;
+        }
+        Ok(())
+    }
+
+    fn advance(&mut self, by: Duration) {
+        self.crowd += self.model.coming_back(self.model.now + by);
+        self.clock.advance(by);
+        self.model.now += by;
+        if self.crowd > SMALL_CROWD {
+            // Each look returns a batch.
+            for _ in 0..self.crowd.div_ceil(SMALL_CROWD) {
+                let _ = self.pool.next_return();
+            }
+            self.crowd = 0;
+        }
+    }
+
+    fn compare(&self) -> TestCaseResult {
+        let (model, stats) = (&self.model, self.pool.stats());
+        let now = model.now;
+        let count = |status| model.keys.iter().filter(|key| key.status(now) == status).count();
+        prop_assert_eq!(stats.keys.len(), model.keys.len());
+        for (expected, key) in model.keys.iter().zip(&stats.keys) {
+            prop_assert!(!expected.differs_from(key, now), "{expected:?} at {now:?}, but {key:?}");
+        }
+        prop_assert_eq!(stats.healthy, count(Status::Healthy));
+        prop_assert_eq!(stats.rate_limited, count(Status::RateLimited));
+        prop_assert_eq!(stats.exhausted, count(Status::Exhausted));
+        prop_assert_eq!(stats.revoked, count(Status::Revoked));
+        prop_assert_eq!(stats.disabled, count(Status::Disabled));
+        prop_assert_eq!(stats.marks_waiting, model.keys.iter().filter(|key| key.unwritten).count());
+        Ok(())
+    }
+
+    fn look(&self) -> TestCaseResult {
+        let available = self.model.keys.iter().any(|key| key.is_available(self.model.now));
+        let next = if available { Some(Duration::ZERO) } else { self.model.retry_in() };
+        prop_assert_eq!(self.pool.next_return(), next);
+        Ok(())
+    }
+}
+
+fn play(keys: usize, steps: Vec<Step>) -> TestCaseResult {
+    let mut pair = Pair::new(keys);
+    steps.into_iter().try_for_each(|step| pair.step(step))
+}
+
+fn is_about_requests(step: &Step) -> bool {
+    matches!(
+        step,
+        Step::Send(_)
+            | Step::SendRound(..)
+            | Step::Begin
+            | Step::Finish(..)
+            | Step::Abandon(_)
+            | Step::Advance(_)
+            | Step::Look
+    )
+}
+
+fn cases(cases: u32) -> ProptestConfig {
+    ProptestConfig { cases, failure_persistence: None, max_shrink_iters: 2_000, ..ProptestConfig::default() }
+}
+
+proptest! {
+    #![proptest_config(cases(250))]
+
+    #[test]
+    fn a_few_keys_are_picked_in_turn_whatever_is_answered(keys in 0usize..8, steps in steps(80)) {
+        play(keys, steps.into_iter().filter(is_about_requests).collect())?;
+    }
+
+    #[test]
+    fn a_few_keys_are_picked_in_turn_whatever_operators_and_the_store_do(
+        keys in 0usize..8,
+        steps in steps(80),
+    ) {
+        play(keys, steps)?;
+    }
+}
+
+proptest! {
+    #![proptest_config(cases(30))]
+
+    #[test]
+    fn two_hundred_keys_are_picked_in_turn_too(keys in 60usize..200, steps in steps(60)) {
+        play(keys, steps)?;
+    }
+}
+
+proptest! {
+    #![proptest_config(cases(4))]
+
+    #[test]
+    fn so_many_keys_that_every_level_of_the_index_is_used_are_picked_in_turn(
+        keys in 4_090usize..4_300,
+        limited in 4_080usize..4_096,
+        steps in steps(12),
+    ) {
+        let mut pair = Pair::new(keys);
+        let answer = Answer { status: 429, retry_after: None };
+        for _ in 0..limited.min(keys - 1) {
+            // Compared key by key as they are picked, and all together afterwards.
+            pair.send(answer)?;
+        }
+        pair.compare()?;
+        // No whole rounds here: they take a model as slow as this one too long.
+        for step in steps.into_iter().filter(|step| !matches!(step, Step::SendRound(..))) {
+            pair.step(step)?;
+        }
+        pair.advance(COOLDOWN);
+        pair.compare()?;
+        for _ in 0..200 {
+            pair.send(Answer { status: 200, retry_after: None })?;
+        }
+        pair.compare()?;
+    }
+}
+
+// ---- what the model found, and what it leaves out, one by one ----
+
+const FINE: Answer = Answer { status: 200, retry_after: None };
+const LIMITED: Answer = Answer { status: 429, retry_after: None };
+
+#[test]
+fn removing_a_key_takes_nobodys_turn() {
+    let mut pair = Pair::new(4);
+    pair.send(FINE).unwrap();
+    pair.send(FINE).unwrap();
+    // The third is next, and stays so without the first.
+    immediately(pair.pool.remove("key-000000")).unwrap();
+    pair.model.take_out(0);
+    pair.send(FINE).unwrap();
+}
+
+#[test]
+fn a_key_that_a_reload_finds_removed_takes_nobodys_turn() {
+    let mut pair = Pair::new(4);
+    pair.send(FINE).unwrap();
+    pair.send(FINE).unwrap();
+    assert!(immediately(pair.store.remove(&key_id("key-000000"))).unwrap());
+    pair.model.store.remove("key-000000");
+    pair.step(Step::Reload).unwrap();
+    pair.send(FINE).unwrap();
+}
+
+#[test]
+fn f08_a_reload_never_clears_a_mark_that_the_store_does_not_have() {
+    let mut pair = Pair::new(2);
+    pair.send(LIMITED).unwrap();
+    pair.step(Step::Reload).unwrap();
+    let stats = pair.pool.stats();
+    assert_eq!((stats.keys[0].status, stats.keys[0].time_left), (Status::RateLimited, Some(COOLDOWN)));
+    assert_eq!(stats.marks_waiting, 1);
+}
+
+#[test]
+fn a_key_that_another_process_disabled_goes_out_of_service_also_where_a_mark_of_it_waits() {
+    let mut pair = Pair::new(2);
+    pair.send(LIMITED).unwrap();
+    assert!(immediately(pair.store.set_disabled(&key_id("key-000000"), true)).unwrap());
+    immediately(pair.pool.reload()).unwrap();
+    assert_eq!(pair.pool.stats().keys[0].status, Status::Disabled);
+    // Nor does its own deadline bring it back.
+    pair.clock.advance(COOLDOWN);
+    assert_eq!(pair.pool.stats().keys[0].status, Status::Disabled);
+}
+
+/// With the turn at key 100, and all of 200 back at one moment, key 100 is next.
+#[test]
+fn a_crowd_that_comes_back_at_once_takes_its_turns_in_order() {
+    let mut pair = Pair::new(200);
+    for _ in 0..100 {
+        pair.send(FINE).unwrap();
+    }
+    for _ in 0..200 {
+        pair.send(LIMITED).unwrap();
+    }
+    pair.clock.advance(COOLDOWN);
+    pair.model.now += COOLDOWN;
+    for _ in 0..400 {
+        pair.send(FINE).unwrap();
+    }
+}
+
+/// What holds of such a crowd in any case: nobody is left out for longer than a round.
+#[test]
+fn a_crowd_that_comes_back_at_once_is_served_evenly() {
+    let mut pair = Pair::new(200);
+    for _ in 0..300 {
+        pair.send(if pair.model.keys[150].requests == 0 { FINE } else { LIMITED }).unwrap();
+    }
+    while pair.begin().unwrap().map(|flight| pair.finish(flight, LIMITED)).is_some() {}
+    let before: Vec<_> = pair.pool.stats().keys.iter().map(|key| key.requests).collect();
+    pair.clock.advance(COOLDOWN);
+    for _ in 0..10 * 200 {
+        let request = Request::get("https://api.example.com/v1").body(()).unwrap();
+        let response = pair.client.call(request);
+        let (_, reply) = pair.sent.lock().unwrap().take().expect("a key is available");
+        reply.send(FINE).unwrap();
+        immediately(response).unwrap();
+    }
+    for (key, before) in pair.pool.stats().keys.iter().zip(before) {
+        let served = key.requests - before;
+        assert!((9..=11).contains(&served), "{} was picked {served} times in 10 rounds", key.id);
+    }
+}

@@ -1,0 +1,374 @@
+//! The example `quickstart`, run as a user runs it: against its own service, and against one of these tests.
+
+#![allow(clippy::unwrap_used, clippy::panic)] // They are allowed in tests, but not in what several tests share.
+#[allow(dead_code)]
+#[path = "../examples/quickstart/ledger.rs"]
+mod ledger;
+
+use std::{
+    fs,
+    path::PathBuf,
+    process::{self, Output, Stdio},
+    sync::{
+        Arc, Mutex, OnceLock,
+        atomic::{AtomicU32, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use axum::{
+    Router,
+    body::Bytes,
+    http::{HeaderMap, Method, StatusCode, Uri},
+    response::{IntoResponse, Response},
+};
+use serde_json::Value;
+use tokio::{net::TcpListener, process::Command, sync::Notify};
+use tower_key_rotation::KeyId;
+
+use self::ledger::Ledger;
+
+#[tokio::test]
+async fn the_quickstart_succeeds_with_all_requests_and_hits_no_resting_key() {
+    let output = quickstart(["--json"]).output().await.unwrap();
+    let summary = summary(&output);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert_eq!((number(&summary, "requests"), number(&summary, "succeeded")), (300, 300));
+    assert!(number(&summary, "limited") > 0 && number(&summary, "recovered") > 0, "{summary}");
+    assert_eq!(number(&summary, "hits_while_resting"), 0);
+    let keys = summary["keys"].as_array().unwrap();
+    assert_eq!(keys.len(), 5);
+    assert!(keys.iter().all(|key| key["id"].is_string() && number(key, "requests") > 0), "{summary}");
+    let limited: u64 = keys.iter().map(|key| number(key, "limited")).sum();
+    assert_eq!(limited, number(&summary, "limited"));
+    assert_shows_none_of(&output, &["sk-local"]);
+}
+
+#[tokio::test]
+async fn without_json_it_says_that_the_cooldown_is_shortened_and_ends_with_a_table() {
+    let output = quickstart([]).output().await.unwrap();
+    let shown = String::from_utf8(output.stdout.clone()).unwrap();
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    for expected in ["2s after a 429", "shortened", "requests", "429s", "cooldowns", "recoveries", "epsilon"]
+    {
+        assert!(shown.contains(expected), "{expected} is missing in {shown}");
+    }
+    assert!(shown.trim_end().ends_with("The service saw no request on a key that was resting."), "{shown}");
+    assert_shows_none_of(&output, &["sk-local"]);
+}
+
+#[tokio::test]
+async fn a_service_of_ones_own_gets_the_method_path_headers_and_body_and_a_limited_key_rests() {
+    let upstream =
+        Upstream::start(|seen| if seen.key("authorization") == "Bearer sk-canary-2" { 429 } else { 200 });
+    let upstream = upstream.await;
+    let keys =
+        keys_file("a|sk-canary-1\nb|sk-canary-2\n# a space at its end:\nc|sk-canary-bad \nd|sk-canary-3\n");
+    let output = quickstart(["--json", "--requests", "60", "--concurrency", "12", "--keys", keys.path()])
+        .args(["--upstream", &upstream.url, "--method", "PUT", "--path", "/v1/things?page=2"])
+        .args(["--body", r#"{"thing":"ä"}"#, "--header", "x-version: 7"])
+        .env("RUST_LOG", "trace")
+        .output()
+        .await
+        .unwrap();
+    let summary = summary(&output);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert_eq!((number(&summary, "requests"), number(&summary, "succeeded")), (60, 60));
+    assert_eq!(number(&summary, "hits_while_resting"), 0);
+    assert_eq!(number(&summary, "recovered"), 0, "it rests for 2 minutes");
+
+    let seen = upstream.seen.lock().unwrap();
+    let limited = seen.iter().filter(|seen| seen.key("authorization") == "Bearer sk-canary-2").count() as u64;
+    assert!((1..=12).contains(&limited), "{limited}");
+    assert_eq!(number(&summary, "limited"), limited);
+    assert_eq!(seen.len() as u64, 60 + limited);
+    for seen in &*seen {
+        assert_eq!((&seen.method, &*seen.uri.to_string()), (&Method::PUT, "/v1/things?page=2"));
+        assert_eq!((seen.key("x-version"), seen.key("content-type")), ("7", "application/json"));
+        assert_eq!(seen.body, r#"{"thing":"ä"}"#);
+        assert!(!seen.headers.contains_key("x-before-pick"));
+    }
+    let ids: Vec<_> =
+        summary["keys"].as_array().unwrap().iter().map(|key| key["id"].as_str().unwrap()).collect();
+    assert_eq!(ids, ["a", "b", "d"]);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(errors.contains("line 4: key c: the secret begins or ends with a space"), "{errors}");
+    assert_shows_none_of(&output, &["sk-canary"]);
+}
+
+#[tokio::test]
+async fn a_key_comes_back_to_a_real_service_too_once_the_cooldown_that_was_asked_for_is_over() {
+    let answered = AtomicU32::new(0);
+    let upstream = Upstream::start(move |_| if answered.fetch_add(1, Relaxed) < 2 { 429 } else { 200 }).await;
+    let keys = keys_file("a|sk-canary-1\nb|sk-canary-2\n");
+    let output = quickstart(["--json", "--requests", "5", "--cooldown", "0.3", "--wait", "60"])
+        .args(["--upstream", &upstream.url, "--keys", keys.path()])
+        .output()
+        .await
+        .unwrap();
+    let summary = summary(&output);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let counts =
+        ["succeeded", "limited", "recovered", "hits_while_resting"].map(|name| number(&summary, name));
+    assert_eq!(counts, [5, 2, 2, 0]);
+}
+
+#[tokio::test]
+async fn a_key_can_go_into_another_header_or_the_query() {
+    let keys = keys_file("sk-canary-1\nsk-canary-2\n");
+    let upstream = Upstream::start(|_| 204).await;
+    for (place, expected) in [("header:x-api-key", "/"), ("query:key", "/?key=sk-canary-1")] {
+        let output = quickstart(["--requests", "1", "--inject", place, "--keys", keys.path()])
+            .args(["--upstream", &upstream.url])
+            .env("RUST_LOG", "tower_key_rotation=trace")
+            .output()
+            .await
+            .unwrap();
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+        assert_shows_none_of(&output, &["sk-canary"]);
+        let seen = upstream.seen.lock().unwrap().pop().unwrap();
+        assert_eq!((&seen.method, &*seen.uri.to_string()), (&Method::GET, expected));
+        assert_eq!(seen.headers.contains_key("x-api-key"), place.starts_with("header"));
+        assert!(!seen.headers.contains_key("authorization"));
+    }
+}
+
+#[tokio::test]
+async fn it_exits_with_1_and_names_the_status_where_the_service_fails() {
+    let upstream = Upstream::start(|_| 500).await;
+    let keys = keys_file("a|sk-canary-1\n");
+    let output =
+        quickstart(["--json", "--requests", "7", "--upstream", &upstream.url, "--keys", keys.path()])
+            .output()
+            .await
+            .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(number(&summary(&output), "succeeded"), 0);
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "7 × 500 Internal Server Error\n");
+    assert_shows_none_of(&output, &["sk-canary"]);
+}
+
+#[tokio::test]
+async fn errors_are_named_without_the_key_that_is_in_the_url() {
+    let nobody_listens = TcpListener::bind(("127.0.0.1", 0)).await.unwrap().local_addr().unwrap();
+    let keys = keys_file("a|sk-canary-1\n");
+    let url = format!("http://{nobody_listens}/?key=sk-canary-2");
+    let output =
+        quickstart(["--requests", "2", "--inject", "query:key", "--keys", keys.path(), "--upstream", &url])
+            .output()
+            .await
+            .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("2 × error sending request"), "{output:?}");
+    assert_shows_none_of(&output, &["sk-canary"]);
+}
+
+#[tokio::test]
+async fn a_key_is_not_sent_in_cleartext_unless_it_is_asked_for() {
+    let keys = keys_file("a|sk-canary-1\n");
+    let output = quickstart(["--requests", "2", "--keys", keys.path(), "--upstream", "http://192.0.2.1"])
+        .output()
+        .await
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        String::from_utf8_lossy(&output.stderr).contains("192.0.2.1 would get a key in cleartext"),
+        "{output:?}"
+    );
+}
+
+#[tokio::test]
+async fn wrong_arguments_are_2_and_a_file_without_a_usable_key_is_1() {
+    for wrong in [
+        &["--upstream", "https://example.com"][..],
+        &["--keys", "keys.txt"],
+        &["--requests", "0"],
+        &["--upstream", "ftp://example.com", "--keys", "keys.txt"],
+        &["--upstream", "https://example.com", "--keys", "keys.txt", "--inject", "header:no header"],
+        &["--no-such-option"],
+    ] {
+        let output = quickstart(wrong.iter().copied()).output().await.unwrap();
+        assert_eq!(output.status.code(), Some(2), "{wrong:?}: {output:?}");
+    }
+    let keys = keys_file("a|sk-canary-1 \n");
+    for unusable in ["no/such/file", keys.path()] {
+        let output =
+            quickstart(["--upstream", "https://example.com", "--keys", unusable]).output().await.unwrap();
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        assert_shows_none_of(&output, &["sk-canary"]);
+    }
+}
+
+#[cfg(unix)]
+#[tokio::test]
+async fn ctrl_c_stops_it_with_what_it_has_done_so_far() {
+    let served = AtomicU32::new(0);
+    let upstream =
+        Upstream::start(move |_| if served.fetch_add(1, Relaxed) < 3 { 200 } else { Upstream::SILENCE });
+    let upstream = upstream.await;
+    let keys = keys_file("a|sk-canary-1\n");
+    let child =
+        quickstart(["--json", "--concurrency", "1", "--upstream", &upstream.url, "--keys", keys.path()])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+    upstream.silent.notified().await;
+    interrupt(&child).await;
+    let output = child.wait_with_output().await.unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert_eq!(number(&summary(&output), "succeeded"), 3);
+    assert!(String::from_utf8_lossy(&output.stderr).contains("stopped by Ctrl-C"), "{output:?}");
+}
+
+const COOLDOWN: Duration = Duration::from_secs(2);
+
+/// One 429, sent at 100 ms and known from 110 ms on, and a request on the same key.
+fn hits(before_pick_ms: u64, arrived_at_ms: u64) -> usize {
+    let (ledger, key) = (Ledger::start(), KeyId::new("a").unwrap());
+    let millis = Duration::from_millis;
+    ledger.limited(&key, millis(100), millis(110));
+    ledger.arrived(&key, millis(before_pick_ms), millis(arrived_at_ms));
+    ledger.hits_while_resting(COOLDOWN)
+}
+
+#[test]
+fn a_request_whose_key_was_picked_after_its_429_was_known_is_a_hit_until_the_cooldown_is_over() {
+    assert_eq!(hits(110, 111), 1);
+    assert_eq!(hits(2_000, 2_099), 1);
+    assert_eq!(hits(2_000, 2_100), 0);
+}
+
+#[test]
+fn a_request_that_was_under_way_when_the_429_came_is_no_hit_however_late_it_arrives() {
+    assert_eq!(hits(50, 60), 0);
+    assert_eq!(hits(109, 1_500), 0);
+}
+
+#[test]
+fn each_request_is_judged_by_every_429_of_its_own_key_and_counted_once() {
+    let (ledger, [a, b]) = (Ledger::start(), ["a", "b"].map(|id| KeyId::new(id).unwrap()));
+    let millis = Duration::from_millis;
+    ledger.limited(&a, millis(100), millis(110));
+    ledger.limited(&a, millis(1_000), millis(1_010));
+    ledger.arrived(&a, millis(1_500), millis(1_501));
+    ledger.arrived(&a, millis(2_500), millis(2_501));
+    ledger.arrived(&b, millis(1_500), millis(1_501));
+    assert_eq!(ledger.hits_while_resting(COOLDOWN), 2);
+}
+
+/// A service that answers as a test has it, and remembers what it was asked.
+struct Upstream {
+    url: String,
+    seen: Arc<Mutex<Vec<Seen>>>,
+    silent: Arc<Notify>,
+}
+
+#[derive(Clone)]
+struct Seen {
+    method: Method,
+    uri: Uri,
+    headers: HeaderMap,
+    body: Bytes,
+}
+
+impl Upstream {
+    /// In place of a status: no answer at all.
+    const SILENCE: u16 = 0;
+
+    async fn start(status: impl Fn(&Seen) -> u16 + Send + Sync + 'static) -> Self {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let (seen, silent, status) = (Arc::default(), Arc::new(Notify::new()), Arc::new(status));
+        let upstream = Self { url, seen: Arc::clone(&seen), silent: silent.clone() };
+        let answer = async move |method, uri, headers, body| -> Response {
+            let request = Seen { method, uri, headers, body };
+            let status = status(&request);
+            seen.lock().unwrap().push(request);
+            if status == Self::SILENCE {
+                silent.notify_one();
+                std::future::pending::<()>().await;
+            }
+            StatusCode::from_u16(status).unwrap().into_response()
+        };
+        tokio::spawn(async move { axum::serve(listener, Router::new().fallback(answer)).await });
+        upstream
+    }
+}
+
+impl Seen {
+    fn key(&self, header: &str) -> &str {
+        self.headers.get(header).map_or("", |value| value.to_str().unwrap())
+    }
+}
+
+fn quickstart<'a>(arguments: impl IntoIterator<Item = &'a str>) -> Command {
+    let mut command = Command::new(program());
+    // What this machine is set up with has no part in a test.
+    command.args(arguments).env("NO_PROXY", "127.0.0.1").env("no_proxy", "127.0.0.1").env_remove("RUST_LOG");
+    command.stdin(Stdio::null()).kill_on_drop(true);
+    command
+}
+
+/// Built here, since `cargo test --test quickstart` alone doesn't build it; cargo says where it is.
+fn program() -> &'static PathBuf {
+    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+    PROGRAM.get_or_init(|| {
+        let profile = if cfg!(debug_assertions) { "dev" } else { "release" };
+        let built = process::Command::new(env!("CARGO"))
+            .args(["build", "--quiet", "--example", "quickstart", "--profile", profile])
+            .args(["--message-format", "json", "--manifest-path"])
+            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"))
+            .output()
+            .unwrap();
+        assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+        let messages = String::from_utf8(built.stdout).unwrap();
+        let executable =
+            |line| serde_json::from_str::<Value>(line).ok()?["executable"].as_str().map(PathBuf::from);
+        messages.lines().filter_map(executable).next_back().unwrap()
+    })
+}
+
+#[cfg(unix)]
+async fn interrupt(child: &tokio::process::Child) {
+    let id = child.id().unwrap().to_string();
+    assert!(Command::new("kill").args(["-INT", &id]).status().await.unwrap().success());
+}
+
+/// A file that is gone at the end of its test.
+struct KeysFile(PathBuf);
+
+impl KeysFile {
+    fn path(&self) -> &str {
+        self.0.to_str().unwrap()
+    }
+}
+
+impl Drop for KeysFile {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+fn keys_file(text: &str) -> KeysFile {
+    static FILES: AtomicU32 = AtomicU32::new(0);
+    let name = format!("quickstart-{}-{}.txt", process::id(), FILES.fetch_add(1, Relaxed));
+    let path = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name);
+    fs::write(&path, text).unwrap();
+    KeysFile(path)
+}
+
+fn summary(output: &Output) -> Value {
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"))
+}
+
+fn number(object: &Value, name: &str) -> u64 {
+    object[name].as_u64().unwrap_or_else(|| panic!("no {name} in {object}"))
+}
+
+fn assert_shows_none_of(output: &Output, secrets: &[&str]) {
+    let shown = [&*output.stdout, &*output.stderr].map(String::from_utf8_lossy).concat();
+    for secret in secrets {
+        assert!(!shown.contains(secret), "{secret} is shown:\n{shown}");
+    }
+}

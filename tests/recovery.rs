@@ -1,0 +1,736 @@
+//! The pool and its store: passes every 30 seconds, marks that are written, and stores that misbehave.
+
+// A test may panic, and so may what it calls.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::{
+    collections::HashSet,
+    sync::{Arc, mpsc},
+    time::Duration,
+};
+
+use support::*;
+use tower_key_rotation::{
+    KeyPool, MarksNotWritten, OperateError, PassError, RecoveryConfig, RecoveryHandle, Rest, Status,
+    clock::ManualClock,
+    store::{KeyStore, MemoryStore},
+};
+
+const INTERVAL: Duration = Duration::from_secs(30);
+
+fn at_once() -> RecoveryConfig {
+    RecoveryConfig::new().start_jitter(Duration::ZERO)
+}
+
+/// A handle that has made its first pass.
+async fn recovery(pool: &KeyPool) -> RecoveryHandle {
+    let recovery = RecoveryHandle::spawn_with(pool, at_once());
+    passed(&recovery, 1).await;
+    recovery
+}
+
+fn passes(recovery: &RecoveryHandle) -> u64 {
+    recovery.last_report().map_or(0, |report| report.pass)
+}
+
+async fn passed(recovery: &RecoveryHandle, pass: u64) {
+    eventually("a pass", || passes(recovery) >= pass).await;
+    settle().await;
+    assert_eq!(passes(recovery), pass);
+}
+
+/// A pool over a store with faults, and a server that limits `alpha`.
+struct Bench {
+    clock: ManualClock,
+    store: FaultyStore,
+    pool: KeyPool,
+    server: Server,
+}
+
+impl Bench {
+    async fn new<const N: usize>(keys: [&str; N]) -> Self {
+        let clock = ManualClock::new();
+        let store = FaultyStore::new(&clock);
+        let pool = builder(keys, &clock).open(store.clone()).await.unwrap();
+        Self { clock, store, pool, server: Server::limiting(["alpha"]).await }
+    }
+
+    async fn get(&self) -> u16 {
+        status(&rotating(&self.pool), &self.server.url()).await
+    }
+
+    /// Another pool over what is in the store, as another process has it.
+    async fn another(&self) -> KeyPool {
+        KeyPool::builder().clock(self.clock.clone()).open(self.store.memory.clone()).await.unwrap()
+    }
+}
+
+#[tokio::test]
+async fn a_pass_is_made_every_30_seconds_and_counted() {
+    let bench = Bench::new(["alpha"]).await;
+    let recovery = recovery(&bench.pool).await;
+    for pass in 2..=4 {
+        bench.clock.advance(INTERVAL - INSTANT);
+        settle().await;
+        assert_eq!(passes(&recovery), pass - 1);
+        bench.clock.advance(INSTANT);
+        passed(&recovery, pass).await;
+    }
+    let report = recovery.last_report().unwrap();
+    assert_eq!((report.failures, report.outcome.unwrap().count), (0, 0));
+    assert_eq!((bench.store.recovers.begun(), bench.store.loads.begun()), (4, 5));
+}
+
+#[tokio::test]
+async fn the_interval_can_be_set() {
+    let bench = Bench::new(["alpha"]).await;
+    let recovery = RecoveryHandle::spawn_with(&bench.pool, at_once().interval(5 * SECOND));
+    passed(&recovery, 1).await;
+    bench.clock.advance(5 * SECOND);
+    passed(&recovery, 2).await;
+}
+
+#[tokio::test]
+async fn a_sweep_now_is_a_pass_of_its_own_and_leaves_the_interval_as_it_is() {
+    let bench = Bench::new(["alpha"]).await;
+    let recovery = recovery(&bench.pool).await;
+    bench.clock.advance(INTERVAL / 2);
+    let report = in_time(recovery.sweep_now()).await;
+    assert_eq!((report.pass, passes(&recovery)), (2, 2));
+    bench.clock.advance(INTERVAL / 2);
+    passed(&recovery, 3).await;
+}
+
+#[tokio::test]
+async fn before_the_first_pass_there_is_no_report() {
+    let bench = Bench::new(["alpha"]).await;
+    bench.store.recovers.set(Mode::Hangs);
+    let recovery = RecoveryHandle::spawn_with(&bench.pool, at_once());
+    eventually("the first pass has begun", || bench.store.recovers.begun() == 1).await;
+    assert!(recovery.last_report().is_none());
+}
+
+#[tokio::test]
+async fn the_first_pass_begins_at_random_within_the_interval_or_what_is_set() {
+    for (jitter, config) in [(30, RecoveryConfig::new()), (5, RecoveryConfig::new().start_jitter(5 * SECOND))]
+    {
+        let clock = ManualClock::new();
+        let pools: Vec<_> = (0..50).map(|_| pool(["alpha"], &clock)).collect();
+        let handles: Vec<_> =
+            pools.iter().map(|pool| RecoveryHandle::spawn_with(pool, config.clone())).collect();
+        settle().await;
+        let begun = || handles.iter().filter(|handle| passes(handle) > 0).count();
+        let mut steps = HashSet::new();
+        for _ in 0..jitter * 10 {
+            clock.advance(SECOND / 10);
+            tokio::time::sleep(Duration::from_millis(1)).await;
+            steps.insert(begun());
+        }
+        eventually("every first pass has been made", || begun() == 50).await;
+        assert!(steps.len() > 10, "they began together: {steps:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_mark_reaches_the_store_and_a_sweep_resets_it_there_once_it_is_over() {
+    let bench = Bench::new(["alpha", "beta"]).await;
+    let recovery = recovery(&bench.pool).await;
+    assert_eq!(bench.get().await, 429);
+    eventually("the mark is written", || bench.pool.stats().marks_waiting == 0).await;
+    assert_eq!(bench.store.record("alpha").await.rest, Some((Rest::RateLimited, Some(2 * MINUTE))));
+    let mark = bench.store.marks().remove(0);
+    assert_eq!((mark.id.as_str(), mark.http_status, mark.age), ("alpha", Some(429), Duration::ZERO));
+
+    bench.clock.advance(2 * MINUTE - INSTANT);
+    assert_eq!(recovery.sweep_now().await.outcome.unwrap().count, 0);
+    bench.clock.advance(INSTANT);
+    let recovered = recovery.sweep_now().await.outcome.unwrap();
+    assert_eq!((recovered.count, recovered.ids[0].as_str()), (1, "alpha"));
+    assert_eq!(bench.store.record("alpha").await.rest, None);
+    assert_eq!(recovery.sweep_now().await.outcome.unwrap().count, 0);
+}
+
+#[tokio::test]
+async fn a_mark_of_one_pool_is_honoured_by_another_after_its_next_pass() {
+    let bench = Bench::new(["alpha", "beta"]).await;
+    let other = bench.another().await;
+    let _ours = recovery(&bench.pool).await;
+    let theirs = recovery(&other).await;
+    assert_eq!(bench.get().await, 429);
+    eventually("the mark is written", || bench.pool.stats().marks_waiting == 0).await;
+    assert_eq!(stats_of(&other, "alpha").status, Status::Healthy);
+
+    bench.clock.advance(INTERVAL);
+    passed(&theirs, 2).await;
+    assert_eq!(time_left(&other, "alpha"), Some(2 * MINUTE - INTERVAL));
+    let client = rotating(&other);
+    for _ in 0..3 {
+        assert_eq!(status(&client, &bench.server.url()).await, 200);
+    }
+    assert_eq!(bench.server.keys()[1..], ["beta", "beta", "beta"]);
+
+    bench.server.lift("alpha");
+    bench.clock.advance(2 * MINUTE - INTERVAL);
+    assert_eq!(status(&client, &bench.server.url()).await, 200);
+    assert_eq!(bench.server.keys()[4], "alpha");
+}
+
+#[tokio::test]
+async fn what_an_operator_does_in_one_pool_is_seen_by_another_after_its_next_pass() {
+    let bench = Bench::new(["alpha"]).await;
+    let other = bench.another().await;
+    let ours = recovery(&bench.pool).await;
+    assert_eq!(bench.get().await, 429);
+    ours.sweep_now().await.outcome.unwrap();
+    other.reload().await.unwrap();
+    assert_eq!(stats_of(&other, "alpha").status, Status::RateLimited);
+
+    bench.clock.advance(SECOND);
+    other.reset("alpha").await.unwrap();
+    assert_eq!(stats_of(&bench.pool, "alpha").status, Status::RateLimited);
+    ours.sweep_now().await.outcome.unwrap();
+    assert_eq!(stats_of(&bench.pool, "alpha").status, Status::Healthy);
+
+    other.disable("alpha").await.unwrap();
+    other.insert("beta", "sk-beta").await.unwrap();
+    ours.sweep_now().await.outcome.unwrap();
+    assert_eq!(stats_of(&bench.pool, "alpha").status, Status::Disabled);
+    assert_eq!(stats_of(&bench.pool, "beta").status, Status::Healthy);
+    other.remove("beta").await.unwrap();
+    other.enable("alpha").await.unwrap();
+    ours.sweep_now().await.outcome.unwrap();
+    assert_eq!((bench.pool.stats().keys.len(), bench.pool.stats().healthy), (1, 1));
+}
+
+#[tokio::test]
+async fn f02_a_store_that_fails_is_not_noticed_by_requests_and_gets_its_marks_when_it_is_back() {
+    let (logs, _guard) = Logs::capture();
+    let bench = Bench::new(["alpha", "beta"]).await;
+    let recovery = recovery(&bench.pool).await;
+    bench.store.set(Mode::Fails);
+
+    assert_eq!(bench.get().await, 429);
+    for _ in 0..3 {
+        assert_eq!(bench.get().await, 200);
+    }
+    bench.clock.advance(INTERVAL);
+    passed(&recovery, 2).await;
+    let report = recovery.last_report().unwrap();
+    assert_eq!(report.failures, 1);
+    let Err(PassError::Store(error)) = report.outcome else { panic!("{report:?}") };
+    assert!(all_that_it_says(&*error).contains("connection reset by mongod"));
+    assert!(logs.count("recovery pass failed") == 1 && logs.text().contains("connection reset by mongod"));
+    assert_eq!(bench.pool.stats().marks_waiting, 1);
+    bench.clock.advance(INTERVAL);
+    passed(&recovery, 3).await;
+    assert_eq!(recovery.last_report().unwrap().failures, 2);
+
+    bench.store.set(Mode::Works);
+    bench.clock.advance(INTERVAL);
+    passed(&recovery, 4).await;
+    assert!(recovery.last_report().unwrap().outcome.is_ok());
+    assert_eq!(bench.pool.stats().marks_waiting, 0);
+    assert_eq!(bench.store.record("alpha").await.rest.unwrap().1, Some(2 * MINUTE - 3 * INTERVAL));
+}
+
+#[tokio::test]
+async fn f02_marks_are_written_soon_after_the_store_is_back_not_only_at_the_next_pass() {
+    let bench = Bench::new(["alpha"]).await;
+    let recovery = recovery(&bench.pool).await;
+    bench.store.writes.set(Mode::Fails);
+    assert_eq!(bench.get().await, 429);
+    eventually("a write was tried", || bench.store.writes.begun() == 1).await;
+    bench.store.writes.set(Mode::Works);
+    settle().await;
+    bench.clock.advance(SECOND);
+    eventually("the mark is written", || bench.pool.stats().marks_waiting == 0).await;
+    assert_eq!(passes(&recovery), 1);
+    assert_eq!(bench.store.record("alpha").await.rest.unwrap().1, Some(2 * MINUTE - SECOND));
+}
+
+#[tokio::test]
+async fn f02_local_expiry_frees_keys_while_the_store_is_gone_and_its_old_word_does_not_hold_them_back() {
+    let bench = Bench::new(["alpha"]).await;
+    let recovery = recovery(&bench.pool).await;
+    assert_eq!(bench.get().await, 429);
+    recovery.sweep_now().await.outcome.unwrap();
+    bench.store.set(Mode::Fails);
+    bench.server.lift("alpha");
+    bench.clock.advance(2 * MINUTE);
+    assert_eq!(bench.get().await, 200);
+    bench.store.set(Mode::Works);
+    assert_eq!(recovery.sweep_now().await.outcome.unwrap().count, 1);
+    assert_eq!(bench.get().await, 200);
+}
+
+#[tokio::test]
+async fn f05_a_reload_that_fails_leaves_the_keys_as_they_were() {
+    let bench = Bench::new(["alpha", "beta"]).await;
+    bench.another().await.remove("alpha").await.unwrap();
+    bench.store.loads.set(Mode::Fails);
+    let error = bench.pool.reload().await.unwrap_err();
+    assert!(all_that_it_says(&error).contains("connection reset by mongod"));
+    assert_eq!(bench.pool.stats().keys.len(), 2);
+    bench.store.loads.set(Mode::Works);
+    bench.pool.reload().await.unwrap();
+    assert_eq!(bench.pool.stats().keys.len(), 1);
+}
+
+#[tokio::test]
+async fn an_operator_is_told_of_a_key_that_is_unknown_or_there_already() {
+    let bench = Bench::new(["alpha"]).await;
+    let error = bench.pool.reset("nobody").await.unwrap_err();
+    assert!(matches!(&error, OperateError::UnknownKey(id) if id == "nobody"), "{error:?}");
+    let error = bench.pool.insert("alpha", "sk-other").await.unwrap_err();
+    assert!(matches!(&error, OperateError::KeyExists(id) if id.as_str() == "alpha"), "{error:?}");
+}
+
+#[tokio::test]
+async fn f32_a_pass_that_panics_is_counted_and_logged_and_the_next_one_runs() {
+    let (logs, _guard) = Logs::capture();
+    let bench = Bench::new(["alpha", "beta"]).await;
+    let recovery = recovery(&bench.pool).await;
+    for (pass, operation) in [(2, &bench.store.recovers), (3, &bench.store.loads)] {
+        operation.set(Mode::Panics);
+        bench.clock.advance(INTERVAL);
+        passed(&recovery, pass).await;
+        assert!(matches!(recovery.last_report().unwrap().outcome, Err(PassError::Panicked)));
+        operation.set(Mode::Works);
+    }
+    assert_eq!(recovery.last_report().unwrap().failures, 2);
+    assert_eq!(logs.count("recovery pass failed"), 2);
+    bench.clock.advance(INTERVAL);
+    passed(&recovery, 4).await;
+    assert!(recovery.last_report().unwrap().outcome.is_ok());
+    assert_eq!(bench.get().await, 429);
+}
+
+#[tokio::test]
+async fn f32_a_write_that_panics_loses_no_mark() {
+    let bench = Bench::new(["alpha"]).await;
+    let recovery = recovery(&bench.pool).await;
+    bench.store.writes.set(Mode::Panics);
+    assert_eq!(bench.get().await, 429);
+    eventually("a write was tried", || bench.store.writes.begun() == 1).await;
+    settle().await;
+    assert_eq!(bench.pool.stats().marks_waiting, 1);
+    bench.store.writes.set(Mode::Works);
+    bench.clock.advance(SECOND);
+    eventually("the mark is written", || bench.pool.stats().marks_waiting == 0).await;
+    assert!(bench.store.record("alpha").await.rest.is_some());
+    recovery.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn f03_a_pass_over_a_store_that_hangs_takes_too_long_after_10_seconds_and_passes_never_overlap() {
+    let bench = Bench::new(["alpha", "beta"]).await;
+    let recovery = recovery(&bench.pool).await;
+    bench.store.recovers.set(Mode::Hangs);
+    bench.clock.advance(INTERVAL);
+    eventually("the pass hangs", || bench.store.recovers.begun() == 2).await;
+    bench.clock.advance(10 * SECOND - INSTANT);
+    settle().await;
+    assert_eq!(passes(&recovery), 1);
+    bench.clock.advance(INSTANT);
+    passed(&recovery, 2).await;
+    let report = recovery.last_report().unwrap();
+    assert_eq!(report.duration, 10 * SECOND);
+    assert!(
+        matches!(report.outcome, Err(PassError::TookTooLong(limit)) if limit == 10 * SECOND),
+        "{report:?}"
+    );
+
+    // Requests go on meanwhile, and keys rest and come back.
+    assert_eq!(in_time(bench.get()).await, 429);
+    assert_eq!(in_time(bench.get()).await, 200);
+
+    // The next pass waits for the one that hangs.
+    bench.clock.advance(20 * SECOND);
+    settle().await;
+    bench.clock.advance(10 * SECOND);
+    passed(&recovery, 3).await;
+    assert_eq!((recovery.last_report().unwrap().failures, bench.store.recovers.begun()), (2, 2));
+
+    bench.store.recovers.set(Mode::Works);
+    bench.clock.advance(20 * SECOND);
+    passed(&recovery, 4).await;
+    assert!(recovery.last_report().unwrap().outcome.is_ok());
+    bench.clock.advance(INTERVAL);
+    passed(&recovery, 5).await;
+    assert_eq!((bench.store.recovers.begun(), bench.store.recovers.most_at_once()), (3, 1));
+}
+
+#[tokio::test]
+async fn f03_a_write_that_hangs_holds_up_no_request_and_is_the_only_one_for_its_key() {
+    let bench = Bench::new(["alpha", "beta"]).await;
+    let recovery = recovery(&bench.pool).await;
+    bench.store.writes.set(Mode::Hangs);
+    assert_eq!(bench.get().await, 429);
+    eventually("the write hangs", || bench.store.writes.begun() == 1).await;
+    bench.clock.advance(2 * MINUTE);
+    settle().await;
+    bench.clock.advance(10 * SECOND);
+    for expected in [200, 429, 200] {
+        assert_eq!(in_time(bench.get()).await, expected);
+    }
+    settle().await;
+    assert_eq!((bench.store.writes.begun(), bench.pool.stats().marks_waiting), (1, 1));
+
+    // The first write, which is let go now, was of the first mark: the second still waits.
+    bench.store.writes.set(Mode::Works);
+    settle().await;
+    bench.clock.advance(SECOND);
+    eventually("both are written", || bench.pool.stats().marks_waiting == 0).await;
+    assert_eq!(bench.store.record("alpha").await.rest.unwrap().1, time_left(&bench.pool, "alpha"));
+    assert_eq!(bench.store.writes.most_at_once(), 1);
+    recovery.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn f13_a_clock_that_stood_still_for_10_minutes_leads_to_one_pass_not_to_20() {
+    let bench = Bench::new(["alpha"]).await;
+    let recovery = recovery(&bench.pool).await;
+    bench.clock.advance(10 * MINUTE);
+    passed(&recovery, 2).await;
+    assert_eq!(bench.store.recovers.begun(), 2);
+    bench.clock.advance(INTERVAL - INSTANT);
+    settle().await;
+    assert_eq!(passes(&recovery), 2);
+    bench.clock.advance(INSTANT);
+    passed(&recovery, 3).await;
+}
+
+#[tokio::test]
+async fn f31_a_shutdown_writes_the_marks_that_wait() {
+    let bench = Bench::new(["alpha", "beta"]).await;
+    bench.server.limit("beta");
+    let recovery = recovery(&bench.pool).await;
+    assert_eq!(bench.get().await, 429);
+    eventually("the first mark is written", || bench.pool.stats().marks_waiting == 0).await;
+    // The second comes while the store is left alone for a quarter of a second.
+    assert_eq!(bench.get().await, 429);
+    settle().await;
+    assert_eq!((bench.pool.stats().marks_waiting, bench.store.writes.begun()), (1, 1));
+    in_time(recovery.shutdown()).await.unwrap();
+    assert_eq!(bench.store.record("beta").await.rest, Some((Rest::RateLimited, Some(2 * MINUTE))));
+}
+
+#[tokio::test]
+async fn f31_a_shutdown_says_how_many_marks_could_not_be_written() {
+    let bench = Bench::new(["alpha", "beta"]).await;
+    bench.server.limit("beta");
+    let failing = recovery(&bench.pool).await;
+    bench.store.set(Mode::Fails);
+    assert_eq!((bench.get().await, bench.get().await), (429, 429));
+    assert_eq!(in_time(failing.shutdown()).await, Err(MarksNotWritten(2)));
+
+    // They are not lost as long as the process lives.
+    bench.store.set(Mode::Works);
+    let working = recovery(&bench.pool).await;
+    assert_eq!(in_time(working.shutdown()).await, Ok(()));
+    assert_eq!(bench.store.record("beta").await.rest.unwrap().1, Some(2 * MINUTE));
+}
+
+#[tokio::test]
+async fn f31_a_shutdown_over_a_store_that_hangs_gives_up_after_its_limits() {
+    let bench = Bench::new(["alpha"]).await;
+    let recovery = recovery(&bench.pool).await;
+    bench.store.set(Mode::Hangs);
+    assert_eq!(bench.get().await, 429);
+    eventually("the write hangs", || bench.store.writes.begun() == 1).await;
+    let shutdown = tokio::spawn(recovery.shutdown());
+    settle().await;
+    assert!(!shutdown.is_finished());
+    bench.clock.advance(10 * SECOND);
+    assert_eq!(in_time(shutdown).await.unwrap(), Err(MarksNotWritten(1)));
+}
+
+#[tokio::test]
+async fn f31_a_shutdown_finishes_the_pass_that_is_under_way() {
+    let bench = Bench::new(["alpha"]).await;
+    bench.store.loads.set(Mode::Hangs);
+    let recovery = RecoveryHandle::spawn_with(&bench.pool, at_once());
+    eventually("the pass reads the store", || bench.store.loads.begun() == 2).await;
+    let shutdown = tokio::spawn(recovery.shutdown());
+    settle().await;
+    assert!(!shutdown.is_finished());
+    bench.another().await.insert("beta", "sk-beta").await.unwrap();
+    bench.store.loads.set(Mode::Works);
+    in_time(shutdown).await.unwrap().unwrap();
+    let begun = bench.store.recovers.begun();
+    bench.clock.advance(10 * INTERVAL);
+    settle().await;
+    assert_eq!(bench.store.recovers.begun(), begun);
+}
+
+#[tokio::test]
+async fn f31_dropping_the_handle_stops_the_passes_and_the_writes() {
+    let bench = Bench::new(["alpha", "beta"]).await;
+    drop(recovery(&bench.pool).await);
+    settle().await;
+    let begun = (bench.store.recovers.begun(), bench.store.loads.begun());
+    bench.clock.advance(10 * INTERVAL);
+    assert_eq!(bench.get().await, 429);
+    settle().await;
+    assert_eq!((bench.store.recovers.begun(), bench.store.loads.begun()), begun);
+    assert_eq!(bench.store.writes.begun(), 0);
+    assert_eq!(bench.get().await, 200);
+}
+
+/// What is left of a recovery when its runtime has shut down, with one mark that waits unless the store works.
+fn after_its_runtime(mode: Mode) -> RecoveryHandle {
+    let (done, ended) = mpsc::channel();
+    let thread = std::thread::spawn(move || {
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let recovery = runtime.block_on(async {
+            let bench = Bench::new(["alpha"]).await;
+            let recovery = recovery(&bench.pool).await;
+            bench.store.set(mode);
+            assert_eq!(bench.get().await, 429);
+            bench.clock.advance(INTERVAL);
+            settle().await;
+            assert_eq!(bench.pool.stats().marks_waiting, usize::from(mode != Mode::Works));
+            recovery
+        });
+        drop(runtime);
+        let _ = done.send(());
+        recovery
+    });
+    let ended = ended.recv_timeout(10 * SECOND);
+    assert!(ended != Err(mpsc::RecvTimeoutError::Timeout), "{mode:?}: it hangs");
+    thread.join().unwrap()
+}
+
+#[tokio::test]
+async fn f31_a_runtime_that_shuts_down_does_not_hang_nor_panic_whatever_the_store_does() {
+    for mode in [Mode::Works, Mode::Hangs, Mode::Fails] {
+        let recovery = after_its_runtime(mode);
+        let report = in_time(recovery.sweep_now()).await;
+        assert!(matches!(report.outcome, Err(PassError::Stopped)), "{report:?}");
+    }
+    assert_eq!(in_time(after_its_runtime(Mode::Works).shutdown()).await, Ok(()));
+}
+
+#[tokio::test]
+async fn f31_a_shutdown_after_its_runtime_is_gone_does_not_claim_that_the_marks_are_written() {
+    for mode in [Mode::Hangs, Mode::Fails] {
+        let recovery = after_its_runtime(mode);
+        assert_eq!(in_time(recovery.shutdown()).await, Err(MarksNotWritten(1)), "{mode:?}");
+    }
+}
+
+#[tokio::test]
+async fn it_is_logged_by_key_id_that_recovery_starts_marks_recovers_and_stops_and_nothing_else() {
+    let (logs, _guard) = Logs::capture();
+    let bench = Bench::new(["alpha", "beta"]).await;
+    let recovery = recovery(&bench.pool).await;
+    let started = logs.ours();
+    assert_eq!(started.len(), 1, "{started:?}");
+    assert!(
+        started[0].contains("INFO") && started[0].contains("recovery started interval_ms=30000"),
+        "{started:?}"
+    );
+
+    // Nothing to recover: nothing is said.
+    for pass in 2..=4 {
+        bench.clock.advance(INTERVAL);
+        passed(&recovery, pass).await;
+    }
+    assert_eq!(logs.ours().len(), 1, "{:?}", logs.ours());
+
+    assert_eq!(bench.get().await, 429);
+    let marked = logs.ours().pop().unwrap();
+    assert!(marked.contains("INFO") && marked.contains("key=alpha"), "{marked}");
+    assert!(marked.contains("cooldown_ms=120000") && marked.contains("http_status=429"), "{marked}");
+    assert_eq!(bench.get().await, 200);
+    bench.clock.advance(2 * MINUTE);
+    passed(&recovery, 5).await;
+    let recovered = logs.ours().into_iter().find(|line| line.contains("keys recovered")).unwrap();
+    assert!(recovered.contains("INFO") && recovered.contains("count=1"), "{recovered}");
+    assert!(recovered.contains(r#"ids=["alpha"]"#) && recovered.contains("duration_ms=0"), "{recovered}");
+
+    bench.store.set(Mode::Fails);
+    bench.clock.advance(INTERVAL);
+    passed(&recovery, 6).await;
+    let failed = logs.ours().pop().unwrap();
+    assert!(failed.contains("WARN") && failed.contains("connection reset by mongod"), "{failed}");
+    let before = logs.ours().len();
+    recovery.shutdown().await.unwrap();
+    assert!(
+        logs.ours()[before..].iter().any(|line| line.contains("INFO") && line.contains("recovery stopped"))
+    );
+    assert!(!logs.text().contains("sk-"), "{}", logs.text());
+}
+
+#[tokio::test]
+async fn that_the_handle_was_dropped_is_logged_as_stopped() {
+    let (logs, _guard) = Logs::capture();
+    let bench = Bench::new(["alpha"]).await;
+    drop(recovery(&bench.pool).await);
+    eventually("it is logged", || logs.count("recovery stopped") == 1).await;
+}
+
+#[tokio::test]
+async fn recovered_keys_are_named_where_they_are_5_or_fewer_and_counted_where_they_are_more() {
+    for keys in [5, 6] {
+        let (logs, _guard) = Logs::capture();
+        let clock = ManualClock::new();
+        let pool = builder(0..keys, &clock).build().unwrap();
+        let recovery = recovery(&pool).await;
+        let server = Server::answering(|| answer(429, "")).await;
+        let client = rotating(&pool);
+        for _ in 0..keys {
+            assert_eq!(status(&client, &server.url()).await, 429);
+        }
+        recovery.sweep_now().await.outcome.unwrap();
+        clock.advance(2 * MINUTE);
+        passed(&recovery, 3).await;
+        let line = logs.ours().into_iter().find(|line| line.contains("keys recovered")).unwrap();
+        assert!(line.contains(&format!("count={keys}")), "{line}");
+        let named = (0..keys).filter(|key| line.contains(&format!("\"{key}\""))).count();
+        assert_eq!(named, if keys == 5 { 5 } else { 0 }, "{line}");
+    }
+}
+
+#[tokio::test]
+async fn f08_a_reload_that_began_to_read_before_a_mark_does_not_clear_it() {
+    for written_meanwhile in [false, true] {
+        let bench = Bench::new(["alpha", "beta"]).await;
+        bench.store.loads.set(Mode::Hangs);
+        let reload = tokio::spawn({
+            let pool = bench.pool.clone();
+            async move { pool.reload().await }
+        });
+        eventually("the reload has read", || bench.store.loads.begun() == 2).await;
+        assert_eq!(bench.get().await, 429);
+        let recovery = written_meanwhile.then(|| RecoveryHandle::spawn(&bench.pool));
+        if written_meanwhile {
+            eventually("the mark is written", || bench.pool.stats().marks_waiting == 0).await;
+        }
+        bench.store.loads.set(Mode::Works);
+        in_time(reload).await.unwrap().unwrap();
+        assert_eq!(time_left(&bench.pool, "alpha"), Some(2 * MINUTE));
+        for _ in 0..3 {
+            assert_eq!(bench.get().await, 200);
+        }
+        drop(recovery);
+    }
+}
+
+#[tokio::test]
+async fn f08_a_reload_does_not_clear_a_mark_whose_write_has_not_ended() {
+    let bench = Bench::new(["alpha"]).await;
+    let recovery = recovery(&bench.pool).await;
+    bench.store.writes.set(Mode::Hangs);
+    assert_eq!(bench.get().await, 429);
+    eventually("the write hangs", || bench.store.writes.begun() == 1).await;
+    bench.pool.reload().await.unwrap();
+    assert_eq!(time_left(&bench.pool, "alpha"), Some(2 * MINUTE));
+    bench.store.writes.set(Mode::Works);
+    eventually("the mark is written", || bench.pool.stats().marks_waiting == 0).await;
+    bench.pool.reload().await.unwrap();
+    assert_eq!(time_left(&bench.pool, "alpha"), Some(2 * MINUTE));
+    drop(recovery);
+}
+
+#[tokio::test]
+async fn f09_an_operators_reset_wins_over_an_older_mark_that_another_process_still_holds() {
+    let bench = Bench::new(["alpha"]).await;
+    let other = bench.another().await;
+    let recovery = recovery(&bench.pool).await;
+    bench.store.writes.set(Mode::Fails);
+    assert_eq!(bench.get().await, 429);
+    bench.clock.advance(SECOND);
+    other.reset("alpha").await.unwrap();
+    bench.clock.advance(SECOND);
+    bench.store.writes.set(Mode::Works);
+    recovery.sweep_now().await.outcome.unwrap();
+    assert_eq!(bench.store.record("alpha").await.rest, None);
+    recovery.sweep_now().await.outcome.unwrap();
+    assert_eq!(stats_of(&bench.pool, "alpha").status, Status::Healthy);
+
+    // A mark from after the reset counts.
+    assert_eq!(bench.get().await, 429);
+    recovery.sweep_now().await.outcome.unwrap();
+    assert!(bench.store.record("alpha").await.rest.is_some());
+}
+
+#[tokio::test]
+async fn f09_a_reset_here_forgets_a_mark_that_waits() {
+    let bench = Bench::new(["alpha"]).await;
+    let recovery = recovery(&bench.pool).await;
+    bench.store.writes.set(Mode::Fails);
+    assert_eq!(bench.get().await, 429);
+    bench.clock.advance(SECOND);
+    bench.pool.reset("alpha").await.unwrap();
+    bench.store.writes.set(Mode::Works);
+    recovery.sweep_now().await.outcome.unwrap();
+    assert_eq!(bench.store.record("alpha").await.rest, None);
+    assert_eq!((bench.pool.stats().healthy, bench.pool.stats().marks_waiting), (1, 0));
+}
+
+#[tokio::test]
+async fn f10_of_two_pools_marks_on_one_key_the_later_deadline_stays_in_the_store() {
+    let bench = Bench::new(["alpha"]).await;
+    let other = bench.another().await;
+    let server = Server::answering(|| answer_with(429, [("retry-after", "600")], "")).await;
+    assert_eq!(status(&rotating(&other), &server.url()).await, 429);
+    assert_eq!(bench.get().await, 429);
+    drop(recovery(&other).await);
+    let ours = recovery(&bench.pool).await;
+    assert_eq!(bench.store.record("alpha").await.rest.unwrap().1, Some(10 * MINUTE));
+    ours.sweep_now().await.outcome.unwrap();
+    assert_eq!(time_left(&bench.pool, "alpha"), Some(10 * MINUTE));
+}
+
+#[tokio::test]
+async fn f14_a_restart_in_the_middle_of_a_cooldown_honours_what_is_left_of_it() {
+    let bench = Bench::new(["alpha"]).await;
+    let recovery = recovery(&bench.pool).await;
+    assert_eq!(bench.get().await, 429);
+    in_time(recovery.shutdown()).await.unwrap();
+    bench.clock.advance(30 * SECOND);
+
+    // The new process gives its keys again, as programs do when they start.
+    let restarted = builder(["alpha", "beta"], &bench.clock).open(bench.store.memory.clone()).await.unwrap();
+    assert_eq!(time_left(&restarted, "alpha"), Some(90 * SECOND));
+    let client = rotating(&restarted);
+    bench.server.lift("alpha");
+    bench.clock.advance(90 * SECOND - INSTANT);
+    for _ in 0..2 {
+        assert_eq!(status(&client, &bench.server.url()).await, 200);
+    }
+    bench.clock.advance(INSTANT);
+    for _ in 0..2 {
+        assert_eq!(status(&client, &bench.server.url()).await, 200);
+    }
+    let mut keys = bench.server.keys();
+    keys[3..].sort();
+    assert_eq!(keys, ["alpha", "beta", "beta", "alpha", "beta"]);
+}
+
+#[tokio::test]
+async fn f06_two_pools_that_sweep_at_once_reset_each_key_once() {
+    let clock = ManualClock::new();
+    let store = MemoryStore::with_clock(Arc::new(clock.clone()));
+    let pools = [
+        builder(0..20, &clock).open(store.clone()).await.unwrap(),
+        KeyPool::builder().clock(clock.clone()).open(store.clone()).await.unwrap(),
+    ];
+    let server = Server::answering(|| answer(429, "")).await;
+    let client = rotating(&pools[0]);
+    for _ in 0..20 {
+        assert_eq!(status(&client, &server.url()).await, 429);
+    }
+    let handles = [recovery(&pools[0]).await, recovery(&pools[1]).await];
+    assert!(store.load().await.unwrap().iter().all(|record| record.rest.is_some()));
+    clock.advance(2 * MINUTE);
+    for handle in &handles {
+        passed(handle, 2).await;
+    }
+    let counts = handles.map(|handle| handle.last_report().unwrap().outcome.unwrap().count);
+    assert_eq!(counts.iter().sum::<u64>(), 20);
+}

@@ -1,0 +1,54 @@
+use std::{
+    io,
+    sync::{Arc, Mutex, OnceLock},
+};
+
+use tracing::{Dispatch, level_filters::LevelFilter, subscriber::DefaultGuard};
+
+/// As long as there is only one subscriber, `tracing` asks the thread that comes to a log line first whether
+/// anybody listens, and keeps its answer for all threads. A second subscriber, which listens to all and
+/// writes nothing, makes that answer yes.
+static SECOND: OnceLock<Dispatch> = OnceLock::new();
+
+/// All that is logged on this thread, at every level.
+#[derive(Clone, Default)]
+pub struct Logs(Arc<Mutex<Vec<u8>>>);
+
+impl Logs {
+    pub fn capture() -> (Self, DefaultGuard) {
+        SECOND.get_or_init(|| Dispatch::new(tracing_subscriber::registry()));
+        let logs = Self::default();
+        let writer = logs.clone();
+        let subscriber = tracing_subscriber::fmt()
+            .with_max_level(LevelFilter::TRACE)
+            .with_ansi(false)
+            .without_time()
+            .with_writer(move || writer.clone())
+            .finish();
+        let guard = tracing::subscriber::set_default(subscriber);
+        (logs, guard)
+    }
+
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.0.lock().unwrap()).into_owned()
+    }
+
+    /// What this crate logged, a line each.
+    pub fn ours(&self) -> Vec<String> {
+        self.text().lines().filter(|line| line.contains("tower_key_rotation")).map(str::to_owned).collect()
+    }
+
+    pub fn count(&self, what: &str) -> usize {
+        self.ours().iter().filter(|line| line.contains(what)).count()
+    }
+}
+
+impl io::Write for Logs {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

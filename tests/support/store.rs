@@ -1,0 +1,143 @@
+use std::sync::{
+    Arc, Mutex,
+    atomic::{AtomicUsize, Ordering::SeqCst},
+};
+
+use tokio::sync::watch;
+use tower_key_rotation::{
+    KeyId, Secret,
+    clock::ManualClock,
+    store::{KeyRecord, KeyStore, Mark, MemoryStore, Recovered, StoreError, StoreFuture},
+};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    Works,
+    Fails,
+    Panics,
+    /// Until the mode is another one.
+    Hangs,
+}
+
+/// One of the store's operations, as it is at the moment.
+#[derive(Clone, Debug)]
+pub struct Operation {
+    mode: watch::Sender<Mode>,
+    begun: Arc<AtomicUsize>,
+    under_way: Arc<AtomicUsize>,
+    most_at_once: Arc<AtomicUsize>,
+}
+
+impl Operation {
+    fn new() -> Self {
+        let (begun, under_way, most_at_once) = Default::default();
+        Self { mode: watch::Sender::new(Mode::Works), begun, under_way, most_at_once }
+    }
+
+    pub fn set(&self, mode: Mode) {
+        self.mode.send_replace(mode);
+    }
+
+    pub fn begun(&self) -> usize {
+        self.begun.load(SeqCst)
+    }
+
+    pub fn most_at_once(&self) -> usize {
+        self.most_at_once.load(SeqCst)
+    }
+
+    async fn run(&self) -> Result<(), StoreError> {
+        self.begun.fetch_add(1, SeqCst);
+        let now = self.under_way.fetch_add(1, SeqCst) + 1;
+        self.most_at_once.fetch_max(now, SeqCst);
+        let mode = *self.mode.subscribe().wait_for(|mode| *mode != Mode::Hangs).await.unwrap();
+        self.under_way.fetch_sub(1, SeqCst);
+        match mode {
+            Mode::Fails => Err(StoreError::new("connection reset by mongod")),
+            Mode::Panics => panic!("the store panics, as the test has it"),
+            Mode::Works | Mode::Hangs => Ok(()),
+        }
+    }
+}
+
+/// A [`MemoryStore`] that fails, panics or hangs as it is told, and counts what it is asked. Clones share all.
+#[derive(Clone, Debug)]
+pub struct FaultyStore {
+    pub memory: MemoryStore,
+    pub loads: Operation,
+    pub writes: Operation,
+    pub recovers: Operation,
+    marks: Arc<Mutex<Vec<Mark>>>,
+}
+
+impl FaultyStore {
+    pub fn new(clock: &ManualClock) -> Self {
+        Self {
+            memory: MemoryStore::with_clock(Arc::new(clock.clone())),
+            loads: Operation::new(),
+            writes: Operation::new(),
+            recovers: Operation::new(),
+            marks: Arc::default(),
+        }
+    }
+
+    /// Loads, writes and sweeps alike.
+    pub fn set(&self, mode: Mode) {
+        for operation in [&self.loads, &self.writes, &self.recovers] {
+            operation.set(mode);
+        }
+    }
+
+    /// The marks that it has taken, the oldest first.
+    pub fn marks(&self) -> Vec<Mark> {
+        self.marks.lock().unwrap().clone()
+    }
+
+    /// What it has of a key, whatever its mode.
+    pub async fn record(&self, id: &str) -> KeyRecord {
+        let records = self.memory.load().await.unwrap();
+        records.into_iter().find(|record| record.id.as_str() == id).unwrap()
+    }
+}
+
+impl KeyStore for FaultyStore {
+    /// It is held up after the read: what it comes back with is as old as that.
+    fn load(&self) -> StoreFuture<'_, Vec<KeyRecord>> {
+        Box::pin(async {
+            let records = self.memory.load().await?;
+            self.loads.run().await?;
+            Ok(records)
+        })
+    }
+
+    fn write(&self, mark: Mark) -> StoreFuture<'_, ()> {
+        Box::pin(async move {
+            self.writes.run().await?;
+            self.marks.lock().unwrap().push(mark.clone());
+            self.memory.write(mark).await
+        })
+    }
+
+    fn recover(&self) -> StoreFuture<'_, Recovered> {
+        Box::pin(async {
+            self.recovers.run().await?;
+            self.memory.recover().await
+        })
+    }
+
+    fn insert(&self, id: KeyId, secret: Secret) -> StoreFuture<'_, bool> {
+        self.memory.insert(id, secret)
+    }
+
+    fn remove<'a>(&'a self, id: &'a KeyId) -> StoreFuture<'a, bool> {
+        self.memory.remove(id)
+    }
+
+    fn reset<'a>(&'a self, id: &'a KeyId) -> StoreFuture<'a, bool> {
+        self.memory.reset(id)
+    }
+
+    fn set_disabled<'a>(&'a self, id: &'a KeyId, disabled: bool) -> StoreFuture<'a, bool> {
+        self.memory.set_disabled(id, disabled)
+    }
+}
