@@ -61,7 +61,7 @@ fn one_key_for(host: &str) -> KeyPool {
 fn answers(
     statuses: &[u16],
 ) -> impl Service<Req, Response = Res, Error = Infallible, Future: Send> + Clone + Send + 'static {
-    let statuses = Arc::new(Mutex::new(statuses.iter().copied().collect::<Vec<_>>().into_iter()));
+    let statuses = Arc::new(Mutex::new(Vec::from(statuses).into_iter()));
     service_fn(move |_: Req| ready(Ok(response(statuses.lock().unwrap().next().unwrap_or(200)))))
 }
 
@@ -662,7 +662,7 @@ type Boxed<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 fn does(
     what: &[Does],
 ) -> impl Service<Req, Response = Res, Error = Infallible, Future: Send> + Clone + Send + Sync + 'static {
-    let what = Arc::new(Mutex::new(what.iter().copied().collect::<Vec<_>>().into_iter()));
+    let what = Arc::new(Mutex::new(Vec::from(what).into_iter()));
     service_fn(move |_: Req| -> Boxed<Result<Res, Infallible>> {
         let next = what.lock().unwrap().next().unwrap_or(Does::Answer(200));
         match next {
