@@ -364,6 +364,7 @@ async fn write_sweep_reload(pool: KeyPool) -> Result<Recovered, StoreError> {
 /// Writes marks as they come, until the sender of `stop` is gone. It never stops in the middle of a write.
 async fn write_marks(pool: KeyPool, mut stop: watch::Receiver<()>) {
     let clock = pool.clock().clone();
+    let mut failing = false;
     loop {
         tokio::select! {
             biased;
@@ -371,9 +372,15 @@ async fn write_marks(pool: KeyPool, mut stop: watch::Receiver<()>) {
             () = pool.mark_waiting() => {}
         }
         let pause = match pool.write_marks().await {
-            Ok(()) => BETWEEN_WRITES,
+            Ok(()) => {
+                failing = false;
+                BETWEEN_WRITES
+            }
             Err(error) => {
-                tracing::warn!(error = %Chain(&error), "marks could not be written, they wait in memory");
+                // Once an outage, not once a second: the passes tell of it as well.
+                if !std::mem::replace(&mut failing, true) {
+                    tracing::warn!(error = %Chain(&error), "marks could not be written, they wait in memory");
+                }
                 pool.keep_waiting();
                 AFTER_A_FAILED_WRITE
             }

@@ -1,7 +1,6 @@
 //! Which bodies are read on their way to the caller, and that the caller gets all of them.
 
 // A test may panic, and so may what it calls.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod support;
 

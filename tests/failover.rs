@@ -1,7 +1,6 @@
 //! A limited request is sent again with another key, or waits for one.
 
 // A test may panic, and so may what it calls.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod support;
 

@@ -1,6 +1,5 @@
 //! The example `quickstart`, run as a user runs it: against its own service, and against one of these tests.
 
-#![allow(clippy::unwrap_used, clippy::panic)] // They are allowed in tests, but not in what several tests share.
 #[allow(dead_code)]
 #[path = "../examples/quickstart/ledger.rs"]
 mod ledger;

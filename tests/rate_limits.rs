@@ -1,7 +1,6 @@
 //! What a 429 does to its key, and what becomes of requests meanwhile.
 
 // A test may panic, and so may what it calls.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod support;
 

@@ -1,7 +1,6 @@
 //! The pool and its store: passes every 30 seconds, marks that are written, and stores that misbehave.
 
 // A test may panic, and so may what it calls.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod support;
 

@@ -1,7 +1,6 @@
 //! The same behaviour for clients of `reqwest-middleware`.
 
 // A test may panic, and so may what it calls.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod support;
 

@@ -67,6 +67,9 @@ impl<K> FailoverLayer<K> {
     /// A request that was limited waits as well, where no other key is available, for as long as it may be
     /// sent again. It may then be sent with the key that it was limited on, once that key's cooldown is over.
     ///
+    /// Give it some time beyond the cooldown: of several requests that wait for one key, all but the first have
+    /// to wait a little longer than that.
+    ///
     /// Waiting requests go in their order, and when a key comes back, they are let through a few at first and
     /// more as they succeed.
     pub fn wait_up_to(mut self, limit: Duration) -> Self {
