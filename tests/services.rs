@@ -452,6 +452,29 @@ fn f23_a_response_that_is_dropped_while_a_limited_one_is_drained_leaves_nothing_
     assert_eq!(Arc::strong_count(&token), 1);
 }
 
+/// A request that goes before the waiting one may need that permit: with each holding what the other waits
+/// for, nothing would move.
+#[test]
+fn a_request_that_waits_for_a_key_holds_no_permit_meanwhile() {
+    let (pool, clock) = pool(1);
+    let mut client = ServiceBuilder::new()
+        .layer(FailoverLayer::new(&pool).attempts(1).wait_up_to(2 * COOLDOWN))
+        .layer(KeyRotationLayer::new(&pool))
+        .layer(ConcurrencyLimitLayer::new(1))
+        .service(answers(&[429]));
+    assert_eq!(assert_ready!(call(&mut client).poll()).unwrap().status(), 429);
+    let mut waiting = call(&mut client);
+    assert_pending!(waiting.poll());
+    let mut other = client.clone();
+    assert!(poll_ready(&mut other).is_ready());
+
+    // It takes its permit when its turn comes, and not before there is one.
+    clock.advance(COOLDOWN);
+    assert_pending!(waiting.poll());
+    drop(other);
+    assert_eq!(assert_ready!(waiting.poll()).unwrap().status(), 200);
+}
+
 #[test]
 fn f23_a_request_that_is_dropped_while_it_waits_for_a_key_leaves_its_place_in_the_queue() {
     for polls in 0..3 {

@@ -1,7 +1,6 @@
 use std::{
     fmt,
-    future::Future,
-    mem,
+    future::{Future, poll_fn},
     pin::Pin,
     task::{Context, Poll, ready},
 };
@@ -60,15 +59,16 @@ where
             let response = self.retry.call(Tracked::new(request));
             return FailoverFuture { state: State::Calling { response } };
         }
-        // The service that was made ready is the one to be called.
-        let clone = self.retry.clone();
-        let mut ready = mem::replace(&mut self.retry, clone);
+        // The service that was made ready may hold a permit for that. It is given back while the request waits,
+        // since a request that goes before it may need that permit.
+        self.retry = self.retry.clone();
+        let mut retry = self.retry.clone();
         let waited = self.policy.shared.clone().first_wait();
         let response = Box::pin(async move {
-            match waited.await {
-                (Ok(pass), waited) => ready.call(Tracked::admitted(request, pass, waited)).await,
-                (Err(no_key), _) => Err(Error::NoKeyAvailable(no_key)),
-            }
+            let (turn, waited) = waited.await;
+            let pass = turn.map_err(Error::NoKeyAvailable)?;
+            poll_fn(|cx| Service::<Tracked<Req, R::Replayed>>::poll_ready(&mut retry, cx)).await?;
+            retry.call(Tracked::admitted(request, pass, waited)).await
         });
         FailoverFuture { state: State::Waiting { response } }
     }
