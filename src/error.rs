@@ -59,6 +59,44 @@ impl<E> From<Refused> for Error<E> {
     }
 }
 
+impl<E: Into<BoxError>> Error<E> {
+    /// What is in it, in a box, as many layers of `tower` want it: a [`NoKeyAvailable`], an [`InjectError`], or
+    /// the inner service's error.
+    ///
+    /// `Error<E>` is a `std::error::Error` only where `E` is, which a box is not. So where a layer *inside* the
+    /// rotation gives boxes (`Buffer`, `Timeout`), this is how they go on:
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use http::{Request, Response};
+    /// use tower::{BoxError, ServiceBuilder, ServiceExt, service_fn, timeout::TimeoutLayer};
+    /// use tower_key_rotation::{Error, KeyPool, KeyRotationLayer, NoKeyAvailable};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), BoxError> {
+    /// let pool = KeyPool::builder().build()?;
+    /// let client = ServiceBuilder::new()
+    ///     .map_err(Error::into_inner)
+    ///     .layer(KeyRotationLayer::new(&pool))
+    ///     .layer(TimeoutLayer::new(Duration::from_secs(10)))
+    ///     .service(service_fn(async |_: Request<()>| Ok::<_, std::io::Error>(Response::new(()))));
+    ///
+    /// let error: BoxError = client.oneshot(Request::new(())).await.unwrap_err();
+    /// assert!(error.is::<NoKeyAvailable>());
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn into_inner(self) -> BoxError {
+        match self {
+            Self::NoKeyAvailable(error) => error.into(),
+            Self::Inject(error) => error.into(),
+            Self::Inner(error) => error.into(),
+        }
+    }
+}
+
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
 impl<E> Error<E> {
     /// What is said about the missing key, if that is the error.
     #[must_use]

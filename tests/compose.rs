@@ -1,0 +1,154 @@
+//! The layers in the stacks that people build: over which clients, under which layers.
+
+mod support;
+
+use std::{convert::Infallible, time::Duration};
+
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body_util::{BodyExt, Empty, Full};
+use hyper::body::Incoming;
+use hyper_util::{client::legacy::Client, rt::TokioExecutor};
+use support::{Server, get_request, http, pool};
+use tower::{
+    BoxError, Service, ServiceBuilder, ServiceExt, buffer::BufferLayer, limit::ConcurrencyLimitLayer,
+    service_fn, timeout::TimeoutLayer, util::BoxCloneService,
+};
+use tower_key_rotation::{
+    Error, FailoverLayer, KeyPool, KeyRotation, KeyRotationLayer, KeyRotationMiddleware, NoKeyAvailable,
+    RecoveryHandle, classify::LlmGateway, clock::ManualClock, failover::Failover, layer::ResponseFuture,
+};
+
+/// Two keys, of which the server limits one, so that every stack has something to do.
+async fn two_keys() -> (KeyPool, Server) {
+    (pool(["alpha", "beta"], &ManualClock::new()), Server::limiting(["alpha"]).await)
+}
+
+/// Sends one request, which the stack has to bring through with the key that is left.
+async fn answered<S>(mut client: S, server: &Server) -> S::Response
+where
+    S: Service<reqwest::Request>,
+    S::Error: Into<BoxError>,
+{
+    let request = get_request(&server.url());
+    let ready = client.ready().await.map_err(Into::into).unwrap();
+    ready.call(request).await.map_err(Into::into).unwrap()
+}
+
+#[tokio::test]
+async fn over_reqwest() {
+    let (pool, server) = two_keys().await;
+    let client = ServiceBuilder::new()
+        .layer(FailoverLayer::new(&pool))
+        .layer(KeyRotationLayer::new(&pool))
+        .service(http());
+    assert_eq!(answered(client, &server).await.status(), 200);
+    assert_eq!(server.keys(), ["alpha", "beta"]);
+}
+
+#[tokio::test]
+async fn over_reqwest_with_middleware_of_its_own() {
+    let (pool, server) = two_keys().await;
+    let inner = reqwest_middleware::ClientBuilder::new(http()).build();
+    let client = ServiceBuilder::new()
+        .layer(FailoverLayer::new(&pool))
+        .layer(KeyRotationLayer::new(&pool))
+        .service(inner);
+    assert_eq!(answered(client, &server).await.status(), 200);
+}
+
+#[tokio::test]
+async fn as_a_middleware_of_reqwest() {
+    let (pool, server) = two_keys().await;
+    let rotation = KeyRotationMiddleware::new(KeyRotationLayer::new(&pool));
+    let client = reqwest_middleware::ClientBuilder::new(http())
+        .with(rotation.with_failover(FailoverLayer::new(&pool)))
+        .build();
+    assert_eq!(client.get(server.url()).send().await.unwrap().status(), 200);
+}
+
+#[tokio::test]
+async fn over_a_hyper_client() {
+    let (pool, server) = two_keys().await;
+    let mut client = ServiceBuilder::new()
+        .layer(FailoverLayer::new(&pool))
+        .layer(KeyRotationLayer::new(&pool))
+        .service(Client::builder(TokioExecutor::new()).build_http::<Full<Bytes>>());
+    let request = Request::post(server.url()).body(Full::from("ask")).unwrap();
+    let response = client.ready().await.unwrap().call(request).await.unwrap();
+    assert_eq!(response.status(), 200);
+    response.into_body().collect().await.unwrap();
+    assert_eq!(server.keys(), ["alpha", "beta"]);
+}
+
+#[tokio::test]
+async fn over_a_hyper_client_without_failover_the_body_is_hypers_own() {
+    let (pool, server) = two_keys().await;
+    let mut client = ServiceBuilder::new()
+        .layer(KeyRotationLayer::new(&pool))
+        .service(Client::builder(TokioExecutor::new()).build_http::<Empty<Bytes>>());
+    let request = Request::get(server.url()).body(Empty::new()).unwrap();
+    let response: Response<Incoming> = client.ready().await.unwrap().call(request).await.unwrap();
+    assert_eq!(response.status(), 429);
+    assert_eq!(server.keys(), ["alpha"]);
+}
+
+#[tokio::test]
+async fn under_a_buffer_a_limit_a_timeout_and_a_box() {
+    let (pool, server) = two_keys().await;
+    let client = ServiceBuilder::new()
+        .layer(BufferLayer::new(8))
+        .layer(ConcurrencyLimitLayer::new(1))
+        .layer(TimeoutLayer::new(Duration::from_secs(10)))
+        .layer_fn(BoxCloneService::new)
+        .layer(FailoverLayer::new(&pool))
+        .layer(KeyRotationLayer::new(&pool))
+        .service(http());
+    assert_eq!(answered(client.clone(), &server).await.status(), 200);
+    assert_eq!(answered(client, &server).await.status(), 200);
+    assert_eq!(server.keys(), ["alpha", "beta", "beta"]);
+}
+
+#[tokio::test]
+async fn over_a_buffer_a_limit_and_a_timeout() {
+    let (pool, server) = two_keys().await;
+    let client = ServiceBuilder::new()
+        .map_err(Error::into_inner)
+        .layer(FailoverLayer::new(&pool))
+        .layer(KeyRotationLayer::new(&pool))
+        .layer(BufferLayer::new(8))
+        .layer(ConcurrencyLimitLayer::new(1))
+        .layer(TimeoutLayer::new(Duration::from_secs(10)))
+        .service(http());
+    assert_eq!(answered(client, &server).await.status(), 200);
+    assert_eq!(server.keys(), ["alpha", "beta"]);
+}
+
+#[tokio::test]
+async fn over_a_function_of_any_body() {
+    struct NotClone(&'static str);
+    let pool = pool(["alpha"], &ManualClock::new());
+    let mut client = ServiceBuilder::new().layer(KeyRotationLayer::new(&pool)).service(service_fn(
+        async |request: Request<NotClone>| Ok::<_, Infallible>(Response::new(request.into_body().0.len())),
+    ));
+    let request = Request::get("https://api.example.com").body(NotClone("four")).unwrap();
+    assert_eq!(client.ready().await.unwrap().call(request).await.unwrap().into_body(), 4);
+}
+
+#[test]
+fn what_a_program_holds_on_to_can_be_shared_and_sent() {
+    fn shared<T: Send + Sync + Clone + 'static>() {}
+    fn sent<T: Send + 'static>() {}
+    shared::<KeyPool>();
+    shared::<KeyRotationLayer>();
+    shared::<FailoverLayer>();
+    shared::<KeyRotation<reqwest::Client>>();
+    shared::<KeyRotation<reqwest::Client, LlmGateway>>();
+    shared::<Failover<KeyRotation<reqwest::Client>>>();
+    shared::<Failover<KeyRotation<Client<hyper_util::client::legacy::connect::HttpConnector, Full<Bytes>>>>>(
+    );
+    shared::<NoKeyAvailable>();
+    sent::<ResponseFuture<std::future::Ready<()>, LlmGateway>>();
+    sent::<Error<reqwest::Error>>();
+    sent::<RecoveryHandle>();
+}
