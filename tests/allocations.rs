@@ -1,0 +1,104 @@
+//! What a request costs in allocations, compared with the same request without a layer.
+
+use std::{
+    convert::Infallible,
+    future::{Ready, ready},
+    time::Duration,
+};
+
+use futures_util::FutureExt;
+use http::{Request, Response};
+use tower::{Layer, Service};
+use tower_key_rotation::{FailoverLayer, Inject, KeyPool, KeyRotationLayer, clock::ManualClock};
+
+type Req = Request<&'static str>;
+
+/// Answers with the status that the request has for a body, and allocates nothing.
+#[derive(Clone)]
+struct Echo;
+
+impl Service<Req> for Echo {
+    type Response = Response<http_body_util::Empty<bytes::Bytes>>;
+    type Error = Infallible;
+    type Future = Ready<Result<Self::Response, Self::Error>>;
+
+    fn poll_ready(&mut self, _: &mut std::task::Context<'_>) -> std::task::Poll<Result<(), Infallible>> {
+        std::task::Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Req) -> Self::Future {
+        let mut response = Response::new(http_body_util::Empty::new());
+        *response.status_mut() = request.body().parse().unwrap();
+        ready(Ok(response))
+    }
+}
+
+fn request(status: &'static str) -> Req {
+    let builder = Request::post("https://api.example.com/v1").header("content-type", "application/json");
+    builder.header("authorization", "the caller's own").body(status).unwrap()
+}
+
+/// The allocations of a hundred requests, when everything is warm.
+fn allocations<S: Service<Req>>(client: &mut S, status: &'static str) -> u64 {
+    let mut send = |request| drop(client.call(request).now_or_never());
+    (0..300).for_each(|_| send(request("200")));
+    let mut requests = (0..100).map(|_| request(status)).collect::<Vec<_>>();
+    allocation_counter::measure(|| requests.drain(..).for_each(&mut send)).count_total
+}
+
+fn pool(keys: usize, clock: &ManualClock) -> KeyPool {
+    let keys = (0..keys).map(|number| (format!("key-{number}"), format!("sk-{number}")));
+    KeyPool::builder().keys(keys).inject(Inject::bearer()).clock(clock.clone()).build().unwrap()
+}
+
+#[test]
+fn a_request_costs_no_allocation_while_all_keys_are_healthy() {
+    let pool = pool(100, &ManualClock::new());
+    let mut client = KeyRotationLayer::new(&pool).layer(Echo);
+    assert_eq!(allocations(&mut client, "200"), allocations(&mut Echo, "200"));
+}
+
+#[test]
+fn a_request_costs_no_allocation_while_half_of_the_keys_rest_or_come_back() {
+    let clock = ManualClock::new();
+    let pool = pool(100, &clock);
+    let mut client = KeyRotationLayer::new(&pool).layer(Echo);
+    for _ in 0..50 {
+        client.call(request("429")).now_or_never();
+    }
+    assert_eq!(pool.stats().rate_limited, 50);
+    assert_eq!(allocations(&mut client, "200"), 0);
+    clock.advance(Duration::from_secs(120));
+    let came_back = allocation_counter::measure(|| {
+        let _ = pool.next_return();
+    });
+    assert_eq!((came_back.count_total, allocations(&mut client, "200")), (0, 0));
+}
+
+#[test]
+fn a_limited_response_costs_no_more_than_the_note_in_its_extensions() {
+    let pool = pool(1_000, &ManualClock::new());
+    let mut client = KeyRotationLayer::new(&pool).layer(Echo);
+    // A map, its box and the boxed note. The mark itself costs nothing.
+    assert!(allocations(&mut client, "429") <= 3 * 100);
+    assert_eq!(pool.stats().rate_limited, 100);
+}
+
+#[test]
+fn a_request_that_is_not_limited_costs_no_allocation_for_the_failover_but_its_clone() {
+    let pool = pool(10, &ManualClock::new());
+    let mut client = FailoverLayer::new(&pool).layer(KeyRotationLayer::new(&pool).layer(Echo));
+    let clones = allocation_counter::measure(|| {
+        for _ in 0..100 {
+            drop(request("200"));
+        }
+    });
+    let built_and_cloned = allocation_counter::measure(|| {
+        for _ in 0..100 {
+            drop(request("200").clone());
+        }
+    });
+    let clone = built_and_cloned.count_total - clones.count_total;
+    assert!(clone > 0);
+    assert_eq!(allocations(&mut client, "200"), clone);
+}
