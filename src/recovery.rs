@@ -10,7 +10,7 @@ use tokio::{
 
 use crate::{
     clock::Clock,
-    pool::KeyPool,
+    pool::{KeyPool, nanos},
     store::{Recovered, StoreError},
 };
 
@@ -255,7 +255,8 @@ struct Recovery {
 impl Recovery {
     async fn run(mut self) {
         let clock = self.pool.clock().clone();
-        let mut next = clock.now() + random_within(self.config.start_jitter.unwrap_or(self.config.interval));
+        let jitter = random_within(self.config.start_jitter.unwrap_or(self.config.interval));
+        let mut next = clock.now().saturating_add(jitter);
         loop {
             tokio::select! {
                 biased;
@@ -394,7 +395,7 @@ async fn write_marks(pool: KeyPool, mut stop: watch::Receiver<()>) {
 }
 
 fn random_within(time: Duration) -> Duration {
-    time.mul_f64(fastrand::f64())
+    Duration::from_nanos(fastrand::u64(..=nanos(time)))
 }
 
 fn millis(duration: Duration) -> u64 {
@@ -415,5 +416,22 @@ impl fmt::Display for Chain<'_> {
         }
         let printable = text.chars().map(|c| if c.is_control() { ' ' } else { c });
         f.write_str(&printable.take(LONGEST).collect::<String>())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn no_interval_is_too_long_or_too_short() {
+        for time in [Duration::ZERO, Duration::MAX] {
+            let pool = KeyPool::builder().key("alpha", "sk-1").build().unwrap();
+            let config =
+                RecoveryConfig::new().interval(Duration::MAX).limit(Duration::MAX).start_jitter(time);
+            let recovery = RecoveryHandle::spawn_with(&pool, config);
+            assert!(recovery.sweep_now().await.outcome.is_ok());
+            assert_eq!(recovery.shutdown().await, Ok(()));
+        }
     }
 }
