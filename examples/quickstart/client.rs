@@ -5,7 +5,8 @@ use std::{error::Error, sync::Arc, time::Duration};
 use reqwest::{Request, Response, redirect};
 use tokio::sync::Semaphore;
 use tower::{
-    Service, ServiceBuilder, layer::layer_fn, retry::budget::TpsBudget, service_fn, util::BoxCloneService,
+    ServiceBuilder, layer::layer_fn, limit::GlobalConcurrencyLimitLayer, retry::budget::TpsBudget,
+    util::BoxCloneService,
 };
 use tower_key_rotation::{FailoverLayer, KeyPool, KeyRotationLayer};
 
@@ -44,7 +45,8 @@ pub(crate) fn with_keys(
             .layer(layer_fn(|inner| AroundRotation::new(inner, ledger.clone(), witness)))
             .layer(KeyRotationLayer::new(pool).expose_key())
             .layer(layer_fn(|inner| InsideRotation::new(inner, ledger.clone())))
-            .service(at_most(CONNECTIONS, reqwest_client(options, target)?)),
+            .layer(GlobalConcurrencyLimitLayer::new(CONNECTIONS))
+            .service(reqwest_client(options, target)?),
     ))
 }
 
@@ -60,22 +62,4 @@ fn reqwest_client(options: &Options, target: &Target) -> reqwest::Result<reqwest
     } else {
         client.build()
     }
-}
-
-/// `reqwest`, with at most so many requests on the wire at once.
-///
-/// A permit is taken once a request is sent, other than by `tower::limit`, which takes it when the service is
-/// made ready: a request that then waits for a key would keep others, which have one, from being sent.
-fn at_most(
-    requests: usize,
-    client: reqwest::Client,
-) -> impl Service<Request, Response = Response, Error = reqwest::Error, Future: Send> + Clone + Send {
-    let permits = Arc::new(Semaphore::new(requests));
-    service_fn(move |request| {
-        let (client, permits) = (client.clone(), permits.clone());
-        async move {
-            let _permit = permits.acquire().await;
-            client.execute(request).await
-        }
-    })
 }

@@ -4,6 +4,7 @@ use std::{
     collections::BTreeMap,
     error::Error,
     iter,
+    pin::pin,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering::Relaxed},
@@ -11,6 +12,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::FutureExt;
 use reqwest::StatusCode;
 use tokio::{signal, sync::mpsc, task::JoinSet, time};
 use tower::{Service, ServiceExt};
@@ -30,6 +32,12 @@ pub(crate) struct Outcome {
 
 /// Runs until all requests have ended, or Ctrl-C.
 pub(crate) async fn drive(client: Client, target: Target, pool: &KeyPool, options: &Options) -> Outcome {
+    // Polled once, so that it listens before the first request is sent.
+    let mut interrupted = pin!(interrupted());
+    if interrupted.as_mut().now_or_never().is_some() {
+        return Outcome { interrupted: true, ..Outcome::default() };
+    }
+
     let requests = options.requests.get();
     let (ends, mut ended) = mpsc::unbounded_channel();
     let left = Arc::new(AtomicUsize::new(requests));
@@ -43,7 +51,6 @@ pub(crate) async fn drive(client: Client, target: Target, pool: &KeyPool, option
     let progress = Progress::new(requests, pool, options.json);
     let mut outcome = Outcome::default();
     let mut tick = time::interval(Duration::from_millis(100));
-    let mut interrupted = Box::pin(interrupted());
     loop {
         tokio::select! {
             end = ended.recv() => match end {

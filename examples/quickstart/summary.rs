@@ -25,8 +25,6 @@ impl Summary {
         hits_while_resting: usize,
         took: Duration,
     ) -> Self {
-        // A key comes back when somebody looks for one, and is counted then.
-        let _ = pool.next_return();
         Self {
             requests: options.requests.get(),
             outcome,

@@ -70,6 +70,10 @@ impl KeyPool {
     pub fn stats(&self) -> PoolStats {
         let snapshot = self.inner.snapshot.load();
         let now = self.now();
+        // So that a key which is said to be healthy is also said to have come back.
+        while snapshot.earliest_for_certain() <= now {
+            self.return_expired(&snapshot);
+        }
         let mut stats = PoolStats {
             marks_waiting: snapshot.count_unwritten(),
             keys: snapshot.keys().iter().map(|key| key_stats(key, now)).collect(),
