@@ -15,8 +15,9 @@ use tower::{
     service_fn, timeout::TimeoutLayer, util::BoxCloneService,
 };
 use tower_key_rotation::{
-    Error, FailoverLayer, KeyPool, KeyRotation, KeyRotationLayer, KeyRotationMiddleware, NoKeyAvailable,
-    RecoveryHandle, classify::LlmGateway, clock::ManualClock, failover::Failover, layer::ResponseFuture,
+    BuildError, Error, FailoverLayer, InjectError, InvalidHost, KeyPool, KeyRotation, KeyRotationLayer,
+    KeyRotationMiddleware, NoKeyAvailable, OpenError, OperateError, RecoveryHandle, classify::LlmGateway,
+    clock::ManualClock, failover::Failover, layer::ResponseFuture, store::StoreError,
 };
 
 /// Two keys, of which the server limits one, so that every stack has something to do.
@@ -149,6 +150,21 @@ fn what_a_program_holds_on_to_can_be_shared_and_sent() {
     );
     shared::<NoKeyAvailable>();
     sent::<ResponseFuture<std::future::Ready<()>, LlmGateway>>();
-    sent::<Error<reqwest::Error>>();
+    sent::<<Failover<KeyRotation<reqwest::Client>> as Service<reqwest::Request>>::Future>();
     sent::<RecoveryHandle>();
+}
+
+#[test]
+fn every_error_can_go_on_in_a_box() {
+    fn boxed<T: std::error::Error + Send + Sync + 'static>() {}
+    boxed::<Error<reqwest::Error>>();
+    boxed::<Error<reqwest_middleware::Error>>();
+    boxed::<Error<hyper_util::client::legacy::Error>>();
+    boxed::<NoKeyAvailable>();
+    boxed::<InjectError>();
+    boxed::<InvalidHost>();
+    boxed::<BuildError>();
+    boxed::<OpenError>();
+    boxed::<OperateError>();
+    boxed::<StoreError>();
 }

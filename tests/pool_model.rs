@@ -30,11 +30,6 @@ const COOLDOWN: Duration = Duration::from_secs(120);
 const EXHAUSTED: Duration = Duration::from_secs(24 * 60 * 60);
 const LONGEST_HINT: Duration = Duration::from_secs(60 * 60);
 
-/// How many keys may come back at one moment for the very next pick to know of all of them. Larger crowds
-/// return in batches, which
-/// [`a_crowd_that_comes_back_at_once_takes_its_turns_in_order`] is about.
-const SMALL_CROWD: usize = 16;
-
 #[derive(Clone, Copy, Debug)]
 struct Answer {
     status: u16,
@@ -259,11 +254,6 @@ impl Model {
             }
         }
     }
-
-    /// How many keys come back when the time goes on to `then`.
-    fn coming_back(&self, then: Duration) -> usize {
-        self.keys.iter().filter(|key| !key.is_available(self.now) && key.is_available(then)).count()
-    }
 }
 
 // ---- the pool, driven through the layer ----
@@ -287,8 +277,6 @@ struct Pair {
     client: Client,
     sent: Sent,
     under_way: Vec<Flight>,
-    /// How many keys have come back since anybody looked.
-    crowd: usize,
 }
 
 fn secret(instance: Instance) -> String {
@@ -336,13 +324,12 @@ impl Pair {
         });
         let layer = KeyRotationLayer::new(&pool).classify(LlmGateway::new()).expose_key();
         let client = BoxService::new(layer.layer(inner));
-        Self { model, pool, clock, store, client, sent, under_way: Vec::new(), crowd: 0 }
+        Self { model, pool, clock, store, client, sent, under_way: Vec::new() }
     }
 
     /// Sends a request with both, and compares which key it went out with.
     fn begin(&mut self) -> Result<Option<Flight>, TestCaseError> {
         let expected = self.model.pick();
-        self.crowd = 0;
         let request = Request::get("https://api.example.com/v1").body(()).expect("a request");
         let mut response = self.client.call(request);
         match (self.sent.lock().expect("not poisoned").take(), expected) {
@@ -502,16 +489,8 @@ impl Pair {
     }
 
     fn advance(&mut self, by: Duration) {
-        self.crowd += self.model.coming_back(self.model.now + by);
         self.clock.advance(by);
         self.model.now += by;
-        if self.crowd > SMALL_CROWD {
-            // Each look returns a batch.
-            for _ in 0..self.crowd.div_ceil(SMALL_CROWD) {
-                let _ = self.pool.next_return();
-            }
-            self.crowd = 0;
-        }
     }
 
     fn compare(&self) -> TestCaseResult {
