@@ -93,6 +93,9 @@ impl Host {
         let (below, rest) = host.strip_prefix("*.").map_or((false, host), |rest| (true, rest));
         let authority: http::uri::Authority = rest.parse().map_err(|_| invalid())?;
         let name = authority.host();
+        if authority.port_u16().is_none() && authority.as_str() != name {
+            return Err(invalid());
+        }
         if name.is_empty()
             || name.contains('*')
             || authority.as_str().contains('@')
@@ -179,8 +182,17 @@ mod tests {
 
     #[test]
     fn what_is_no_host_is_refused_when_it_is_given() {
-        for wrong in ["", "https://api.example.com", "api.example.com/v1", "*", "*.*.com", "me@host", "host:"]
-        {
+        for wrong in [
+            "",
+            "https://api.example.com",
+            "api.example.com/v1",
+            "*",
+            "*.*.com",
+            "me@host",
+            "host:",
+            "host:99999",
+            "host:80a",
+        ] {
             assert!(Host::all([wrong]).is_err(), "{wrong}");
         }
     }

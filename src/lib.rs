@@ -59,6 +59,7 @@
 //! | `serde` | statistics are `Serialize` |
 //! | `full` | all of these |
 
+#![forbid(unsafe_code)]
 #![cfg_attr(not(test), warn(clippy::expect_used, clippy::panic, clippy::unwrap_used))]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![cfg_attr(not(feature = "failover"), allow(rustdoc::broken_intra_doc_links))]

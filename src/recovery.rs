@@ -261,6 +261,8 @@ impl Recovery {
             tokio::select! {
                 biased;
                 command = self.commands.recv() => match command {
+                    // Nobody waits for it any more.
+                    Some(Command::Sweep(reply)) if reply.is_closed() => {}
                     Some(Command::Sweep(reply)) => {
                         let report = self.pass(&*clock).await;
                         let _ = reply.send(report);
@@ -281,22 +283,7 @@ impl Recovery {
 
     async fn pass(&mut self, clock: &dyn Clock) -> Report {
         let started = clock.now();
-        // Spawned and awaited, rather than run here: so a limit doesn't drop a driver's future half-way, and a
-        // panic ends the pass alone.
-        let mut pass =
-            self.overdue.take().unwrap_or_else(|| tokio::spawn(write_sweep_reload(self.pool.clone())));
-        let outcome = tokio::select! {
-            biased;
-            result = &mut pass => match result {
-                Ok(Ok(recovered)) => Ok(recovered),
-                Ok(Err(error)) => Err(PassError::Store(Arc::new(error))),
-                Err(_) => Err(PassError::Panicked),
-            },
-            () = clock.sleep_until(started.saturating_add(self.config.limit)) => {
-                self.overdue = Some(pass);
-                Err(PassError::TookTooLong(self.config.limit))
-            }
-        };
+        let outcome = self.make_pass(clock, started.saturating_add(self.config.limit)).await;
         self.passes += 1;
         self.failures += u64::from(outcome.is_err());
         let report = Report {
@@ -310,17 +297,43 @@ impl Recovery {
         report
     }
 
+    async fn make_pass(&mut self, clock: &dyn Clock, deadline: Duration) -> Result<Recovered, PassError> {
+        let too_long = PassError::TookTooLong(self.config.limit);
+        if let Some(overdue) = &mut self.overdue {
+            tokio::select! {
+                biased;
+                _ = overdue => self.overdue = None,
+                () = clock.sleep_until(deadline) => return Err(too_long),
+            }
+        }
+        // Spawned and awaited, rather than run here: so a limit doesn't drop a driver's future half-way, and a
+        // panic ends the pass alone.
+        let mut pass = tokio::spawn(write_sweep_reload(self.pool.clone()));
+        tokio::select! {
+            biased;
+            result = &mut pass => match result {
+                Ok(Ok(recovered)) => Ok(recovered),
+                Ok(Err(error)) => Err(PassError::Store(Arc::new(error))),
+                Err(_) => Err(PassError::Panicked),
+            },
+            () = clock.sleep_until(deadline) => {
+                self.overdue = Some(pass);
+                Err(too_long)
+            }
+        }
+    }
+
     async fn shut_down(self, clock: &dyn Clock) -> Result<(), MarksNotWritten> {
         drop(self.stop_writer);
         let pool = self.pool.clone();
         let (writer, overdue) = (self.writer, self.overdue);
         let last_writes = tokio::spawn(async move {
             let _ = writer.await;
-            if let Some(pass) = overdue {
-                let _ = pass.await;
-            }
             if let Err(error) = pool.write_marks().await {
                 tracing::warn!(error = %Chain(&error), "marks could not be written");
+            }
+            if let Some(pass) = overdue {
+                let _ = pass.await;
             }
         });
         tokio::select! {

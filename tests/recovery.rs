@@ -358,7 +358,8 @@ async fn f03_a_pass_over_a_store_that_hangs_takes_too_long_after_10_seconds_and_
     assert!(recovery.last_report().unwrap().outcome.is_ok());
     bench.clock.advance(INTERVAL);
     passed(&recovery, 5).await;
-    assert_eq!((bench.store.recovers.begun(), bench.store.recovers.most_at_once()), (3, 1));
+    // The one that hung, and those of the first, fourth and fifth pass: who waited for it made one of its own.
+    assert_eq!((bench.store.recovers.begun(), bench.store.recovers.most_at_once()), (4, 1));
 }
 
 #[tokio::test]

@@ -23,6 +23,9 @@ const WIDEST: usize = 1024;
 /// How often the first waiter looks where no key comes back by itself.
 const NO_KEY_IN_SIGHT: Duration = Duration::from_secs(1);
 
+/// After this time without an answer, another waiter goes: answers may take minutes, a 429 rarely does.
+const SLOW_ANSWER: Duration = Duration::from_millis(250);
+
 #[derive(Debug)]
 pub(super) struct Gate {
     queue: tokio::sync::Mutex<()>,
@@ -82,10 +85,20 @@ impl Gate {
             if pool.has_available() && self.lock().admit(pool.count_available()) {
                 return;
             }
+            let available = pool.has_available();
+            if !available {
+                // Whatever went well before, the keys have been limited since.
+                self.lock().size = 1;
+            }
             let clock = pool.clock();
             let look_again = pool.next_end_of_a_rest().unwrap_or(NO_KEY_IN_SIGHT);
+            let look_again = if available { look_again.min(SLOW_ANSWER) } else { look_again };
             tokio::select! {
-                () = clock.sleep_until(clock.now().saturating_add(look_again)) => {}
+                () = clock.sleep_until(clock.now().saturating_add(look_again)) => {
+                    if available {
+                        self.lock().widen();
+                    }
+                }
                 () = answered => {}
                 () = returned => {}
             }
@@ -98,6 +111,10 @@ impl Gate {
 }
 
 impl Window {
+    fn widen(&mut self) {
+        self.size = (self.size.max(self.on_their_way) + 1).min(WIDEST);
+    }
+
     /// Each available key can be tried by one.
     fn admit(&mut self, available: usize) -> bool {
         let admitted = self.on_their_way < self.size.max(available);

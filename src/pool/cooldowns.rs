@@ -34,7 +34,7 @@ impl Cooldowns {
             Rest::Exhausted => self.exhausted,
             Rest::Revoked => return None,
         };
-        let hint = hint.map(|hint| hint.max(self.shortest_hint).min(self.longest_hint));
+        let hint = hint.map(|hint| hint.max(self.shortest_hint).min(self.longest_hint.max(by_default)));
         Some(match hint {
             None => by_default,
             Some(hint) if self.exact_hints => hint,
@@ -85,6 +85,7 @@ mod tests {
         let rules = Cooldowns {
             shortest_hint: 2 * MINUTE,
             longest_hint: MINUTE,
+            rate_limited: MINUTE,
             exact_hints: true,
             ..Cooldowns::default()
         };

@@ -81,6 +81,14 @@ impl Deadlines {
         }
     }
 
+    /// Puts right what a search from the first slot never comes to: the first node of each level, and the root.
+    /// Two threads that move deadlines of one node back at once can leave it early.
+    pub(crate) fn put_first_path_right(&self, now: u64) {
+        if self.earliest() <= now {
+            self.put_right(1, 0);
+        }
+    }
+
     /// Looks at the rest of a node's children, then at the rest of the nodes beside it, and so on upwards.
     fn search(&self, slot: usize, now: u64) -> Option<Found> {
         let mut index = slot;
@@ -184,6 +192,16 @@ mod tests {
     }
 
     #[test]
+    fn a_node_that_was_left_early_is_put_right_by_who_finds_nothing_due() {
+        let deadlines = Deadlines::new(24);
+        // What a thread leaves that read the minimum before another one cleared the slot.
+        deadlines.levels[1][0].fetch_min(5, SeqCst);
+        assert_eq!((deadlines.earliest(), deadlines.next_due(0, 9)), (5, None));
+        deadlines.put_first_path_right(9);
+        assert_eq!(deadlines.earliest(), NEVER);
+    }
+
+    #[test]
     fn a_deadline_set_beside_others_that_are_cleared_is_never_overlooked() {
         let deadlines = Deadlines::new(64 * 64);
         std::thread::scope(|scope| {
@@ -200,6 +218,7 @@ mod tests {
             }
         });
         assert_eq!(deadlines.next_due(0, NEVER - 1), None);
+        deadlines.put_first_path_right(NEVER - 1);
         assert_eq!(deadlines.earliest(), NEVER);
     }
 }

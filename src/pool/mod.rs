@@ -127,13 +127,17 @@ impl KeyPool {
         if self.has_available() {
             return Some(Duration::ZERO);
         }
-        self.next_end_of_a_rest()
+        self.time_until(self.inner.snapshot.load().earliest_for_certain())
     }
 
     /// How long until the next resting key is back, whether others are available or not.
+    #[cfg(feature = "failover")]
     pub(crate) fn next_end_of_a_rest(&self) -> Option<Duration> {
-        let earliest = self.inner.snapshot.load().earliest_for_certain();
-        (earliest != NEVER).then(|| Duration::from_nanos(earliest.saturating_sub(self.now())))
+        self.time_until(self.inner.snapshot.load().next_deadline())
+    }
+
+    fn time_until(&self, deadline: u64) -> Option<Duration> {
+        (deadline != NEVER).then(|| Duration::from_nanos(deadline.saturating_sub(self.now())))
     }
 
     pub(crate) fn hosts(&self) -> &Hosts {
@@ -212,10 +216,12 @@ impl KeyPool {
         if before.later(state) == before {
             return;
         }
+        key.written.set_marked_at(nanos(now));
         key.written.changing();
         key.state.update(|before| before.later(state));
         key.written.changing();
-        key.written.set_marked_at(nanos(now));
+        // Once more: a reload may have taken the first change for one that had been written.
+        key.state.update(|before| before.later(state));
         self.refresh(key);
         self.inner.persistence.mark_waits();
 

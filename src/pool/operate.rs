@@ -31,8 +31,9 @@ pub enum OperateError {
         /// What is wrong with its secret.
         reason: UnusableSecret,
     },
-    /// It was done in this pool, but not in the store, which will have the last word at the next reload.
-    #[error("done in memory, but not in the store")]
+    /// The store failed. A key that was to be inserted is not; what else was done in this pool holds until the
+    /// next reload, when the store has the last word.
+    #[error("the store does not know of it")]
     Store(#[from] StoreError),
 }
 
@@ -111,16 +112,23 @@ impl KeyPool {
     ///
     /// Where there is no such key, or the store fails.
     pub async fn reset(&self, id: impl AsRef<str>) -> Result<(), OperateError> {
-        let key = self.known(id.as_ref())?;
-        let reset = || self.change(&key, |state| State::HEALTHY.disabled(state.is_disabled()));
-        reset();
+        let asked = self.now();
+        let reset = || {
+            let key = self.known(id.as_ref())?;
+            // What a response has said since then is news.
+            if key.written.marked_at() <= asked {
+                self.change(&key, |state| State::HEALTHY.disabled(state.is_disabled()));
+            }
+            Ok::<_, OperateError>(key)
+        };
+        reset()?;
         let persistence = &self.inner.persistence;
         let _turn = persistence.turn.lock().await;
+        // A reload that had read the store before may have undone it.
+        let key = reset()?;
         // A mark that is on its way arrives before the reset, not after it.
         let _no_write_under_way = persistence.writing.lock().await;
-        self.found(&key, persistence.store.reset(&key.id).await?)?;
-        reset();
-        Ok(())
+        self.found(&key, persistence.store.reset(&key.id).await?)
     }
 
     /// Takes a key out of service until [`enable`](Self::enable). Its cooldown, if it has one, goes on.
@@ -156,15 +164,17 @@ impl KeyPool {
     }
 
     async fn set_disabled(&self, id: &str, disabled: bool) -> Result<(), OperateError> {
-        let key = self.known(id)?;
-        let set = || self.change(&key, |state| state.disabled(disabled));
-        set();
+        let set = || {
+            let key = self.known(id)?;
+            self.change(&key, |state| state.disabled(disabled));
+            Ok::<_, OperateError>(key)
+        };
+        set()?;
         let persistence = &self.inner.persistence;
         let _turn = persistence.turn.lock().await;
-        self.found(&key, persistence.store.set_disabled(&key.id, disabled).await?)?;
         // A reload that had read the store before may have undone it.
-        set();
-        Ok(())
+        let key = set()?;
+        self.found(&key, persistence.store.set_disabled(&key.id, disabled).await?)
     }
 
     fn known(&self, id: &str) -> Result<Arc<Key>, OperateError> {

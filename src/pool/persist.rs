@@ -179,6 +179,9 @@ impl KeyPool {
     }
 
     async fn write_mark(self, key: Arc<Key>) -> Result<(), StoreError> {
+        if !key.written.waits() {
+            return Ok(());
+        }
         let persistence = &self.inner.persistence;
         let changes = key.written.changes();
         let now = self.now();
@@ -217,7 +220,8 @@ fn finished(write: Option<Result<Result<(), StoreError>, tokio::task::JoinError>
     match write {
         None => Ok(()),
         Some(Ok(result)) => result,
-        Some(Err(panic)) => Err(StoreError::new(panic)),
+        // What a panic says might hold anything.
+        Some(Err(_)) => Err(StoreError::new("a write panicked")),
     }
 }
 

@@ -7,11 +7,19 @@ use std::{
     collections::HashMap,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering::Relaxed},
+        atomic::{
+            AtomicU64, AtomicUsize,
+            Ordering::{Relaxed, SeqCst},
+        },
     },
 };
 
-use super::{bitset::AtomicBitSet, deadlines::Deadlines, key::Key, state::State};
+use super::{
+    bitset::AtomicBitSet,
+    deadlines::{Deadlines, NEVER},
+    key::Key,
+    state::State,
+};
 use crate::secret::KeyId;
 
 /// The most keys that one pick returns to service: bounds the time a single request can spend on it.
@@ -25,6 +33,9 @@ pub(crate) struct Snapshot {
     cooling: Deadlines,
     unwritten: AtomicBitSet,
     cursor: AtomicUsize,
+    /// How often slots have begun, and have ended, to be refreshed.
+    begun: AtomicU64,
+    ended: AtomicU64,
 }
 
 impl Snapshot {
@@ -37,6 +48,8 @@ impl Snapshot {
             cooling: Deadlines::new(keys.len()),
             unwritten: AtomicBitSet::new(keys.len()),
             cursor: AtomicUsize::new(0),
+            begun: AtomicU64::new(0),
+            ended: AtomicU64::new(0),
             keys: keys.into(),
         };
         if let Some(before) = before {
@@ -101,9 +114,27 @@ impl Snapshot {
         self.cooling.earliest()
     }
 
-    /// The same for those who would otherwise give up.
-    pub(crate) fn earliest_for_certain(&self) -> u64 {
+    /// The same, without the moment in which another thread moves a deadline back.
+    pub(crate) fn next_deadline(&self) -> u64 {
         self.cooling.earliest_for_certain()
+    }
+
+    /// The same for those who would otherwise give up; zero where a key is available after all. It looks at
+    /// every key's state where another thread is just bringing the indexes in line with one.
+    pub(crate) fn earliest_for_certain(&self) -> u64 {
+        let ended = self.ended.load(SeqCst);
+        if self.has_available() {
+            return 0;
+        }
+        let earliest = self.next_deadline();
+        if self.begun.load(SeqCst) == ended {
+            return earliest;
+        }
+        let due = |key: &Arc<Key>| match key.state.load() {
+            State::HEALTHY => 0,
+            state => state.deadline(),
+        };
+        self.keys.iter().map(due).min().unwrap_or(NEVER)
     }
 
     /// Returns a bounded number of keys whose cooldown has ended, and says which.
@@ -112,7 +143,7 @@ impl Snapshot {
         let cursor = self.cursor.load(Relaxed);
         for _ in 0..EXPIRED_PER_PICK {
             let due = self.cooling.next_due(cursor, now).or_else(|| self.cooling.next_due(0, now));
-            let Some(slot) = due else { return };
+            let Some(slot) = due else { return self.cooling.put_first_path_right(now) };
             let key = &self.keys[slot];
             let expired = key.state.update(|state| if state.is_over(now) { State::HEALTHY } else { state });
             self.refresh_slot(slot);
@@ -140,23 +171,26 @@ impl Snapshot {
 
     fn refresh_slot(&self, slot: usize) {
         let key = &self.keys[slot];
+        self.begun.fetch_add(1, SeqCst);
         loop {
             let state = key.state.load();
+            // A key is in both indexes for a moment rather than in neither: who finds it nowhere gives up.
             if state == State::HEALTHY {
-                self.cooling.set(slot, state.deadline());
                 self.available.insert(slot);
-            } else {
-                self.available.remove(slot);
                 self.cooling.set(slot, state.deadline());
+            } else {
+                self.cooling.set(slot, state.deadline());
+                self.available.remove(slot);
             }
             if key.written.waits() {
                 self.unwritten.insert(slot);
             }
             // Two refreshes of one slot may overlap; the one that wrote last still has to look.
             if key.state.load() == state {
-                return;
+                break;
             }
         }
+        self.ended.fetch_add(1, SeqCst);
     }
 
     /// Takes the next key, from `slot` on, that the store does not know all about.

@@ -93,10 +93,20 @@ pub(super) fn env(variable: &str, text: &str) -> Vec<Candidate> {
         .filter(|(_, entry)| !entry.is_empty())
         .map(|(number, entry)| {
             // The first `=` divides, unless all behind it is the padding of a base64 secret.
-            let divided = entry.split_once('=').filter(|(_, secret)| !secret.is_empty() && *secret != "=");
+            let divided =
+                entry.split_once('=').filter(|(_, secret)| !is_padding(secret) || !is_padded(entry));
             candidate(Place::Env(variable.to_owned(), number), divided, entry)
         })
         .collect()
+}
+
+fn is_padding(rest: &str) -> bool {
+    matches!(rest, "" | "=")
+}
+
+/// Long enough and of the right length. Anything shorter is rather a name whose secret is missing.
+fn is_padded(entry: &str) -> bool {
+    entry.len() >= 16 && entry.len().is_multiple_of(4)
 }
 
 /// `id|secret` or a bare secret a line; empty lines and those that begin with `#` are skipped.
@@ -127,6 +137,11 @@ pub(super) fn is_json(file: &Path, text: &str) -> bool {
 /// `["secret", …]`, `[{"id": "…", "secret": "…"}, …]` or `{"id": "secret", …}`.
 pub(super) fn json(file: &Path, text: &str) -> Result<Vec<Candidate>, serde_json::Error> {
     let entries: Vec<(Option<String>, Value)> = match serde_json::from_str(without_byte_order_mark(text))? {
+        Value::Object(entry)
+            if entry.len() == 2 && entry.contains_key("id") && entry.contains_key("secret") =>
+        {
+            vec![divided_entry(Value::Object(entry))]
+        }
         Value::Object(entries) => entries.into_iter().map(|(id, secret)| (Some(id), secret)).collect(),
         Value::Array(entries) => entries.into_iter().map(divided_entry).collect(),
         other => vec![(None, other)],
@@ -183,13 +198,14 @@ mod tests {
     #[test]
     fn a_variable_holds_named_and_bare_keys() {
         assert_eq!(
-            shown(&env("KEYS", "alpha=sk-1, beta=sk=2,,sk-3,c2s=,c2s==,")),
+            shown(&env("KEYS", "alpha=sk-1, beta=sk=2,,sk-3,c2VjcmV0c2VjcmV=,c2VjcmV0c2Vjcg==,gamma=,")),
             [
                 row("KEYS, entry 1", Some("alpha"), "sk-1"),
                 row("KEYS, entry 2", Some("beta"), "sk=2"),
                 row("KEYS, entry 4", None, "sk-3"),
-                row("KEYS, entry 5", None, "c2s="),
-                row("KEYS, entry 6", None, "c2s=="),
+                row("KEYS, entry 5", None, "c2VjcmV0c2VjcmV="),
+                row("KEYS, entry 6", None, "c2VjcmV0c2Vjcg=="),
+                row("KEYS, entry 7", Some("gamma"), ""),
             ]
         );
     }
@@ -216,6 +232,10 @@ mod tests {
             [row("k.json, entry 1", Some("a"), "sk-1"), row("k.json, entry 2", None, "sk-2")]
         );
         assert_eq!(shown(&read(r#"{"a":"sk-1"}"#)), [row("k.json, entry 1", Some("a"), "sk-1")]);
+        assert_eq!(
+            shown(&read(r#"{"id":"a","secret":"sk-1"}"#)),
+            [row("k.json, entry 1", Some("a"), "sk-1")]
+        );
     }
 
     #[test]

@@ -71,7 +71,10 @@ impl KeyPool {
         let snapshot = self.inner.snapshot.load();
         let now = self.now();
         // So that a key which is said to be healthy is also said to have come back.
-        while snapshot.earliest_for_certain() <= now {
+        for _ in 0..=snapshot.keys().len() {
+            if snapshot.earliest() > now {
+                break;
+            }
             self.return_expired(&snapshot);
         }
         let mut stats = PoolStats {
