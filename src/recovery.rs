@@ -1,5 +1,5 @@
-//! The companion of a pool: writes its marks to the store, and every 30 seconds resets in the store what has
-//! expired and brings the store's view into memory.
+//! The companion of a pool: writes its marks to the store, follows what changes there, and every 30 seconds
+//! resets in the store what has expired and brings the store's view into memory.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -11,14 +11,18 @@ use tokio::{
 use crate::{
     clock::Clock,
     pool::{KeyPool, nanos},
-    store::{Recovered, StoreError},
+    store::{Changed, Recovered, StoreError},
 };
 
 /// How long the store is left alone after marks were written, so that a storm of them becomes two writes.
 const BETWEEN_WRITES: Duration = Duration::from_millis(250);
 
-/// How long until marks that could not be written are tried again.
-const AFTER_A_FAILED_WRITE: Duration = Duration::from_secs(1);
+/// How long until marks that could not be written, or changes that could not be read, are tried again.
+const AFTER_A_FAILURE: Duration = Duration::from_secs(1);
+
+/// After all keys were loaded because something changed, the store is left alone for that many times as long
+/// as it took: with very many keys, loading is then still a small part of all that the two have to do.
+const LOADING_SHARE: u32 = 10;
 
 /// When and for how long a [`RecoveryHandle`] works.
 ///
@@ -83,7 +87,8 @@ impl RecoveryConfig {
 /// Keeps a pool and its store in line for as long as it lives. Dropping it stops that, without waiting.
 ///
 /// A pool works without one: keys rest and come back. What a handle adds is the store: marks are written to
-/// it, its expired cooldowns are reset, and what other processes and operators changed there is honoured here.
+/// it as they come, its expired cooldowns are reset, usage is added up, and what other processes and operators
+/// changed there is honoured here: at once where the store tells of it, otherwise after the next pass.
 ///
 /// ```
 /// use tower_key_rotation::{KeyPool, RecoveryHandle};
@@ -131,6 +136,7 @@ impl RecoveryHandle {
         let (commands, received) = mpsc::channel(8);
         let (reports, reported) = watch::channel(None);
         let (stop, stopped) = watch::channel(());
+        tokio::spawn(follow_changes(pool.clone(), stopped.clone()));
         tracing::info!(interval_ms = millis(config.interval), "recovery started");
         let recovery = Recovery {
             pool: pool.clone(),
@@ -138,7 +144,7 @@ impl RecoveryHandle {
             commands: received,
             reports,
             writer: tokio::spawn(write_marks(pool.clone(), stopped)),
-            stop_writer: stop,
+            stop,
             overdue: None,
             passes: 0,
             failures: 0,
@@ -171,8 +177,8 @@ impl RecoveryHandle {
         self.reports.borrow().clone()
     }
 
-    /// Finishes the pass that is under way, writes the marks that wait, and stops. Each of the two has the
-    /// limit of a pass.
+    /// Finishes the pass that is under way, writes the marks that wait and what keys were used, and stops. The
+    /// pass and the writes each have the limit of a pass.
     ///
     /// # Errors
     ///
@@ -245,7 +251,8 @@ struct Recovery {
     commands: mpsc::Receiver<Command>,
     reports: watch::Sender<Option<Report>>,
     writer: JoinHandle<()>,
-    stop_writer: watch::Sender<()>,
+    /// Dropped to stop the writer, and whoever follows the store's changes.
+    stop: watch::Sender<()>,
     /// A pass that took longer than it may, and is still under way.
     overdue: Option<Pass>,
     passes: u64,
@@ -255,8 +262,7 @@ struct Recovery {
 impl Recovery {
     async fn run(mut self) {
         let clock = self.pool.clock().clone();
-        let jitter = random_within(self.config.start_jitter.unwrap_or(self.config.interval));
-        let mut next = clock.now().saturating_add(jitter);
+        let mut next = clock.now().saturating_add(self.start_jitter());
         loop {
             tokio::select! {
                 biased;
@@ -274,11 +280,28 @@ impl Recovery {
                     None => return tracing::info!("recovery stopped"),
                 },
                 () = clock.sleep_until(next) => {
-                    next = clock.now().saturating_add(self.config.interval);
+                    next = clock.now().saturating_add(self.interval());
                     self.pass(&*clock).await;
                 }
             }
         }
+    }
+
+    fn start_jitter(&self) -> Duration {
+        match self.config.start_jitter {
+            Some(within) => random_within(within),
+            None if self.pool.is_open() => random_within(self.config.interval),
+            None => Duration::ZERO,
+        }
+    }
+
+    /// From the start of the pass that begins now to that of the next one.
+    fn interval(&self) -> Duration {
+        if self.pool.is_open() {
+            return self.config.interval;
+        }
+        let growing = AFTER_A_FAILURE.saturating_mul(1 << self.passes.min(5));
+        (growing / 2).saturating_add(random_within(growing)).min(self.config.interval)
     }
 
     async fn pass(&mut self, clock: &dyn Clock) -> Report {
@@ -324,13 +347,16 @@ impl Recovery {
     }
 
     async fn shut_down(self, clock: &dyn Clock) -> Result<(), MarksNotWritten> {
-        drop(self.stop_writer);
+        drop(self.stop);
         let pool = self.pool.clone();
         let (writer, overdue) = (self.writer, self.overdue);
         let last_writes = tokio::spawn(async move {
             let _ = writer.await;
             if let Err(error) = pool.write_marks().await {
                 tracing::warn!(error = %Chain(&error), "marks could not be written");
+            }
+            if let Err(error) = pool.write_usage().await {
+                tracing::warn!(error = %Chain(&error), "usage could not be written");
             }
             if let Some(pass) = overdue {
                 let _ = pass.await;
@@ -368,11 +394,45 @@ impl Report {
 }
 
 async fn write_sweep_reload(pool: KeyPool) -> Result<Recovered, StoreError> {
-    // A mark that the store doesn't take must not keep the others from coming back.
-    let written = pool.write_marks().await;
+    // What the store doesn't take must not keep keys from coming back.
+    let marks = pool.write_marks().await;
+    let usage = pool.write_usage().await;
     let recovered = pool.sweep().await?;
+    let replaced = pool.replace_failed().await;
     pool.reload().await?;
-    written.map(|()| recovered)
+    marks.and(usage).and(replaced).map(|_| recovered)
+}
+
+/// Follows what changes in the store, until the sender of `stop` is gone. It never stops in the middle of a read.
+async fn follow_changes(pool: KeyPool, mut stop: watch::Receiver<()>) {
+    let Some(mut changes) = pool.watch() else { return };
+    let clock = pool.clock().clone();
+    let mut missed = false;
+    loop {
+        let next = async { if missed { Some(Changed::Anything) } else { changes.recv().await } };
+        let changed = tokio::select! {
+            biased;
+            _ = stop.changed() => return,
+            changed = next => changed,
+        };
+        let Some(changed) = changed else { return };
+        let began = clock.now();
+        let all = changed == Changed::Anything;
+        let following = pool.clone();
+        let followed = tokio::spawn(async move { following.follow(changed).await }).await;
+        missed = !matches!(followed, Ok(Ok(())));
+        let pause = match (missed, all) {
+            // The passes tell of it, where it lasts.
+            (true, _) => AFTER_A_FAILURE,
+            (false, true) => clock.now().saturating_sub(began).saturating_mul(LOADING_SHARE),
+            (false, false) => continue,
+        };
+        tokio::select! {
+            biased;
+            _ = stop.changed() => return,
+            () = clock.sleep_until(clock.now().saturating_add(pause)) => {}
+        }
+    }
 }
 
 /// Writes marks as they come, until the sender of `stop` is gone. It never stops in the middle of a write.
@@ -388,6 +448,10 @@ async fn write_marks(pool: KeyPool, mut stop: watch::Receiver<()>) {
         let pause = match pool.write_marks().await {
             Ok(()) => {
                 failing = false;
+                if pool.a_key_has_failed() {
+                    // Now rather than at the next pass, which does it where this fails.
+                    let _ = tokio::spawn(replace_and_reload(pool.clone())).await;
+                }
                 BETWEEN_WRITES
             }
             Err(error) => {
@@ -396,7 +460,7 @@ async fn write_marks(pool: KeyPool, mut stop: watch::Receiver<()>) {
                     tracing::warn!(error = %Chain(&error), "marks could not be written, they wait in memory");
                 }
                 pool.keep_waiting();
-                AFTER_A_FAILED_WRITE
+                AFTER_A_FAILURE
             }
         };
         tokio::select! {
@@ -404,6 +468,13 @@ async fn write_marks(pool: KeyPool, mut stop: watch::Receiver<()>) {
             _ = stop.changed() => return,
             () = clock.sleep_until(clock.now().saturating_add(pause)) => {}
         }
+    }
+}
+
+async fn replace_and_reload(pool: KeyPool) -> Result<(), StoreError> {
+    match pool.replace_failed().await? {
+        0 => Ok(()),
+        _ => pool.reload().await,
     }
 }
 

@@ -726,7 +726,7 @@ async fn f06_two_pools_that_sweep_at_once_reset_each_key_once() {
         assert_eq!(status(&client, &server.url()).await, 429);
     }
     let handles = [recovery(&pools[0]).await, recovery(&pools[1]).await];
-    assert!(store.load().await.unwrap().iter().all(|record| record.rest.is_some()));
+    assert!(store.load().await.unwrap().records.iter().all(|record| record.rest.is_some()));
     clock.advance(2 * MINUTE);
     for handle in &handles {
         passed(handle, 2).await;

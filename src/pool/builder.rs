@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{
-    Cooldowns, Key, KeyPool, Rejected, Rejection, State,
+    Cooldowns, Key, KeyPool, Persistence, Rejected, Rejection, State,
     sources::{self, Candidate, Place},
 };
 use crate::{
@@ -235,7 +235,8 @@ impl KeyPoolBuilder {
             store.add(key.id.clone(), key.secret.clone());
         }
         let keys = keys.into_iter().map(Arc::new).collect();
-        Ok(KeyPool::new(keys, rejected, self.config, Arc::new(store)))
+        let persistence = Persistence::of(Arc::new(store));
+        Ok(KeyPool::new(keys, rejected, self.config, persistence))
     }
 
     /// A pool over that store: the store's keys and their state, and those given here. A key given here whose
@@ -246,12 +247,27 @@ impl KeyPoolBuilder {
     /// As for [`build`](Self::build), and where the store fails.
     pub async fn open(self, store: impl KeyStore) -> Result<KeyPool, OpenError> {
         let (keys, rejected) = self.read()?;
-        for key in keys {
-            store.insert(key.id, key.secret).await?;
-        }
-        let pool = KeyPool::new(Vec::new(), rejected, self.config, Arc::new(store));
+        let persistence = Persistence::over(Arc::new(store), seeds(&keys));
+        let pool = KeyPool::new(Vec::new(), rejected, self.config, persistence);
         pool.reload().await?;
         Ok(pool)
+    }
+
+    /// A pool over a store that need not be there yet. Until it is, the keys given here serve, as healthy ones;
+    /// then it is as if the pool had been [opened](Self::open) over it, and what was learnt of the keys in the
+    /// meantime is written to it.
+    ///
+    /// A [`RecoveryHandle`](crate::RecoveryHandle) tries to reach it: at once, and again at random intervals
+    /// that grow from about a second to the usual one.
+    ///
+    /// # Errors
+    ///
+    /// As for [`build`](Self::build).
+    pub fn open_when_ready(self, store: impl KeyStore) -> Result<KeyPool, BuildError> {
+        let (keys, rejected) = self.read()?;
+        let persistence = Persistence::over(Arc::new(store), seeds(&keys));
+        let keys = keys.into_iter().map(Arc::new).collect();
+        Ok(KeyPool::new(keys, rejected, self.config, persistence))
     }
 
     fn read(&self) -> Result<(Vec<Key>, Vec<Rejected>), BuildError> {
@@ -308,6 +324,10 @@ fn read_file(path: &Path) -> Result<Vec<Candidate>, BuildError> {
     } else {
         Ok(sources::lines(path, &text))
     }
+}
+
+fn seeds(keys: &[Key]) -> Vec<(KeyId, Secret)> {
+    keys.iter().map(|key| (key.id.clone(), key.secret.clone())).collect()
 }
 
 #[derive(Default)]

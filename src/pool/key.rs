@@ -46,6 +46,14 @@ impl Key {
             counts: Counts::default(),
         })
     }
+
+    /// Goes on with the counts of the key that had this id until now.
+    pub(crate) fn in_place_of(mut self, before: Option<&Self>) -> Self {
+        if let Some(before) = before {
+            self.counts = before.counts.clone();
+        }
+        self
+    }
 }
 
 /// How much of what this process knows of a key has reached the store.
@@ -95,12 +103,54 @@ impl Written {
 
 #[derive(Debug, Default)]
 pub(crate) struct Counts {
-    pub(crate) requests: AtomicU64,
+    pub(crate) requests: Count,
     pub(crate) limited: AtomicU64,
     pub(crate) recovered: AtomicU64,
-    pub(crate) tokens: AtomicU64,
+    pub(crate) tokens: Count,
     /// The last HTTP status that spoke against the key; 0 for none.
     pub(crate) last_status: AtomicU16,
+}
+
+impl Clone for Counts {
+    fn clone(&self) -> Self {
+        Self {
+            requests: self.requests.clone(),
+            limited: AtomicU64::new(self.limited.load(Relaxed)),
+            recovered: AtomicU64::new(self.recovered.load(Relaxed)),
+            tokens: self.tokens.clone(),
+            last_status: AtomicU16::new(self.last_status.load(Relaxed)),
+        }
+    }
+}
+
+/// A sum that only grows, and how much of it has been taken for the store.
+#[derive(Debug, Default)]
+pub(crate) struct Count {
+    sum: AtomicU64,
+    taken: AtomicU64,
+}
+
+impl Count {
+    #[inline]
+    pub(crate) fn add(&self, more: u64) {
+        self.sum.fetch_add(more, Relaxed);
+    }
+
+    pub(crate) fn sum(&self) -> u64 {
+        self.sum.load(Relaxed)
+    }
+
+    /// What has been added since this was called before.
+    pub(crate) fn take(&self) -> u64 {
+        let sum = self.sum();
+        sum.wrapping_sub(self.taken.swap(sum, Relaxed))
+    }
+}
+
+impl Clone for Count {
+    fn clone(&self) -> Self {
+        Self { sum: AtomicU64::new(self.sum()), taken: AtomicU64::new(self.taken.load(Relaxed)) }
+    }
 }
 
 impl Counts {

@@ -5,12 +5,15 @@ mod builder;
 mod cooldowns;
 mod deadlines;
 mod key;
+mod marks;
 mod operate;
 mod persist;
+mod reload;
 mod snapshot;
 mod sources;
 mod state;
 mod stats;
+mod usage;
 
 use std::{
     fmt,
@@ -32,7 +35,7 @@ use self::{
     cooldowns::Cooldowns, deadlines::NEVER, key::Key, persist::Persistence, snapshot::Snapshot, state::State,
 };
 pub(crate) use self::{key::Lease, state::nanos};
-use crate::{clock::Clock, hosts::Hosts, inject::Inject, secret::KeyId, store::KeyStore};
+use crate::{clock::Clock, hosts::Hosts, inject::Inject, secret::KeyId};
 
 /// The keys of one service, and what is known about each of them.
 ///
@@ -80,7 +83,7 @@ impl KeyPool {
         keys: Vec<Arc<Key>>,
         rejected: Vec<Rejected>,
         config: builder::Config,
-        store: Arc<dyn KeyStore>,
+        persistence: Persistence,
     ) -> Self {
         let inner = Inner {
             snapshot: ArcSwap::from_pointee(Snapshot::new(keys, None)),
@@ -91,7 +94,7 @@ impl KeyPool {
             cooldowns: config.cooldowns,
             rejected,
             returned: Notify::new(),
-            persistence: Persistence::new(store),
+            persistence,
         };
         Self { inner: Arc::new(inner) }
     }
@@ -150,7 +153,7 @@ impl KeyPool {
 
     pub(crate) fn pick(&self) -> Result<Lease, NoKeyAvailable> {
         let lease = self.take_turn()?;
-        lease.0.counts.requests.fetch_add(1, Relaxed);
+        lease.0.counts.requests.add(1);
         Ok(lease)
     }
 
@@ -161,7 +164,7 @@ impl KeyPool {
         for _ in 0..=2 * tried.len() {
             let lease = self.take_turn()?;
             if !tried.contains(&lease) {
-                lease.0.counts.requests.fetch_add(1, Relaxed);
+                lease.0.counts.requests.add(1);
                 return Ok(lease);
             }
         }
@@ -250,7 +253,7 @@ impl KeyPool {
     /// ```
     pub fn record_usage(&self, id: &KeyId, tokens: u64) {
         if let Some(key) = self.inner.snapshot.load().get(id.as_str()) {
-            key.counts.tokens.fetch_add(tokens, Relaxed);
+            key.counts.tokens.add(tokens);
         }
     }
 
@@ -287,10 +290,10 @@ impl KeyPool {
 
     /// Replaces the keys by what `next` makes of them, if anything. Keys that stay are the same objects, so
     /// that requests under way still mark them.
-    fn edit(&self, next: impl FnOnce(&[Arc<Key>]) -> Option<Vec<Arc<Key>>>) {
+    fn edit(&self, next: impl FnOnce(&Snapshot) -> Option<Vec<Arc<Key>>>) {
         let _one_at_a_time = self.inner.editing.lock().unwrap_or_else(PoisonError::into_inner);
         let before = self.inner.snapshot.load_full();
-        let Some(keys) = next(before.keys()) else { return };
+        let Some(keys) = next(&before) else { return };
         let after = Arc::new(Snapshot::new(keys, Some(&before)));
         self.inner.snapshot.store(after.clone());
         // What changed while the snapshot was being built went into the indexes of the one before.

@@ -72,7 +72,7 @@ impl KeyPool {
         if self.known(id.as_str()).is_ok() || !persistence.store.insert(id.clone(), secret).await? {
             return Err(OperateError::KeyExists(id));
         }
-        self.edit(|keys| Some(keys.iter().cloned().chain([key]).collect()));
+        self.edit(|before| Some(before.keys().iter().cloned().chain([key]).collect()));
         Ok(())
     }
 
@@ -193,9 +193,9 @@ impl KeyPool {
     }
 
     fn take_out(&self, id: &KeyId) {
-        self.edit(|keys| {
-            let left: Vec<_> = keys.iter().filter(|key| key.id != *id).cloned().collect();
-            (left.len() < keys.len()).then_some(left)
+        self.edit(|before| {
+            let left: Vec<_> = before.keys().iter().filter(|key| key.id != *id).cloned().collect();
+            (left.len() < before.keys().len()).then_some(left)
         });
     }
 }

@@ -72,6 +72,10 @@ impl Snapshot {
         self.by_id.get(id).map(|slot| &self.keys[*slot])
     }
 
+    pub(crate) fn slot(&self, id: &KeyId) -> Option<usize> {
+        self.by_id.get(id).copied()
+    }
+
     /// The next available key in turn.
     #[inline]
     pub(crate) fn pick(&self) -> Option<&Arc<Key>> {

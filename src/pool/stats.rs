@@ -22,6 +22,8 @@ pub struct PoolStats {
     pub disabled: usize,
     /// Marks that the store does not have yet.
     pub marks_waiting: usize,
+    /// What the store holds that can't be used as a key. Each was logged once, with the reason.
+    pub unreadable: usize,
     /// Each key, in the order in which they are picked.
     pub keys: Vec<KeyStats>,
 }
@@ -79,6 +81,7 @@ impl KeyPool {
         }
         let mut stats = PoolStats {
             marks_waiting: snapshot.count_unwritten(),
+            unreadable: self.inner.persistence.complaints.count(),
             keys: snapshot.keys().iter().map(|key| key_stats(key, now)).collect(),
             ..PoolStats::default()
         };
@@ -102,10 +105,10 @@ fn key_stats(key: &Key, now: u64) -> KeyStats {
         id: key.id.clone(),
         status: state.status(now),
         time_left: state.rest(now).and_then(|(_, left)| left),
-        requests: counts.requests.load(Relaxed),
+        requests: counts.requests.sum(),
         limited: counts.limited.load(Relaxed),
         recovered: counts.recovered.load(Relaxed),
-        tokens: counts.tokens.load(Relaxed),
+        tokens: counts.tokens.sum(),
         last_reason: counts.last_status(),
     }
 }
@@ -126,7 +129,8 @@ mod tests {
         assert_eq!(
             shown,
             serde_json::json!({
-                "healthy": 1, "rate_limited": 0, "exhausted": 0, "revoked": 0, "disabled": 0, "marks_waiting": 0,
+                "healthy": 1, "rate_limited": 0, "exhausted": 0, "revoked": 0, "disabled": 0,
+                "marks_waiting": 0, "unreadable": 0,
                 "keys": [{
                     "id": "alpha", "status": "healthy", "time_left_seconds": null, "requests": 0, "limited": 0,
                     "recovered": 0, "tokens": 0, "last_reason": null,

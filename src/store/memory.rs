@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use super::{KeyRecord, KeyStore, Mark, Recovered, StoreFuture};
+use super::{KeyRecord, KeyStore, Loaded, Mark, Recovered, StoreFuture};
 use crate::{
     clock::{Clock, SystemClock},
     pool::Rest,
@@ -137,8 +137,8 @@ impl Default for MemoryStore {
 }
 
 impl KeyStore for MemoryStore {
-    fn load(&self) -> StoreFuture<'_, Vec<KeyRecord>> {
-        Box::pin(ready(Ok(self.records())))
+    fn load(&self) -> StoreFuture<'_, Loaded> {
+        Box::pin(ready(Ok(self.records().into())))
     }
 
     fn write(&self, mark: Mark) -> StoreFuture<'_, ()> {

@@ -2,13 +2,20 @@
 //!
 //! A pool keeps what it needs for requests in memory and never waits for its store on their way. The store is
 //! told afterwards, and asked every 30 seconds, by a [`RecoveryHandle`](crate::RecoveryHandle).
-//! [`MemoryStore`] is what a pool has unless it is opened over another one.
+//! [`MemoryStore`] is what a pool has unless it is opened over another one. `MongoStore`, with the feature
+//! `mongodb`, is for several processes, and for those that shall outlive a restart.
 
 mod memory;
+#[cfg(feature = "mongodb")]
+pub mod mongodb;
 
 use std::{error::Error, fmt, future::Future, pin::Pin, time::Duration};
 
+use tokio::sync::mpsc;
+
 pub use self::memory::MemoryStore;
+#[cfg(feature = "mongodb")]
+pub use self::mongodb::MongoStore;
 use crate::{
     pool::Rest,
     secret::{KeyId, Secret},
@@ -22,13 +29,14 @@ pub type StoreFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, StoreError>>
 /// Times are given as what is left or has passed, so that a store can reckon by a clock of its own and no
 /// process's clock decides for another.
 ///
-/// A method that may take long has to end by itself: nothing here is cut off half-way.
+/// A method that may take long has to end by itself, and to outlive the future that it returns: a caller may
+/// drop that.
 ///
 /// A store around another one, which counts what is written:
 ///
 /// ```
 /// use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-/// use tower_key_rotation::{KeyId, Secret, store::{KeyRecord, KeyStore, Mark, MemoryStore, Recovered, StoreFuture}};
+/// use tower_key_rotation::{KeyId, Secret, store::{KeyStore, Loaded, Mark, MemoryStore, Recovered, StoreFuture}};
 ///
 /// #[derive(Debug, Default)]
 /// struct Counting {
@@ -41,7 +49,7 @@ pub type StoreFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, StoreError>>
 ///         self.writes.fetch_add(1, Relaxed);
 ///         self.inner.write(mark)
 ///     }
-///     fn load(&self) -> StoreFuture<'_, Vec<KeyRecord>> {
+///     fn load(&self) -> StoreFuture<'_, Loaded> {
 ///         self.inner.load()
 ///     }
 ///     fn recover(&self) -> StoreFuture<'_, Recovered> {
@@ -64,7 +72,24 @@ pub type StoreFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, StoreError>>
 pub trait KeyStore: fmt::Debug + Send + Sync + 'static {
     /// Every key that can be read, with what is left of its rest. All of them or an error: a key that is
     /// missing is removed from the pool.
-    fn load(&self) -> StoreFuture<'_, Vec<KeyRecord>>;
+    fn load(&self) -> StoreFuture<'_, Loaded>;
+
+    /// The same of these keys alone: one that is missing is removed from the pool. Unless a store can do
+    /// better, it loads all and leaves out the others.
+    fn load_some<'a>(&'a self, ids: &'a [KeyId]) -> StoreFuture<'a, Loaded> {
+        Box::pin(async move {
+            let mut loaded = self.load().await?;
+            loaded.records.retain(|record| ids.contains(&record.id));
+            loaded.unreadable.retain(|unreadable| ids.iter().any(|id| id.as_str() == unreadable.id));
+            Ok(loaded)
+        })
+    }
+
+    /// Says when something has changed, for as long as the receiver lives, so that it is loaded before the
+    /// next pass. `None` where a store doesn't know. It is called within a tokio runtime.
+    fn watch(&self) -> Option<mpsc::Receiver<Changed>> {
+        None
+    }
 
     /// Records what a response said of a key. It applies only to a key of that id and that secret, never
     /// replaces a later deadline by an earlier one, and does nothing where the key was reset after the mark
@@ -73,6 +98,23 @@ pub trait KeyStore: fmt::Debug + Send + Sync + 'static {
 
     /// Resets every rest that has ended, and says how many.
     fn recover(&self) -> StoreFuture<'_, Recovered>;
+
+    /// Adds up how much keys were used. It may be asked to do so again with the same batch, when it had failed
+    /// or seemed to: nothing may be counted twice then. What is said of a key that is gone is dropped.
+    ///
+    /// A store that keeps no account of it has nothing to do.
+    fn add_usage<'a>(&'a self, usage: &'a UsageBatch) -> StoreFuture<'a, ()> {
+        let _ = usage;
+        Box::pin(std::future::ready(Ok(())))
+    }
+
+    /// Puts standby keys in the place of those that were marked as exhausted or revoked, and says which. What
+    /// was begun and not finished, here or in another process, is finished.
+    ///
+    /// A store without standby keys has nothing to do.
+    fn replace_failed(&self) -> StoreFuture<'_, Vec<Replaced>> {
+        Box::pin(std::future::ready(Ok(Vec::new())))
+    }
 
     /// Adds a healthy key; `false` where there is one of that id.
     fn insert(&self, id: KeyId, secret: Secret) -> StoreFuture<'_, bool>;
@@ -106,6 +148,93 @@ impl KeyRecord {
     #[must_use]
     pub fn new(id: KeyId, secret: Secret) -> Self {
         Self { id, secret, rest: None, disabled: false }
+    }
+}
+
+/// What a load found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Loaded {
+    /// The keys.
+    pub records: Vec<KeyRecord>,
+    /// What could not be read as a key, and stops no other one.
+    pub unreadable: Vec<Unreadable>,
+}
+
+impl From<Vec<KeyRecord>> for Loaded {
+    fn from(records: Vec<KeyRecord>) -> Self {
+        Self { records, unreadable: Vec::new() }
+    }
+}
+
+/// Something in a store that can't be used as a key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Unreadable {
+    /// What it is called there, in a form that can be logged.
+    pub id: String,
+    /// What is wrong with it. It must not hold a secret.
+    pub reason: String,
+}
+
+impl Unreadable {
+    /// That entry, for that reason.
+    pub fn new(id: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self { id: id.into(), reason: reason.into() }
+    }
+}
+
+/// What has changed in a store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Changed {
+    /// These keys: some may be new, and some gone.
+    Keys(Vec<KeyId>),
+    /// Anything.
+    Anything,
+}
+
+/// How much some keys were used since the batch before.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct UsageBatch {
+    /// Who says so: a pool in a process, by a name that no other one has.
+    pub writer: String,
+    /// The writer's batches are numbered; a later one has a higher number.
+    pub number: u64,
+    /// How long ago it was put together.
+    pub age: Duration,
+    /// Each key at most once.
+    pub usage: Vec<Usage>,
+}
+
+/// How much a key was used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Usage {
+    /// The key.
+    pub id: KeyId,
+    /// Requests that were sent with it.
+    pub requests: u64,
+    /// What [`KeyPool::record_usage`](crate::KeyPool::record_usage) credited to it.
+    pub tokens: u64,
+}
+
+/// A standby key that took another one's place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Replaced {
+    /// The key that is exhausted or revoked.
+    pub failed: KeyId,
+    /// The one that is used in its place.
+    pub by: KeyId,
+}
+
+impl Replaced {
+    /// `failed`, by `by`.
+    #[must_use]
+    pub fn new(failed: KeyId, by: KeyId) -> Self {
+        Self { failed, by }
     }
 }
 

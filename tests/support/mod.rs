@@ -4,6 +4,10 @@
 #![allow(dead_code, unreachable_pub)] // Each test file is a crate of its own and uses a part of this.
 
 mod logs;
+pub mod mongo;
+#[path = "../../examples/local/mongod.rs"]
+mod mongod;
+mod proxy;
 mod server;
 mod store;
 
@@ -19,6 +23,7 @@ use tower_key_rotation::{
 #[allow(unused_imports)] // For the same reason.
 pub use self::{
     logs::Logs,
+    proxy::{Fault, Proxy},
     server::{Answer, Server, answer, answer_with, key_of, stream},
     store::{FaultyStore, Mode},
 };

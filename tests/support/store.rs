@@ -7,7 +7,7 @@ use tokio::sync::watch;
 use tower_key_rotation::{
     KeyId, Secret,
     clock::ManualClock,
-    store::{KeyRecord, KeyStore, Mark, MemoryStore, Recovered, StoreError, StoreFuture},
+    store::{KeyRecord, KeyStore, Loaded, Mark, MemoryStore, Recovered, StoreError, StoreFuture},
 };
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,14 +95,14 @@ impl FaultyStore {
 
     /// What it has of a key, whatever its mode.
     pub async fn record(&self, id: &str) -> KeyRecord {
-        let records = self.memory.load().await.unwrap();
-        records.into_iter().find(|record| record.id.as_str() == id).unwrap()
+        let loaded = self.memory.load().await.unwrap();
+        loaded.records.into_iter().find(|record| record.id.as_str() == id).unwrap()
     }
 }
 
 impl KeyStore for FaultyStore {
     /// It is held up after the read: what it comes back with is as old as that.
-    fn load(&self) -> StoreFuture<'_, Vec<KeyRecord>> {
+    fn load(&self) -> StoreFuture<'_, Loaded> {
         Box::pin(async {
             let records = self.memory.load().await?;
             self.loads.run().await?;

@@ -1,0 +1,101 @@
+//! Marks on their way to the store.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::task::{JoinError, JoinSet};
+
+use super::{KeyPool, Rest, key::Key};
+use crate::store::{Mark, StoreError};
+
+/// The most writes under way at once. Where as many have failed, the rest are not tried: the store is gone, and
+/// each would wait for it in its turn.
+const WRITES_AT_ONCE: usize = 8;
+
+impl KeyPool {
+    /// Writes every mark that waits. What could not be written goes on waiting.
+    pub(crate) async fn write_marks(&self) -> Result<(), StoreError> {
+        self.plant_seeds().await?;
+        let _writing = self.inner.persistence.writing.lock().await;
+        let snapshot = self.inner.snapshot.load_full();
+        let mut writes = Writes::default();
+        let mut from = 0;
+        while writes.failures < WRITES_AT_ONCE
+            && let Some((slot, key)) = snapshot.take_unwritten(from)
+        {
+            from = slot + 1;
+            if writes.under_way.len() == WRITES_AT_ONCE {
+                writes.finish_one().await;
+            }
+            writes.under_way.spawn(self.clone().write_mark(key.clone()));
+        }
+        writes.finish().await
+    }
+
+    async fn write_mark(self, key: Arc<Key>) -> Result<(), StoreError> {
+        if !key.written.waits() {
+            return Ok(());
+        }
+        let persistence = &self.inner.persistence;
+        let changes = key.written.changes();
+        let now = self.now();
+        // A key that doesn't rest any more has nothing to say: its cooldown ended before it was written.
+        if let Some((rest, left)) = key.state.load().rest(now) {
+            let mark = Mark {
+                id: key.id.clone(),
+                secret: key.secret.clone(),
+                rest,
+                left,
+                age: Duration::from_nanos(now.saturating_sub(key.written.marked_at())),
+                http_status: key.counts.last_status(),
+            };
+            let returns = PutBack { pool: &self, key: &key };
+            persistence.store.write(mark).await?;
+            std::mem::forget(returns);
+            if matches!(rest, Rest::Exhausted | Rest::Revoked) {
+                persistence.key_failed();
+            }
+        }
+        key.written.acknowledge(changes, persistence.newest_reload());
+        Ok(())
+    }
+}
+
+#[derive(Default)]
+struct Writes {
+    under_way: JoinSet<Result<(), StoreError>>,
+    failures: usize,
+    first_error: Option<StoreError>,
+}
+
+impl Writes {
+    async fn finish_one(&mut self) -> bool {
+        let Some(write) = self.under_way.join_next().await else { return false };
+        if let Err(error) = finished(write) {
+            self.failures += 1;
+            self.first_error.get_or_insert(error);
+        }
+        true
+    }
+
+    async fn finish(mut self) -> Result<(), StoreError> {
+        while self.finish_one().await {}
+        self.first_error.map_or(Ok(()), Err)
+    }
+}
+
+fn finished(write: Result<Result<(), StoreError>, JoinError>) -> Result<(), StoreError> {
+    // What a panic says might hold anything.
+    write.unwrap_or_else(|_| Err(StoreError::new("a write panicked")))
+}
+
+/// Marks a key as unwritten again, unless it is forgotten: the write failed, panicked or was dropped.
+struct PutBack<'a> {
+    pool: &'a KeyPool,
+    key: &'a Arc<Key>,
+}
+
+impl Drop for PutBack<'_> {
+    fn drop(&mut self) {
+        self.pool.refresh(self.key);
+    }
+}

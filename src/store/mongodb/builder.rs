@@ -1,0 +1,254 @@
+//! From a URI or a client to a store.
+
+use std::time::Duration;
+
+use ::mongodb::{Client, bson::doc, options::ClientOptions};
+use tokio::time::timeout;
+
+use super::{Inner, MongoStore, error::Failure, fields::Fields};
+
+/// How long it is looked for a server, where neither the URI nor the limit of an operation says less.
+const SERVER_SELECTION: Duration = Duration::from_secs(3);
+
+/// Puts a [`MongoStore`] together.
+///
+/// ```no_run
+/// use std::time::Duration;
+/// use tower_key_rotation::store::MongoStore;
+///
+/// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+/// let store = MongoStore::builder()
+///     .database("gateway")
+///     .collection("openai_keys")
+///     .standby_collection("openai_backup_keys")
+///     .operation_limit(Duration::from_secs(2))
+///     .connect("mongodb://localhost:27017")
+///     .await?;
+/// # let _ = store;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+#[must_use]
+pub struct MongoStoreBuilder {
+    database: String,
+    collection: String,
+    standby_collection: Option<String>,
+    fields: Fields,
+    limits: Limits,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    pub(super) connect: Duration,
+    pub(super) operation: Duration,
+    pub(super) load: Duration,
+    pub(super) poll: Duration,
+}
+
+impl Default for MongoStoreBuilder {
+    fn default() -> Self {
+        Self {
+            database: "fproxy".into(),
+            collection: "ohmygpt_keys".into(),
+            standby_collection: None,
+            fields: Fields::default(),
+            limits: Limits {
+                connect: Duration::from_secs(5),
+                operation: Duration::from_secs(5),
+                load: Duration::from_secs(30),
+                poll: Duration::from_secs(5),
+            },
+        }
+    }
+}
+
+impl MongoStoreBuilder {
+    /// The database. By default `fproxy`.
+    pub fn database(mut self, name: impl Into<String>) -> Self {
+        self.database = name.into();
+        self
+    }
+
+    /// The collection of keys. By default `ohmygpt_keys`.
+    pub fn collection(mut self, name: impl Into<String>) -> Self {
+        self.collection = name.into();
+        self
+    }
+
+    /// A collection of standby keys, which take the place of keys that are marked as exhausted or revoked from
+    /// then on: [how](MongoStore#standby-keys). By default there is none; existing deployments call it
+    /// `ohmygpt_backup_keys`.
+    pub fn standby_collection(mut self, name: impl Into<String>) -> Self {
+        self.standby_collection = Some(name.into());
+        self
+    }
+
+    /// What the fields of a key's document are called.
+    pub fn fields(mut self, fields: Fields) -> Self {
+        self.fields = fields;
+        self
+    }
+
+    /// How long [`connect`](Self::connect) may take. By default 5 seconds.
+    pub fn connect_limit(mut self, limit: Duration) -> Self {
+        self.limits.connect = limit;
+        self
+    }
+
+    /// How long one operation may take. By default 5 seconds.
+    ///
+    /// One that takes longer has failed as far as the pool is concerned. It is not cut off, and what it could
+    /// get in the way of waits for it.
+    pub fn operation_limit(mut self, limit: Duration) -> Self {
+        self.limits.operation = limit;
+        self
+    }
+
+    /// How long it may take to read all keys. By default 30 seconds.
+    pub fn load_limit(mut self, limit: Duration) -> Self {
+        self.limits.load = limit;
+        self
+    }
+
+    /// How often all keys are read where the deployment has no change streams, or this user may not use them:
+    /// so soon a mark of one process is honoured by the others. By default every 5 seconds; less often where
+    /// there are so many keys that reading them takes more than a tenth of that.
+    pub fn poll_interval(mut self, interval: Duration) -> Self {
+        self.limits.poll = interval;
+        self
+    }
+
+    /// Connects, and makes sure that a server answers.
+    ///
+    /// The driver takes its options from the URI, but looks for a server for 3 seconds at most unless
+    /// `serverSelectionTimeoutMS` says otherwise, and never for longer than the limit of an operation.
+    ///
+    /// # Errors
+    ///
+    /// Where the URI or a name can't be one, or where no server answers within the limit.
+    pub async fn connect(self, uri: impl AsRef<str>) -> Result<MongoStore, ConnectError> {
+        let limit = self.limits.connect;
+        let connecting = tokio::spawn(self.connect_and_ask(uri.as_ref().to_owned()));
+        match timeout(limit, connecting).await {
+            Err(_) => Err(ConnectError::NoAnswer(limit)),
+            Ok(Err(_)) => Err(ConnectError::Unreachable(Failure::BrokenOff.to_string())),
+            Ok(Ok(connected)) => connected,
+        }
+    }
+
+    async fn connect_and_ask(self, uri: String) -> Result<MongoStore, ConnectError> {
+        let store = self.connect_later(uri).await?;
+        let answer = store.inner.database.run_command(doc! { "ping": 1 }).await;
+        answer.map_err(|error| ConnectError::Unreachable(Failure::from(error).to_string()))?;
+        Ok(store)
+    }
+
+    /// The same without asking a server: for [`KeyPoolBuilder::open_when_ready`].
+    ///
+    /// Only the names behind a `mongodb+srv` URI are looked up.
+    ///
+    /// ```no_run
+    /// use tower_key_rotation::{KeyPool, RecoveryHandle, store::MongoStore};
+    ///
+    /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+    /// let store = MongoStore::builder().connect_later("mongodb://localhost:27017").await?;
+    /// let pool = KeyPool::builder().keys_from_env("OPENAI_KEYS").open_when_ready(store)?;
+    /// let recovery = RecoveryHandle::spawn(&pool);
+    /// # let _ = recovery;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Where the URI or a name can't be one.
+    ///
+    /// [`KeyPoolBuilder::open_when_ready`]: crate::KeyPoolBuilder::open_when_ready
+    pub async fn connect_later(self, uri: impl AsRef<str>) -> Result<MongoStore, ConnectError> {
+        self.check_names()?;
+        let uri = uri.as_ref();
+        let options = ClientOptions::parse(uri).await;
+        let mut options = options.map_err(|error| ConnectError::invalid_uri(uri, &error))?;
+        let selection = options.server_selection_timeout.unwrap_or(SERVER_SELECTION);
+        options.server_selection_timeout = Some(selection.min(self.limits.operation));
+        options.connect_timeout.get_or_insert(SERVER_SELECTION);
+        options.app_name.get_or_insert_with(|| env!("CARGO_PKG_NAME").into());
+        let client = Client::with_options(options).map_err(|error| ConnectError::invalid_uri(uri, &error))?;
+        self.over(&client)
+    }
+
+    /// A store over a client of one's own. No server is asked.
+    ///
+    /// The client's `serverSelectionTimeoutMS`, 30 seconds unless it was set, should be well below the 10 seconds
+    /// of a pass.
+    ///
+    /// # Errors
+    ///
+    /// Where a name can't be one.
+    pub fn over(self, client: &Client) -> Result<MongoStore, ConnectError> {
+        self.check_names()?;
+        let database = client.database(&self.database);
+        Ok(MongoStore::new(Inner {
+            keys: super::collection(&database, &self.collection, self.limits),
+            standby: self.standby_collection.map(|name| super::collection(&database, &name, self.limits)),
+            database,
+            fields: self.fields,
+            limits: self.limits,
+            per_key: Default::default(),
+            loads: Default::default(),
+            sweeps: Default::default(),
+            usage: Default::default(),
+            replacements: Default::default(),
+        }))
+    }
+
+    fn check_names(&self) -> Result<(), ConnectError> {
+        if let Some(field) = self.fields.invalid() {
+            return Err(ConnectError::Field(field.to_owned()));
+        }
+        if self.database.is_empty() || self.database.contains(['/', '\\', '.', ' ', '"', '$', '\0']) {
+            return Err(ConnectError::Name(self.database.clone()));
+        }
+        let names = [Some(&self.collection), self.standby_collection.as_ref()];
+        match names.into_iter().flatten().find(|name| name.is_empty() || name.contains(['$', '\0'])) {
+            Some(name) => Err(ConnectError::Name(name.clone())),
+            None if self.standby_collection.as_ref() == Some(&self.collection) => {
+                Err(ConnectError::Name(self.collection.clone()))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// Why there is no [`MongoStore`]. It never holds the URI, which may hold a password.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConnectError {
+    /// The URI can't be used.
+    #[error("the MongoDB URI can't be used: {0}")]
+    Uri(String),
+    /// That can't be the name of a database or collection, or both collections have it.
+    #[error("{0:?} can't be the name of a MongoDB database or collection here")]
+    Name(String),
+    /// That can't be the name of a field, or another one has it.
+    #[error("{0:?} can't be the name of a field, or another field has it")]
+    Field(String),
+    /// No server could be reached, or none let us in.
+    #[error("MongoDB can't be reached: {0}")]
+    Unreachable(String),
+    /// There was no answer in that time.
+    #[error("MongoDB gave no answer within {0:?}")]
+    NoAnswer(Duration),
+}
+
+impl ConnectError {
+    /// What the driver says of a URI may quote it.
+    fn invalid_uri(uri: &str, error: &::mongodb::error::Error) -> Self {
+        if uri.contains('@') {
+            let hint = "percent-encode what is special in the user name and password, and check the options";
+            return Self::Uri(hint.into());
+        }
+        Self::Uri(error.kind.to_string())
+    }
+}

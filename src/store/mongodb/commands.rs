@@ -1,0 +1,330 @@
+//! What is asked of MongoDB: filters and pipelines, made by pure functions.
+//!
+//! All times are the server's: a client says how much is left or has passed, and `$$NOW` is what that counts
+//! from. A string that came from outside stands in a filter as a value, or behind `$literal`: an id or a secret
+//! may begin with `$`.
+
+use std::time::Duration;
+
+use ::mongodb::bson::{Bson, Document, doc};
+
+use super::{
+    document::{
+        COOLDOWN_LEFT, DISABLED, ERROR, EXHAUSTED, EXHAUSTION_LEFT, HEALTHY, RATE_LIMITED, WITHOUT_A_DATE,
+    },
+    fields::{Fields, ours},
+};
+use crate::{
+    pool::Rest,
+    secret::{KeyId, Secret},
+    store::{Mark, Usage, UsageBatch},
+};
+
+const NOW: &str = "$$NOW";
+
+/// A writer's last batch is remembered for that long after it: far longer than one is tried again.
+const WRITERS_REMEMBERED_FOR: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// One update: which document, and what becomes of it.
+pub(super) struct Update {
+    pub(super) filter: Document,
+    pub(super) pipeline: Vec<Document>,
+}
+
+impl Fields {
+    fn path(name: &str) -> String {
+        format!("${name}")
+    }
+
+    /// The status that a key has, or would have if it were not disabled.
+    fn status_beneath(&self) -> Document {
+        let status = Self::path(&self.status);
+        let beneath = doc! { "$ifNull": [Self::path(ours::DISABLED_FROM), HEALTHY] };
+        doc! { "$cond": [{ "$eq": [&status, DISABLED] }, beneath, &status] }
+    }
+
+    /// Sets the status of a key, or what it would be if it were not disabled.
+    fn set_status_beneath(&self, status: &str) -> Document {
+        let current = Self::path(&self.status);
+        let is_disabled = doc! { "$eq": [&current, DISABLED] };
+        doc! {
+            &self.status: { "$cond": [&is_disabled, DISABLED, status] },
+            ours::DISABLED_FROM: { "$cond": [is_disabled, status, "$$REMOVE"] },
+        }
+    }
+
+    pub(super) fn mark(&self, mark: &Mark) -> Update {
+        let (status, from): (_, &[&str]) = match mark.rest {
+            Rest::RateLimited => (RATE_LIMITED, &[HEALTHY, RATE_LIMITED]),
+            Rest::Exhausted => (EXHAUSTED, &[HEALTHY, RATE_LIMITED, EXHAUSTED]),
+            Rest::Revoked => (ERROR, &[HEALTHY, RATE_LIMITED, EXHAUSTED]),
+        };
+        let mut condition = vec![
+            Bson::from(doc! { "$in": [self.status_beneath(), from] }),
+            Bson::from(self.not_reset_within(mark.age)),
+        ];
+        if mark.rest == Rest::Exhausted {
+            // One without a date is exhausted until somebody resets it.
+            let exhausted = doc! { "$eq": [self.status_beneath(), EXHAUSTED] };
+            let dated = is_date(ours::EXHAUSTED_UNTIL);
+            condition.push(doc! { "$or": [{ "$not": [exhausted] }, dated] }.into());
+        }
+        let mut set = self.set_status_beneath(status);
+        set.extend(doc! { &self.last_error: said(mark), &self.updated_at: NOW });
+        set.extend(match mark.rest {
+            Rest::RateLimited => doc! { &self.cooldown_until: later_of(&self.cooldown_until, mark.left) },
+            Rest::Exhausted => self.set_failed(later_of(ours::EXHAUSTED_UNTIL, mark.left)),
+            Rest::Revoked => self.set_failed("$$REMOVE".into()),
+        });
+        Update {
+            filter: doc! {
+                "_id": mark.id.as_str(),
+                &self.api_key: mark.secret.expose(),
+                "$expr": { "$and": condition },
+            },
+            pipeline: vec![doc! { "$set": set }],
+        }
+    }
+
+    /// A key that fails anew may be replaced; one that has failed already keeps what was done about it.
+    fn set_failed(&self, exhausted_until: Bson) -> Document {
+        let anew = doc! { "$in": [self.status_beneath(), [HEALTHY, RATE_LIMITED]] };
+        let unless_anew =
+            |field: &str, otherwise: &str| doc! { "$cond": [&anew, otherwise, Self::path(field)] };
+        doc! {
+            ours::EXHAUSTED_UNTIL: { "$cond": [is_date(ours::RETIRED_AT), Self::path(ours::EXHAUSTED_UNTIL), exhausted_until] },
+            &self.cooldown_until: Bson::Null,
+            ours::FAILED_AT: unless_anew(ours::FAILED_AT, NOW),
+            ours::REPLACED_BY: unless_anew(ours::REPLACED_BY, "$$REMOVE"),
+            ours::RETIRED_AT: unless_anew(ours::RETIRED_AT, "$$REMOVE"),
+        }
+    }
+
+    fn not_reset_within(&self, age: Duration) -> Document {
+        let observed = doc! { "$subtract": [NOW, millis(age)] };
+        doc! { "$or": [
+            { "$not": [is_date(&self.reset_at)] },
+            { "$lte": [Self::path(&self.reset_at), observed] },
+        ] }
+    }
+
+    /// What has expired: limited keys by the date that all programs know, exhausted ones by our own.
+    pub(super) fn expired(&self) -> Document {
+        let past = |status: &str, field: &str| {
+            doc! {
+                &self.status: status,
+                field: { "$type": "date" },
+                "$expr": { "$lt": [Self::path(field), NOW] },
+            }
+        };
+        doc! { "$or": [past(RATE_LIMITED, &self.cooldown_until), past(EXHAUSTED, ours::EXHAUSTED_UNTIL)] }
+    }
+
+    pub(super) fn sweep(&self) -> Update {
+        let set = doc! {
+            &self.status: HEALTHY,
+            &self.last_error: "",
+            &self.cooldown_until: Bson::Null,
+            &self.updated_at: NOW,
+        };
+        let forget = vec![ours::EXHAUSTED_UNTIL, ours::FAILED_AT, ours::REPLACED_BY];
+        Update { filter: self.expired(), pipeline: vec![doc! { "$set": set }, doc! { "$unset": forget }] }
+    }
+
+    /// A limited key that somebody left without a date would never be swept: it gets one.
+    pub(super) fn date_the_undated(&self) -> Update {
+        let undated =
+            doc! { &self.status: RATE_LIMITED, &self.cooldown_until: { "$not": { "$type": "date" } } };
+        let set = doc! { &self.cooldown_until: from_now(WITHOUT_A_DATE), &self.updated_at: NOW };
+        Update { filter: undated, pipeline: vec![doc! { "$set": set }] }
+    }
+
+    /// What a load reads of each document.
+    pub(super) fn load(&self, only: Option<&[KeyId]>) -> Vec<Document> {
+        let left = |field: &str| {
+            let date = Self::path(field);
+            // The earliest date that there is less now would overflow.
+            let left = doc! { "$cond": [{ "$gt": [&date, NOW] }, { "$subtract": [&date, NOW] }, 0_i64] };
+            doc! { "$cond": [is_date(field), left, Bson::Null] }
+        };
+        let project = doc! { "$project": {
+            &self.api_key: 1,
+            &self.status: 1,
+            ours::DISABLED_FROM: 1,
+            COOLDOWN_LEFT: left(&self.cooldown_until),
+            EXHAUSTION_LEFT: left(ours::EXHAUSTED_UNTIL),
+        } };
+        match only {
+            None => vec![project],
+            Some(ids) => {
+                let ids: Vec<_> = ids.iter().map(KeyId::as_str).collect();
+                vec![doc! { "$match": { "_id": { "$in": ids } } }, project]
+            }
+        }
+    }
+
+    /// A document that no one has: as an upsert, it is inserted or refused as a duplicate.
+    pub(super) fn insert(&self, id: &KeyId, secret: &Secret, replaced: Option<&str>) -> Update {
+        let mut key = doc! {
+            "_id": { "$literal": id.as_str() },
+            &self.api_key: { "$literal": secret.expose() },
+            &self.status: HEALTHY,
+            &self.cooldown_until: Bson::Null,
+            &self.last_error: "",
+            &self.tokens_used: 0_i64,
+            &self.requests_count: 0_i64,
+            &self.created_at: NOW,
+            &self.updated_at: NOW,
+        };
+        if let Some(replaced) = replaced {
+            key.insert(ours::REPLACED_KEY, doc! { "$literal": replaced });
+        }
+        let never: [Bson; 0] = [];
+        Update {
+            filter: doc! { "_id": id.as_str(), &self.created_at: { "$in": never } },
+            pipeline: vec![doc! { "$replaceWith": key }],
+        }
+    }
+
+    pub(super) fn reset(&self, id: &KeyId) -> Update {
+        let status = Self::path(&self.status);
+        let known = doc! { "$in": [&status, [HEALTHY, RATE_LIMITED, EXHAUSTED, ERROR]] };
+        let set = doc! {
+            // What is disabled, by us or in another program's word, stays so.
+            &self.status: { "$cond": [known, HEALTHY, &status] },
+            &self.cooldown_until: Bson::Null,
+            &self.last_error: "",
+            &self.updated_at: NOW,
+            &self.reset_at: NOW,
+        };
+        let forget = vec![
+            ours::EXHAUSTED_UNTIL,
+            ours::DISABLED_FROM,
+            ours::FAILED_AT,
+            ours::REPLACED_BY,
+            ours::RETIRED_AT,
+        ];
+        Update {
+            filter: doc! { "_id": id.as_str() },
+            pipeline: vec![doc! { "$set": set }, doc! { "$unset": forget }],
+        }
+    }
+
+    pub(super) fn set_disabled(&self, id: &KeyId, disabled: bool) -> Update {
+        let status = Self::path(&self.status);
+        let known = doc! { "$in": [&status, [HEALTHY, RATE_LIMITED, EXHAUSTED, ERROR]] };
+        let set = if disabled {
+            doc! {
+                &self.status: DISABLED,
+                ours::DISABLED_FROM: { "$cond": [known, &status, Self::path(ours::DISABLED_FROM)] },
+            }
+        } else {
+            doc! {
+                &self.status: { "$cond": [known, &status, { "$ifNull": [Self::path(ours::DISABLED_FROM), HEALTHY] }] },
+                ours::DISABLED_FROM: "$$REMOVE",
+            }
+        };
+        Update {
+            filter: doc! { "_id": id.as_str() },
+            pipeline: vec![doc! { "$set": set }, doc! { "$set": { &self.updated_at: NOW } }],
+        }
+    }
+
+    /// Adds usage up, unless the document has that batch already.
+    ///
+    /// `$inc` would do for the sums, but could not be tried again.
+    pub(super) fn add_usage(&self, batch: &UsageBatch, usage: &Usage) -> Update {
+        let writers = Self::path(ours::USAGE_WRITERS);
+        let number = long(batch.number);
+        let has_it = doc! { "$elemMatch": { "w": &batch.writer, "n": { "$gte": number } } };
+        let others = doc! { "$filter": {
+            "input": { "$cond": [{ "$isArray": &writers }, &writers, []] },
+            "cond": { "$and": [
+                { "$ne": ["$$this.w", { "$literal": &batch.writer }] },
+                { "$gt": ["$$this.at", { "$subtract": [NOW, millis(WRITERS_REMEMBERED_FOR)] }] },
+            ] },
+        } };
+        let this = doc! { "w": { "$literal": &batch.writer }, "n": number, "at": NOW };
+        let used_at = doc! { "$subtract": [NOW, millis(batch.age)] };
+        let set = doc! {
+            &self.requests_count: sum(&self.requests_count, usage.requests),
+            &self.tokens_used: sum(&self.tokens_used, usage.tokens),
+            &self.last_used_at: { "$max": [date_or_null(&self.last_used_at), used_at] },
+            ours::USAGE_WRITERS: { "$concatArrays": [others, [this]] },
+        };
+        Update {
+            filter: doc! { "_id": usage.id.as_str(), ours::USAGE_WRITERS: { "$not": has_it } },
+            pipeline: vec![doc! { "$set": set }],
+        }
+    }
+
+    /// Changes that a load would see; usage is none.
+    pub(super) fn changes(&self) -> Vec<Document> {
+        let fields =
+            [&*self.api_key, &self.status, &self.cooldown_until, ours::EXHAUSTED_UNTIL, ours::DISABLED_FROM];
+        let updated = fields
+            .map(|field| doc! { format!("updateDescription.updatedFields.{field}"): { "$exists": true } });
+        let removed = doc! { "updateDescription.removedFields": { "$in": fields.to_vec() } };
+        let other = doc! { "operationType": { "$ne": "update" } };
+        let any: Vec<_> = updated.into_iter().chain([removed, other]).collect();
+        vec![
+            doc! { "$match": { "$or": any } },
+            doc! { "$project": { "_id": 1, "operationType": 1, "ns": 1, "documentKey": 1 } },
+        ]
+    }
+}
+
+fn said(mark: &Mark) -> String {
+    let what = match mark.rest {
+        Rest::RateLimited => "rate limited",
+        Rest::Exhausted => "quota exhausted",
+        Rest::Revoked => "no longer accepted",
+    };
+    match mark.http_status {
+        Some(status) => format!("{what} (HTTP {status})"),
+        None => what.to_owned(),
+    }
+}
+
+pub(super) fn is_date(field: &str) -> Document {
+    doc! { "$eq": [{ "$type": format!("${field}") }, "date"] }
+}
+
+fn date_or_null(field: &str) -> Document {
+    doc! { "$cond": [is_date(field), format!("${field}"), Bson::Null] }
+}
+
+/// The later of a stored date, if it is one, and what is left from now on.
+fn later_of(field: &str, left: Option<Duration>) -> Bson {
+    match left {
+        Some(left) => doc! { "$max": [date_or_null(field), from_now(left)] }.into(),
+        None => "$$REMOVE".into(),
+    }
+}
+
+fn from_now(left: Duration) -> Document {
+    // A date has milliseconds: up rather than down, never early. Ten thousand years are enough for any.
+    const LONGEST: i64 = 10_000 * 365 * 24 * 60 * 60 * 1_000;
+    doc! { "$add": [NOW, (millis(left) + 1).min(LONGEST)] }
+}
+
+/// A number that somebody may have written in any numeric type, and more; as an int64. What is no number, or
+/// too large to be counted further, is left as it is.
+fn sum(field: &str, more: u64) -> Document {
+    let path = format!("${field}");
+    let numeric = ["int", "long", "double", "decimal", "missing", "null"];
+    let number =
+        doc! { "$convert": { "input": &path, "to": "long", "onError": Bson::Null, "onNull": 0_i64 } };
+    let number = doc! { "$cond": [{ "$in": [{ "$type": &path }, numeric.to_vec()] }, number, Bson::Null] };
+    let sum = doc! { "$add": ["$$number", long(more)] };
+    let added = doc! { "$cond": [{ "$eq": ["$$number", Bson::Null] }, path, sum] };
+    doc! { "$let": { "vars": { "number": number }, "in": added } }
+}
+
+fn millis(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX / 2).min(i64::MAX / 2)
+}
+
+fn long(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}

@@ -1,0 +1,86 @@
+//! From a document to a key.
+
+use std::time::Duration;
+
+use ::mongodb::bson::{RawBsonRef, RawDocument};
+
+use super::fields::{Fields, ours};
+use crate::{
+    pool::Rest,
+    secret::KeyId,
+    store::{KeyRecord, Unreadable},
+};
+
+pub(super) const HEALTHY: &str = "healthy";
+pub(super) const RATE_LIMITED: &str = "rate_limited";
+pub(super) const EXHAUSTED: &str = "exhausted";
+pub(super) const ERROR: &str = "error";
+pub(super) const DISABLED: &str = "disabled";
+
+/// What a limited key rests for that somebody left without a date.
+pub(super) const WITHOUT_A_DATE: Duration = Duration::from_secs(120);
+
+/// What is left of a cooldown, and of an exhaustion, in milliseconds: a load has the server reckon them.
+pub(super) const COOLDOWN_LEFT: &str = "cooldownLeft";
+pub(super) const EXHAUSTION_LEFT: &str = "exhaustionLeft";
+
+/// A key, of a document as a load projects it.
+pub(super) fn decode(document: &RawDocument, fields: &Fields) -> Result<KeyRecord, Unreadable> {
+    let unreadable = |reason: String| Unreadable::new(shown_id(document), reason);
+    let id = text(document, "_id").map_err(unreadable)?;
+    let id = KeyId::new(id).map_err(|error| unreadable(error.to_string()))?;
+    let secret = text(document, &fields.api_key).map_err(unreadable)?;
+    let status = text(document, &fields.status).map_err(unreadable)?;
+    let (disabled, status) = match status {
+        DISABLED => (true, text(document, ours::DISABLED_FROM).unwrap_or(HEALTHY)),
+        status => (!is_known(status), status),
+    };
+    let rest = match status {
+        RATE_LIMITED => {
+            Some((Rest::RateLimited, Some(left(document, COOLDOWN_LEFT).unwrap_or(WITHOUT_A_DATE))))
+        }
+        EXHAUSTED => Some((Rest::Exhausted, left(document, EXHAUSTION_LEFT))),
+        ERROR => Some((Rest::Revoked, None)),
+        _ => None,
+    };
+    Ok(KeyRecord { rest, disabled, ..KeyRecord::new(id, secret.into()) })
+}
+
+fn is_known(status: &str) -> bool {
+    matches!(status, HEALTHY | RATE_LIMITED | EXHAUSTED | ERROR)
+}
+
+fn text<'a>(document: &'a RawDocument, field: &str) -> Result<&'a str, String> {
+    match document.get(field) {
+        Ok(Some(RawBsonRef::String(text))) => Ok(text),
+        Ok(Some(other)) => Err(format!("{field} is of the type {:?}, not a string", other.element_type())),
+        Ok(None) => Err(format!("{field} is missing")),
+        // Without the error, which may quote anything.
+        Err(_) => Err("the document is broken".to_owned()),
+    }
+}
+
+fn left(document: &RawDocument, field: &str) -> Option<Duration> {
+    match document.get(field) {
+        Ok(Some(RawBsonRef::Int64(millis))) => Some(Duration::from_millis(millis.max(0).unsigned_abs())),
+        Ok(Some(RawBsonRef::Int32(millis))) => {
+            Some(Duration::from_millis(millis.max(0).unsigned_abs().into()))
+        }
+        _ => None,
+    }
+}
+
+/// An id as it can be logged: on one line, and not longer than one.
+pub(super) fn shown_id(document: &RawDocument) -> String {
+    let id = match document.get("_id") {
+        Ok(Some(RawBsonRef::String(id))) => id.to_owned(),
+        Ok(Some(RawBsonRef::ObjectId(id))) => id.to_hex(),
+        Ok(Some(RawBsonRef::Int32(id))) => id.to_string(),
+        Ok(Some(RawBsonRef::Int64(id))) => id.to_string(),
+        Ok(Some(other)) => format!("an id of the type {:?}", other.element_type()),
+        _ => "without an id".to_owned(),
+    };
+    const LONGEST: usize = 100;
+    let printable = id.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c });
+    printable.take(LONGEST).collect()
+}

@@ -1,0 +1,84 @@
+//! What went wrong, without what must not be said.
+
+use std::time::Duration;
+
+use ::mongodb::error::{Error, ErrorKind, WriteFailure};
+
+use crate::store::StoreError;
+
+/// Why an operation failed. It holds texts of this crate and the driver's own, never the server's: a server's
+/// error may quote the command that it refused, keys included.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Failure {
+    #[error("{0}")]
+    Driver(String),
+    #[error("MongoDB refused it with code {code}{}", named(.name))]
+    Server { code: i32, name: String },
+    #[error("MongoDB took longer than {0:?}; it is not known whether it was done")]
+    TookTooLong(Duration),
+    #[error("the same operation, begun more than {0:?} ago, is still under way")]
+    StillUnderWay(Duration),
+    #[error("the operation panicked, or its runtime has shut down")]
+    BrokenOff,
+}
+
+fn named(name: &str) -> String {
+    if name.is_empty() { String::new() } else { format!(" ({name})") }
+}
+
+impl Failure {
+    pub(super) fn is_duplicate(&self) -> bool {
+        matches!(self, Self::Server { code: 11_000, .. })
+    }
+
+    /// A deployment that has no change streams, or that does not let this user have one.
+    pub(super) fn has_no_change_streams(&self) -> bool {
+        const NOT_A_REPLICA_SET: i32 = 40_573;
+        const UNAUTHORIZED: i32 = 13;
+        const COMMAND_NOT_FOUND: i32 = 59;
+        const COMMAND_NOT_SUPPORTED: i32 = 115;
+        matches!(
+            self,
+            Self::Server {
+                code: NOT_A_REPLICA_SET | UNAUTHORIZED | COMMAND_NOT_FOUND | COMMAND_NOT_SUPPORTED,
+                ..
+            }
+        )
+    }
+
+    pub(super) fn is_from_server(&self) -> bool {
+        matches!(self, Self::Server { .. })
+    }
+}
+
+impl From<Failure> for StoreError {
+    fn from(failure: Failure) -> Self {
+        Self::new(failure)
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        let server = |code, name: &str| Self::Server { code, name: name.to_owned() };
+        match &*error.kind {
+            ErrorKind::Command(error) => server(error.code, &error.code_name),
+            ErrorKind::Write(WriteFailure::WriteError(error)) => {
+                server(error.code, error.code_name.as_deref().unwrap_or_default())
+            }
+            ErrorKind::Write(WriteFailure::WriteConcernError(error)) => server(error.code, &error.code_name),
+            ErrorKind::Authentication { .. }
+            | ErrorKind::ConnectionPoolCleared { .. }
+            | ErrorKind::DnsResolve { .. }
+            | ErrorKind::IncompatibleServer { .. }
+            | ErrorKind::InvalidTlsConfig { .. }
+            | ErrorKind::Io(_)
+            | ErrorKind::ServerSelection { .. }
+            | ErrorKind::Shutdown => Self::Driver(error.kind.to_string()),
+            ErrorKind::InvalidArgument { .. } => {
+                Self::Driver("the driver was given an invalid argument".into())
+            }
+            ErrorKind::InvalidResponse { .. } => Self::Driver("the server's answer made no sense".into()),
+            _ => Self::Driver("the driver failed".into()),
+        }
+    }
+}

@@ -1,0 +1,144 @@
+//! What the fields of a key's document are called.
+
+/// The names of a key's fields, for documents that are not called as this crate would.
+///
+/// ```
+/// use tower_key_rotation::store::mongodb::{Fields, MongoStore};
+///
+/// let store = MongoStore::builder()
+///     .database("gateway")
+///     .collection("provider_keys")
+///     .fields(Fields::new().api_key("token").cooldown_until("restsUntil"));
+/// # let _ = store;
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[must_use]
+pub struct Fields {
+    pub(super) api_key: String,
+    pub(super) status: String,
+    pub(super) cooldown_until: String,
+    pub(super) last_error: String,
+    pub(super) tokens_used: String,
+    pub(super) requests_count: String,
+    pub(super) created_at: String,
+    pub(super) last_used_at: String,
+    pub(super) updated_at: String,
+    pub(super) reset_at: String,
+}
+
+/// Fields of this crate's own: other programs leave them alone, and have no need of them.
+pub(super) mod ours {
+    /// Until when a key that this crate found exhausted rests. Without it an exhausted key stays so: other
+    /// programs write dates of another meaning beside that status.
+    pub(crate) const EXHAUSTED_UNTIL: &str = "exhaustedUntil";
+    /// The status that a disabled key would have.
+    pub(crate) const DISABLED_FROM: &str = "disabledFrom";
+    /// When a key was marked as exhausted or revoked, and so may be replaced by a standby key.
+    pub(crate) const FAILED_AT: &str = "failedAt";
+    /// The standby key that is to take this one's place.
+    pub(crate) const REPLACED_BY: &str = "replacedBy";
+    /// When it had taken it.
+    pub(crate) const RETIRED_AT: &str = "retiredAt";
+    /// Of a key that was a standby key: whose place it took.
+    pub(crate) const REPLACED_KEY: &str = "replacedKey";
+    /// The last batch of usage of each writer.
+    pub(crate) const USAGE_WRITERS: &str = "usageWriters";
+
+    pub(crate) const ALL: [&str; 7] =
+        [EXHAUSTED_UNTIL, DISABLED_FROM, FAILED_AT, REPLACED_BY, RETIRED_AT, REPLACED_KEY, USAGE_WRITERS];
+}
+
+impl Default for Fields {
+    fn default() -> Self {
+        Self {
+            api_key: "apiKey".into(),
+            status: "status".into(),
+            cooldown_until: "cooldownUntil".into(),
+            last_error: "lastError".into(),
+            tokens_used: "tokensUsed".into(),
+            requests_count: "requestsCount".into(),
+            created_at: "createdAt".into(),
+            last_used_at: "lastUsedAt".into(),
+            updated_at: "updatedAt".into(),
+            reset_at: "resetAt".into(),
+        }
+    }
+}
+
+macro_rules! names {
+    ($($(#[$doc:meta])+ $field:ident)*) => {
+        impl Fields {
+            $($(#[$doc])+
+            pub fn $field(mut self, name: impl Into<String>) -> Self {
+                self.$field = name.into();
+                self
+            })*
+
+            fn names(&self) -> Vec<&str> {
+                vec![$(&self.$field),*]
+            }
+        }
+    };
+}
+
+names! {
+    /// The secret, a string. By default `apiKey`.
+    api_key
+    /// `healthy`, `rate_limited`, `exhausted`, `error`, `disabled`, or a word of somebody else's for a key
+    /// that is not to be used. By default `status`.
+    status
+    /// Until when a limited key rests, a date. By default `cooldownUntil`.
+    cooldown_until
+    /// What was last said against the key, in a few words. By default `lastError`.
+    last_error
+    /// By default `tokensUsed`.
+    tokens_used
+    /// By default `requestsCount`.
+    requests_count
+    /// By default `createdAt`.
+    created_at
+    /// By default `lastUsedAt`.
+    last_used_at
+    /// By default `updatedAt`.
+    updated_at
+    /// When an operator reset the key, a date. By default `resetAt`.
+    reset_at
+}
+
+impl Fields {
+    /// The usual names.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The first name that can't be one, or that two fields have.
+    pub(super) fn invalid(&self) -> Option<&str> {
+        let names = self.names();
+        let taken = |name: &str| {
+            name == "_id"
+                || ours::ALL.contains(&name)
+                || names.iter().filter(|other| **other == name).count() > 1
+        };
+        let invalid = |name: &str| {
+            name.is_empty() || name.starts_with('$') || name.contains(['.', '\0']) || taken(name)
+        };
+        names.iter().copied().find(|name| invalid(name))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_usual_names_are_valid() {
+        assert_eq!(Fields::new().invalid(), None);
+    }
+
+    #[test]
+    fn a_name_that_mongodb_would_take_for_something_else_is_refused() {
+        for name in ["", "$set", "a.b", "a\0b", "_id", "usageWriters", "status"] {
+            assert_eq!(Fields::new().api_key(name).invalid(), Some(name), "{name:?}");
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! Operations one after the other, each within a limit, and none cut off half-way.
+
+use std::{
+    future::Future,
+    hash::{DefaultHasher, Hash, Hasher},
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::{
+    sync::Mutex,
+    time::{Instant, timeout},
+};
+
+use super::error::Failure;
+
+/// What must not overlap goes through one lane.
+///
+/// Each operation has a task of its own: the driver's futures must not be dropped before they are done, and who
+/// waits for one may give up, or be dropped. The next one of the lane then waits until it has ended.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Lane(Arc<Mutex<()>>);
+
+impl Lane {
+    /// Runs what `operation` makes, which is told how long it has waited for its turn.
+    pub(super) async fn run<T, F>(
+        &self,
+        limit: Duration,
+        operation: impl FnOnce(Duration) -> F,
+    ) -> Result<T, Failure>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, Failure>> + Send + 'static,
+    {
+        let asked = Instant::now();
+        let turn = timeout(limit, self.0.clone().lock_owned()).await;
+        let turn = turn.map_err(|_| Failure::StillUnderWay(limit))?;
+        let operation = operation(asked.elapsed());
+        let task = tokio::spawn(async move {
+            let _turn = turn;
+            operation.await
+        });
+        match timeout(limit, task).await {
+            Err(_) => Err(Failure::TookTooLong(limit)),
+            Ok(Err(_)) => Err(Failure::BrokenOff),
+            Ok(Ok(result)) => result,
+        }
+    }
+}
+
+/// A lane for each key, or for a few that share one.
+#[derive(Debug)]
+pub(super) struct Lanes([Lane; 64]);
+
+impl Default for Lanes {
+    fn default() -> Self {
+        Self(std::array::from_fn(|_| Lane::default()))
+    }
+}
+
+impl Lanes {
+    pub(super) fn of(&self, key: &impl Hash) -> &Lane {
+        let mut hasher = DefaultHasher::new();
+        key.hash(&mut hasher);
+        &self.0[hasher.finish() as usize % self.0.len()]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::oneshot;
+
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_secs(5);
+
+    #[tokio::test(start_paused = true)]
+    async fn one_that_takes_too_long_goes_on_and_the_next_one_waits_for_it() {
+        let lane = Lane::default();
+        let (finish, finished) = oneshot::channel();
+        let (tell, told) = oneshot::channel();
+        let slow = lane.run(LIMIT, |_| async {
+            let _: () = finished.await.unwrap();
+            let _ = tell.send(());
+            Ok(())
+        });
+        assert_eq!(slow.await, Err(Failure::TookTooLong(LIMIT)));
+
+        let next = || lane.run(LIMIT, |waited| async move { Ok(waited) });
+        assert_eq!(next().await, Err(Failure::StillUnderWay(LIMIT)));
+        finish.send(()).unwrap();
+        assert_eq!(next().await.map(|_| ()), Ok(()));
+        told.await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_that_nobody_waits_for_any_more_is_done_all_the_same() {
+        let lane = Lane::default();
+        let (tell, told) = oneshot::channel();
+        let waiting = lane.run(LIMIT, |_| async {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            let _ = tell.send(());
+            Ok(())
+        });
+        assert!(timeout(Duration::from_millis(1), waiting).await.is_err());
+        told.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn one_that_panics_frees_its_lane() {
+        let lane = Lane::default();
+        let panics = lane
+            .run(LIMIT, |_| async { if LIMIT.is_zero() { Ok(()) } else { panic!("as the test has it") } });
+        assert_eq!(panics.await, Err(Failure::BrokenOff));
+        assert_eq!(lane.run(LIMIT, |_| async { Ok(1) }).await, Ok(1));
+    }
+}

@@ -1,0 +1,396 @@
+//! Keys in MongoDB, for many processes.
+
+mod builder;
+mod commands;
+mod document;
+mod error;
+mod fields;
+mod lane;
+mod standby;
+mod watch;
+
+use std::{fmt, future::Future, sync::Arc, time::Duration};
+
+use ::mongodb::{
+    Collection, Database, IndexModel,
+    bson::{Document, RawDocumentBuf, doc},
+    options::{CollectionOptions, ReadConcern, ReadPreference, SelectionCriteria, WriteConcern},
+};
+use tokio::{sync::mpsc, time::Instant};
+
+use self::{
+    builder::Limits,
+    commands::Update,
+    error::Failure,
+    lane::{Lane, Lanes},
+};
+pub use self::{
+    builder::{ConnectError, MongoStoreBuilder},
+    fields::Fields,
+};
+use super::{Changed, KeyStore, Loaded, Mark, Recovered, Replaced, StoreError, StoreFuture, UsageBatch};
+use crate::secret::{KeyId, Secret};
+
+/// So many keys' usage goes to the server at once.
+const USAGE_AT_ONCE: usize = 500;
+
+/// A load lets others run after so many keys.
+const KEYS_BETWEEN_YIELDS: usize = 500;
+
+/// Keys and their state in a collection of MongoDB, shared by all processes that open a pool over it.
+///
+/// ```no_run
+/// use tower_key_rotation::{KeyPool, RecoveryHandle, store::MongoStore};
+///
+/// # #[tokio::main]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let store = MongoStore::connect("mongodb://localhost:27017").await?;
+/// let pool = KeyPool::builder().open(store).await?;
+/// let recovery = RecoveryHandle::spawn(&pool);
+/// # let _ = recovery;
+/// # Ok(())
+/// # }
+/// ```
+///
+/// A key that one process saw limited is rested by all: within a second where the deployment has change streams
+/// (a replica set, a sharded cluster), elsewhere within the
+/// [poll interval](MongoStoreBuilder::poll_interval). That takes a running
+/// [`RecoveryHandle`](crate::RecoveryHandle) in each.
+///
+/// # Time
+///
+/// Deadlines are reckoned and compared by the server's clock alone. No client's clock has to be right.
+///
+/// # Documents
+///
+/// One document a key, in the collection `ohmygpt_keys` of the database `fproxy` unless told
+/// [otherwise](MongoStoreBuilder). Other programs may read and write the same documents. Fields that this crate
+/// doesn't know stay as they are, and a document that can't be read as a key is left alone, counted in
+/// [`PoolStats::unreadable`](crate::PoolStats::unreadable) and logged by its `_id`.
+///
+/// | field | type | |
+/// |---|---|---|
+/// | `_id` | string | the key's id |
+/// | `apiKey` | string | its secret |
+/// | `status` | string | `healthy`; `rate_limited`; `exhausted`; `error`, for revoked; `disabled`. With any other word the key counts as disabled, and the word stays |
+/// | `cooldownUntil` | date or null | until when a `rate_limited` key rests. One without a date gets one, 2 minutes ahead, at the next sweep |
+/// | `lastError` | string | what was last said against the key, in a few words of this crate's |
+/// | `requestsCount`, `tokensUsed` | int64 | added up; read in any numeric type |
+/// | `lastUsedAt` | date | up to a pass earlier or later than the use |
+/// | `createdAt`, `updatedAt` | date | |
+/// | `resetAt` | date | when a key was reset through this crate: a mark observed before it is dropped |
+///
+/// Of its own it adds `exhaustedUntil` (a key that this crate found exhausted is back then; one that another
+/// program did is not, whatever its `cooldownUntil`), `disabledFrom`, `failedAt`, `replacedBy`, `retiredAt`,
+/// `replacedKey` and `usageWriters`.
+///
+/// # Standby keys
+///
+/// With a [standby collection](MongoStoreBuilder::standby_collection), a key that is marked as exhausted or
+/// revoked is replaced by the oldest standby key that is not `isUsed`: it is inserted as a healthy key with
+/// `replacedKey`, under its own `_id`, and the failed key stays out of service, with `retiredAt`, until somebody
+/// resets it. Whichever process sees it first does it; several replace a key once, and what one began before it
+/// crashed another finishes. Keys that were exhausted or revoked before, by another program or another version,
+/// are left as they are.
+///
+/// | field | type | |
+/// |---|---|---|
+/// | `_id` | string or ObjectId | the id that the key will have |
+/// | `apiKey` | string | its secret |
+/// | `isUsed` | bool | anything but true is unused |
+/// | `activated`, `usedFor`, `usedAt` | bool, string, date | set with `isUsed` |
+/// | `createdAt` | date | the oldest is taken first |
+///
+/// # Durability
+///
+/// Writes are acknowledged by a majority, and reads go to the primary, whatever the client is set to: an election
+/// loses no cooldown.
+#[derive(Clone)]
+pub struct MongoStore {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    database: Database,
+    keys: Collection<RawDocumentBuf>,
+    standby: Option<Collection<RawDocumentBuf>>,
+    fields: Fields,
+    limits: Limits,
+    per_key: Lanes,
+    loads: Lane,
+    sweeps: Lane,
+    usage: Lane,
+    replacements: Lane,
+}
+
+fn collection(database: &Database, name: &str, limits: Limits) -> Collection<RawDocumentBuf> {
+    let options = CollectionOptions::builder()
+        .selection_criteria(primary())
+        .read_concern(ReadConcern::local())
+        .write_concern(
+            WriteConcern::builder()
+                .w(::mongodb::options::Acknowledgment::Majority)
+                .w_timeout(limits.operation)
+                .build(),
+        )
+        .build();
+    database.collection_with_options(name, options)
+}
+
+fn primary() -> SelectionCriteria {
+    SelectionCriteria::ReadPreference(ReadPreference::Primary)
+}
+
+impl MongoStore {
+    /// Connects with the usual names and limits.
+    ///
+    /// # Errors
+    ///
+    /// Where the URI can't be used, or no server answers within 5 seconds.
+    pub async fn connect(uri: impl AsRef<str>) -> Result<Self, ConnectError> {
+        Self::builder().connect(uri).await
+    }
+
+    /// A store with names, limits or a client of one's own.
+    pub fn builder() -> MongoStoreBuilder {
+        MongoStoreBuilder::default()
+    }
+
+    fn new(inner: Inner) -> Self {
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// Makes the indexes that sweeps, and the search for a standby key, are quick with: `{ status: 1,
+    /// cooldownUntil: 1 }` on the keys, `{ isUsed: 1, createdAt: 1 }` on the standby keys. It does nothing
+    /// where they exist.
+    ///
+    /// With fewer than some thousand keys nobody will notice whether they are there.
+    ///
+    /// # Errors
+    ///
+    /// Where MongoDB fails, or takes longer than a load may.
+    pub async fn ensure_indexes(&self) -> Result<(), StoreError> {
+        let inner = self.inner.clone();
+        let make = async move {
+            let fields = &inner.fields;
+            let index = |keys: Document| IndexModel::builder().keys(keys).build();
+            inner.keys.create_index(index(doc! { &fields.status: 1, &fields.cooldown_until: 1 })).await?;
+            if let Some(standby) = &inner.standby {
+                standby.create_index(index(doc! { "isUsed": 1, "createdAt": 1 })).await?;
+            }
+            Ok(())
+        };
+        Ok(Lane::default().run(self.inner.limits.load, |_| make).await?)
+    }
+
+    /// Something about one key, after whatever is under way about it.
+    async fn about<T, F>(
+        &self,
+        id: &KeyId,
+        operation: impl FnOnce(Arc<Inner>, Duration) -> F,
+    ) -> Result<T, StoreError>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, Failure>> + Send + 'static,
+    {
+        let inner = self.inner.clone();
+        let lane = self.inner.per_key.of(id);
+        Ok(lane.run(self.inner.limits.operation, |waited| operation(inner, waited)).await?)
+    }
+
+    async fn load(&self, only: Option<&[KeyId]>) -> Result<Loaded, StoreError> {
+        let inner = self.inner.clone();
+        let pipeline = self.inner.fields.load(only);
+        Ok(self
+            .inner
+            .loads
+            .run(self.inner.limits.load, |_| async move { inner.load(pipeline).await })
+            .await?)
+    }
+}
+
+impl Inner {
+    async fn load(&self, pipeline: Vec<Document>) -> Result<Loaded, Failure> {
+        let mut cursor = self.keys.aggregate(pipeline).await?;
+        // What is left was true when the server began to answer.
+        let answered = Instant::now();
+        let mut loaded = Loaded::default();
+        while cursor.advance().await? {
+            match document::decode(cursor.current(), &self.fields) {
+                Ok(record) => loaded.records.push(record),
+                Err(unreadable) => loaded.unreadable.push(unreadable),
+            }
+            if loaded.records.len() % KEYS_BETWEEN_YIELDS == 0 {
+                tokio::task::yield_now().await;
+            }
+        }
+        let since = answered.elapsed();
+        for record in &mut loaded.records {
+            if let Some((_, Some(left))) = &mut record.rest {
+                *left = left.saturating_sub(since);
+            }
+        }
+        Ok(loaded)
+    }
+
+    /// Whether there was a document to update.
+    async fn update_one(&self, Update { filter, pipeline }: Update) -> Result<bool, Failure> {
+        Ok(self.keys.update_one(filter, pipeline).await?.matched_count == 1)
+    }
+
+    async fn update_many(&self, Update { filter, pipeline }: Update) -> Result<u64, Failure> {
+        Ok(self.keys.update_many(filter, pipeline).await?.modified_count)
+    }
+
+    async fn insert_key(&self, id: &KeyId, secret: &Secret, replaced: Option<&str>) -> Result<bool, Failure> {
+        let Update { filter, pipeline } = self.fields.insert(id, secret, replaced);
+        match self.keys.update_one(filter, pipeline).upsert(true).await.map_err(Failure::from) {
+            Ok(_) => Ok(true),
+            Err(failure) if failure.is_duplicate() => Ok(false),
+            Err(failure) => Err(failure),
+        }
+    }
+
+    async fn recover(&self) -> Result<Recovered, Failure> {
+        self.update_many(self.fields.date_the_undated()).await?;
+        let ids = self.some_expired().await?;
+        let count = self.update_many(self.fields.sweep()).await?;
+        // Another process may have been quicker with some of them.
+        let ids = if ids.len() as u64 == count { ids } else { Vec::new() };
+        Ok(Recovered::new(count, ids))
+    }
+
+    /// One more than are named, so that it shows where there are more.
+    async fn some_expired(&self) -> Result<Vec<KeyId>, Failure> {
+        let limit = Recovered::NAMED_AT_MOST as i64 + 1;
+        let mut expired =
+            self.keys.find(self.fields.expired()).projection(doc! { "_id": 1 }).limit(limit).await?;
+        let mut ids = Vec::new();
+        while expired.advance().await? {
+            ids.extend(expired.current().get_str("_id").ok().and_then(|id| KeyId::new(id).ok()));
+        }
+        Ok(ids)
+    }
+
+    /// By a command of our own: the driver has no bulk write for servers older than 8.0.
+    async fn add_usage(&self, updates: Vec<Update>, ids: Vec<KeyId>) -> Result<(), Failure> {
+        let updates = updates.into_iter().map(|update| doc! { "q": update.filter, "u": update.pipeline });
+        let command = doc! {
+            "update": self.keys.name(),
+            "updates": updates.collect::<Vec<_>>(),
+            "ordered": false,
+            "writeConcern": { "w": "majority", "wtimeout": self.limits.operation.as_millis() as i64 },
+        };
+        let answer = self.database.run_command(command).selection_criteria(primary()).await?;
+        // What is refused will be refused again, and what is said there may quote the document.
+        for refused in
+            answer.get_array("writeErrors").into_iter().flatten().filter_map(|error| error.as_document())
+        {
+            let key = refused.get_i32("index").ok().and_then(|index| ids.get(index as usize));
+            let code = refused.get_i32("code").unwrap_or_default();
+            tracing::warn!(?key, code, "MongoDB refused to add usage up");
+        }
+        match answer.get_document("writeConcernError") {
+            Ok(error) => Err(Failure::Server {
+                code: error.get_i32("code").unwrap_or_default(),
+                name: error.get_str("codeName").unwrap_or_default().to_owned(),
+            }),
+            Err(_) => Ok(()),
+        }
+    }
+}
+
+impl KeyStore for MongoStore {
+    fn load(&self) -> StoreFuture<'_, Loaded> {
+        Box::pin(self.load(None))
+    }
+
+    fn load_some<'a>(&'a self, ids: &'a [KeyId]) -> StoreFuture<'a, Loaded> {
+        Box::pin(self.load(Some(ids)))
+    }
+
+    fn watch(&self) -> Option<mpsc::Receiver<Changed>> {
+        let (changes, receiver) = mpsc::channel(1);
+        tokio::spawn(watch::follow(self.inner.clone(), changes));
+        Some(receiver)
+    }
+
+    fn write(&self, mark: Mark) -> StoreFuture<'_, ()> {
+        Box::pin(async move {
+            let id = mark.id.clone();
+            let write = |inner: Arc<Inner>, waited: Duration| async move {
+                let mark = Mark {
+                    age: mark.age.saturating_add(waited),
+                    left: mark.left.map(|left| left.saturating_sub(waited)),
+                    ..mark
+                };
+                inner.update_one(inner.fields.mark(&mark)).await
+            };
+            self.about(&id, write).await.map(|_| ())
+        })
+    }
+
+    fn recover(&self) -> StoreFuture<'_, Recovered> {
+        Box::pin(async {
+            let inner = self.inner.clone();
+            let recover = |_| async move { inner.recover().await };
+            Ok(self.inner.sweeps.run(self.inner.limits.operation, recover).await?)
+        })
+    }
+
+    fn add_usage<'a>(&'a self, batch: &'a UsageBatch) -> StoreFuture<'a, ()> {
+        Box::pin(async move {
+            for usage in batch.usage.chunks(USAGE_AT_ONCE) {
+                let inner = self.inner.clone();
+                let updates = usage.iter().map(|usage| inner.fields.add_usage(batch, usage)).collect();
+                let ids = usage.iter().map(|usage| usage.id.clone()).collect();
+                let add = |_| async move { inner.add_usage(updates, ids).await };
+                self.inner.usage.run(self.inner.limits.operation, add).await?;
+            }
+            Ok(())
+        })
+    }
+
+    fn replace_failed(&self) -> StoreFuture<'_, Vec<Replaced>> {
+        Box::pin(async {
+            let Some(standby) = self.inner.standby.clone() else { return Ok(Vec::new()) };
+            let inner = self.inner.clone();
+            let replace = |_| standby::replace_failed(inner, standby);
+            Ok(self.inner.replacements.run(self.inner.limits.load, replace).await?)
+        })
+    }
+
+    fn insert(&self, id: KeyId, secret: Secret) -> StoreFuture<'_, bool> {
+        Box::pin(async move {
+            let key = id.clone();
+            self.about(&key, |inner, _| async move { inner.insert_key(&id, &secret, None).await }).await
+        })
+    }
+
+    fn remove<'a>(&'a self, id: &'a KeyId) -> StoreFuture<'a, bool> {
+        let key = id.clone();
+        Box::pin(self.about(id, |inner, _| async move {
+            Ok(inner.keys.delete_one(doc! { "_id": key.as_str() }).await?.deleted_count == 1)
+        }))
+    }
+
+    fn reset<'a>(&'a self, id: &'a KeyId) -> StoreFuture<'a, bool> {
+        let key = id.clone();
+        Box::pin(self.about(id, |inner, _| async move { inner.update_one(inner.fields.reset(&key)).await }))
+    }
+
+    fn set_disabled<'a>(&'a self, id: &'a KeyId, disabled: bool) -> StoreFuture<'a, bool> {
+        let key = id.clone();
+        Box::pin(self.about(id, move |inner, _| async move {
+            inner.update_one(inner.fields.set_disabled(&key, disabled)).await
+        }))
+    }
+}
+
+impl fmt::Debug for MongoStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MongoStore")
+            .field("keys", &self.inner.keys.namespace().to_string())
+            .finish_non_exhaustive()
+    }
+}

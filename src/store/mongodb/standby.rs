@@ -1,0 +1,226 @@
+//! Standby keys take the place of keys that failed.
+//!
+//! Each step is one atomic change that any process can make, and that making again changes nothing: the plan
+//! (the failed key names its standby key), the claim (the standby key names the failed key), the insertion, and
+//! the retirement of the failed key. Who finds a replacement half done goes on where it stands, so a crash loses
+//! no key; and since the plan comes first and is there once, two processes claim one standby key between them.
+
+use std::sync::Arc;
+
+use ::mongodb::{
+    Collection,
+    bson::{Bson, Document, RawDocumentBuf, doc},
+    options::ReturnDocument,
+};
+
+use super::{
+    Inner,
+    document::{ERROR, EXHAUSTED, shown_id},
+    error::Failure,
+    fields::ours,
+};
+use crate::{
+    secret::{KeyId, Secret},
+    store::Replaced,
+};
+
+/// The most keys that one pass replaces.
+const AT_ONCE: i64 = 100;
+
+/// How often another standby key is tried for a failed one within a pass.
+const TRIES: usize = 10;
+
+const IS_USED: &str = "isUsed";
+const ACTIVATED: &str = "activated";
+const USED_FOR: &str = "usedFor";
+const USED_AT: &str = "usedAt";
+const CREATED_AT: &str = "createdAt";
+
+enum Outcome {
+    Replaced(KeyId),
+    /// It is healthy again, or gone, or another process did it.
+    NothingToDo,
+    NoStandbyKey,
+}
+
+enum Claim {
+    Ours(Box<(KeyId, Secret)>),
+    NotToBeHad,
+}
+
+pub(super) async fn replace_failed(
+    store: Arc<Inner>,
+    standby: Collection<RawDocumentBuf>,
+) -> Result<Vec<Replaced>, Failure> {
+    let replacement = Replacement { store: &store, standby: &standby };
+    let mut replaced = Vec::new();
+    for failed in replacement.failed_keys().await? {
+        match replacement.replace(&failed).await? {
+            Outcome::Replaced(by) => replaced.push(Replaced::new(failed, by)),
+            Outcome::NothingToDo => {}
+            Outcome::NoStandbyKey => break,
+        }
+    }
+    Ok(replaced)
+}
+
+struct Replacement<'a> {
+    store: &'a Inner,
+    standby: &'a Collection<RawDocumentBuf>,
+}
+
+impl Replacement<'_> {
+    /// Those that a mark of this crate says have failed, and that no standby key has replaced.
+    fn to_be_replaced(&self) -> Document {
+        doc! {
+            &self.store.fields.status: { "$in": [ERROR, EXHAUSTED] },
+            ours::FAILED_AT: { "$type": "date" },
+            ours::RETIRED_AT: { "$not": { "$type": "date" } },
+        }
+    }
+
+    fn this_one(&self, failed: &KeyId) -> Document {
+        let mut filter = self.to_be_replaced();
+        filter.insert("_id", failed.as_str());
+        filter
+    }
+
+    async fn failed_keys(&self) -> Result<Vec<KeyId>, Failure> {
+        let found = self.store.keys.find(self.to_be_replaced()).projection(doc! { "_id": 1 }).limit(AT_ONCE);
+        let mut found = found.await?;
+        let mut ids = Vec::new();
+        while found.advance().await? {
+            let id = found.current().get_str("_id").ok().and_then(|id| KeyId::new(id).ok());
+            ids.extend(id);
+        }
+        Ok(ids)
+    }
+
+    async fn replace(&self, failed: &KeyId) -> Result<Outcome, Failure> {
+        for _ in 0..TRIES {
+            let Some(candidate) = self.candidate().await? else {
+                return self.finish_what_is_planned(failed).await;
+            };
+            let Some(planned) = self.plan(failed, Some(candidate)).await? else {
+                return Ok(Outcome::NothingToDo);
+            };
+            match self.carry_out(failed, &planned).await? {
+                Some(outcome) => return Ok(outcome),
+                None => self.give_up(failed, &planned).await?,
+            }
+        }
+        Ok(Outcome::NothingToDo)
+    }
+
+    async fn finish_what_is_planned(&self, failed: &KeyId) -> Result<Outcome, Failure> {
+        let Some(planned) = self.plan(failed, None).await? else { return Ok(Outcome::NoStandbyKey) };
+        match self.carry_out(failed, &planned).await? {
+            Some(outcome) => Ok(outcome),
+            None => {
+                self.give_up(failed, &planned).await?;
+                Ok(Outcome::NoStandbyKey)
+            }
+        }
+    }
+
+    /// The oldest standby key that nobody uses.
+    async fn candidate(&self) -> Result<Option<Bson>, Failure> {
+        let unused = self.standby.find_one(doc! { IS_USED: { "$ne": true } });
+        let unused = unused.sort(doc! { CREATED_AT: 1, "_id": 1 }).projection(doc! { "_id": 1 }).await?;
+        Ok(unused.as_ref().and_then(|standby| bson(standby, "_id")))
+    }
+
+    /// The standby key that the failed one is to be replaced by: the candidate, unless there was one before.
+    async fn plan(&self, failed: &KeyId, candidate: Option<Bson>) -> Result<Option<Bson>, Failure> {
+        let planned = format!("${}", ours::REPLACED_BY);
+        let candidate = candidate.map_or_else(|| Bson::from("$$REMOVE"), |id| doc! { "$literal": id }.into());
+        let plan = doc! { "$set": { ours::REPLACED_BY: { "$ifNull": [planned, candidate] } } };
+        let key = self.store.keys.find_one_and_update(self.this_one(failed), vec![plan]);
+        let key =
+            key.return_document(ReturnDocument::After).projection(doc! { ours::REPLACED_BY: 1 }).await?;
+        Ok(key.as_ref().and_then(|key| bson(key, ours::REPLACED_BY)))
+    }
+
+    /// `None` where the standby key is not to be had after all.
+    async fn carry_out(&self, failed: &KeyId, planned: &Bson) -> Result<Option<Outcome>, Failure> {
+        let Claim::Ours(key) = self.claim(failed, planned).await? else { return Ok(None) };
+        let (id, secret) = *key;
+        if !self.insert(failed, &id, &secret).await? {
+            return Ok(None);
+        }
+        Ok(Some(if self.retire(failed, planned).await? {
+            Outcome::Replaced(id)
+        } else {
+            Outcome::NothingToDo
+        }))
+    }
+
+    async fn claim(&self, failed: &KeyId, standby: &Bson) -> Result<Claim, Failure> {
+        let free = doc! { IS_USED: { "$ne": true } };
+        let for_this_one = doc! { USED_FOR: failed.as_str() };
+        let filter = doc! { "_id": standby, "$or": [free, for_this_one] };
+        let used_at =
+            doc! { "$cond": [{ "$eq": [format!("${IS_USED}"), true] }, format!("${USED_AT}"), "$$NOW"] };
+        let claim = doc! { "$set": {
+            IS_USED: true,
+            ACTIVATED: true,
+            USED_FOR: { "$literal": failed.as_str() },
+            USED_AT: used_at,
+        } };
+        let claimed = self.standby.find_one_and_update(filter, vec![claim]);
+        let Some(claimed) = claimed.return_document(ReturnDocument::After).await? else {
+            return Ok(Claim::NotToBeHad);
+        };
+        let secret = claimed.get_str(&self.store.fields.api_key).ok().filter(|secret| !secret.is_empty());
+        match (key_id(standby), secret) {
+            (Some(id), Some(secret)) => Ok(Claim::Ours(Box::new((id, secret.into())))),
+            _ => {
+                tracing::warn!(standby = %shown_id(&claimed), "not used as a standby key: it has no usable id or secret");
+                Ok(Claim::NotToBeHad)
+            }
+        }
+    }
+
+    /// Whether the key is there now, inserted by this process or another.
+    async fn insert(&self, failed: &KeyId, id: &KeyId, secret: &Secret) -> Result<bool, Failure> {
+        if self.store.insert_key(id, secret, Some(failed.as_str())).await? {
+            return Ok(true);
+        }
+        let same = doc! { "_id": id.as_str(), &self.store.fields.api_key: secret.expose() };
+        let is_the_same = self.store.keys.find_one(same).projection(doc! { "_id": 1 }).await?.is_some();
+        if !is_the_same {
+            tracing::warn!(standby = %id, "not used as a standby key: another key has its id");
+        }
+        Ok(is_the_same)
+    }
+
+    /// Whether it was this process that took the failed key out of service for good.
+    async fn retire(&self, failed: &KeyId, standby: &Bson) -> Result<bool, Failure> {
+        let mut filter = self.this_one(failed);
+        filter.insert(ours::REPLACED_BY, standby);
+        let set = doc! { ours::RETIRED_AT: "$$NOW", &self.store.fields.updated_at: "$$NOW" };
+        let retire = vec![doc! { "$set": set }, doc! { "$unset": [ours::EXHAUSTED_UNTIL] }];
+        Ok(self.store.keys.update_one(filter, retire).await?.modified_count == 1)
+    }
+
+    async fn give_up(&self, failed: &KeyId, standby: &Bson) -> Result<(), Failure> {
+        let mut filter = self.this_one(failed);
+        filter.insert(ours::REPLACED_BY, standby);
+        self.store.keys.update_one(filter, doc! { "$unset": { ours::REPLACED_BY: "" } }).await?;
+        Ok(())
+    }
+}
+
+fn bson(document: &RawDocumentBuf, field: &str) -> Option<Bson> {
+    let value = document.get(field).ok().flatten()?;
+    Bson::try_from(value).ok().filter(|value| *value != Bson::Null)
+}
+
+/// What the key is called in its new place.
+fn key_id(id: &Bson) -> Option<KeyId> {
+    match id {
+        Bson::String(id) => KeyId::new(id).ok(),
+        Bson::ObjectId(id) => KeyId::new(id.to_hex()).ok(),
+        _ => None,
+    }
+}

@@ -1,0 +1,129 @@
+//! What others change: by a change stream where the deployment has them, by asking regularly elsewhere.
+
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
+
+use ::mongodb::{
+    bson::{RawBsonRef, RawDocumentBuf},
+    change_stream::{ChangeStream, event::ResumeToken},
+};
+use tokio::{sync::mpsc, time::sleep};
+
+use super::{Inner, error::Failure};
+use crate::{secret::KeyId, store::Changed};
+
+/// How long until a stream that broke off is begun again.
+const BEFORE_ANOTHER_TRY: Duration = Duration::from_millis(500);
+
+/// More changes than these at once are as well answered by loading all keys.
+const KEYS_AT_ONCE: usize = 1_000;
+
+type Stream = ChangeStream<RawDocumentBuf>;
+
+/// Follows until nobody listens any more.
+pub(super) async fn follow(store: Arc<Inner>, changes: mpsc::Sender<Changed>) {
+    let mut resume = None;
+    while !changes.is_closed() {
+        let resumed = resume.is_some();
+        match open(&store, resume.clone()).await {
+            Ok(stream) => {
+                // What changed before the stream began is in no stream.
+                if !resumed && changes.send(Changed::Anything).await.is_err() {
+                    return;
+                }
+                resume = forward(stream, &changes).await;
+            }
+            Err(failure) if failure.has_no_change_streams() => {
+                let interval_ms = store.limits.poll.as_millis() as u64;
+                tracing::info!(%failure, interval_ms, "no change streams: the keys are read regularly");
+                return poll(store.limits.poll, &changes).await;
+            }
+            Err(failure) => {
+                tracing::debug!(%failure, "no change stream");
+                // The server no longer has what it would be resumed from.
+                if resumed && failure.is_from_server() {
+                    resume = None;
+                }
+            }
+        }
+        sleep(BEFORE_ANOTHER_TRY / 2 + BEFORE_ANOTHER_TRY.mul_f64(fastrand::f64())).await;
+    }
+}
+
+async fn open(store: &Inner, resume: Option<ResumeToken>) -> Result<Stream, Failure> {
+    let watch = store.keys.watch().pipeline(store.fields.changes());
+    let stream = match resume {
+        Some(token) => watch.resume_after(token).await?,
+        None => watch.await?,
+    };
+    Ok(stream.with_type())
+}
+
+/// Passes on what a stream tells until it breaks off, and says where it can be resumed.
+async fn forward(mut stream: Stream, changes: &mpsc::Sender<Changed>) -> Option<ResumeToken> {
+    let mut changed = Waiting::default();
+    let mut resume = stream.resume_token();
+    while stream.is_alive() && !changes.is_closed() {
+        // Not in a `select`: it must not be dropped half-way. It comes back after a second at the latest.
+        match stream.next_if_any().await {
+            Ok(Some(event)) => changed.add(&event),
+            Ok(None) => {}
+            Err(error) => {
+                tracing::debug!(failure = %Failure::from(error), "the change stream broke off");
+                return resume.filter(|_| changed.is_empty());
+            }
+        }
+        if let Ok(place) = changes.try_reserve()
+            && let Some(changed) = changed.take()
+        {
+            place.send(changed);
+        }
+        resume = stream.resume_token();
+    }
+    // The collection was dropped or renamed: there is nothing to resume.
+    None
+}
+
+async fn poll(interval: Duration, changes: &mpsc::Sender<Changed>) {
+    loop {
+        tokio::select! {
+            () = changes.closed() => return,
+            () = sleep(interval) => {}
+        }
+        if changes.send(Changed::Anything).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Changes that nobody has taken yet.
+#[derive(Debug, Default)]
+struct Waiting {
+    keys: BTreeSet<KeyId>,
+    anything: bool,
+}
+
+impl Waiting {
+    fn add(&mut self, event: &RawDocumentBuf) {
+        let key = match event.get_document("documentKey").map(|key| key.get("_id")) {
+            Ok(Ok(Some(RawBsonRef::String(id)))) => KeyId::new(id).ok(),
+            // A document that can't be a key.
+            Ok(_) => return,
+            Err(_) => None,
+        };
+        self.keys.extend(key.clone());
+        self.anything |= key.is_none() || self.keys.len() > KEYS_AT_ONCE;
+    }
+
+    fn is_empty(&self) -> bool {
+        self.keys.is_empty() && !self.anything
+    }
+
+    fn take(&mut self) -> Option<Changed> {
+        let Self { keys, anything } = std::mem::take(self);
+        match (anything, keys.is_empty()) {
+            (true, _) => Some(Changed::Anything),
+            (false, false) => Some(Changed::Keys(keys.into_iter().collect())),
+            (false, true) => None,
+        }
+    }
+}
