@@ -148,6 +148,7 @@ impl RecoveryHandle {
             overdue: None,
             passes: 0,
             failures: 0,
+            recovered: 0,
         };
         tokio::spawn(recovery.run());
         Self { pool: pool.clone(), commands, reports: reported }
@@ -194,6 +195,7 @@ impl RecoveryHandle {
         Report {
             pass: last.as_ref().map_or(0, |report| report.pass),
             failures: last.as_ref().map_or(0, |report| report.failures),
+            recovered: last.as_ref().map_or(0, |report| report.recovered),
             duration: Duration::ZERO,
             outcome: Err(PassError::Stopped),
         }
@@ -214,6 +216,8 @@ pub struct Report {
     pub pass: u64,
     /// How many passes have failed so far.
     pub failures: u64,
+    /// How many keys all passes together have reset in the store so far.
+    pub recovered: u64,
     /// How long it took.
     pub duration: Duration,
     /// What it reset in the store, or why it failed.
@@ -257,6 +261,7 @@ struct Recovery {
     overdue: Option<Pass>,
     passes: u64,
     failures: u64,
+    recovered: u64,
 }
 
 impl Recovery {
@@ -309,9 +314,11 @@ impl Recovery {
         let outcome = self.make_pass(clock, started.saturating_add(self.config.limit)).await;
         self.passes += 1;
         self.failures += u64::from(outcome.is_err());
+        self.recovered += outcome.as_ref().map_or(0, |recovered| recovered.count);
         let report = Report {
             pass: self.passes,
             failures: self.failures,
+            recovered: self.recovered,
             duration: clock.now().saturating_sub(started),
             outcome,
         };

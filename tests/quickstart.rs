@@ -3,6 +3,7 @@
 #[allow(dead_code)]
 #[path = "../examples/quickstart/ledger.rs"]
 mod ledger;
+mod support;
 
 use std::{
     fs,
@@ -310,23 +311,9 @@ fn quickstart<'a>(arguments: impl IntoIterator<Item = &'a str>) -> Command {
     command
 }
 
-/// Built here, since `cargo test --test quickstart` alone doesn't build it; cargo says where it is.
 fn program() -> &'static PathBuf {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
-    PROGRAM.get_or_init(|| {
-        let profile = if cfg!(debug_assertions) { "dev" } else { "release" };
-        let built = process::Command::new(env!("CARGO"))
-            .args(["build", "--quiet", "--example", "quickstart", "--profile", profile])
-            .args(["--message-format", "json", "--manifest-path"])
-            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"))
-            .output()
-            .unwrap();
-        assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
-        let messages = String::from_utf8(built.stdout).unwrap();
-        let executable =
-            |line| serde_json::from_str::<Value>(line).ok()?["executable"].as_str().map(PathBuf::from);
-        messages.lines().filter_map(executable).next_back().unwrap()
-    })
+    PROGRAM.get_or_init(|| support::example("quickstart"))
 }
 
 #[cfg(unix)]

@@ -4,6 +4,8 @@
 //! folder. It listens on a free port of this machine, keeps its data in a temporary folder, and is gone, with the
 //! folder, when the process that started it is, whatever way that ends.
 
+#![allow(dead_code, unreachable_pub)] // Each program uses a part of it.
+
 use std::{
     env, fs,
     io::Write,

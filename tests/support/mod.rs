@@ -7,6 +7,7 @@ mod logs;
 pub mod mongo;
 #[path = "../../examples/local/mongod.rs"]
 mod mongod;
+mod program;
 mod proxy;
 mod server;
 mod store;
@@ -23,6 +24,7 @@ use tower_key_rotation::{
 #[allow(unused_imports)] // For the same reason.
 pub use self::{
     logs::Logs,
+    program::example,
     proxy::{Fault, Proxy},
     server::{Answer, Server, answer, answer_with, key_of, stream},
     store::{FaultyStore, Mode},

@@ -42,7 +42,6 @@ pub struct MongoStoreBuilder {
 pub(super) struct Limits {
     pub(super) connect: Duration,
     pub(super) operation: Duration,
-    pub(super) load: Duration,
     pub(super) poll: Duration,
 }
 
@@ -56,7 +55,6 @@ impl Default for MongoStoreBuilder {
             limits: Limits {
                 connect: Duration::from_secs(5),
                 operation: Duration::from_secs(5),
-                load: Duration::from_secs(30),
                 poll: Duration::from_secs(5),
             },
         }
@@ -96,18 +94,12 @@ impl MongoStoreBuilder {
         self
     }
 
-    /// How long one operation may take. By default 5 seconds.
+    /// How long one operation may take, or of a load of all keys each part. By default 5 seconds.
     ///
     /// One that takes longer has failed as far as the pool is concerned. It is not cut off, and what it could
     /// get in the way of waits for it.
     pub fn operation_limit(mut self, limit: Duration) -> Self {
         self.limits.operation = limit;
-        self
-    }
-
-    /// How long it may take to read all keys. By default 30 seconds.
-    pub fn load_limit(mut self, limit: Duration) -> Self {
-        self.limits.load = limit;
         self
     }
 

@@ -10,7 +10,7 @@ use ::mongodb::bson::{Bson, Document, doc};
 
 use super::{
     document::{
-        COOLDOWN_LEFT, DISABLED, ERROR, EXHAUSTED, EXHAUSTION_LEFT, HEALTHY, RATE_LIMITED, WITHOUT_A_DATE,
+        DISABLED, ERROR, EXHAUSTED, EXHAUSTION_IS_DATED, HEALTHY, LEFT, RATE_LIMITED, WITHOUT_A_DATE,
     },
     fields::{Fields, ours},
 };
@@ -66,15 +66,14 @@ impl Fields {
         if mark.rest == Rest::Exhausted {
             // One without a date is exhausted until somebody resets it.
             let exhausted = doc! { "$eq": [self.status_beneath(), EXHAUSTED] };
-            let dated = is_date(ours::EXHAUSTED_UNTIL);
-            condition.push(doc! { "$or": [{ "$not": [exhausted] }, dated] }.into());
+            condition.push(doc! { "$or": [{ "$not": [exhausted] }, self.exhaustion_is_dated()] }.into());
         }
         let mut set = self.set_status_beneath(status);
         set.extend(doc! { &self.last_error: said(mark), &self.updated_at: NOW });
         set.extend(match mark.rest {
             Rest::RateLimited => doc! { &self.cooldown_until: later_of(&self.cooldown_until, mark.left) },
             Rest::Exhausted => self.set_failed(later_of(ours::EXHAUSTED_UNTIL, mark.left)),
-            Rest::Revoked => self.set_failed("$$REMOVE".into()),
+            Rest::Revoked => self.set_failed(Bson::Null),
         });
         Update {
             filter: doc! {
@@ -87,13 +86,15 @@ impl Fields {
     }
 
     /// A key that fails anew may be replaced; one that has failed already keeps what was done about it.
-    fn set_failed(&self, exhausted_until: Bson) -> Document {
+    fn set_failed(&self, until: Bson) -> Document {
         let anew = doc! { "$in": [self.status_beneath(), [HEALTHY, RATE_LIMITED]] };
         let unless_anew =
             |field: &str, otherwise: &str| doc! { "$cond": [&anew, otherwise, Self::path(field)] };
+        let retired = doc! { "$and": [{ "$not": [&anew] }, is_date(ours::RETIRED_AT)] };
+        let until = doc! { "$cond": [retired, Bson::Null, until] };
         doc! {
-            ours::EXHAUSTED_UNTIL: { "$cond": [is_date(ours::RETIRED_AT), Self::path(ours::EXHAUSTED_UNTIL), exhausted_until] },
-            &self.cooldown_until: Bson::Null,
+            ours::EXHAUSTED_UNTIL: &until,
+            &self.cooldown_until: &until,
             ours::FAILED_AT: unless_anew(ours::FAILED_AT, NOW),
             ours::REPLACED_BY: unless_anew(ours::REPLACED_BY, "$$REMOVE"),
             ours::RETIRED_AT: unless_anew(ours::RETIRED_AT, "$$REMOVE"),
@@ -108,16 +109,24 @@ impl Fields {
         ] }
     }
 
-    /// What has expired: limited keys by the date that all programs know, exhausted ones by our own.
+    /// Whether it is this crate's word until when a key is exhausted: nobody has changed the date since.
+    fn exhaustion_is_dated(&self) -> Document {
+        let same = doc! { "$eq": [Self::path(ours::EXHAUSTED_UNTIL), Self::path(&self.cooldown_until)] };
+        doc! { "$and": [is_date(ours::EXHAUSTED_UNTIL), same] }
+    }
+
+    /// What has expired: limited keys, and exhausted ones of which it is known until when.
     pub(super) fn expired(&self) -> Document {
-        let past = |status: &str, field: &str| {
-            doc! {
-                &self.status: status,
-                field: { "$type": "date" },
-                "$expr": { "$lt": [Self::path(field), NOW] },
-            }
-        };
-        doc! { "$or": [past(RATE_LIMITED, &self.cooldown_until), past(EXHAUSTED, ours::EXHAUSTED_UNTIL)] }
+        let past = doc! { "$lt": [Self::path(&self.cooldown_until), NOW] };
+        let date = doc! { "$type": "date" };
+        doc! { "$or": [
+            { &self.status: RATE_LIMITED, &self.cooldown_until: &date, "$expr": &past },
+            {
+                &self.status: EXHAUSTED,
+                &self.cooldown_until: date,
+                "$expr": { "$and": [past, self.exhaustion_is_dated()] },
+            },
+        ] }
     }
 
     pub(super) fn sweep(&self) -> Update {
@@ -141,18 +150,15 @@ impl Fields {
 
     /// What a load reads of each document.
     pub(super) fn load(&self, only: Option<&[KeyId]>) -> Vec<Document> {
-        let left = |field: &str| {
-            let date = Self::path(field);
-            // The earliest date that there is less now would overflow.
-            let left = doc! { "$cond": [{ "$gt": [&date, NOW] }, { "$subtract": [&date, NOW] }, 0_i64] };
-            doc! { "$cond": [is_date(field), left, Bson::Null] }
-        };
+        let date = Self::path(&self.cooldown_until);
+        // The earliest date that there is, less now, would overflow.
+        let left = doc! { "$cond": [{ "$gt": [&date, NOW] }, { "$subtract": [date, NOW] }, 0_i64] };
         let project = doc! { "$project": {
             &self.api_key: 1,
             &self.status: 1,
             ours::DISABLED_FROM: 1,
-            COOLDOWN_LEFT: left(&self.cooldown_until),
-            EXHAUSTION_LEFT: left(ours::EXHAUSTED_UNTIL),
+            LEFT: { "$cond": [is_date(&self.cooldown_until), left, Bson::Null] },
+            EXHAUSTION_IS_DATED: self.exhaustion_is_dated(),
         } };
         match only {
             None => vec![project],
@@ -298,7 +304,7 @@ fn date_or_null(field: &str) -> Document {
 fn later_of(field: &str, left: Option<Duration>) -> Bson {
     match left {
         Some(left) => doc! { "$max": [date_or_null(field), from_now(left)] }.into(),
-        None => "$$REMOVE".into(),
+        None => Bson::Null,
     }
 }
 

@@ -20,9 +20,9 @@ pub(super) const DISABLED: &str = "disabled";
 /// What a limited key rests for that somebody left without a date.
 pub(super) const WITHOUT_A_DATE: Duration = Duration::from_secs(120);
 
-/// What is left of a cooldown, and of an exhaustion, in milliseconds: a load has the server reckon them.
-pub(super) const COOLDOWN_LEFT: &str = "cooldownLeft";
-pub(super) const EXHAUSTION_LEFT: &str = "exhaustionLeft";
+/// What a load has the server reckon: the milliseconds until `cooldownUntil`, and whether an exhaustion ends then.
+pub(super) const LEFT: &str = "left";
+pub(super) const EXHAUSTION_IS_DATED: &str = "exhaustionIsDated";
 
 /// A key, of a document as a load projects it.
 pub(super) fn decode(document: &RawDocument, fields: &Fields) -> Result<KeyRecord, Unreadable> {
@@ -36,10 +36,11 @@ pub(super) fn decode(document: &RawDocument, fields: &Fields) -> Result<KeyRecor
         status => (!is_known(status), status),
     };
     let rest = match status {
-        RATE_LIMITED => {
-            Some((Rest::RateLimited, Some(left(document, COOLDOWN_LEFT).unwrap_or(WITHOUT_A_DATE))))
+        RATE_LIMITED => Some((Rest::RateLimited, Some(left(document).unwrap_or(WITHOUT_A_DATE)))),
+        EXHAUSTED => {
+            let is_dated = document.get_bool(EXHAUSTION_IS_DATED).unwrap_or_default();
+            Some((Rest::Exhausted, left(document).filter(|_| is_dated)))
         }
-        EXHAUSTED => Some((Rest::Exhausted, left(document, EXHAUSTION_LEFT))),
         ERROR => Some((Rest::Revoked, None)),
         _ => None,
     };
@@ -60,8 +61,8 @@ fn text<'a>(document: &'a RawDocument, field: &str) -> Result<&'a str, String> {
     }
 }
 
-fn left(document: &RawDocument, field: &str) -> Option<Duration> {
-    match document.get(field) {
+fn left(document: &RawDocument) -> Option<Duration> {
+    match document.get(LEFT) {
         Ok(Some(RawBsonRef::Int64(millis))) => Some(Duration::from_millis(millis.max(0).unsigned_abs())),
         Ok(Some(RawBsonRef::Int32(millis))) => {
             Some(Duration::from_millis(millis.max(0).unsigned_abs().into()))

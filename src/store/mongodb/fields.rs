@@ -28,8 +28,8 @@ pub struct Fields {
 
 /// Fields of this crate's own: other programs leave them alone, and have no need of them.
 pub(super) mod ours {
-    /// Until when a key that this crate found exhausted rests. Without it an exhausted key stays so: other
-    /// programs write dates of another meaning beside that status.
+    /// The same as `cooldownUntil`, for a key that this crate found exhausted. An exhausted key of which the two
+    /// differ stays so: other programs write dates of another meaning beside that status.
     pub(crate) const EXHAUSTED_UNTIL: &str = "exhaustedUntil";
     /// The status that a disabled key would have.
     pub(crate) const DISABLED_FROM: &str = "disabledFrom";

@@ -9,6 +9,7 @@ use std::{
 
 use tokio::{
     sync::Mutex,
+    task::JoinHandle,
     time::{Instant, timeout},
 };
 
@@ -32,19 +33,38 @@ impl Lane {
         T: Send + 'static,
         F: Future<Output = Result<T, Failure>> + Send + 'static,
     {
+        let task = self.begin(limit, operation).await?;
+        ended_within(limit, task).await
+    }
+
+    /// Has it begin, once its turn has come within the limit.
+    pub(super) async fn begin<T, F>(
+        &self,
+        limit: Duration,
+        operation: impl FnOnce(Duration) -> F,
+    ) -> Result<Task<T>, Failure>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, Failure>> + Send + 'static,
+    {
         let asked = Instant::now();
         let turn = timeout(limit, self.0.clone().lock_owned()).await;
         let turn = turn.map_err(|_| Failure::StillUnderWay(limit))?;
         let operation = operation(asked.elapsed());
-        let task = tokio::spawn(async move {
+        Ok(tokio::spawn(async move {
             let _turn = turn;
             operation.await
-        });
-        match timeout(limit, task).await {
-            Err(_) => Err(Failure::TookTooLong(limit)),
-            Ok(Err(_)) => Err(Failure::BrokenOff),
-            Ok(Ok(result)) => result,
-        }
+        }))
+    }
+}
+
+pub(super) type Task<T> = JoinHandle<Result<T, Failure>>;
+
+pub(super) async fn ended_within<T>(limit: Duration, task: Task<T>) -> Result<T, Failure> {
+    match timeout(limit, task).await {
+        Err(_) => Err(Failure::TookTooLong(limit)),
+        Ok(Err(_)) => Err(Failure::BrokenOff),
+        Ok(Ok(result)) => result,
     }
 }
 

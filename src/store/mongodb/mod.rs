@@ -16,7 +16,10 @@ use ::mongodb::{
     bson::{Document, RawDocumentBuf, doc},
     options::{CollectionOptions, ReadConcern, ReadPreference, SelectionCriteria, WriteConcern},
 };
-use tokio::{sync::mpsc, time::Instant};
+use tokio::{
+    sync::mpsc,
+    time::{Instant, timeout},
+};
 
 use self::{
     builder::Limits,
@@ -34,8 +37,11 @@ use crate::secret::{KeyId, Secret};
 /// So many keys' usage goes to the server at once.
 const USAGE_AT_ONCE: usize = 500;
 
-/// A load lets others run after so many keys.
-const KEYS_BETWEEN_YIELDS: usize = 500;
+/// So many keys of a load are passed on at once.
+const KEYS_AT_ONCE: usize = 500;
+
+/// How long it may take to make an index.
+const INDEX_LIMIT: Duration = Duration::from_secs(60);
 
 /// Keys and their state in a collection of MongoDB, shared by all processes that open a pool over it.
 ///
@@ -73,16 +79,16 @@ const KEYS_BETWEEN_YIELDS: usize = 500;
 /// | `_id` | string | the key's id |
 /// | `apiKey` | string | its secret |
 /// | `status` | string | `healthy`; `rate_limited`; `exhausted`; `error`, for revoked; `disabled`. With any other word the key counts as disabled, and the word stays |
-/// | `cooldownUntil` | date or null | until when a `rate_limited` key rests. One without a date gets one, 2 minutes ahead, at the next sweep |
+/// | `cooldownUntil` | date or null | until when a key rests. A `rate_limited` one without a date gets one, 2 minutes ahead, at the next sweep |
 /// | `lastError` | string | what was last said against the key, in a few words of this crate's |
 /// | `requestsCount`, `tokensUsed` | int64 | added up; read in any numeric type |
 /// | `lastUsedAt` | date | up to a pass earlier or later than the use |
 /// | `createdAt`, `updatedAt` | date | |
 /// | `resetAt` | date | when a key was reset through this crate: a mark observed before it is dropped |
 ///
-/// Of its own it adds `exhaustedUntil` (a key that this crate found exhausted is back then; one that another
-/// program did is not, whatever its `cooldownUntil`), `disabledFrom`, `failedAt`, `replacedBy`, `retiredAt`,
-/// `replacedKey` and `usageWriters`.
+/// Of its own it adds `exhaustedUntil` (a key that this crate found exhausted is back then, as long as it is the
+/// same as `cooldownUntil`; one that another program found exhausted is not, whatever date it has), `disabledFrom`,
+/// `failedAt`, `replacedBy`, `retiredAt`, `replacedKey` and `usageWriters`.
 ///
 /// # Standby keys
 ///
@@ -168,7 +174,7 @@ impl MongoStore {
     ///
     /// # Errors
     ///
-    /// Where MongoDB fails, or takes longer than a load may.
+    /// Where MongoDB fails, or takes longer than a minute.
     pub async fn ensure_indexes(&self) -> Result<(), StoreError> {
         let inner = self.inner.clone();
         let make = async move {
@@ -180,7 +186,7 @@ impl MongoStore {
             }
             Ok(())
         };
-        Ok(Lane::default().run(self.inner.limits.load, |_| make).await?)
+        Ok(Lane::default().run(INDEX_LIMIT, |_| make).await?)
     }
 
     /// Something about one key, after whatever is under way about it.
@@ -198,39 +204,57 @@ impl MongoStore {
         Ok(lane.run(self.inner.limits.operation, |waited| operation(inner, waited)).await?)
     }
 
+    /// Each part of it has the limit of an operation: it may take as long as there are keys.
     async fn load(&self, only: Option<&[KeyId]>) -> Result<Loaded, StoreError> {
-        let inner = self.inner.clone();
+        let (inner, limit) = (self.inner.clone(), self.inner.limits.operation);
         let pipeline = self.inner.fields.load(only);
-        Ok(self
-            .inner
-            .loads
-            .run(self.inner.limits.load, |_| async move { inner.load(pipeline).await })
-            .await?)
+        let (parts, mut received) = mpsc::channel(2);
+        let loading = |_| async move { inner.load(pipeline, parts).await };
+        let loading = self.inner.loads.begin(limit, loading).await?;
+        let mut loaded = Loaded::default();
+        while let Some(part) =
+            timeout(limit, received.recv()).await.map_err(|_| Failure::TookTooLong(limit))?
+        {
+            let Loaded { records, unreadable } = part;
+            loaded.records.extend(records);
+            loaded.unreadable.extend(unreadable);
+        }
+        // What is left was true when the server began to answer.
+        let answered = lane::ended_within(limit, loading).await?;
+        loaded.pass_time(answered.elapsed());
+        Ok(loaded)
+    }
+}
+
+impl Loaded {
+    fn pass_time(&mut self, time: Duration) {
+        for record in &mut self.records {
+            if let Some((_, Some(left))) = &mut record.rest {
+                *left = left.saturating_sub(time);
+            }
+        }
     }
 }
 
 impl Inner {
-    async fn load(&self, pipeline: Vec<Document>) -> Result<Loaded, Failure> {
+    /// Says when the server began to answer. It ends early where nobody takes what it reads.
+    async fn load(&self, pipeline: Vec<Document>, parts: mpsc::Sender<Loaded>) -> Result<Instant, Failure> {
         let mut cursor = self.keys.aggregate(pipeline).await?;
-        // What is left was true when the server began to answer.
         let answered = Instant::now();
-        let mut loaded = Loaded::default();
+        let mut part = Loaded::default();
         while cursor.advance().await? {
             match document::decode(cursor.current(), &self.fields) {
-                Ok(record) => loaded.records.push(record),
-                Err(unreadable) => loaded.unreadable.push(unreadable),
+                Ok(record) => part.records.push(record),
+                Err(unreadable) => part.unreadable.push(unreadable),
             }
-            if loaded.records.len() % KEYS_BETWEEN_YIELDS == 0 {
-                tokio::task::yield_now().await;
-            }
-        }
-        let since = answered.elapsed();
-        for record in &mut loaded.records {
-            if let Some((_, Some(left))) = &mut record.rest {
-                *left = left.saturating_sub(since);
+            if part.records.len() + part.unreadable.len() == KEYS_AT_ONCE
+                && parts.send(std::mem::take(&mut part)).await.is_err()
+            {
+                break;
             }
         }
-        Ok(loaded)
+        let _ = parts.send(part).await;
+        Ok(answered)
     }
 
     /// Whether there was a document to update.
@@ -310,7 +334,7 @@ impl KeyStore for MongoStore {
     }
 
     fn watch(&self) -> Option<mpsc::Receiver<Changed>> {
-        let (changes, receiver) = mpsc::channel(1);
+        let (changes, receiver) = mpsc::channel(16);
         tokio::spawn(watch::follow(self.inner.clone(), changes));
         Some(receiver)
     }
@@ -356,7 +380,7 @@ impl KeyStore for MongoStore {
             let Some(standby) = self.inner.standby.clone() else { return Ok(Vec::new()) };
             let inner = self.inner.clone();
             let replace = |_| standby::replace_failed(inner, standby);
-            Ok(self.inner.replacements.run(self.inner.limits.load, replace).await?)
+            Ok(self.inner.replacements.run(self.inner.limits.operation, replace).await?)
         })
     }
 

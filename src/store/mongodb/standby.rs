@@ -198,7 +198,12 @@ impl Replacement<'_> {
     async fn retire(&self, failed: &KeyId, standby: &Bson) -> Result<bool, Failure> {
         let mut filter = self.this_one(failed);
         filter.insert(ours::REPLACED_BY, standby);
-        let set = doc! { ours::RETIRED_AT: "$$NOW", &self.store.fields.updated_at: "$$NOW" };
+        let fields = &self.store.fields;
+        let set = doc! {
+            ours::RETIRED_AT: "$$NOW",
+            &fields.updated_at: "$$NOW",
+            &fields.cooldown_until: Bson::Null,
+        };
         let retire = vec![doc! { "$set": set }, doc! { "$unset": [ours::EXHAUSTED_UNTIL] }];
         Ok(self.store.keys.update_one(filter, retire).await?.modified_count == 1)
     }

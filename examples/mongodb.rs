@@ -1,0 +1,91 @@
+//! Keys in MongoDB, behind a `reqwest::Client`: shared by every process that does the same.
+//!
+//! ```text
+//! MONGODB_URI=mongodb://localhost:27017 cargo run --example mongodb --features full
+//! ```
+//!
+//! Without `MONGODB_URI` it starts a MongoDB of its own, which is gone at the end. It talks to a service of its
+//! own, which limits one of two keys, and shows that key's document before the 429, while the key rests, and
+//! after the sweep. So that nobody has to wait for 2 minutes, a key rests for 2 seconds here.
+
+mod local;
+#[path = "local/mongod.rs"]
+mod mongod;
+
+use std::{env, error::Error, time::Duration};
+
+use mongodb::{
+    Client,
+    bson::{Document, doc},
+};
+use reqwest::{Method, Request, Url, redirect};
+use tower::{Service, ServiceBuilder, ServiceExt};
+use tower_key_rotation::{
+    FailoverLayer, KeyPool, KeyRotationLayer, RecoveryHandle, ServedBy, store::MongoStore,
+};
+
+const DATABASE: &str = "key_rotation_example";
+const COLLECTION: &str = "keys";
+const COOLDOWN: Duration = Duration::from_secs(2);
+
+#[tokio::main]
+async fn main() -> Result<(), Box<dyn Error>> {
+    tracing_subscriber::fmt().with_target(false).init();
+    let (uri, server) = match env::var("MONGODB_URI") {
+        Ok(uri) => (uri, None),
+        Err(_) => {
+            println!("MONGODB_URI is not set: starting a MongoDB for this example alone.");
+            let server = mongod::Mongod::start(mongod::Kind::ReplicaSet).await?;
+            (server.uri(), Some(server))
+        }
+    };
+    let url: Url = local::serve().await?.parse()?;
+
+    // What a program needs.
+    let store = MongoStore::builder().database(DATABASE).collection(COLLECTION).connect(&uri).await?;
+    store.ensure_indexes().await?;
+    let pool = KeyPool::builder()
+        .key("alpha", "sk-1") // Inserted where there is no key of that id yet.
+        .key("beta", "sk-2")
+        .allowed_hosts(url.host_str())
+        .cooldown(COOLDOWN)
+        .open(store)
+        .await?;
+    let recovery = RecoveryHandle::spawn(&pool);
+    let mut client = ServiceBuilder::new()
+        .layer(FailoverLayer::new(&pool))
+        .layer(KeyRotationLayer::new(&pool).expose_key())
+        .service(reqwest::Client::builder().redirect(redirect::Policy::none()).build()?);
+
+    let documents = Client::with_uri_str(&uri).await?.database(DATABASE).collection::<Document>(COLLECTION);
+    let show = async |when: &str| match documents.find_one(doc! { "_id": "alpha" }).await {
+        Ok(Some(mut alpha)) => {
+            alpha.insert("apiKey", "(not shown)");
+            println!("\n{when}:\n{alpha:#}");
+        }
+        other => println!("\n{when}: {other:?}"),
+    };
+
+    show("Before the 429").await;
+
+    let response = client.ready().await?.call(Request::new(Method::GET, url)).await?;
+    if let Some(ServedBy(key)) = response.extensions().get() {
+        println!("\n{} with key {key}, after alpha was limited", response.status());
+        pool.record_usage(key, 42);
+    }
+    // The mark is written beside the request.
+    while pool.stats().marks_waiting > 0 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    show("While it rests").await;
+
+    tokio::time::sleep(COOLDOWN).await;
+    let report = recovery.sweep_now().await;
+    println!("\nThe sweep reset {:?}", report.outcome?.ids);
+    show("After the sweep").await;
+
+    recovery.shutdown().await?;
+    documents.drop().await?;
+    drop(server);
+    Ok(())
+}
