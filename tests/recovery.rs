@@ -12,12 +12,16 @@ use std::{
 
 use support::*;
 use tower_key_rotation::{
-    KeyPool, MarksNotWritten, OperateError, PassError, RecoveryConfig, RecoveryHandle, Rest, Status,
+    KeyId, KeyPool, MarksNotWritten, OperateError, PassError, RecoveryConfig, RecoveryHandle, Rest, Status,
     clock::ManualClock,
-    store::{KeyStore, MemoryStore},
+    store::{Changed, KeyStore, MemoryStore, UsageBatch},
 };
 
 const INTERVAL: Duration = Duration::from_secs(30);
+
+fn id(name: &str) -> KeyId {
+    KeyId::new(name).unwrap()
+}
 
 fn at_once() -> RecoveryConfig {
     RecoveryConfig::new().start_jitter(Duration::ZERO)
@@ -79,7 +83,7 @@ async fn a_pass_is_made_every_30_seconds_and_counted() {
     }
     let report = recovery.last_report().unwrap();
     assert_eq!((report.failures, report.outcome.unwrap().count), (0, 0));
-    assert_eq!((bench.store.recovers.begun(), bench.store.loads.begun()), (4, 5));
+    assert_eq!((bench.store.recovers.begun(), bench.store.loads.begun()), (4, 6));
 }
 
 #[tokio::test]
@@ -278,6 +282,149 @@ async fn f05_a_reload_that_fails_leaves_the_keys_as_they_were() {
 }
 
 #[tokio::test]
+async fn f01_seed_keys_serve_until_the_store_is_there_and_are_given_to_it_then() {
+    let clock = ManualClock::new();
+    let store = FaultyStore::new(&clock);
+    let theirs = store.memory.clone();
+    assert!(theirs.insert(id("beta"), "sk-theirs".into()).await.unwrap());
+    assert!(theirs.insert(id("gamma"), "sk-gamma".into()).await.unwrap());
+    store.set(Mode::Fails);
+    let pool = builder(["alpha", "beta"], &clock).open_when_ready(store.clone()).unwrap();
+    let recovery = RecoveryHandle::spawn(&pool);
+    let server = Server::limiting(["alpha"]).await;
+    let client = rotating(&pool);
+    assert_eq!(status(&client, &server.url()).await, 429);
+    assert_eq!(status(&client, &server.url()).await, 200);
+    passed(&recovery, 1).await;
+    assert!(recovery.last_report().unwrap().outcome.is_err());
+
+    store.set(Mode::Works);
+    // Sooner than after the usual 30 seconds.
+    clock.advance(3 * SECOND);
+    eventually("the keys of the store are here", || pool.stats().keys.len() == 3).await;
+    assert_eq!(store.record("alpha").await.rest, Some((Rest::RateLimited, Some(2 * MINUTE - 3 * SECOND))));
+    assert_eq!(store.record("beta").await.secret.expose(), "sk-theirs");
+    for _ in 0..2 {
+        assert_eq!(status(&client, &server.url()).await, 200);
+    }
+    let mut keys = server.keys().split_off(2);
+    keys.sort();
+    assert_eq!(keys, ["gamma", "theirs"]);
+    recovery.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn f01_while_the_store_is_not_there_it_is_tried_at_growing_and_random_intervals_up_to_the_usual_one() {
+    let clock = ManualClock::new();
+    let store = FaultyStore::new(&clock);
+    store.set(Mode::Fails);
+    let pool = builder(["alpha"], &clock).open_when_ready(store.clone()).unwrap();
+    let recovery = RecoveryHandle::spawn(&pool);
+    let mut at = Vec::new();
+    for second in 0..120 {
+        settle().await;
+        if passes(&recovery) as usize > at.len() {
+            at.push(second);
+        }
+        clock.advance(SECOND);
+    }
+    let gaps: Vec<_> = at.windows(2).map(|pass| pass[1] - pass[0]).collect();
+    assert!(at[0] == 0 && gaps[0] <= 4 && gaps.len() >= 5, "{at:?}");
+    assert!(gaps.iter().all(|gap| *gap <= 31) && *gaps.last().unwrap() >= 15, "{at:?}");
+}
+
+#[tokio::test]
+async fn usage_is_written_in_batches_and_one_that_failed_is_written_again_as_it_was() {
+    let bench = Bench::new(["alpha", "beta"]).await;
+    let recovery = recovery(&bench.pool).await;
+    assert_eq!(bench.store.batches(), []);
+    bench.get().await;
+    bench.pool.record_usage(&id("beta"), 7);
+    bench.store.usage.set(Mode::Fails);
+    let report = recovery.sweep_now().await;
+    assert!(matches!(report.outcome, Err(PassError::Store(_))), "{report:?}");
+    bench.get().await;
+    bench.pool.record_usage(&id("beta"), 1);
+    bench.clock.advance(SECOND);
+    bench.store.usage.set(Mode::Works);
+    recovery.sweep_now().await.outcome.unwrap();
+
+    let batches = bench.store.batches();
+    let used = |batch: &UsageBatch| -> Vec<_> {
+        batch.usage.iter().map(|usage| (usage.id.to_string(), usage.requests, usage.tokens)).collect()
+    };
+    let told: Vec<_> = batches.iter().map(|batch| (batch.number, batch.age, used(batch))).collect();
+    let first = vec![("alpha".to_owned(), 1, 0), ("beta".to_owned(), 0, 7)];
+    let second = vec![("beta".to_owned(), 1, 1)];
+    let expected = [(1, Duration::ZERO, first.clone()), (1, SECOND, first), (2, Duration::ZERO, second)];
+    assert_eq!(told, expected);
+    assert!(batches.iter().all(|batch| batch.writer == batches[0].writer));
+
+    bench.get().await;
+    in_time(recovery.shutdown()).await.unwrap();
+    assert_eq!(bench.store.batches().len(), 4);
+}
+
+#[tokio::test]
+async fn what_the_store_says_has_changed_is_loaded_without_waiting_for_a_pass() {
+    let bench = Bench::new(["alpha", "beta"]).await;
+    let other = bench.another().await;
+    let recovery = recovery(&bench.pool).await;
+    other.disable("alpha").await.unwrap();
+    other.remove("beta").await.unwrap();
+    other.insert("gamma", "sk-gamma").await.unwrap();
+    bench.store.tell(Changed::Keys(vec![id("alpha"), id("gamma")])).await;
+    eventually("the new key is here", || bench.pool.stats().keys.len() == 3).await;
+    assert_eq!(stats_of(&bench.pool, "alpha").status, Status::Disabled);
+    assert_eq!(stats_of(&bench.pool, "beta").status, Status::Healthy);
+    bench.store.tell(Changed::Keys(vec![id("beta")])).await;
+    eventually("the old one is gone", || bench.pool.stats().keys.len() == 2).await;
+    other.enable("alpha").await.unwrap();
+    bench.store.tell(Changed::Anything).await;
+    eventually("all was loaded", || bench.pool.stats().healthy == 2).await;
+    assert_eq!(passes(&recovery), 1);
+}
+
+#[tokio::test]
+async fn a_change_that_could_not_be_loaded_is_not_missed() {
+    let bench = Bench::new(["alpha"]).await;
+    let other = bench.another().await;
+    let recovery = recovery(&bench.pool).await;
+    other.disable("alpha").await.unwrap();
+    bench.store.loads.set(Mode::Fails);
+    let loads = bench.store.loads.begun();
+    bench.store.tell(Changed::Keys(vec![id("alpha")])).await;
+    eventually("it was tried", || bench.store.loads.begun() > loads).await;
+    bench.store.loads.set(Mode::Works);
+    settle().await;
+    bench.clock.advance(SECOND);
+    eventually("it was loaded", || bench.pool.stats().disabled == 1).await;
+    assert_eq!(passes(&recovery), 1);
+}
+
+#[tokio::test]
+async fn of_a_store_that_takes_no_mark_it_is_asked_eight_times_and_not_for_every_key() {
+    let clock = ManualClock::new();
+    let store = FaultyStore::new(&clock);
+    let pool = builder(0..50, &clock).open(store.clone()).await.unwrap();
+    let server = Server::answering(|| answer(429, "")).await;
+    let client = rotating(&pool);
+    for _ in 0..50 {
+        assert_eq!(status(&client, &server.url()).await, 429);
+    }
+    store.set(Mode::Fails);
+    let recovery = RecoveryHandle::spawn_with(&pool, RecoveryConfig::new());
+    eventually("writes were tried", || store.writes.begun() > 0).await;
+    settle().await;
+    assert!((8..=16).contains(&store.writes.begun()), "{}", store.writes.begun());
+    assert_eq!(pool.stats().marks_waiting, 50);
+    store.set(Mode::Works);
+    clock.advance(SECOND);
+    eventually("all are written", || pool.stats().marks_waiting == 0).await;
+    drop(recovery);
+}
+
+#[tokio::test]
 async fn an_operator_is_told_of_a_key_that_is_unknown_or_there_already() {
     let bench = Bench::new(["alpha"]).await;
     let error = bench.pool.reset("nobody").await.unwrap_err();
@@ -452,7 +599,7 @@ async fn f31_a_shutdown_finishes_the_pass_that_is_under_way() {
     let bench = Bench::new(["alpha"]).await;
     bench.store.loads.set(Mode::Hangs);
     let recovery = RecoveryHandle::spawn_with(&bench.pool, at_once());
-    eventually("the pass reads the store", || bench.store.loads.begun() == 2).await;
+    eventually("the pass reads the store", || bench.store.loads.begun() == 3).await;
     let shutdown = tokio::spawn(recovery.shutdown());
     settle().await;
     assert!(!shutdown.is_finished());
@@ -604,7 +751,7 @@ async fn f08_a_reload_that_began_to_read_before_a_mark_does_not_clear_it() {
             let pool = bench.pool.clone();
             async move { pool.reload().await }
         });
-        eventually("the reload has read", || bench.store.loads.begun() == 2).await;
+        eventually("the reload has read", || bench.store.loads.begun() == 3).await;
         assert_eq!(bench.get().await, 429);
         let recovery = written_meanwhile.then(|| RecoveryHandle::spawn(&bench.pool));
         if written_meanwhile {

@@ -3,11 +3,14 @@ use std::sync::{
     atomic::{AtomicUsize, Ordering::SeqCst},
 };
 
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tower_key_rotation::{
     KeyId, Secret,
     clock::ManualClock,
-    store::{KeyRecord, KeyStore, Loaded, Mark, MemoryStore, Recovered, StoreError, StoreFuture},
+    store::{
+        Changed, KeyRecord, KeyStore, Loaded, Mark, MemoryStore, Recovered, StoreError, StoreFuture,
+        UsageBatch,
+    },
 };
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,7 +70,10 @@ pub struct FaultyStore {
     pub loads: Operation,
     pub writes: Operation,
     pub recovers: Operation,
+    pub usage: Operation,
     marks: Arc<Mutex<Vec<Mark>>>,
+    batches: Arc<Mutex<Vec<UsageBatch>>>,
+    watchers: Arc<Mutex<Vec<mpsc::Sender<Changed>>>>,
 }
 
 impl FaultyStore {
@@ -77,13 +83,16 @@ impl FaultyStore {
             loads: Operation::new(),
             writes: Operation::new(),
             recovers: Operation::new(),
+            usage: Operation::new(),
             marks: Arc::default(),
+            batches: Arc::default(),
+            watchers: Arc::default(),
         }
     }
 
     /// Loads, writes and sweeps alike.
     pub fn set(&self, mode: Mode) {
-        for operation in [&self.loads, &self.writes, &self.recovers] {
+        for operation in [&self.loads, &self.writes, &self.recovers, &self.usage] {
             operation.set(mode);
         }
     }
@@ -91,6 +100,19 @@ impl FaultyStore {
     /// The marks that it has taken, the oldest first.
     pub fn marks(&self) -> Vec<Mark> {
         self.marks.lock().unwrap().clone()
+    }
+
+    /// The batches of usage that it was given, whether it took them or not.
+    pub fn batches(&self) -> Vec<UsageBatch> {
+        self.batches.lock().unwrap().clone()
+    }
+
+    /// Tells whoever watches it.
+    pub async fn tell(&self, changed: Changed) {
+        let watchers = self.watchers.lock().unwrap().clone();
+        for watcher in watchers {
+            let _ = watcher.send(changed.clone()).await;
+        }
     }
 
     /// What it has of a key, whatever its mode.
@@ -123,6 +145,17 @@ impl KeyStore for FaultyStore {
             self.recovers.run().await?;
             self.memory.recover().await
         })
+    }
+
+    fn add_usage<'a>(&'a self, batch: &'a UsageBatch) -> StoreFuture<'a, ()> {
+        self.batches.lock().unwrap().push(batch.clone());
+        Box::pin(self.usage.run())
+    }
+
+    fn watch(&self) -> Option<mpsc::Receiver<Changed>> {
+        let (watcher, changes) = mpsc::channel(1);
+        self.watchers.lock().unwrap().push(watcher);
+        Some(changes)
     }
 
     fn insert(&self, id: KeyId, secret: Secret) -> StoreFuture<'_, bool> {
