@@ -44,7 +44,8 @@
 //! - [`KeyRotationLayer`]: a key for each request ([`layer`]).
 //! - `FailoverLayer`: the same request again with another key ([`failover`]).
 //! - [`classify`]: what a response says of its key.
-//! - [`RecoveryHandle`] and [`store`]: state that outlives a process, and is shared by several.
+//! - [`RecoveryHandle`] and [`store`]: state that outlives a process, and is shared by several, in MongoDB for
+//!   one.
 //! - `KeyRotationMiddleware`: all of it for `reqwest-middleware`.
 //!
 //! # Features
@@ -54,6 +55,7 @@
 //! | feature | what it adds |
 //! |---|---|
 //! | `failover` | [`failover`]: a limited request is sent again with another key |
+//! | `mongodb` | `MongoStore`: keys and their state shared by many processes |
 //! | `reqwest` | the layers over `reqwest::Request` |
 //! | `reqwest-middleware` | `KeyRotationMiddleware`; brings `reqwest` and `failover` |
 //! | `serde` | statistics are `Serialize` |

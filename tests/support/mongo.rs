@@ -19,9 +19,12 @@ static STANDALONE: OnceCell<Mongod> = OnceCell::const_new();
 static REPLICA_SET: OnceCell<Mongod> = OnceCell::const_new();
 static DATABASES: AtomicU32 = AtomicU32::new(0);
 
-/// A server that the test does nothing bad to: one that is shared by all tests, or the one of `MONGODB_URI`.
+/// A server that the test does nothing bad to: one that is shared by all tests, or the one of `MONGODB_URI` if it
+/// is of that kind.
 pub async fn shared_uri(kind: Kind) -> String {
-    if let Ok(uri) = env::var("MONGODB_URI") {
+    if let Ok(uri) = env::var("MONGODB_URI")
+        && kind_of(&uri).await == kind
+    {
         return uri;
     }
     let server = match kind {
@@ -29,6 +32,13 @@ pub async fn shared_uri(kind: Kind) -> String {
         Kind::ReplicaSet => &REPLICA_SET,
     };
     server.get_or_init(|| own(kind)).await.uri()
+}
+
+async fn kind_of(uri: &str) -> Kind {
+    let admin = Client::with_uri_str(uri).await.unwrap().database("admin");
+    let hello = admin.run_command(doc! { "hello": 1 }).await;
+    let hello = hello.unwrap_or_else(|error| panic!("the MongoDB of MONGODB_URI does not answer: {error}"));
+    if hello.contains_key("setName") { Kind::ReplicaSet } else { Kind::Standalone }
 }
 
 /// A server of the test's own, to be ill-treated.

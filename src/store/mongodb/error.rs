@@ -31,21 +31,6 @@ impl Failure {
         matches!(self, Self::Server { code: 11_000, .. })
     }
 
-    /// A deployment that has no change streams, or that does not let this user have one.
-    pub(super) fn has_no_change_streams(&self) -> bool {
-        const NOT_A_REPLICA_SET: i32 = 40_573;
-        const UNAUTHORIZED: i32 = 13;
-        const COMMAND_NOT_FOUND: i32 = 59;
-        const COMMAND_NOT_SUPPORTED: i32 = 115;
-        matches!(
-            self,
-            Self::Server {
-                code: NOT_A_REPLICA_SET | UNAUTHORIZED | COMMAND_NOT_FOUND | COMMAND_NOT_SUPPORTED,
-                ..
-            }
-        )
-    }
-
     pub(super) fn is_from_server(&self) -> bool {
         matches!(self, Self::Server { .. })
     }

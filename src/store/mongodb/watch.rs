@@ -22,30 +22,41 @@ type Stream = ChangeStream<RawDocumentBuf>;
 /// Follows until nobody listens any more.
 pub(super) async fn follow(store: Arc<Inner>, changes: mpsc::Sender<Changed>) {
     let mut resume = None;
+    let mut told = false;
     while !changes.is_closed() {
-        let resumed = resume.is_some();
         match open(&store, resume.clone()).await {
             Ok(stream) => {
+                told = false;
                 // What changed before the stream began is in no stream.
-                if !resumed && changes.send(Changed::Anything).await.is_err() {
+                if resume.is_none() && changes.send(Changed::Anything).await.is_err() {
                     return;
                 }
                 resume = forward(stream, &changes).await;
+                pause(&changes, BEFORE_ANOTHER_TRY).await;
             }
-            Err(failure) if failure.has_no_change_streams() => {
-                let interval_ms = store.limits.poll.as_millis() as u64;
-                tracing::info!(%failure, interval_ms, "no change streams: the keys are read regularly");
-                return poll(store.limits.poll, &changes).await;
+            // The server no longer has what it would be resumed from.
+            Err(failure) if failure.is_from_server() && resume.is_some() => resume = None,
+            Err(failure) if failure.is_from_server() => {
+                let interval = store.limits.poll;
+                if !std::mem::replace(&mut told, true) {
+                    let interval_ms = interval.as_millis() as u64;
+                    tracing::info!(%failure, interval_ms, "no change stream: the keys are read regularly");
+                }
+                pause(&changes, interval).await;
+                let _ = changes.send(Changed::Anything).await;
             }
             Err(failure) => {
                 tracing::debug!(%failure, "no change stream");
-                // The server no longer has what it would be resumed from.
-                if resumed && failure.is_from_server() {
-                    resume = None;
-                }
+                pause(&changes, BEFORE_ANOTHER_TRY).await;
             }
         }
-        sleep(BEFORE_ANOTHER_TRY / 2 + BEFORE_ANOTHER_TRY.mul_f64(fastrand::f64())).await;
+    }
+}
+
+async fn pause(changes: &mpsc::Sender<Changed>, time: Duration) {
+    tokio::select! {
+        () = changes.closed() => {}
+        () = sleep(time) => {}
     }
 }
 
@@ -81,18 +92,6 @@ async fn forward(mut stream: Stream, changes: &mpsc::Sender<Changed>) -> Option<
     }
     // The collection was dropped or renamed: there is nothing to resume.
     None
-}
-
-async fn poll(interval: Duration, changes: &mpsc::Sender<Changed>) {
-    loop {
-        tokio::select! {
-            () = changes.closed() => return,
-            () = sleep(interval) => {}
-        }
-        if changes.send(Changed::Anything).await.is_err() {
-            return;
-        }
-    }
 }
 
 /// Changes that nobody has taken yet.
