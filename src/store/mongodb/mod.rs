@@ -14,7 +14,9 @@ use std::{fmt, future::Future, sync::Arc, time::Duration};
 use ::mongodb::{
     Collection, Database, IndexModel,
     bson::{Document, RawDocumentBuf, doc},
-    options::{CollectionOptions, ReadConcern, ReadPreference, SelectionCriteria, WriteConcern},
+    options::{
+        Acknowledgment, CollectionOptions, ReadConcern, ReadPreference, SelectionCriteria, WriteConcern,
+    },
 };
 use tokio::{
     sync::mpsc,
@@ -109,8 +111,8 @@ const INDEX_LIMIT: Duration = Duration::from_secs(60);
 ///
 /// # Durability
 ///
-/// Writes are acknowledged by a majority, and reads go to the primary, whatever the client is set to: an election
-/// loses no cooldown.
+/// Writes are acknowledged by a majority, and reads go to the primary and see what a majority has, whatever the
+/// client is set to: an election loses no cooldown.
 #[derive(Clone)]
 pub struct MongoStore {
     inner: Arc<Inner>,
@@ -129,16 +131,15 @@ struct Inner {
     replacements: Lane,
 }
 
+/// A collection as this store uses it: whatever the client is set to, writes are acknowledged by a majority, and
+/// reads go to the primary.
 fn collection(database: &Database, name: &str, limits: Limits) -> Collection<RawDocumentBuf> {
+    let majority = WriteConcern::builder().w(Acknowledgment::Majority).w_timeout(limits.operation).build();
     let options = CollectionOptions::builder()
         .selection_criteria(primary())
-        .read_concern(ReadConcern::local())
-        .write_concern(
-            WriteConcern::builder()
-                .w(::mongodb::options::Acknowledgment::Majority)
-                .w_timeout(limits.operation)
-                .build(),
-        )
+        // The one that change streams take, too. A majority has whatever this process was told to be written.
+        .read_concern(ReadConcern::majority())
+        .write_concern(majority)
         .build();
     database.collection_with_options(name, options)
 }
