@@ -111,11 +111,12 @@ struct Seen {
     limited: bool,
 }
 
-/// A service that limits a key from a request on, for as long as the key is to rest, and remembers everything.
+/// A service that limits a key and tells one worker alone, by one 429: the others can only know from it. It
+/// remembers everything.
 #[derive(Clone, Default)]
 struct Service {
     seen: Arc<Mutex<Vec<Seen>>>,
-    /// Keys of which the next request begins a limit, if it comes from a worker of that name.
+    /// Keys of which the next request is limited, if it comes from a worker of that name.
     armed: Arc<Mutex<BTreeMap<String, &'static str>>>,
 }
 
@@ -132,16 +133,13 @@ impl Service {
     }
 
     fn see(&self, key: String, worker: String) -> bool {
-        let at = Instant::now();
-        let mut seen = self.seen.lock().unwrap();
         let mut armed = self.armed.lock().unwrap();
-        let begins = armed.get(&key).is_some_and(|name| worker.starts_with(name));
-        if begins {
+        let limited = armed.get(&key).is_some_and(|name| worker.starts_with(name));
+        if limited {
             armed.remove(&key);
         }
-        let goes_on = limits(&seen).iter().any(|limit| limit.key == key && at < limit.at + COOLDOWN);
-        seen.push(Seen { at, key, worker, limited: begins || goes_on });
-        begins || goes_on
+        self.seen.lock().unwrap().push(Seen { at: Instant::now(), key, worker, limited });
+        limited
     }
 
     /// Limits a key from the next request of anybody on, and waits for that.
@@ -159,16 +157,8 @@ impl Service {
     }
 }
 
-/// The first 429 of each limit.
 fn limits(seen: &[Seen]) -> Vec<Seen> {
-    let mut limits: Vec<Seen> = Vec::new();
-    for seen in seen.iter().filter(|seen| seen.limited) {
-        let same = |limit: &Seen| limit.key == seen.key && seen.at < limit.at + COOLDOWN;
-        if !limits.iter().any(same) {
-            limits.push(seen.clone());
-        }
-    }
-    limits
+    seen.iter().filter(|seen| seen.limited).cloned().collect()
 }
 
 /// Requests on a key that was resting, by all that its sender could know.
