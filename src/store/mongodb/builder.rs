@@ -94,7 +94,8 @@ impl MongoStoreBuilder {
         self
     }
 
-    /// How long one operation may take, or of a load of all keys each part. By default 5 seconds.
+    /// How long one operation may take, or of a load each part. By default 5 seconds. A sweep is bounded by the
+    /// [limit of a pass](crate::RecoveryConfig::limit).
     ///
     /// One that takes longer has failed as far as the pool is concerned. It is not cut off, and what it could
     /// get in the way of waits for it.

@@ -42,8 +42,8 @@ const USAGE_AT_ONCE: usize = 500;
 /// So many keys of a load are passed on at once.
 const KEYS_AT_ONCE: usize = 500;
 
-/// How long it may take to make an index.
-const INDEX_LIMIT: Duration = Duration::from_secs(60);
+/// How long one command may take that is about all keys. A pass has a limit of its own.
+const ALL_KEYS_LIMIT: Duration = Duration::from_secs(60);
 
 /// Keys and their state in a collection of MongoDB, shared by all processes that open a pool over it.
 ///
@@ -187,7 +187,7 @@ impl MongoStore {
             }
             Ok(())
         };
-        Ok(Lane::default().run(INDEX_LIMIT, |_| make).await?)
+        Ok(Lane::default().run(ALL_KEYS_LIMIT, |_| make).await?)
     }
 
     /// Something about one key, after whatever is under way about it.
@@ -359,7 +359,7 @@ impl KeyStore for MongoStore {
         Box::pin(async {
             let inner = self.inner.clone();
             let recover = |_| async move { inner.recover().await };
-            Ok(self.inner.sweeps.run(self.inner.limits.operation, recover).await?)
+            Ok(self.inner.sweeps.run(ALL_KEYS_LIMIT, recover).await?)
         })
     }
 
@@ -381,7 +381,7 @@ impl KeyStore for MongoStore {
             let Some(standby) = self.inner.standby.clone() else { return Ok(Vec::new()) };
             let inner = self.inner.clone();
             let replace = |_| standby::replace_failed(inner, standby);
-            Ok(self.inner.replacements.run(self.inner.limits.operation, replace).await?)
+            Ok(self.inner.replacements.run(ALL_KEYS_LIMIT, replace).await?)
         })
     }
 
