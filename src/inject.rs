@@ -159,7 +159,8 @@ impl fmt::Debug for Credentials {
 
 /// `http` accepts tabs and bytes beyond ASCII in a header value, and trims nothing; a pasted key that has
 /// them is a broken key.
-fn check(secret: &str) -> Result<(), UnusableSecret> {
+/// Whether a secret can be put into a request.
+pub(crate) fn check(secret: &str) -> Result<(), UnusableSecret> {
     if secret.is_empty() {
         return Err(UnusableSecret::Empty);
     }

@@ -46,14 +46,6 @@ impl Key {
             counts: Counts::default(),
         })
     }
-
-    /// Goes on with the counts of the key that had this id until now.
-    pub(crate) fn in_place_of(mut self, before: Option<&Self>) -> Self {
-        if let Some(before) = before {
-            self.counts = before.counts.clone();
-        }
-        self
-    }
 }
 
 /// How much of what this process knows of a key has reached the store.
@@ -111,18 +103,6 @@ pub(crate) struct Counts {
     pub(crate) last_status: AtomicU16,
 }
 
-impl Clone for Counts {
-    fn clone(&self) -> Self {
-        Self {
-            requests: self.requests.clone(),
-            limited: AtomicU64::new(self.limited.load(Relaxed)),
-            recovered: AtomicU64::new(self.recovered.load(Relaxed)),
-            tokens: self.tokens.clone(),
-            last_status: AtomicU16::new(self.last_status.load(Relaxed)),
-        }
-    }
-}
-
 /// A sum that only grows, and how much of it has been taken for the store.
 #[derive(Debug, Default)]
 pub(crate) struct Count {
@@ -144,12 +124,6 @@ impl Count {
     pub(crate) fn take(&self) -> u64 {
         let sum = self.sum();
         sum.wrapping_sub(self.taken.swap(sum, Relaxed))
-    }
-}
-
-impl Clone for Count {
-    fn clone(&self) -> Self {
-        Self { sum: AtomicU64::new(self.sum()), taken: AtomicU64::new(self.taken.load(Relaxed)) }
     }
 }
 

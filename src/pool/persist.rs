@@ -10,7 +10,7 @@ use std::{
 
 use tokio::sync::{Notify, mpsc};
 
-use super::{KeyPool, reload::Complaints, usage::Account};
+use super::{KeyPool, key::Key, reload::Complaints, usage::Account};
 use crate::{
     secret::{KeyId, Secret},
     store::{Changed, KeyStore, Recovered, StoreError},
@@ -24,6 +24,8 @@ pub(super) struct Persistence {
     /// Held while marks are written: at most one write per key is under way.
     pub(super) writing: tokio::sync::Mutex<()>,
     pub(super) usage: tokio::sync::Mutex<Account>,
+    /// Keys that a reload gave another secret, as long as they may have usage that is not written.
+    predecessors: Mutex<Vec<Arc<Key>>>,
     pub(super) complaints: Complaints,
     /// Keys that the store is to have before anything else is done with it.
     seeds: Mutex<Vec<(KeyId, Secret)>>,
@@ -47,6 +49,7 @@ impl Persistence {
             turn: Arc::default(),
             writing: tokio::sync::Mutex::default(),
             usage: tokio::sync::Mutex::default(),
+            predecessors: Mutex::default(),
             complaints: Complaints::default(),
             seeds: Mutex::new(seeds),
             open: AtomicBool::new(false),
@@ -73,6 +76,10 @@ impl Persistence {
     /// The store has a mark that a standby key may answer.
     pub(super) fn key_failed(&self) {
         self.failed_keys.store(true, SeqCst);
+    }
+
+    pub(super) fn predecessors(&self) -> MutexGuard<'_, Vec<Arc<Key>>> {
+        self.predecessors.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn opened(&self) {

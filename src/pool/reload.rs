@@ -121,12 +121,16 @@ impl KeyPool {
                     self.reconcile(key, state, number);
                     continue;
                 }
-                let key = Key::new(record.id.clone(), record.secret, state, &self.inner.inject);
-                let key = key.map(|key| Arc::new(key.in_place_of(known.map(|known| &**known))));
-                let key = key.map_err(|reason| {
-                    unreadable.push(Unreadable::new(record.id.as_str(), reason.to_string()))
-                });
-                changes.put(slot, key.ok());
+                match Key::new(record.id.clone(), record.secret, state, &self.inner.inject) {
+                    Ok(key) => {
+                        self.inner.persistence.predecessors().extend(known.cloned());
+                        changes.put(slot, Some(Arc::new(key)));
+                    }
+                    Err(reason) => {
+                        unreadable.push(Unreadable::new(record.id.as_str(), reason.to_string()));
+                        changes.put(slot, None);
+                    }
+                }
             }
             changes.take_out_the_others(before, only.as_deref());
             changes.applied_to(before)
@@ -203,31 +207,34 @@ impl Changes {
     }
 }
 
-/// What the store holds that can't be used as a key. It is told once, and not at every reload.
+/// What the store holds that can't be used as a key, and how often: ids may look alike. It is told once, and not
+/// at every reload.
 #[derive(Debug, Default)]
-pub(super) struct Complaints(Mutex<BTreeMap<String, String>>);
+pub(super) struct Complaints(Mutex<BTreeMap<(String, String), usize>>);
 
 impl Complaints {
     fn update(&self, only: Option<&[KeyId]>, unreadable: Vec<Unreadable>) {
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let unreadable = unreadable.into_iter().map(|Unreadable { id, reason }| (id, reason));
-        let unreadable: BTreeMap<_, _> = unreadable.collect();
-        for (id, reason) in &unreadable {
-            if known.get(id) != Some(reason) {
+        let mut found = BTreeMap::new();
+        for Unreadable { id, reason } in unreadable {
+            *found.entry((id, reason)).or_default() += 1;
+        }
+        for ((id, reason), count) in &found {
+            for _ in known.get(&(id.clone(), reason.clone())).copied().unwrap_or_default()..*count {
                 tracing::warn!(key = %id, %reason, "not used as a key");
             }
         }
         match only {
-            None => *known = unreadable,
+            None => *known = found,
             Some(ids) => {
-                known.retain(|id, _| ids.iter().all(|read| read.as_str() != id));
-                known.extend(unreadable);
+                known.retain(|(id, _), _| ids.iter().all(|read| read.as_str() != id));
+                known.extend(found);
             }
         }
     }
 
     pub(super) fn count(&self) -> usize {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).len()
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).values().sum()
     }
 }
 

@@ -4,9 +4,15 @@
 //! and written. A batch of which it isn't known whether it arrived stays as it is, and is written again under
 //! its number, so that the store can tell that it has it already.
 
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc,
+        atomic::{Ordering::Acquire, fence},
+    },
+    time::Duration,
+};
 
-use super::KeyPool;
+use super::{KeyPool, key::Key};
 use crate::store::{StoreError, Usage, UsageBatch};
 
 #[derive(Debug)]
@@ -55,10 +61,31 @@ impl KeyPool {
 
     fn take_usage(&self) -> Vec<Usage> {
         let snapshot = self.inner.snapshot.load();
-        let used = snapshot.keys().iter().filter_map(|key| {
-            let (requests, tokens) = (key.counts.requests.take(), key.counts.tokens.take());
-            (requests != 0 || tokens != 0).then(|| Usage { id: key.id.clone(), requests, tokens })
+        let mut used: Vec<_> = snapshot.keys().iter().filter_map(taken).collect();
+        self.inner.persistence.predecessors().retain(|key| {
+            // To be asked first: a request that still holds the key may count itself until it lets go of it.
+            let is_held = Arc::strong_count(key) > 1;
+            fence(Acquire);
+            if let Some(usage) = taken(key) {
+                add(&mut used, usage);
+            }
+            is_held
         });
-        used.collect()
+        used
     }
+}
+
+fn add(used: &mut Vec<Usage>, usage: Usage) {
+    match used.iter_mut().find(|same| same.id == usage.id) {
+        Some(same) => {
+            same.requests += usage.requests;
+            same.tokens += usage.tokens;
+        }
+        None => used.push(usage),
+    }
+}
+
+fn taken(key: &Arc<Key>) -> Option<Usage> {
+    let (requests, tokens) = (key.counts.requests.take(), key.counts.tokens.take());
+    (requests != 0 || tokens != 0).then(|| Usage { id: key.id.clone(), requests, tokens })
 }

@@ -114,8 +114,8 @@ impl MongoStoreBuilder {
 
     /// Connects, and makes sure that a server answers.
     ///
-    /// The driver takes its options from the URI, but looks for a server for 3 seconds at most unless
-    /// `serverSelectionTimeoutMS` says otherwise, and never for longer than the limit of an operation.
+    /// The driver takes its options from the URI. How long it looks for a server is 3 seconds, unless
+    /// `serverSelectionTimeoutMS` says otherwise, and at most three fifths of the shorter of the two limits.
     ///
     /// # Errors
     ///
@@ -164,7 +164,9 @@ impl MongoStoreBuilder {
         let options = ClientOptions::parse(uri).await;
         let mut options = options.map_err(|error| ConnectError::invalid_uri(uri, &error))?;
         let selection = options.server_selection_timeout.unwrap_or(SERVER_SELECTION);
-        options.server_selection_timeout = Some(selection.min(self.limits.operation));
+        // Well below the limits, so that it is the driver that fails, which knows why.
+        let most = self.limits.operation.min(self.limits.connect) * 3 / 5;
+        options.server_selection_timeout = Some(selection.min(most));
         options.connect_timeout.get_or_insert(SERVER_SELECTION);
         options.app_name.get_or_insert_with(|| env!("CARGO_PKG_NAME").into());
         let client = Client::with_options(options).map_err(|error| ConnectError::invalid_uri(uri, &error))?;
@@ -193,6 +195,7 @@ impl MongoStoreBuilder {
             sweeps: Default::default(),
             usage: Default::default(),
             replacements: Default::default(),
+            server_clock: Default::default(),
         }))
     }
 
@@ -236,12 +239,24 @@ pub enum ConnectError {
 }
 
 impl ConnectError {
-    /// What the driver says of a URI may quote it.
+    /// What the driver says of a URI may quote it, and whatever is not plainly a host may be a password.
     fn invalid_uri(uri: &str, error: &::mongodb::error::Error) -> Self {
-        if uri.contains('@') {
-            let hint = "percent-encode what is special in the user name and password, and check the options";
-            return Self::Uri(hint.into());
+        if names_hosts_alone(uri) {
+            return Self::Uri(error.kind.to_string());
         }
-        Self::Uri(error.kind.to_string())
+        let hint = "it is not mongodb://user:password@host:port/?options; percent-encode what is special in the \
+                    user name and the password";
+        Self::Uri(hint.into())
     }
+}
+
+/// `scheme://host:port,host:port`, and perhaps options.
+fn names_hosts_alone(uri: &str) -> bool {
+    let Some((_, rest)) = uri.split_once("://") else { return !uri.contains([':', '@']) };
+    let hosts = rest.split(['/', '?']).next().unwrap_or_default();
+    !rest.contains('@')
+        && hosts.split(',').all(|host| {
+            let (name, port) = host.rsplit_once(':').unwrap_or((host, "0"));
+            !name.contains(':') && !name.contains('%') && port.parse::<u16>().is_ok()
+        })
 }

@@ -6,11 +6,11 @@
 
 use std::time::Duration;
 
-use ::mongodb::bson::{Bson, Document, doc};
+use ::mongodb::bson::{Bson, DateTime, Document, doc};
 
 use super::{
     document::{
-        DISABLED, ERROR, EXHAUSTED, EXHAUSTION_IS_DATED, HEALTHY, LEFT, RATE_LIMITED, WITHOUT_A_DATE,
+        self, DISABLED, ERROR, EXHAUSTED, EXHAUSTION_IS_DATED, HEALTHY, LEFT, RATE_LIMITED, WITHOUT_A_DATE,
     },
     fields::{Fields, ours},
 };
@@ -39,8 +39,13 @@ impl Fields {
     /// The status that a key has, or would have if it were not disabled.
     fn status_beneath(&self) -> Document {
         let status = Self::path(&self.status);
-        let beneath = doc! { "$ifNull": [Self::path(ours::DISABLED_FROM), HEALTHY] };
+        let beneath = self.disabled_from();
         doc! { "$cond": [{ "$eq": [&status, DISABLED] }, beneath, &status] }
+    }
+
+    fn disabled_from(&self) -> Document {
+        let from = Self::path(ours::DISABLED_FROM);
+        doc! { "$cond": [{ "$eq": [{ "$type": &from }, "string"] }, from, HEALTHY] }
     }
 
     /// Sets the status of a key, or what it would be if it were not disabled.
@@ -53,7 +58,9 @@ impl Fields {
         }
     }
 
-    pub(super) fn mark(&self, mark: &Mark) -> Update {
+    /// `observed` is when the response arrived, as far as that is known by the server's clock. The mark's age alone
+    /// would have it too late by the time that the command is on its way.
+    pub(super) fn mark(&self, mark: &Mark, observed: Option<DateTime>) -> Update {
         let (status, from): (_, &[&str]) = match mark.rest {
             Rest::RateLimited => (RATE_LIMITED, &[HEALTHY, RATE_LIMITED]),
             Rest::Exhausted => (EXHAUSTED, &[HEALTHY, RATE_LIMITED, EXHAUSTED]),
@@ -61,7 +68,7 @@ impl Fields {
         };
         let mut condition = vec![
             Bson::from(doc! { "$in": [self.status_beneath(), from] }),
-            Bson::from(self.not_reset_within(mark.age)),
+            Bson::from(self.not_reset_since(mark.age, observed)),
         ];
         if mark.rest == Rest::Exhausted {
             // One without a date is exhausted until somebody resets it.
@@ -72,7 +79,7 @@ impl Fields {
         set.extend(doc! { &self.last_error: said(mark), &self.updated_at: NOW });
         set.extend(match mark.rest {
             Rest::RateLimited => doc! { &self.cooldown_until: later_of(&self.cooldown_until, mark.left) },
-            Rest::Exhausted => self.set_failed(later_of(ours::EXHAUSTED_UNTIL, mark.left)),
+            Rest::Exhausted => self.set_failed(self.exhausted_until(mark.left)),
             Rest::Revoked => self.set_failed(Bson::Null),
         });
         Update {
@@ -88,25 +95,37 @@ impl Fields {
     /// A key that fails anew may be replaced; one that has failed already keeps what was done about it.
     fn set_failed(&self, until: Bson) -> Document {
         let anew = doc! { "$in": [self.status_beneath(), [HEALTHY, RATE_LIMITED]] };
-        let unless_anew =
-            |field: &str, otherwise: &str| doc! { "$cond": [&anew, otherwise, Self::path(field)] };
+        let kept = |field: &str, anew_it_is: Bson| doc! { "$cond": [&anew, anew_it_is, Self::path(field)] };
         let retired = doc! { "$and": [{ "$not": [&anew] }, is_date(ours::RETIRED_AT)] };
         let until = doc! { "$cond": [retired, Bson::Null, until] };
         doc! {
             ours::EXHAUSTED_UNTIL: &until,
             &self.cooldown_until: &until,
-            ours::FAILED_AT: unless_anew(ours::FAILED_AT, NOW),
-            ours::REPLACED_BY: unless_anew(ours::REPLACED_BY, "$$REMOVE"),
-            ours::RETIRED_AT: unless_anew(ours::RETIRED_AT, "$$REMOVE"),
+            ours::FAILED_AT: kept(ours::FAILED_AT, NOW.into()),
+            ours::REPLACED_BY: kept(ours::REPLACED_BY, replacement_under_way().into()),
+            ours::RETIRED_AT: kept(ours::RETIRED_AT, "$$REMOVE".into()),
         }
     }
 
-    fn not_reset_within(&self, age: Duration) -> Document {
-        let observed = doc! { "$subtract": [NOW, millis(age)] };
-        doc! { "$or": [
-            { "$not": [is_date(&self.reset_at)] },
-            { "$lte": [Self::path(&self.reset_at), observed] },
-        ] }
+    /// No sooner than what the key rests for already; what an earlier, ended rest left behind doesn't count.
+    fn exhausted_until(&self, left: Option<Duration>) -> Bson {
+        let Some(left) = left else { return Bson::Null };
+        let beneath = self.status_beneath();
+        let rests = doc! { "$or": [
+            { "$eq": [&beneath, RATE_LIMITED] },
+            { "$and": [{ "$eq": [beneath, EXHAUSTED] }, self.exhaustion_is_dated()] },
+        ] };
+        let before = doc! { "$cond": [rests, date_or_null(&self.cooldown_until), Bson::Null] };
+        doc! { "$max": [before, from_now(left)] }.into()
+    }
+
+    fn not_reset_since(&self, age: Duration, observed: Option<DateTime>) -> Document {
+        let reset = Self::path(&self.reset_at);
+        let at_the_latest = doc! { "$subtract": [NOW, millis(age)] };
+        let observed = doc! { "$min": [observed.map_or(Bson::Null, Bson::from), at_the_latest] };
+        let is_none = doc! { "$not": [is_date(&self.reset_at)] };
+        // A reset that is yet to come is none.
+        doc! { "$or": [is_none, { "$lte": [&reset, observed] }, { "$gt": [&reset, NOW] }] }
     }
 
     /// Whether it is this crate's word until when a key is exhausted: nobody has changed the date since.
@@ -117,16 +136,17 @@ impl Fields {
 
     /// What has expired: limited keys, and exhausted ones of which it is known until when.
     pub(super) fn expired(&self) -> Document {
-        let past = doc! { "$lt": [Self::path(&self.cooldown_until), NOW] };
-        let date = doc! { "$type": "date" };
-        doc! { "$or": [
-            { &self.status: RATE_LIMITED, &self.cooldown_until: &date, "$expr": &past },
-            {
-                &self.status: EXHAUSTED,
-                &self.cooldown_until: date,
-                "$expr": { "$and": [past, self.exhaustion_is_dated()] },
-            },
-        ] }
+        // What stands before the expression is for the index. It also matches arrays, which the expression doesn't.
+        let past = |status: &str, more: Document| {
+            let expr = doc! { "$and": [
+                { "$eq": [Self::path(&self.status), status] },
+                is_date(&self.cooldown_until),
+                { "$lt": [Self::path(&self.cooldown_until), NOW] },
+                more,
+            ] };
+            doc! { &self.status: status, &self.cooldown_until: { "$type": "date" }, "$expr": expr }
+        };
+        doc! { "$or": [past(RATE_LIMITED, doc! {}), past(EXHAUSTED, self.exhaustion_is_dated())] }
     }
 
     pub(super) fn sweep(&self) -> Update {
@@ -136,14 +156,16 @@ impl Fields {
             &self.cooldown_until: Bson::Null,
             &self.updated_at: NOW,
         };
-        let forget = vec![ours::EXHAUSTED_UNTIL, ours::FAILED_AT, ours::REPLACED_BY];
+        let forget = vec![ours::EXHAUSTED_UNTIL, ours::FAILED_AT];
         Update { filter: self.expired(), pipeline: vec![doc! { "$set": set }, doc! { "$unset": forget }] }
     }
 
     /// A limited key that somebody left without a date would never be swept: it gets one.
     pub(super) fn date_the_undated(&self) -> Update {
-        let undated =
-            doc! { &self.status: RATE_LIMITED, &self.cooldown_until: { "$not": { "$type": "date" } } };
+        let undated = doc! { &self.status: RATE_LIMITED, "$expr": { "$and": [
+            { "$eq": [Self::path(&self.status), RATE_LIMITED] },
+            { "$not": [is_date(&self.cooldown_until)] },
+        ] } };
         let set = doc! { &self.cooldown_until: from_now(WITHOUT_A_DATE), &self.updated_at: NOW };
         Update { filter: undated, pipeline: vec![doc! { "$set": set }] }
     }
@@ -157,6 +179,7 @@ impl Fields {
             &self.api_key: 1,
             &self.status: 1,
             ours::DISABLED_FROM: 1,
+            document::SERVER_TIME: NOW,
             LEFT: { "$cond": [is_date(&self.cooldown_until), left, Bson::Null] },
             EXHAUSTION_IS_DATED: self.exhaustion_is_dated(),
         } };
@@ -202,14 +225,9 @@ impl Fields {
             &self.last_error: "",
             &self.updated_at: NOW,
             &self.reset_at: NOW,
+            ours::REPLACED_BY: replacement_under_way(),
         };
-        let forget = vec![
-            ours::EXHAUSTED_UNTIL,
-            ours::DISABLED_FROM,
-            ours::FAILED_AT,
-            ours::REPLACED_BY,
-            ours::RETIRED_AT,
-        ];
+        let forget = vec![ours::EXHAUSTED_UNTIL, ours::DISABLED_FROM, ours::FAILED_AT, ours::RETIRED_AT];
         Update {
             filter: doc! { "_id": id.as_str() },
             pipeline: vec![doc! { "$set": set }, doc! { "$unset": forget }],
@@ -226,7 +244,7 @@ impl Fields {
             }
         } else {
             doc! {
-                &self.status: { "$cond": [known, &status, { "$ifNull": [Self::path(ours::DISABLED_FROM), HEALTHY] }] },
+                &self.status: { "$cond": [known, &status, self.disabled_from()] },
                 ours::DISABLED_FROM: "$$REMOVE",
             }
         };
@@ -292,7 +310,13 @@ fn said(mark: &Mark) -> String {
     }
 }
 
-pub(super) fn is_date(field: &str) -> Document {
+/// The standby key that was planned for a key, unless it has taken its place: it may have been claimed, and is used
+/// for nothing else then.
+fn replacement_under_way() -> Document {
+    doc! { "$cond": [is_date(ours::RETIRED_AT), "$$REMOVE", format!("${}", ours::REPLACED_BY)] }
+}
+
+fn is_date(field: &str) -> Document {
     doc! { "$eq": [{ "$type": format!("${field}") }, "date"] }
 }
 
@@ -323,7 +347,11 @@ fn sum(field: &str, more: u64) -> Document {
         doc! { "$convert": { "input": &path, "to": "long", "onError": Bson::Null, "onNull": 0_i64 } };
     let number = doc! { "$cond": [{ "$in": [{ "$type": &path }, numeric.to_vec()] }, number, Bson::Null] };
     let sum = doc! { "$add": ["$$number", long(more)] };
-    let added = doc! { "$cond": [{ "$eq": ["$$number", Bson::Null] }, path, sum] };
+    let stays = doc! { "$or": [
+        { "$eq": ["$$number", Bson::Null] },
+        { "$gt": ["$$number", i64::MAX - long(more)] },
+    ] };
+    let added = doc! { "$cond": [stays, path, sum] };
     doc! { "$let": { "vars": { "number": number }, "in": added } }
 }
 

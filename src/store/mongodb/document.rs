@@ -20,7 +20,9 @@ pub(super) const DISABLED: &str = "disabled";
 /// What a limited key rests for that somebody left without a date.
 pub(super) const WITHOUT_A_DATE: Duration = Duration::from_secs(120);
 
-/// What a load has the server reckon: the milliseconds until `cooldownUntil`, and whether an exhaustion ends then.
+/// What a load has the server say: its time, the milliseconds until `cooldownUntil`, and whether an exhaustion ends
+/// then.
+pub(super) const SERVER_TIME: &str = "serverTime";
 pub(super) const LEFT: &str = "left";
 pub(super) const EXHAUSTION_IS_DATED: &str = "exhaustionIsDated";
 
@@ -81,7 +83,7 @@ pub(super) fn shown_id(document: &RawDocument) -> String {
         Ok(Some(other)) => format!("an id of the type {:?}", other.element_type()),
         _ => "without an id".to_owned(),
     };
-    const LONGEST: usize = 100;
+    const LONGEST: usize = 256;
     let printable = id.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c });
     printable.take(LONGEST).collect()
 }

@@ -58,12 +58,22 @@ impl From<Error> for Failure {
             | ErrorKind::InvalidTlsConfig { .. }
             | ErrorKind::Io(_)
             | ErrorKind::ServerSelection { .. }
-            | ErrorKind::Shutdown => Self::Driver(error.kind.to_string()),
+            | ErrorKind::Shutdown => Self::Driver(without_answers(&error.kind.to_string())),
             ErrorKind::InvalidArgument { .. } => {
                 Self::Driver("the driver was given an invalid argument".into())
             }
             ErrorKind::InvalidResponse { .. } => Self::Driver("the server's answer made no sense".into()),
             _ => Self::Driver("the driver failed".into()),
         }
+    }
+}
+
+/// The driver's description of the servers that it knows is of use, but may quote what one of them answered.
+fn without_answers(text: &str) -> String {
+    let quotes = ["Command failed", "server response: Some"].iter().any(|quote| text.contains(quote));
+    match text.split_once("Topology:") {
+        Some((what, _)) if quotes => format!("{what}A server answers with an error."),
+        _ if quotes => "a server answers with an error".to_owned(),
+        _ => text.to_owned(),
     }
 }

@@ -9,11 +9,16 @@ mod lane;
 mod standby;
 mod watch;
 
-use std::{fmt, future::Future, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    future::Future,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use ::mongodb::{
     Collection, Database, IndexModel,
-    bson::{Document, RawDocumentBuf, doc},
+    bson::{DateTime, Document, RawDocumentBuf, doc},
     options::{
         Acknowledgment, CollectionOptions, ReadConcern, ReadPreference, SelectionCriteria, WriteConcern,
     },
@@ -109,6 +114,10 @@ const ALL_KEYS_LIMIT: Duration = Duration::from_secs(60);
 /// | `activated`, `usedFor`, `usedAt` | bool, string, date | set with `isUsed` |
 /// | `createdAt` | date | the oldest is taken first |
 ///
+/// The secret's field is called as in the keys' documents; the others are called so in any case. A standby key that
+/// can't be used (no usable secret, an `_id` or a secret that another key has) is logged, stays `isUsed`, and the
+/// next one is taken.
+///
 /// # Durability
 ///
 /// Writes are acknowledged by a majority, and reads go to the primary and see what a majority has, whatever the
@@ -129,6 +138,7 @@ struct Inner {
     sweeps: Lane,
     usage: Lane,
     replacements: Lane,
+    server_clock: ServerClock,
 }
 
 /// A collection as this store uses it: whatever the client is set to, writes are acknowledged by a majority, and
@@ -237,6 +247,24 @@ impl Loaded {
     }
 }
 
+/// What the server's clock said last, and when that was heard.
+#[derive(Debug, Default)]
+struct ServerClock(Mutex<Option<(DateTime, Instant)>>);
+
+impl ServerClock {
+    fn heard(&self, said: DateTime, at: Instant) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((said, at));
+    }
+
+    /// What it said at a time that is so long ago, or a little less than that.
+    fn before(&self, age: Duration) -> Option<DateTime> {
+        let (said, heard) = (*self.0.lock().unwrap_or_else(PoisonError::into_inner))?;
+        let millis = |time: Duration| i64::try_from(time.as_millis()).unwrap_or(i64::MAX);
+        let since = millis(heard.elapsed()).saturating_sub(millis(age));
+        Some(DateTime::from_millis(said.timestamp_millis().saturating_add(since)))
+    }
+}
+
 impl Inner {
     /// Says when the server began to answer. It ends early where nobody takes what it reads.
     async fn load(&self, pipeline: Vec<Document>, parts: mpsc::Sender<Loaded>) -> Result<Instant, Failure> {
@@ -244,6 +272,9 @@ impl Inner {
         let answered = Instant::now();
         let mut part = Loaded::default();
         while cursor.advance().await? {
+            if let Ok(said) = cursor.current().get_datetime(document::SERVER_TIME) {
+                self.server_clock.heard(said, answered);
+            }
             match document::decode(cursor.current(), &self.fields) {
                 Ok(record) => part.records.push(record),
                 Err(unreadable) => part.unreadable.push(unreadable),
@@ -271,9 +302,15 @@ impl Inner {
         let Update { filter, pipeline } = self.fields.insert(id, secret, replaced);
         match self.keys.update_one(filter, pipeline).upsert(true).await.map_err(Failure::from) {
             Ok(_) => Ok(true),
-            Err(failure) if failure.is_duplicate() => Ok(false),
+            // Unless it is an index of somebody else's that it is a duplicate in.
+            Err(failure) if failure.is_duplicate() && self.has(id).await? => Ok(false),
             Err(failure) => Err(failure),
         }
+    }
+
+    async fn has(&self, id: &KeyId) -> Result<bool, Failure> {
+        let found = self.keys.find_one(doc! { "_id": id.as_str() }).projection(doc! { "_id": 1 }).await?;
+        Ok(found.is_some())
     }
 
     async fn recover(&self) -> Result<Recovered, Failure> {
@@ -349,7 +386,8 @@ impl KeyStore for MongoStore {
                     left: mark.left.map(|left| left.saturating_sub(waited)),
                     ..mark
                 };
-                inner.update_one(inner.fields.mark(&mark)).await
+                let observed = inner.server_clock.before(mark.age);
+                inner.update_one(inner.fields.mark(&mark, observed)).await
             };
             self.about(&id, write).await.map(|_| ())
         })

@@ -20,6 +20,7 @@ use super::{
     fields::ours,
 };
 use crate::{
+    inject,
     secret::{KeyId, Secret},
     store::Replaced,
 };
@@ -38,9 +39,8 @@ const CREATED_AT: &str = "createdAt";
 
 enum Outcome {
     Replaced(KeyId),
-    /// It is healthy again, or gone, or another process did it.
+    /// It is healthy again, or gone, or another process did it; or there is no standby key.
     NothingToDo,
-    NoStandbyKey,
 }
 
 enum Claim {
@@ -58,7 +58,6 @@ pub(super) async fn replace_failed(
         match replacement.replace(&failed).await? {
             Outcome::Replaced(by) => replaced.push(Replaced::new(failed, by)),
             Outcome::NothingToDo => {}
-            Outcome::NoStandbyKey => break,
         }
     }
     Ok(replaced)
@@ -86,8 +85,9 @@ impl Replacement<'_> {
     }
 
     async fn failed_keys(&self) -> Result<Vec<KeyId>, Failure> {
-        let found = self.store.keys.find(self.to_be_replaced()).projection(doc! { "_id": 1 }).limit(AT_ONCE);
-        let mut found = found.await?;
+        let found = self.store.keys.find(self.to_be_replaced()).projection(doc! { "_id": 1 });
+        // What has been begun comes first: there may be many that no standby key is left for.
+        let mut found = found.sort(doc! { ours::REPLACED_BY: -1, ours::FAILED_AT: 1 }).limit(AT_ONCE).await?;
         let mut ids = Vec::new();
         while found.advance().await? {
             let id = found.current().get_str("_id").ok().and_then(|id| KeyId::new(id).ok());
@@ -113,12 +113,12 @@ impl Replacement<'_> {
     }
 
     async fn finish_what_is_planned(&self, failed: &KeyId) -> Result<Outcome, Failure> {
-        let Some(planned) = self.plan(failed, None).await? else { return Ok(Outcome::NoStandbyKey) };
+        let Some(planned) = self.plan(failed, None).await? else { return Ok(Outcome::NothingToDo) };
         match self.carry_out(failed, &planned).await? {
             Some(outcome) => Ok(outcome),
             None => {
                 self.give_up(failed, &planned).await?;
-                Ok(Outcome::NoStandbyKey)
+                Ok(Outcome::NothingToDo)
             }
         }
     }
@@ -171,25 +171,34 @@ impl Replacement<'_> {
         let Some(claimed) = claimed.return_document(ReturnDocument::After).await? else {
             return Ok(Claim::NotToBeHad);
         };
-        let secret = claimed.get_str(&self.store.fields.api_key).ok().filter(|secret| !secret.is_empty());
-        match (key_id(standby), secret) {
-            (Some(id), Some(secret)) => Ok(Claim::Ours(Box::new((id, secret.into())))),
-            _ => {
-                tracing::warn!(standby = %shown_id(&claimed), "not used as a standby key: it has no usable id or secret");
-                Ok(Claim::NotToBeHad)
-            }
+        let secret = claimed.get_str(&self.store.fields.api_key).unwrap_or_default();
+        match (key_id(standby), inject::check(secret)) {
+            (Some(id), Ok(())) => Ok(Claim::Ours(Box::new((id, secret.into())))),
+            (None, _) => Ok(self.unusable(&shown_id(&claimed), "its _id can't be a key's")),
+            (_, Err(reason)) => Ok(self.unusable(&shown_id(&claimed), &reason.to_string())),
         }
+    }
+
+    fn unusable(&self, standby: &str, reason: &str) -> Claim {
+        tracing::warn!(%standby, %reason, "not used as a standby key");
+        Claim::NotToBeHad
     }
 
     /// Whether the key is there now, inserted by this process or another.
     async fn insert(&self, failed: &KeyId, id: &KeyId, secret: &Secret) -> Result<bool, Failure> {
-        if self.store.insert_key(id, secret, Some(failed.as_str())).await? {
-            return Ok(true);
+        match self.store.insert_key(id, secret, Some(failed.as_str())).await {
+            Ok(true) => return Ok(true),
+            Ok(false) => {}
+            Err(failure) if failure.is_duplicate() => {
+                self.unusable(id.as_str(), "another key has its secret");
+                return Ok(false);
+            }
+            Err(failure) => return Err(failure),
         }
         let same = doc! { "_id": id.as_str(), &self.store.fields.api_key: secret.expose() };
         let is_the_same = self.store.keys.find_one(same).projection(doc! { "_id": 1 }).await?.is_some();
         if !is_the_same {
-            tracing::warn!(standby = %id, "not used as a standby key: another key has its id");
+            self.unusable(id.as_str(), "another key has its id");
         }
         Ok(is_the_same)
     }

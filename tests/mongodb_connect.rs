@@ -1,0 +1,506 @@
+//! From names, URIs and clients to a store; and that nothing it says holds a secret.
+
+mod support;
+
+use std::{
+    collections::HashMap,
+    error::Error,
+    sync::{Arc, Mutex},
+};
+
+use mongodb::{
+    Client, IndexModel,
+    bson::{DateTime, Document, doc},
+    event::{EventHandler, command::CommandEvent},
+    options::{ClientOptions, IndexOptions},
+};
+use support::{mongo::*, *};
+use tower::Layer;
+use tower_key_rotation::{
+    KeyId, KeyPool, KeyRotation, KeyRotationLayer, OperateError, RecoveryConfig, RecoveryHandle, Status,
+    classify::LlmGateway,
+    store::mongodb::{ConnectError, Fields, MongoStore},
+};
+
+const STANDBY: &str = "ohmygpt_backup_keys";
+
+/// A process that makes no pass but those that it is asked for, and a service that answers as it is told.
+struct Process {
+    pool: KeyPool,
+    recovery: RecoveryHandle,
+    client: KeyRotation<reqwest::Client, LlmGateway>,
+    server: Server,
+    answers: Arc<Mutex<HashMap<String, u16>>>,
+}
+
+impl Process {
+    async fn over(store: MongoStore) -> Self {
+        let pool = KeyPool::builder().open(store).await.unwrap();
+        let config = RecoveryConfig::new().start_jitter(60 * MINUTE).interval(60 * MINUTE);
+        let answers: Arc<Mutex<HashMap<String, u16>>> = Arc::default();
+        let said = answers.clone();
+        let server = Server::start(move |request| {
+            let status = key_of(&request).and_then(|key| said.lock().unwrap().get(key).copied());
+            std::future::ready(answer(status.unwrap_or(200), ""))
+        })
+        .await;
+        Self {
+            recovery: RecoveryHandle::spawn_with(&pool, config),
+            client: KeyRotationLayer::new(&pool).classify(LlmGateway::new()).layer(http()),
+            server,
+            answers,
+            pool,
+        }
+    }
+
+    /// The service answers that to requests with this secret, after `sk-`, and one is sent.
+    async fn sees(&self, secret: &str, answer: u16) {
+        self.answers.lock().unwrap().insert(secret.into(), answer);
+        for _ in 0..10 {
+            if status(&self.client, &self.server.url()).await == answer {
+                return;
+            }
+        }
+        panic!("no request went out with {secret}");
+    }
+
+    async fn pass(&self) {
+        self.recovery.sweep_now().await.outcome.unwrap();
+    }
+
+    fn status(&self, key: &str) -> Option<Status> {
+        self.pool.stats().keys.into_iter().find(|stats| stats.id.as_str() == key).map(|stats| stats.status)
+    }
+}
+
+/// Where a mongod of these tests listens.
+fn address(mongo: &Mongo) -> String {
+    mongo.uri.trim_start_matches("mongodb://").split('/').next().unwrap().to_owned()
+}
+
+fn error(connected: Result<MongoStore, ConnectError>) -> ConnectError {
+    match connected {
+        Ok(store) => panic!("there is a store: {store:?}"),
+        Err(error) => error,
+    }
+}
+
+#[tokio::test]
+async fn names_that_are_configured_are_used_for_everything() {
+    let mongo = Mongo::replica_set().await;
+    let keys = mongo.database.collection::<Document>("provider_keys");
+    let standby = mongo.database.collection::<Document>("spare_keys");
+    let key = |id: &str| {
+        doc! {
+            "_id": id, "token": format!("sk-{id}"), "state": "healthy",
+            "tokens": 7_i32, "calls": 2.0, "made": DateTime::from_millis(0),
+        }
+    };
+    keys.insert_many([key("alpha"), key("beta")]).await.unwrap();
+    let spare = doc! { "_id": "spare", "token": "sk-spare", "isUsed": false, "activated": false };
+    standby.insert_one(spare).await.unwrap();
+    let fields = Fields::new()
+        .api_key("token")
+        .status("state")
+        .cooldown_until("restsUntil")
+        .last_error("complaint")
+        .tokens_used("tokens")
+        .requests_count("calls")
+        .created_at("made")
+        .last_used_at("used")
+        .updated_at("touched")
+        .reset_at("forgiven");
+    let builder = mongo.builder().collection("provider_keys").standby_collection("spare_keys").fields(fields);
+    let process = Process::over(builder.clone().connect(&mongo.uri).await.unwrap()).await;
+    let other = Process::over(builder.clone().connect(&mongo.uri).await.unwrap()).await;
+    let read = async |id: &str| keys.find_one(doc! { "_id": id }).await.unwrap().unwrap();
+
+    process.sees("alpha", 429).await;
+    process.pass().await;
+    let alpha = read("alpha").await;
+    assert_eq!(alpha.get_str("state").unwrap(), "rate_limited");
+    assert_eq!(alpha.get_str("complaint").unwrap(), "rate limited (HTTP 429)");
+    assert!(alpha.get_datetime("restsUntil").unwrap() > alpha.get_datetime("touched").unwrap());
+    assert!(alpha.get_i64("calls").unwrap() >= 3, "{alpha}");
+    assert!(alpha.get_datetime("used").is_ok());
+    eventually("another process sees it", || other.status("alpha") == Some(Status::RateLimited)).await;
+
+    let past = doc! { "$set": { "restsUntil": DateTime::from_millis(1_000) } };
+    keys.update_one(doc! { "_id": "alpha" }, past).await.unwrap();
+    process.pass().await;
+    assert_eq!(read("alpha").await.get_str("state").unwrap(), "healthy");
+
+    process.pool.record_usage(&KeyId::new("beta").unwrap(), 10);
+    process.pool.reset("beta").await.unwrap();
+    process.pool.disable("alpha").await.unwrap();
+    process.pool.insert("gamma", "sk-gamma").await.unwrap();
+    process.pass().await;
+    let beta = read("beta").await;
+    assert_eq!(beta.get_i64("tokens").unwrap(), 17);
+    assert!(beta.get_datetime("forgiven").is_ok());
+    assert_eq!(read("alpha").await.get_str("state").unwrap(), "disabled");
+    let gamma = read("gamma").await;
+    assert_eq!(["token", "state"].map(|field| gamma.get_str(field).unwrap()), ["sk-gamma", "healthy"]);
+    assert!(gamma.get_datetime("made").is_ok());
+
+    process.sees("beta", 401).await;
+    process.pass().await;
+    let spare = read("spare").await;
+    assert_eq!(["token", "replacedKey"].map(|field| spare.get_str(field).unwrap()), ["sk-spare", "beta"]);
+    let used = standby.find_one(doc! { "_id": "spare" }).await.unwrap().unwrap();
+    assert_eq!(used.get_str("usedFor").unwrap(), "beta");
+    process.pool.remove("gamma").await.unwrap();
+    process.recovery.shutdown().await.unwrap();
+
+    let usual = [
+        "apiKey",
+        "status",
+        "cooldownUntil",
+        "lastError",
+        "tokensUsed",
+        "requestsCount",
+        "createdAt",
+        "lastUsedAt",
+        "updatedAt",
+        "resetAt",
+    ];
+    for id in ["alpha", "beta", "spare"] {
+        let document = read(id).await;
+        assert!(usual.iter().all(|field| !document.contains_key(*field)), "{document}");
+    }
+    let mut collections = mongo.database.list_collection_names().await.unwrap();
+    collections.sort_unstable();
+    assert_eq!(collections, ["provider_keys", "spare_keys"]);
+
+    builder.connect(&mongo.uri).await.unwrap().ensure_indexes().await.unwrap();
+    assert_eq!(index_keys(&keys).await, [doc! { "_id": 1 }, doc! { "state": 1, "restsUntil": 1 }]);
+}
+
+#[tokio::test]
+async fn without_other_names_a_store_is_over_the_collection_that_deployments_have() {
+    let mongo = Mongo::standalone().await;
+    let store = MongoStore::connect(&mongo.uri).await.unwrap();
+    assert!(format!("{store:?}").contains("fproxy.ohmygpt_keys"), "{store:?}");
+}
+
+#[tokio::test]
+async fn a_name_that_cannot_be_one_is_refused_and_said() {
+    const NOWHERE: &str = "mongodb://127.0.0.1:1";
+    let at = async |builder: tower_key_rotation::store::mongodb::MongoStoreBuilder| {
+        error(builder.connect_later(NOWHERE).await)
+    };
+    for name in ["", "a b", "a.b", "a$b", "a/b", "a\\b", "a\"b", "a\0b"] {
+        let refused = at(MongoStore::builder().database(name)).await;
+        assert_eq!(refused, ConnectError::Name(name.into()));
+        assert!(refused.to_string().contains(&format!("{name:?}")), "{refused}");
+    }
+    for name in ["", "a$b", "a\0b"] {
+        let named = ConnectError::Name(name.into());
+        assert_eq!(at(MongoStore::builder().collection(name)).await, named);
+        assert_eq!(at(MongoStore::builder().standby_collection(name)).await, named);
+    }
+    let same = MongoStore::builder().collection("keys").standby_collection("keys");
+    assert_eq!(at(same).await, ConnectError::Name("keys".into()));
+    let fields = |name: &str| Fields::new().cooldown_until(name);
+    for name in ["", "$rests", "a.b", "a\0b", "_id", "status", "exhaustedUntil", "usageWriters"] {
+        let refused = at(MongoStore::builder().fields(fields(name))).await;
+        assert_eq!(refused, ConnectError::Field(name.into()));
+        assert!(refused.to_string().contains(&format!("{name:?}")), "{refused}");
+    }
+
+    let client = Client::with_uri_str(NOWHERE).await.unwrap();
+    assert_eq!(error(MongoStore::builder().database("a b").over(&client)), ConnectError::Name("a b".into()));
+    let connected = MongoStore::builder().fields(fields("status")).connect(NOWHERE).await;
+    assert_eq!(error(connected), ConnectError::Field("status".into()));
+}
+
+#[tokio::test]
+async fn s01_what_is_said_of_a_uri_never_holds_its_password() {
+    let passwords = [
+        "hunter2",
+        "hunter2@x",
+        "hunter2/x",
+        "hunter2:x",
+        "hunter2%",
+        "hunter2%zz",
+        "hunter2?x=y",
+        "hunter2#",
+        "hunter2[",
+        "hunter2]",
+        "hunter2 x",
+        "hunter2$x",
+        "hunter2'\"",
+        "hünter2hunter2",
+        "@hunter2",
+        "/hunter2",
+        ":hunter2",
+        "%hunter2",
+        "?hunter2",
+        "x@y@hunter2",
+        "hunter2\n",
+    ];
+    let shapes: [fn(&str) -> String; 13] = [
+        |password| format!("mongodb://user:{password}@127.0.0.1:1/?connectTimeoutMS=50"),
+        |password| format!("mongodb://user:{password}@127.0.0.1:none"),
+        |password| format!("mongodb://user:{password}@127.0.0.1:99999"),
+        |password| format!("mongodb://user:{password}@"),
+        |password| format!("mongodb://user:{password}"),
+        |password| format!("mongodb://user:{password}%40127.0.0.1"),
+        |password| format!("mongodb://user:{password}@127.0.0.1/?tls=maybe"),
+        |password| format!("mongodb://user:{password}@127.0.0.1/?w=-5&nosuchoption=1"),
+        |password| format!("mongodb://user:{password}@127.0.0.1/a b?authMechanism=NONE"),
+        |password| format!("mongodb://user:{password}@[::1/"),
+        |password| format!("mongodb+srv://user:{password}@127.0.0.1:1/"),
+        |password| format!("mongo://user:{password}@127.0.0.1"),
+        |password| format!("user:{password}@127.0.0.1"),
+    ];
+    let (logs, _guard) = Logs::capture();
+    let builder = MongoStore::builder().operation_limit(SECOND / 10).connect_limit(2 * SECOND);
+    let mut leaks = Vec::new();
+    for uri in shapes.iter().flat_map(|shape| passwords.map(shape)) {
+        let Err(refused) = builder.clone().connect_later(&uri).await else { continue };
+        assert!(matches!(refused, ConnectError::Uri(_)), "{uri:?}: {refused}");
+        if all_that_it_says(&refused).to_lowercase().contains("hunter2") {
+            leaks.push((uri, refused.to_string()));
+        }
+    }
+    assert!(leaks.is_empty(), "{leaks:#?}");
+    let unreachable = error(builder.connect(shapes[0]("hunter2%40%2F")).await);
+    assert!(matches!(unreachable, ConnectError::Unreachable(_) | ConnectError::NoAnswer(_)), "{unreachable}");
+    assert!(!all_that_it_says(&unreachable).contains("hunter2"), "{unreachable:?}");
+    assert!(!logs.text().contains("hunter2"));
+}
+
+#[tokio::test]
+async fn s01_what_is_said_of_a_uris_options_never_holds_a_password_among_them() {
+    let options = [
+        "tlsCertificateKeyFilePassword=hunter2",
+        "tls=true&tlsCertificateKeyFile=/nowhere&tlsCertificateKeyFilePassword=hunter2",
+        "authMechanismProperties=AWS_SESSION_TOKEN:hunter2",
+        "authMechanism=MONGODB-AWS&authMechanismProperties=hunter2",
+        "password=hunter2",
+        "proxyPassword=hunter2",
+    ];
+    for option in options {
+        let uri = format!("mongodb://127.0.0.1:1/?{option}");
+        let Err(refused) = MongoStore::builder().connect_later(&uri).await else { continue };
+        let said = all_that_it_says(&refused);
+        assert!(!said.contains("hunter2"), "{said}");
+    }
+}
+
+#[tokio::test]
+async fn f01_a_connection_that_is_refused_names_the_cause_and_no_password() {
+    let mongo = Mongo::standalone().await;
+    let uri = format!("mongodb://nobody:hunter2@{}/?directConnection=true", address(&mongo));
+    let refused = error(mongo.builder().connect(uri).await);
+    let said = all_that_it_says(&refused);
+    assert!(matches!(refused, ConnectError::Unreachable(_)), "{said}");
+    assert!(said.to_lowercase().contains("auth"), "{said}");
+    assert!(!said.contains("hunter2"), "{said}");
+}
+
+#[tokio::test]
+async fn s01_what_a_server_says_in_an_error_is_not_quoted() {
+    let mongod = own(Kind::Standalone).await;
+    let mongo = Mongo::at(&mongod.uri()).await;
+    mongo.insert("alpha").await;
+    let store = mongo.store_through(&format!("{}&serverSelectionTimeoutMS=200", mongo.uri)).await;
+    let process = Process::over(store).await;
+    // An ordinary error, and one after which the driver takes the server for unknown and says why.
+    for code in [121, 11_602] {
+        let fault = doc! { "failCommands": ["update"], "errorCode": code };
+        fail_command(&mongod, "alwaysOn", fault).await;
+        for _ in 0..2 {
+            let said = said_by(process.pool.reset("alpha").await);
+            assert!(!said.contains("failpoint") && !said.contains("server response"), "{said}");
+        }
+    }
+}
+
+/// A client as a user may have it, and the commands that it sends.
+async fn own_client(uri: String) -> (Client, Arc<Mutex<Vec<Document>>>) {
+    let commands: Arc<Mutex<Vec<Document>>> = Arc::default();
+    let seen = commands.clone();
+    let mut options = ClientOptions::parse(uri).await.unwrap();
+    options.command_event_handler = Some(EventHandler::callback(move |event| {
+        if let CommandEvent::Started(started) = event {
+            seen.lock().unwrap().push(started.command);
+        }
+    }));
+    (Client::with_options(options).unwrap(), commands)
+}
+
+/// Everything that a store can be asked for, over the user's own client.
+async fn assert_acknowledged_and_from_the_primary(options: &str) {
+    let mongo = Mongo::replica_set().await;
+    mongo.insert_all(["alpha", "beta"]).await;
+    mongo.standby().insert_one(standby("spare")).await.unwrap();
+    let (client, commands) = own_client(format!("{}&{options}", mongo.uri)).await;
+    let store = mongo.builder().standby_collection(STANDBY).over(&client).unwrap();
+    let process = Process::over(store.clone()).await;
+    process.sees("alpha", 429).await;
+    process.pass().await;
+    assert_eq!(mongo.status("alpha").await, "rate_limited");
+    process.sees("beta", 401).await;
+    process.pass().await;
+    assert_eq!(mongo.document("beta").await.get_str("replacedBy").unwrap(), "spare");
+    assert!(mongo.document("beta").await.get_i64("requestsCount").unwrap() > 2);
+
+    process.pool.insert("gamma", "sk-gamma").await.unwrap();
+    process.pool.reset("alpha").await.unwrap();
+    assert_eq!(mongo.status("alpha").await, "healthy");
+    process.pool.disable("alpha").await.unwrap();
+    process.pool.remove("gamma").await.unwrap();
+    // Only an acknowledged write tells these apart.
+    mongo.insert("taken").await;
+    let taken = process.pool.insert("taken", "sk-other").await;
+    assert!(matches!(taken, Err(OperateError::KeyExists(_))), "{taken:?}");
+    mongo.keys().delete_one(doc! { "_id": "alpha" }).await.unwrap();
+    if process.status("alpha").is_some() {
+        let gone = process.pool.reset("alpha").await;
+        assert!(matches!(gone, Err(OperateError::UnknownKey(_))), "{gone:?}");
+    }
+    process.recovery.shutdown().await.unwrap();
+    store.ensure_indexes().await.unwrap();
+
+    let commands = commands.lock().unwrap();
+    let named = |name: &'static str| commands.iter().filter(move |command| command.contains_key(name));
+    for name in ["update", "delete", "findAndModify", "createIndexes"] {
+        assert!(named(name).count() > 0, "{name}");
+        for command in named(name) {
+            let concern = command.get_document("writeConcern").unwrap_or_else(|_| panic!("{name}"));
+            assert_eq!(concern.get_str("w").unwrap(), "majority", "{name}");
+        }
+    }
+    for name in ["aggregate", "find"] {
+        assert!(named(name).count() > 0, "{name}");
+    }
+    // A cursor's next part is asked of the server that has it, whatever else the driver says there.
+    for command in commands.iter().filter(|command| !command.contains_key("getMore")) {
+        let preference = command.get_document("$readPreference").and_then(|read| read.get_str("mode"));
+        assert!(matches!(preference, Err(_) | Ok("primary")), "{:?} {preference:?}", command.keys().next());
+    }
+}
+
+#[tokio::test]
+async fn over_a_client_that_acknowledges_nothing_writes_are_acknowledged_by_a_majority() {
+    assert_acknowledged_and_from_the_primary("w=0").await;
+}
+
+#[tokio::test]
+async fn over_a_client_that_reads_from_secondaries_the_primary_is_read() {
+    assert_acknowledged_and_from_the_primary("readPreference=secondaryPreferred&readConcernLevel=majority")
+        .await;
+}
+
+async fn index_keys(collection: &mongodb::Collection<Document>) -> Vec<Document> {
+    let mut indexes = collection.list_indexes().await.unwrap();
+    let mut keys = Vec::new();
+    while indexes.advance().await.unwrap() {
+        keys.push(indexes.deserialize_current().unwrap().keys);
+    }
+    keys
+}
+
+#[tokio::test]
+async fn indexes_are_made_where_they_are_asked_for_and_nowhere_else() {
+    let mongo = Mongo::standalone().await;
+    mongo.insert_all(["alpha", "beta"]).await;
+    mongo.standby().insert_one(standby("spare")).await.unwrap();
+    let store = mongo.builder().standby_collection(STANDBY).connect(&mongo.uri).await.unwrap();
+    let process = Process::over(store.clone()).await;
+    process.sees("alpha", 429).await;
+    process.sees("beta", 401).await;
+    process.pass().await;
+    process.pool.insert("gamma", "sk-gamma").await.unwrap();
+    process.recovery.shutdown().await.unwrap();
+    assert_eq!(index_keys(&mongo.keys()).await, [doc! { "_id": 1 }]);
+    assert_eq!(index_keys(&mongo.standby()).await, [doc! { "_id": 1 }]);
+
+    for _ in 0..2 {
+        store.ensure_indexes().await.unwrap();
+        let expected = [doc! { "_id": 1 }, doc! { "status": 1, "cooldownUntil": 1 }];
+        assert_eq!(index_keys(&mongo.keys()).await, expected);
+        let expected = [doc! { "_id": 1 }, doc! { "isUsed": 1, "createdAt": 1 }];
+        assert_eq!(index_keys(&mongo.standby()).await, expected);
+    }
+    mongo.standby().drop().await.unwrap();
+    mongo.store().await.ensure_indexes().await.unwrap();
+    assert_eq!(mongo.database.list_collection_names().await.unwrap(), ["ohmygpt_keys"]);
+}
+
+/// A secret that shows wherever it appears, as it is or in base64.
+fn canary(id: &str) -> String {
+    format!("sk-canary-{id}")
+}
+
+fn assert_no_canary(said: &str) {
+    for sign in ["canary", "Y2FuYXJ5"] {
+        let line = said.lines().find(|line| line.contains(sign));
+        assert_eq!(line, None, "there is a secret");
+    }
+}
+
+fn said_by<T: std::fmt::Debug, E: Error + 'static>(result: Result<T, E>) -> String {
+    all_that_it_says(&result.unwrap_err())
+}
+
+#[tokio::test]
+async fn s01_no_secret_is_logged_or_said_whatever_happens() {
+    let (logs, _guard) = Logs::capture();
+    let mongo = Mongo::standalone().await;
+    for id in ["alpha", "beta", "refused"] {
+        mongo.insert(id).await;
+        mongo.set(id, doc! { "apiKey": canary(id) }).await;
+    }
+    mongo.set("beta", doc! { "note": canary("note") }).await;
+    for (id, secret) in [("spare", canary("spare")), ("alpha", canary("other"))] {
+        let mut document = standby(id);
+        document.insert("apiKey", secret);
+        mongo.standby().insert_one(document).await.unwrap();
+    }
+    let unique = IndexOptions::builder().unique(true).build();
+    let unique = IndexModel::builder().keys(doc! { "apiKey": 1 }).options(unique).build();
+    mongo.keys().create_index(unique).await.unwrap();
+    // The server quotes the whole document where it refuses one.
+    let validator = doc! { "$nor": [{ "_id": "refused", "status": { "$ne": "healthy" } }] };
+    let refuse = doc! { "collMod": "ohmygpt_keys", "validator": validator };
+    mongo.database.run_command(refuse).await.unwrap();
+    for (id, secret) in [("broken", format!("{}\n", canary("broken"))), ("ä\nid", canary("id"))] {
+        mongo.keys().insert_one(doc! { "_id": id, "apiKey": secret, "status": "healthy" }).await.unwrap();
+    }
+
+    let proxy = Proxy::to(address(&mongo).parse().unwrap()).await;
+    let builder = mongo.builder().standby_collection(STANDBY).operation_limit(SECOND / 2);
+    let store = builder.poll_interval(SECOND / 5).connect(proxy.uri()).await.unwrap();
+    let process = Process::over(store.clone()).await;
+    let mut said = format!("{store:?} {:?} {:?}", process.pool, process.recovery);
+    process.sees("canary-alpha", 429).await;
+    process.pass().await;
+    process.sees("canary-beta", 402).await;
+    process.pass().await;
+    assert_eq!(process.status("spare"), Some(Status::Healthy));
+    said += &said_by(process.pool.insert("beta", canary("another")).await);
+    said += &said_by(process.pool.insert("new", canary("spare")).await);
+    said += &said_by(process.pool.insert("new", format!("{}\n", canary("new"))).await);
+    said += &said_by(process.pool.disable("refused").await);
+    process.pool.enable("refused").await.unwrap();
+    process.sees("canary-refused", 429).await;
+    said += &said_by(process.recovery.sweep_now().await.outcome);
+    process.pool.reset("alpha").await.unwrap();
+
+    proxy.set(Fault::Cut);
+    process.sees("canary-spare", 401).await;
+    said += &said_by(process.pool.reload().await);
+    said += &said_by(process.pool.reset("alpha").await);
+    said += &said_by(process.recovery.sweep_now().await.outcome);
+    said += &format!("{:?} {:?}", process.recovery, process.pool.stats());
+    said += &format!("{:?}", process.recovery.shutdown().await);
+    assert_no_canary(&said);
+    let ours = logs.ours();
+    for what in ["not used as a key", "not used as a standby key", "replaced by", "could not be written"] {
+        assert!(ours.iter().any(|line| line.contains(what)), "{what}: {ours:#?}");
+    }
+    assert_no_canary(&logs.text());
+}

@@ -1,0 +1,409 @@
+//! What one process, or another program, changes in the database is seen by the others without any pass.
+
+mod support;
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+    time::{Duration, Instant},
+};
+
+use mongodb::bson::{Document, doc};
+use support::{mongo::*, *};
+use tokio::{sync::mpsc, time::sleep};
+use tower_key_rotation::{
+    KeyId, KeyPool, KeyRotation, RecoveryConfig, RecoveryHandle, Secret, Status,
+    store::{Changed, KeyStore, Loaded, Mark, MongoStore, Recovered, Replaced, StoreFuture, UsageBatch},
+};
+
+const MILLISECOND: Duration = Duration::from_millis(1);
+
+/// Counts how often keys are read.
+#[derive(Clone, Debug)]
+struct Counting {
+    inner: MongoStore,
+    loads: Arc<AtomicUsize>,
+}
+
+impl Counting {
+    fn count(&self) {
+        self.loads.fetch_add(1, SeqCst);
+    }
+}
+
+impl KeyStore for Counting {
+    fn load(&self) -> StoreFuture<'_, Loaded> {
+        self.count();
+        KeyStore::load(&self.inner)
+    }
+
+    fn load_some<'a>(&'a self, ids: &'a [KeyId]) -> StoreFuture<'a, Loaded> {
+        self.count();
+        self.inner.load_some(ids)
+    }
+
+    fn watch(&self) -> Option<mpsc::Receiver<Changed>> {
+        self.inner.watch()
+    }
+
+    fn write(&self, mark: Mark) -> StoreFuture<'_, ()> {
+        self.inner.write(mark)
+    }
+
+    fn recover(&self) -> StoreFuture<'_, Recovered> {
+        self.inner.recover()
+    }
+
+    fn add_usage<'a>(&'a self, usage: &'a UsageBatch) -> StoreFuture<'a, ()> {
+        self.inner.add_usage(usage)
+    }
+
+    fn replace_failed(&self) -> StoreFuture<'_, Vec<Replaced>> {
+        self.inner.replace_failed()
+    }
+
+    fn insert(&self, id: KeyId, secret: Secret) -> StoreFuture<'_, bool> {
+        self.inner.insert(id, secret)
+    }
+
+    fn remove<'a>(&'a self, id: &'a KeyId) -> StoreFuture<'a, bool> {
+        self.inner.remove(id)
+    }
+
+    fn reset<'a>(&'a self, id: &'a KeyId) -> StoreFuture<'a, bool> {
+        self.inner.reset(id)
+    }
+
+    fn set_disabled<'a>(&'a self, id: &'a KeyId, disabled: bool) -> StoreFuture<'a, bool> {
+        self.inner.set_disabled(id, disabled)
+    }
+}
+
+/// A process that makes no pass but those that it is asked for.
+struct Process {
+    pool: KeyPool,
+    recovery: RecoveryHandle,
+    client: KeyRotation<reqwest::Client>,
+    loads: Arc<AtomicUsize>,
+}
+
+impl Process {
+    async fn over(store: MongoStore) -> Self {
+        let loads = Arc::default();
+        let pool =
+            KeyPool::builder().open(Counting { inner: store, loads: Arc::clone(&loads) }).await.unwrap();
+        let config = RecoveryConfig::new().start_jitter(60 * MINUTE).interval(60 * MINUTE);
+        Self { recovery: RecoveryHandle::spawn_with(&pool, config), client: rotating(&pool), loads, pool }
+    }
+
+    fn loads(&self) -> usize {
+        self.loads.load(SeqCst)
+    }
+
+    fn status(&self, key: &str) -> Option<Status> {
+        self.pool.stats().keys.into_iter().find(|stats| stats.id.as_str() == key).map(|stats| stats.status)
+    }
+
+    /// Waits until this process has opened its change stream: something changes, and it notices.
+    async fn follows(&self, mongo: &Mongo) {
+        mongo.insert("probe").await;
+        sees(10 * SECOND, "the probe comes", || self.status("probe").is_some()).await;
+        mongo.keys().delete_one(doc! { "_id": "probe" }).await.unwrap();
+        sees(10 * SECOND, "the probe goes", || self.status("probe").is_none()).await;
+    }
+}
+
+/// Waits until something is seen, and says how long it took.
+async fn sees(limit: Duration, what: &str, holds: impl Fn() -> bool) -> Duration {
+    let began = Instant::now();
+    while !holds() {
+        assert!(began.elapsed() < limit, "this was not seen within {limit:?}: {what}");
+        sleep(MILLISECOND).await;
+    }
+    let took = began.elapsed();
+    println!("{what}: {took:?}");
+    took
+}
+
+/// Two processes over a replica set, of which the second one follows what changes.
+async fn two_processes(keys: &[&str]) -> (Mongo, Process, Process) {
+    let mongo = Mongo::replica_set().await;
+    for key in keys {
+        mongo.insert(key).await;
+    }
+    let here = Process::over(mongo.store().await).await;
+    let there = Process::over(mongo.store().await).await;
+    there.follows(&mongo).await;
+    (mongo, here, there)
+}
+
+#[tokio::test]
+async fn a_mark_is_honoured_by_another_process_within_a_second() {
+    let (_mongo, here, there) = two_processes(&["alpha", "beta"]).await;
+    let server = Server::limiting(["alpha"]).await;
+    assert_eq!(status(&here.client, &server.url()).await, 429);
+    let limited = || there.status("alpha") == Some(Status::RateLimited);
+    sees(SECOND, "the mark is honoured there", limited).await;
+    let left = time_left(&there.pool, "alpha").unwrap();
+    assert!((110 * SECOND..=2 * MINUTE).contains(&left), "{left:?}");
+    for _ in 0..3 {
+        assert_eq!(status(&there.client, &server.url()).await, 200);
+    }
+    assert_eq!(server.keys()[1..], ["beta", "beta", "beta"]);
+}
+
+#[tokio::test]
+async fn what_an_operator_does_is_seen_by_another_process_within_a_second() {
+    let (_mongo, here, there) = two_processes(&["alpha"]).await;
+    let server = Server::limiting(["alpha"]).await;
+    assert_eq!(status(&here.client, &server.url()).await, 429);
+    let alpha_is = |status| there.status("alpha") == Some(status);
+    sees(SECOND, "a mark", || alpha_is(Status::RateLimited)).await;
+
+    here.pool.reset("alpha").await.unwrap();
+    sees(SECOND, "a reset", || alpha_is(Status::Healthy)).await;
+    here.pool.insert("beta", "sk-beta").await.unwrap();
+    sees(SECOND, "a new key", || there.status("beta") == Some(Status::Healthy)).await;
+    here.pool.disable("alpha").await.unwrap();
+    sees(SECOND, "a key taken out of service", || alpha_is(Status::Disabled)).await;
+    assert_eq!(status(&there.client, &server.url()).await, 200);
+    assert_eq!(server.keys().last().unwrap(), "beta");
+    here.pool.enable("alpha").await.unwrap();
+    sees(SECOND, "a key put back into service", || alpha_is(Status::Healthy)).await;
+    here.pool.remove("alpha").await.unwrap();
+    sees(SECOND, "a key removed", || there.status("alpha").is_none()).await;
+}
+
+#[tokio::test]
+async fn what_another_program_writes_is_seen_within_a_second() {
+    let (mongo, _here, there) = two_processes(&["alpha"]).await;
+    let server = Server::limiting([]).await;
+    let words = [("error", Status::Revoked), ("paused", Status::Disabled), ("healthy", Status::Healthy)];
+    for (word, status) in words {
+        mongo.set("alpha", doc! { "status": word }).await;
+        sees(SECOND, word, || there.status("alpha") == Some(status)).await;
+    }
+    let rest = doc! { "status": "rate_limited", "cooldownUntil": { "$add": ["$$NOW", 50_000] } };
+    mongo.keys().update_one(doc! { "_id": "alpha" }, vec![doc! { "$set": rest }]).await.unwrap();
+    sees(SECOND, "a cooldown", || there.status("alpha") == Some(Status::RateLimited)).await;
+    let longer = doc! { "cooldownUntil": { "$add": ["$$NOW", 500_000] } };
+    mongo.keys().update_one(doc! { "_id": "alpha" }, vec![doc! { "$set": longer }]).await.unwrap();
+    let longer = || time_left(&there.pool, "alpha") > Some(400 * SECOND);
+    sees(SECOND, "a longer cooldown", longer).await;
+
+    let mut replacement = healthy("alpha");
+    replacement.insert("apiKey", "sk-new");
+    mongo.keys().replace_one(doc! { "_id": "alpha" }, replacement).await.unwrap();
+    sees(SECOND, "another document", || there.status("alpha") == Some(Status::Healthy)).await;
+    assert_eq!(status(&there.client, &server.url()).await, 200);
+    mongo.set("alpha", doc! { "apiKey": "sk-newer", "note.owner": "nobody" }).await;
+    eventually_within(SECOND, "a new secret is used", async || {
+        status(&there.client, &server.url()).await;
+        server.keys().last().unwrap() == "newer"
+    })
+    .await;
+    assert_eq!(server.keys()[0], "new");
+
+    let unset = doc! { "$unset": { "apiKey": "" } };
+    mongo.keys().update_one(doc! { "_id": "alpha" }, unset).await.unwrap();
+    sees(SECOND, "a key without a secret", || there.status("alpha").is_none()).await;
+    assert_eq!(there.pool.stats().unreadable, 1);
+    mongo.keys().delete_many(doc! {}).await.unwrap();
+    sees(SECOND, "a document that is gone", || there.pool.stats().unreadable == 0).await;
+}
+
+#[tokio::test]
+async fn many_changes_at_once_are_all_seen() {
+    let (mongo, _here, there) = two_processes(&[]).await;
+    mongo.keys().insert_many((0..3_000).map(|number| healthy(&format!("key-{number}")))).await.unwrap();
+    sees(10 * SECOND, "3,000 new keys", || there.pool.stats().healthy == 3_000).await;
+    mongo.keys().update_many(doc! {}, doc! { "$set": { "status": "error" } }).await.unwrap();
+    sees(10 * SECOND, "3,000 revoked keys", || there.pool.stats().revoked == 3_000).await;
+    mongo.keys().delete_many(doc! { "_id": { "$ne": "key-7" } }).await.unwrap();
+    sees(10 * SECOND, "2,999 removed keys", || there.pool.stats().keys.len() == 1).await;
+}
+
+#[tokio::test]
+async fn usage_that_one_process_writes_makes_no_other_one_read() {
+    let (mongo, here, there) = two_processes(&["alpha", "beta"]).await;
+    let server = Server::limiting([]).await;
+    // What follows the probe's end may still be on its way.
+    sleep(300 * MILLISECOND).await;
+    let before = there.loads();
+    for _ in 0..5 {
+        assert_eq!(status(&here.client, &server.url()).await, 200);
+        assert_eq!(status(&here.client, &server.url()).await, 200);
+        here.recovery.sweep_now().await.outcome.unwrap();
+    }
+    assert_eq!(mongo.count(doc! { "requestsCount": 7 }).await, 2);
+    // The stream keeps the order: what is seen now comes after all of that.
+    mongo.set("alpha", doc! { "status": "error" }).await;
+    sees(SECOND, "a change", || there.status("alpha") == Some(Status::Revoked)).await;
+    assert_eq!(there.loads(), before + 1);
+}
+
+#[tokio::test]
+async fn what_changed_while_the_connection_was_cut_is_seen_when_it_is_back() {
+    assert_seen_after_outages("").await;
+}
+
+#[tokio::test]
+async fn what_changed_while_the_connection_was_cut_for_longer_than_the_driver_tries_is_seen_when_it_is_back()
+{
+    assert_seen_after_outages("&serverSelectionTimeoutMS=50").await;
+}
+
+async fn assert_seen_after_outages(options: &str) {
+    let mongo = Mongo::replica_set().await;
+    mongo.insert_all(["alpha", "beta"]).await;
+    let address = mongo.uri.trim_start_matches("mongodb://").split('/').next().unwrap();
+    let proxy = Proxy::to(address.parse().unwrap()).await;
+    let there = Process::over(mongo.store_through(&(proxy.uri() + options)).await).await;
+    there.follows(&mongo).await;
+    for outage in 1..=2 {
+        proxy.set(Fault::Cut);
+        mongo.set("alpha", doc! { "status": "error" }).await;
+        mongo.keys().delete_one(doc! { "_id": "beta" }).await.unwrap();
+        mongo.insert("gamma").await;
+        sleep(300 * MILLISECOND).await;
+        assert_eq!(there.status("alpha"), Some(Status::Healthy), "outage {outage}");
+
+        proxy.set(Fault::None);
+        let all_seen = || {
+            there.status("alpha") == Some(Status::Revoked)
+                && there.status("beta").is_none()
+                && there.status("gamma") == Some(Status::Healthy)
+        };
+        sees(5 * SECOND, "what changed during the outage", all_seen).await;
+        mongo.set("alpha", doc! { "status": "healthy" }).await;
+        mongo.insert("beta").await;
+        mongo.keys().delete_one(doc! { "_id": "gamma" }).await.unwrap();
+        let all_undone = || {
+            there.status("alpha") == Some(Status::Healthy)
+                && there.status("beta") == Some(Status::Healthy)
+                && there.status("gamma").is_none()
+        };
+        sees(SECOND, "what changed after it", all_undone).await;
+    }
+}
+
+#[tokio::test]
+async fn what_changed_right_after_the_server_was_killed_and_came_back_is_seen() {
+    let mut mongod = own(Kind::ReplicaSet).await;
+    let mongo = Mongo::at(&mongod.uri()).await;
+    mongo.insert_all(["alpha", "beta"]).await;
+    let there = Process::over(mongo.store().await).await;
+    there.follows(&mongo).await;
+    mongod.kill();
+    let server = Server::limiting([]).await;
+    assert_eq!(status(&there.client, &server.url()).await, 200);
+    mongod.restart().await.unwrap();
+    let other =
+        Mongo { database: mongod.admin().await.unwrap().client().database(mongo.database.name()), ..mongo };
+    other.set("alpha", doc! { "status": "error" }).await;
+    sees(10 * SECOND, "a change after the restart", || there.status("alpha") == Some(Status::Revoked)).await;
+    other.set("alpha", doc! { "status": "healthy" }).await;
+    sees(SECOND, "the next change", || there.status("alpha") == Some(Status::Healthy)).await;
+}
+
+#[tokio::test]
+async fn when_the_collection_is_dropped_the_pool_empties_and_new_keys_are_seen_afterwards() {
+    let (mongo, _here, there) = two_processes(&["alpha", "beta"]).await;
+    for _ in 0..2 {
+        mongo.keys().drop().await.unwrap();
+        sees(SECOND, "the collection is gone", || there.pool.stats().keys.is_empty()).await;
+        mongo.insert("gamma").await;
+        sees(2 * SECOND, "a key in its place", || there.status("gamma") == Some(Status::Healthy)).await;
+        mongo.set("gamma", doc! { "status": "error" }).await;
+        sees(2 * SECOND, "a change of it", || there.status("gamma") == Some(Status::Revoked)).await;
+    }
+}
+
+#[tokio::test]
+async fn without_change_streams_the_keys_are_read_at_the_poll_interval() {
+    let mongo = Mongo::standalone().await;
+    mongo.insert_all(["alpha", "beta"]).await;
+    let here = Process::over(mongo.store().await).await;
+    let often = mongo.builder().poll_interval(300 * MILLISECOND).connect(&mongo.uri).await.unwrap();
+    let there = Process::over(often).await;
+    let server = Server::limiting(["alpha"]).await;
+    assert_eq!(status(&here.client, &server.url()).await, 429);
+    let limited = || there.status("alpha") == Some(Status::RateLimited);
+    sees(1_300 * MILLISECOND, "the mark is honoured there", limited).await;
+    mongo.insert("gamma").await;
+    let known = || there.status("gamma") == Some(Status::Healthy);
+    sees(1_300 * MILLISECOND, "a key of another program", known).await;
+
+    let before = there.loads();
+    sleep(1_500 * MILLISECOND).await;
+    let loads = there.loads() - before;
+    assert!((2..=5).contains(&loads), "{loads} loads in a second and a half");
+}
+
+#[tokio::test]
+async fn the_poll_interval_is_5_seconds_unless_it_is_set() {
+    let (logs, _guard) = Logs::capture();
+    let mongo = Mongo::standalone().await;
+    mongo.insert("alpha").await;
+    let process = Process::over(mongo.store().await).await;
+    eventually("it is said", || logs.count("no change stream:") == 1).await;
+    let line = logs.ours().into_iter().find(|line| line.contains("no change stream:")).unwrap();
+    assert!(line.contains("interval_ms=5000"), "{line}");
+    sleep(500 * MILLISECOND).await;
+    assert_eq!(process.loads(), 1);
+}
+
+#[tokio::test]
+async fn f31_when_the_handle_is_dropped_nothing_is_read_any_more() {
+    let mongo = Mongo::standalone().await;
+    mongo.insert("alpha").await;
+    let often = mongo.builder().poll_interval(20 * MILLISECOND).connect(&mongo.uri).await.unwrap();
+    let Process { pool, recovery, loads, .. } = Process::over(often).await;
+    eventually("it is polled", || loads.load(SeqCst) > 5).await;
+    drop(recovery);
+    settle().await;
+    let before = loads.load(SeqCst);
+    mongo.set("alpha", doc! { "status": "error" }).await;
+    sleep(400 * MILLISECOND).await;
+    assert_eq!(loads.load(SeqCst), before);
+    assert_eq!(stats_of(&pool, "alpha").status, Status::Healthy);
+}
+
+/// The cursors that are open on the keys: change streams, where nothing is loaded.
+async fn open_cursors(mongo: &Mongo) -> usize {
+    let operations = doc! { "$currentOp": { "allUsers": true, "idleCursors": true } };
+    let on_keys = doc! { "$match": {
+        "ns": format!("{}.ohmygpt_keys", mongo.database.name()),
+        "cursor": { "$exists": true },
+    } };
+    let admin = mongo.database.client().database("admin");
+    let mut found = admin.aggregate([operations, on_keys]).await.unwrap();
+    let mut cursors: Vec<Document> = Vec::new();
+    while found.advance().await.unwrap() {
+        cursors.push(found.deserialize_current().unwrap());
+    }
+    cursors.len()
+}
+
+#[tokio::test]
+async fn f31_when_the_handle_is_dropped_or_shut_down_its_change_stream_ends() {
+    for shut_down in [false, true] {
+        let (mongo, here, there) = two_processes(&["alpha"]).await;
+        here.follows(&mongo).await;
+        eventually_within(SECOND, "both follow", async || open_cursors(&mongo).await == 2).await;
+        let Process { pool, recovery, loads, .. } = there;
+        match shut_down {
+            true => recovery.shutdown().await.unwrap(),
+            false => drop(recovery),
+        }
+        settle().await;
+        let before = loads.load(SeqCst);
+        mongo.set("alpha", doc! { "status": "error" }).await;
+        sees(SECOND, "the other one goes on", || here.status("alpha") == Some(Status::Revoked)).await;
+        eventually_within(3 * SECOND, "one stream is left", async || open_cursors(&mongo).await == 1).await;
+        assert_eq!(loads.load(SeqCst), before);
+        assert_eq!(stats_of(&pool, "alpha").status, Status::Healthy);
+    }
+}
