@@ -157,9 +157,8 @@ impl fmt::Debug for Credentials {
     }
 }
 
-/// `http` accepts tabs and bytes beyond ASCII in a header value, and trims nothing; a pasted key that has
-/// them is a broken key.
-/// Whether a secret can be put into a request.
+/// Whether a secret can be put into a request. `http` accepts tabs and bytes beyond ASCII in a header value, and
+/// trims nothing; a pasted key that has them is a broken key.
 pub(crate) fn check(secret: &str) -> Result<(), UnusableSecret> {
     if secret.is_empty() {
         return Err(UnusableSecret::Empty);

@@ -358,13 +358,13 @@ impl Recovery {
         let pool = self.pool.clone();
         let (writer, overdue) = (self.writer, self.overdue);
         let last_writes = tokio::spawn(async move {
-            let _ = writer.await;
             if let Err(error) = pool.write_marks().await {
                 tracing::warn!(error = %Chain(&error), "marks could not be written");
             }
             if let Err(error) = pool.write_usage().await {
                 tracing::warn!(error = %Chain(&error), "usage could not be written");
             }
+            let _ = writer.await;
             if let Some(pass) = overdue {
                 let _ = pass.await;
             }
@@ -401,13 +401,13 @@ impl Report {
 }
 
 async fn write_sweep_reload(pool: KeyPool) -> Result<Recovered, StoreError> {
-    // What the store doesn't take must not keep keys from coming back.
+    // What the store doesn't do must not keep it from doing the rest.
     let marks = pool.write_marks().await;
     let usage = pool.write_usage().await;
-    let recovered = pool.sweep().await?;
+    let recovered = pool.sweep().await;
     let replaced = pool.replace_failed().await;
-    pool.reload().await?;
-    marks.and(usage).and(replaced).map(|_| recovered)
+    let reloaded = pool.reload().await;
+    marks.and(usage).and(replaced).and(reloaded).and(recovered)
 }
 
 /// Follows what changes in the store, until the sender of `stop` is gone. It never stops in the middle of a read.
@@ -422,7 +422,9 @@ async fn follow_changes(pool: KeyPool, mut stop: watch::Receiver<()>) {
             _ = stop.changed() => return,
             changed = next => changed,
         };
-        let Some(changed) = changed else { return };
+        let Some(changed) = changed else {
+            return tracing::warn!("the store no longer says what changes: passes alone bring it in");
+        };
         let began = clock.now();
         let all = changed == Changed::Anything;
         let following = pool.clone();
@@ -456,8 +458,8 @@ async fn write_marks(pool: KeyPool, mut stop: watch::Receiver<()>) {
             Ok(()) => {
                 failing = false;
                 if pool.a_key_has_failed() {
-                    // Now rather than at the next pass, which does it where this fails.
-                    let _ = tokio::spawn(replace_and_reload(pool.clone())).await;
+                    // Now rather than at the next pass, which does it where this fails. It may take a while.
+                    tokio::spawn(replace_and_reload(pool.clone()));
                 }
                 BETWEEN_WRITES
             }

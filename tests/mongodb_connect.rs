@@ -280,6 +280,8 @@ async fn s01_what_is_said_of_a_uris_options_never_holds_a_password_among_them() 
         "authMechanism=MONGODB-AWS&authMechanismProperties=hunter2",
         "password=hunter2",
         "proxyPassword=hunter2",
+        "authMechanismProperties=hunter2",
+        "tlsCertificateKeyFilePassword=a&hunter2",
     ];
     for option in options {
         let uri = format!("mongodb://127.0.0.1:1/?{option}");
@@ -309,7 +311,7 @@ async fn s01_what_a_server_says_in_an_error_is_not_quoted() {
     let process = Process::over(store).await;
     // An ordinary error, and one after which the driver takes the server for unknown and says why.
     for code in [121, 11_602] {
-        let fault = doc! { "failCommands": ["update"], "errorCode": code };
+        let fault = doc! { "failCommands": ["update", "findAndModify"], "errorCode": code };
         fail_command(&mongod, "alwaysOn", fault).await;
         for _ in 0..2 {
             let said = said_by(process.pool.reset("alpha").await);

@@ -491,6 +491,48 @@ async fn a_standby_key_that_is_no_key_is_skipped_with_a_warning_and_the_next_one
 }
 
 #[tokio::test]
+async fn a_standby_key_with_a_secret_that_another_key_has_is_skipped() {
+    let bench = Bench::new(&["alpha"], &[]).await;
+    let mut copy = standby("copy");
+    copy.insert("apiKey", "sk-alpha");
+    bench.mongo.standby().insert_one(copy).await.unwrap();
+    bench.mongo.standby().insert_one(standby("one")).await.unwrap();
+    let process = bench.process().await;
+    bench.says("alpha", 401);
+    process.sees_fail("alpha").await;
+    process.pass().await;
+    bench.assert_replaced("alpha", "one").await;
+    assert_eq!(bench.key_ids().await, ["alpha", "one"]);
+}
+
+#[tokio::test]
+async fn what_the_server_refuses_of_one_key_keeps_no_other_from_being_replaced() {
+    let bench = Bench::new(&["alpha", "beta"], &["a-refused-one", "one"]).await;
+    let validator = doc! { "collMod": "ohmygpt_keys", "validator": { "_id": { "$ne": "a-refused-one" } } };
+    bench.mongo.database.run_command(validator).await.unwrap();
+    let process = bench.process().await;
+    for key in ["alpha", "beta"] {
+        bench.says(key, 401);
+        process.sees_fail(key).await;
+    }
+    for _ in 0..2 {
+        process.recovery.sweep_now().await.outcome.ok();
+    }
+    bench.assert_replaced("beta", "one").await;
+    assert_eq!(bench.key_ids().await, ["alpha", "beta", "one"]);
+}
+
+#[tokio::test]
+async fn s04_a_plan_that_looks_like_an_operator_takes_no_standby_key() {
+    let bench = Bench::new(&["alpha"], &["one"]).await;
+    let process = bench.process().await;
+    let failed = doc! { "status": "error", "failedAt": DateTime::now(), "replacedBy": { "$ne": null } };
+    bench.mongo.set("alpha", failed).await;
+    process.pass().await;
+    bench.assert_replaced("alpha", "one").await;
+}
+
+#[tokio::test]
 async fn a_key_that_an_operator_resets_is_back_and_is_replaced_again_if_it_fails_again() {
     let bench = Bench::new(&["alpha"], &["one", "two", "three"]).await;
     let process = bench.process().await;

@@ -197,6 +197,44 @@ async fn an_exhausted_key_comes_back_where_this_crate_marked_it_and_not_where_an
 }
 
 #[tokio::test]
+async fn f10_a_429_on_a_key_that_is_back_from_an_exhaustion_counts_also_before_a_sweep() {
+    let mongo = Mongo::standalone().await;
+    mongo.insert("alpha").await;
+    mongo.set("alpha", doc! { "status": "exhausted" }).await;
+    let past = ago(5 * SECOND);
+    mongo.set("alpha", doc! { "cooldownUntil": past, "exhaustedUntil": past, "failedAt": past }).await;
+    let process = Process::start(&mongo).await;
+    let server = Server::answering(|| answer(429, "")).await;
+    assert_eq!(process.get(&server).await, 429);
+    process.written().await;
+    assert_eq!(mongo.status("alpha").await, "rate_limited");
+    assert_eq!(process.sweep().await.count, 0);
+    assert_eq!(process.of("alpha").status, Status::RateLimited);
+}
+
+#[tokio::test]
+async fn f10_a_limit_that_lasts_longer_than_an_exhaustion_makes_it_longer() {
+    let mongo = Mongo::standalone().await;
+    mongo.insert("alpha").await;
+    let late = Process::start(&mongo).await;
+    let quota = KeyPool::builder().exhausted_for(MINUTE);
+    let process = Process::start_with(quiet(&mongo), &mongo.uri, quota).await;
+    let server = Server::answering(|| answer(402, "")).await;
+    assert_eq!(status(&gateway(&process.pool), &server.url()).await, 402);
+    process.written().await;
+    let server = Server::answering(|| answer_with(429, [("retry-after", "600")], "")).await;
+    assert_eq!(late.get(&server).await, 429);
+    late.written().await;
+
+    assert_eq!(mongo.status("alpha").await, "exhausted");
+    assert!(millis_are_about(mongo.millis_left("alpha").await.unwrap(), 10 * MINUTE));
+    for process in [&process, &late] {
+        process.pool.reload().await.unwrap();
+        assert!(is_about(process.of("alpha").time_left.unwrap(), 10 * MINUTE));
+    }
+}
+
+#[tokio::test]
 async fn a_429_does_not_touch_what_somebody_said_worse_of_the_key_in_the_meantime() {
     let mongo = Mongo::standalone().await;
     let words = ["exhausted", "error", "using_failover", "Healthy", ""];

@@ -425,6 +425,67 @@ async fn of_a_store_that_takes_no_mark_it_is_asked_eight_times_and_not_for_every
 }
 
 #[tokio::test]
+async fn f01_what_an_operator_does_to_a_seed_key_holds_also_if_it_comes_first() {
+    let clock = ManualClock::new();
+    let store = FaultyStore::new(&clock);
+    let pool = builder(["alpha", "beta"], &clock).open_when_ready(store.clone()).unwrap();
+    pool.remove("alpha").await.unwrap();
+    pool.disable("beta").await.unwrap();
+    pool.reload().await.unwrap();
+    assert_eq!((pool.stats().keys.len(), pool.stats().disabled), (1, 1));
+    assert!(store.record("beta").await.disabled);
+}
+
+#[tokio::test]
+async fn a_key_that_the_store_has_under_another_id_is_not_there_twice() {
+    let clock = ManualClock::new();
+    let store = FaultyStore::new(&clock);
+    assert!(store.memory.insert(id("theirs"), "sk-alpha".into()).await.unwrap());
+    let pool = builder(["alpha", "beta"], &clock).open(store).await.unwrap();
+    let ids: Vec<_> = pool.stats().keys.iter().map(|key| key.id.to_string()).collect();
+    assert_eq!(ids, ["beta", "theirs"]);
+}
+
+#[tokio::test]
+async fn a_sweep_that_fails_keeps_no_pass_from_reloading() {
+    let bench = Bench::new(["alpha"]).await;
+    let recovery = recovery(&bench.pool).await;
+    bench.another().await.disable("alpha").await.unwrap();
+    bench.store.recovers.set(Mode::Fails);
+    assert!(recovery.sweep_now().await.outcome.is_err());
+    assert_eq!(bench.pool.stats().disabled, 1);
+}
+
+#[tokio::test]
+async fn f09_what_a_response_says_while_a_reset_waits_for_its_turn_is_not_undone_by_it() {
+    let bench = Bench::new(["alpha"]).await;
+    let recovery = recovery(&bench.pool).await;
+    bench.store.loads.set(Mode::Hangs);
+    let loads = bench.store.loads.begun();
+    let reload = tokio::spawn({
+        let pool = bench.pool.clone();
+        async move { pool.reload().await }
+    });
+    eventually("the reload has its turn", || bench.store.loads.begun() > loads).await;
+    let reset = tokio::spawn({
+        let pool = bench.pool.clone();
+        async move { pool.reset("alpha").await }
+    });
+    settle().await;
+    bench.clock.advance(SECOND);
+    assert_eq!(bench.get().await, 429);
+    eventually("the mark is written", || bench.pool.stats().marks_waiting == 0).await;
+    bench.clock.advance(SECOND);
+    bench.store.loads.set(Mode::Works);
+    in_time(reload).await.unwrap().unwrap();
+    in_time(reset).await.unwrap().unwrap();
+    eventually("the mark is written again", || bench.pool.stats().marks_waiting == 0).await;
+    recovery.sweep_now().await.outcome.unwrap();
+    assert_eq!(stats_of(&bench.pool, "alpha").status, Status::RateLimited);
+    assert!(bench.store.record("alpha").await.rest.is_some());
+}
+
+#[tokio::test]
 async fn an_operator_is_told_of_a_key_that_is_unknown_or_there_already() {
     let bench = Bench::new(["alpha"]).await;
     let error = bench.pool.reset("nobody").await.unwrap_err();

@@ -240,7 +240,7 @@ impl KeyPoolBuilder {
     }
 
     /// A pool over that store: the store's keys and their state, and those given here. A key given here whose
-    /// id the store has already is the store's: its secret and its state hold.
+    /// id or secret the store has already is the store's: its id, its secret and its state hold.
     ///
     /// # Errors
     ///

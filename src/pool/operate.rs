@@ -31,8 +31,9 @@ pub enum OperateError {
         /// What is wrong with its secret.
         reason: UnusableSecret,
     },
-    /// The store failed. A key that was to be inserted is not; what else was done in this pool holds until the
-    /// next reload, when the store has the last word.
+    /// The store failed, or gave no answer in time. A key that was to be inserted is not in this pool, but comes
+    /// with the next reload if the store has it after all; what else was done in this pool holds until then, when
+    /// the store has the last word.
     #[error("the store does not know of it")]
     Store(#[from] StoreError),
 }
@@ -69,6 +70,7 @@ impl KeyPool {
 
         let persistence = &self.inner.persistence;
         let _turn = persistence.turn.lock().await;
+        persistence.plant_seeds_in_turn().await?;
         if self.known(id.as_str()).is_ok() || !persistence.store.insert(id.clone(), secret).await? {
             return Err(OperateError::KeyExists(id));
         }
@@ -86,6 +88,7 @@ impl KeyPool {
         self.take_out(&id);
         let persistence = &self.inner.persistence;
         let _turn = persistence.turn.lock().await;
+        persistence.plant_seeds_in_turn().await?;
         persistence.store.remove(&id).await?;
         self.take_out(&id);
         Ok(())
@@ -124,11 +127,20 @@ impl KeyPool {
         reset()?;
         let persistence = &self.inner.persistence;
         let _turn = persistence.turn.lock().await;
+        persistence.plant_seeds_in_turn().await?;
         // A reload that had read the store before may have undone it.
         let key = reset()?;
         // A mark that is on its way arrives before the reset, not after it.
         let _no_write_under_way = persistence.writing.lock().await;
-        self.found(&key, persistence.store.reset(&key.id).await?)
+        self.found(&key, persistence.store.reset(&key.id).await?)?;
+        if key.written.marked_at() > asked {
+            // The store took that mark for an older one than the reset, which has only now come to it.
+            key.written.set_marked_at(self.now());
+            key.written.changing();
+            self.refresh(&key);
+            persistence.mark_waits();
+        }
+        Ok(())
     }
 
     /// Takes a key out of service until [`enable`](Self::enable). Its cooldown, if it has one, goes on.
@@ -172,6 +184,7 @@ impl KeyPool {
         set()?;
         let persistence = &self.inner.persistence;
         let _turn = persistence.turn.lock().await;
+        persistence.plant_seeds_in_turn().await?;
         // A reload that had read the store before may have undone it.
         let key = set()?;
         self.found(&key, persistence.store.set_disabled(&key.id, disabled).await?)

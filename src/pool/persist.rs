@@ -1,7 +1,7 @@
 //! Between the pool and its store. Nothing here runs on the way of a request, but the flag that a mark waits.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
@@ -24,7 +24,7 @@ pub(super) struct Persistence {
     /// Held while marks are written: at most one write per key is under way.
     pub(super) writing: tokio::sync::Mutex<()>,
     pub(super) usage: tokio::sync::Mutex<Account>,
-    /// Keys that a reload gave another secret, as long as they may have usage that is not written.
+    /// Keys that a reload took out, as long as they may have usage that is not written.
     predecessors: Mutex<Vec<Arc<Key>>>,
     pub(super) complaints: Complaints,
     /// Keys that the store is to have before anything else is done with it.
@@ -87,15 +87,21 @@ impl Persistence {
     }
 
     /// Gives the store the keys that it is to begin with, if it has not been done yet. Called with the turn.
-    pub(super) async fn plant_seeds(&self) -> Result<(), StoreError> {
+    pub(super) async fn plant_seeds_in_turn(&self) -> Result<(), StoreError> {
         let seeds = self.seeds().clone();
         if seeds.is_empty() {
             return Ok(());
         }
-        let known: HashSet<_> = self.store.load().await?.records.into_iter().map(|key| key.id).collect();
+        let records = self.store.load().await?.records;
+        let ids: HashSet<_> = records.iter().map(|key| &key.id).collect();
+        let by_secret: HashMap<_, _> = records.iter().map(|key| (&key.secret, &key.id)).collect();
         for (id, secret) in seeds {
-            if !known.contains(&id) {
-                self.store.insert(id, secret).await?;
+            match by_secret.get(&secret) {
+                _ if ids.contains(&id) => {}
+                Some(same) => {
+                    tracing::info!(key = %same, given_as = %id, "the store has this key under its own id")
+                }
+                None => _ = self.store.insert(id, secret).await?,
             }
         }
         self.seeds().clear();
@@ -120,7 +126,7 @@ impl KeyPool {
             return Ok(());
         }
         let _turn = persistence.turn.lock().await;
-        persistence.plant_seeds().await
+        persistence.plant_seeds_in_turn().await
     }
 
     /// Resets what has expired in the store.

@@ -74,7 +74,7 @@ impl KeyPool {
     async fn load(&self, only: Option<Vec<KeyId>>) -> Result<(), StoreError> {
         let persistence = &self.inner.persistence;
         let turn = persistence.turn.clone().lock_owned().await;
-        persistence.plant_seeds().await?;
+        persistence.plant_seeds_in_turn().await?;
         let number = persistence.begin_reload();
         let loaded = match &only {
             Some(ids) => persistence.store.load_some(ids).await?,
@@ -122,10 +122,7 @@ impl KeyPool {
                     continue;
                 }
                 match Key::new(record.id.clone(), record.secret, state, &self.inner.inject) {
-                    Ok(key) => {
-                        self.inner.persistence.predecessors().extend(known.cloned());
-                        changes.put(slot, Some(Arc::new(key)));
-                    }
+                    Ok(key) => changes.put(slot, Some(Arc::new(key))),
                     Err(reason) => {
                         unreadable.push(Unreadable::new(record.id.as_str(), reason.to_string()));
                         changes.put(slot, None);
@@ -133,6 +130,8 @@ impl KeyPool {
                 }
             }
             changes.take_out_the_others(before, only.as_deref());
+            let gone = changes.replaced.keys().map(|slot| before.keys()[*slot].clone());
+            self.inner.persistence.predecessors().extend(gone);
             changes.applied_to(before)
         });
         self.inner.persistence.complaints.update(only.as_deref(), unreadable);

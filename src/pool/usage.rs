@@ -5,6 +5,7 @@
 //! its number, so that the store can tell that it has it already.
 
 use std::{
+    hash::{BuildHasher, Hasher, RandomState},
     sync::{
         Arc,
         atomic::{Ordering::Acquire, fence},
@@ -25,7 +26,10 @@ pub(super) struct Account {
 
 impl Default for Account {
     fn default() -> Self {
-        Self { writer: format!("{:032x}", fastrand::u128(..)), batches: 0, unsettled: None }
+        // The standard library's hashers are keyed by the operating system, `fastrand` by the time and the thread.
+        let random = RandomState::new().build_hasher().finish();
+        let writer = format!("{random:016x}{:016x}", fastrand::u64(..));
+        Self { writer, batches: 0, unsettled: None }
     }
 }
 
@@ -40,12 +44,7 @@ impl KeyPool {
             return Ok(());
         }
         account.batches += 1;
-        let batch = UsageBatch {
-            writer: account.writer.clone(),
-            number: account.batches,
-            age: Duration::ZERO,
-            usage,
-        };
+        let batch = UsageBatch::new(account.writer.clone(), account.batches, usage);
         account.unsettled = Some((batch, self.now()));
         self.settle(&mut account).await
     }
@@ -62,30 +61,36 @@ impl KeyPool {
     fn take_usage(&self) -> Vec<Usage> {
         let snapshot = self.inner.snapshot.load();
         let mut used: Vec<_> = snapshot.keys().iter().filter_map(taken).collect();
-        self.inner.persistence.predecessors().retain(|key| {
+        let mut predecessors = self.inner.persistence.predecessors();
+        if predecessors.is_empty() {
+            return used;
+        }
+        predecessors.retain(|key| {
             // To be asked first: a request that still holds the key may count itself until it lets go of it.
             let is_held = Arc::strong_count(key) > 1;
             fence(Acquire);
-            if let Some(usage) = taken(key) {
-                add(&mut used, usage);
-            }
+            used.extend(taken(key));
             is_held
         });
-        used
+        add_up(used)
     }
 }
 
-fn add(used: &mut Vec<Usage>, usage: Usage) {
-    match used.iter_mut().find(|same| same.id == usage.id) {
-        Some(same) => {
-            same.requests += usage.requests;
-            same.tokens += usage.tokens;
+/// Each key once.
+fn add_up(mut used: Vec<Usage>) -> Vec<Usage> {
+    used.sort_by(|one, other| one.id.cmp(&other.id));
+    used.dedup_by(|more, same| {
+        let is_same = more.id == same.id;
+        if is_same {
+            same.requests += more.requests;
+            same.tokens += more.tokens;
         }
-        None => used.push(usage),
-    }
+        is_same
+    });
+    used
 }
 
 fn taken(key: &Arc<Key>) -> Option<Usage> {
     let (requests, tokens) = (key.counts.requests.take(), key.counts.tokens.take());
-    (requests != 0 || tokens != 0).then(|| Usage { id: key.id.clone(), requests, tokens })
+    (requests != 0 || tokens != 0).then(|| Usage::new(key.id.clone(), requests, tokens))
 }

@@ -32,11 +32,16 @@ pub type StoreFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, StoreError>>
 /// A method that may take long has to end by itself, and to outlive the future that it returns: a caller may
 /// drop that.
 ///
-/// A store around another one, which counts what is written:
+/// A store around another one, which counts what is written. It has to pass on the methods that have a default,
+/// too: by default, a store has no changes to tell, no account of usage and no standby keys.
 ///
 /// ```
 /// use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-/// use tower_key_rotation::{KeyId, Secret, store::{KeyStore, Loaded, Mark, MemoryStore, Recovered, StoreFuture}};
+/// use tokio::sync::mpsc;
+/// use tower_key_rotation::{
+///     KeyId, Secret,
+///     store::{Changed, KeyStore, Loaded, Mark, MemoryStore, Recovered, Replaced, StoreFuture, UsageBatch},
+/// };
 ///
 /// #[derive(Debug, Default)]
 /// struct Counting {
@@ -51,6 +56,18 @@ pub type StoreFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, StoreError>>
 ///     }
 ///     fn load(&self) -> StoreFuture<'_, Loaded> {
 ///         self.inner.load()
+///     }
+///     fn load_some<'a>(&'a self, ids: &'a [KeyId]) -> StoreFuture<'a, Loaded> {
+///         self.inner.load_some(ids)
+///     }
+///     fn watch(&self) -> Option<mpsc::Receiver<Changed>> {
+///         self.inner.watch()
+///     }
+///     fn add_usage<'a>(&'a self, usage: &'a UsageBatch) -> StoreFuture<'a, ()> {
+///         self.inner.add_usage(usage)
+///     }
+///     fn replace_failed(&self) -> StoreFuture<'_, Vec<Replaced>> {
+///         self.inner.replace_failed()
 ///     }
 ///     fn recover(&self) -> StoreFuture<'_, Recovered> {
 ///         self.inner.recover()
@@ -208,6 +225,13 @@ pub struct UsageBatch {
     pub usage: Vec<Usage>,
 }
 
+impl UsageBatch {
+    /// A writer's batch of that number, put together just now.
+    pub fn new(writer: impl Into<String>, number: u64, usage: Vec<Usage>) -> Self {
+        Self { writer: writer.into(), number, age: Duration::ZERO, usage }
+    }
+}
+
 /// How much a key was used.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -218,6 +242,14 @@ pub struct Usage {
     pub requests: u64,
     /// What [`KeyPool::record_usage`](crate::KeyPool::record_usage) credited to it.
     pub tokens: u64,
+}
+
+impl Usage {
+    /// So many requests and tokens.
+    #[must_use]
+    pub fn new(id: KeyId, requests: u64, tokens: u64) -> Self {
+        Self { id, requests, tokens }
+    }
 }
 
 /// A standby key that took another one's place.
@@ -254,6 +286,14 @@ pub struct Mark {
     pub age: Duration,
     /// The response's HTTP status.
     pub http_status: Option<u16>,
+}
+
+impl Mark {
+    /// Of a response that has arrived just now.
+    #[must_use]
+    pub fn new(id: KeyId, secret: Secret, rest: Rest, left: Option<Duration>) -> Self {
+        Self { id, secret, rest, left, age: Duration::ZERO, http_status: None }
+    }
 }
 
 /// What a sweep reset.

@@ -173,7 +173,7 @@ impl MongoStoreBuilder {
         self.over(&client)
     }
 
-    /// A store over a client of one's own. No server is asked.
+    /// A store over a client of one's own, of version 3 of the driver. No server is asked.
     ///
     /// The client's `serverSelectionTimeoutMS`, 30 seconds unless it was set, should be well below the 10 seconds
     /// of a pass.
@@ -244,17 +244,17 @@ impl ConnectError {
         if names_hosts_alone(uri) {
             return Self::Uri(error.kind.to_string());
         }
-        let hint = "it is not mongodb://user:password@host:port/?options; percent-encode what is special in the \
-                    user name and the password";
+        let hint = "it is not mongodb://user:password@host:port/?options with options that MongoDB knows; what is \
+                    special in a name or password is to be percent-encoded";
         Self::Uri(hint.into())
     }
 }
 
-/// `scheme://host:port,host:port`, and perhaps options.
+/// `scheme://host:port,host:port/database`.
 fn names_hosts_alone(uri: &str) -> bool {
     let Some((_, rest)) = uri.split_once("://") else { return !uri.contains([':', '@']) };
-    let hosts = rest.split(['/', '?']).next().unwrap_or_default();
-    !rest.contains('@')
+    let hosts = rest.split('/').next().unwrap_or_default();
+    !rest.contains(['@', '?'])
         && hosts.split(',').all(|host| {
             let (name, port) = host.rsplit_once(':').unwrap_or((host, "0"));
             !name.contains(':') && !name.contains('%') && port.parse::<u16>().is_ok()

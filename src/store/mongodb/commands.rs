@@ -22,7 +22,8 @@ use crate::{
 
 const NOW: &str = "$$NOW";
 
-/// A writer's last batch is remembered for that long after it: far longer than one is tried again.
+/// A writer's last batch is remembered for that long after it. One that arrived in an outage longer than this, and
+/// could not be told to have, would be counted twice.
 const WRITERS_REMEMBERED_FOR: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// One update: which document, and what becomes of it.
@@ -36,11 +37,18 @@ impl Fields {
         format!("${name}")
     }
 
-    /// The status that a key has, or would have if it were not disabled.
+    /// The status that a key has, or would have if it were not disabled; an exhaustion that is over is none, swept
+    /// or not.
     fn status_beneath(&self) -> Document {
         let status = Self::path(&self.status);
-        let beneath = self.disabled_from();
-        doc! { "$cond": [{ "$eq": [&status, DISABLED] }, beneath, &status] }
+        let beneath = doc! { "$cond": [{ "$eq": [&status, DISABLED] }, self.disabled_from(), &status] };
+        let is_over = doc! { "$and": [
+            { "$eq": ["$$beneath", EXHAUSTED] },
+            self.exhaustion_is_dated(),
+            { "$lt": [Self::path(&self.cooldown_until), NOW] },
+        ] };
+        let status = doc! { "$cond": [is_over, HEALTHY, "$$beneath"] };
+        doc! { "$let": { "vars": { "beneath": beneath }, "in": status } }
     }
 
     fn disabled_from(&self) -> Document {
@@ -49,7 +57,7 @@ impl Fields {
     }
 
     /// Sets the status of a key, or what it would be if it were not disabled.
-    fn set_status_beneath(&self, status: &str) -> Document {
+    fn set_status_beneath(&self, status: &Bson) -> Document {
         let current = Self::path(&self.status);
         let is_disabled = doc! { "$eq": [&current, DISABLED] };
         doc! {
@@ -61,27 +69,29 @@ impl Fields {
     /// `observed` is when the response arrived, as far as that is known by the server's clock. The mark's age alone
     /// would have it too late by the time that the command is on its way.
     pub(super) fn mark(&self, mark: &Mark, observed: Option<DateTime>) -> Update {
-        let (status, from): (_, &[&str]) = match mark.rest {
-            Rest::RateLimited => (RATE_LIMITED, &[HEALTHY, RATE_LIMITED]),
-            Rest::Exhausted => (EXHAUSTED, &[HEALTHY, RATE_LIMITED, EXHAUSTED]),
-            Rest::Revoked => (ERROR, &[HEALTHY, RATE_LIMITED, EXHAUSTED]),
-        };
-        let mut condition = vec![
-            Bson::from(doc! { "$in": [self.status_beneath(), from] }),
-            Bson::from(self.not_reset_since(mark.age, observed)),
-        ];
-        if mark.rest == Rest::Exhausted {
+        let is_exhausted = doc! { "$eq": [self.status_beneath(), EXHAUSTED] };
+        let can_be_marked = doc! { "$in": [self.status_beneath(), [HEALTHY, RATE_LIMITED, EXHAUSTED]] };
+        let mut condition = vec![can_be_marked, self.not_reset_since(mark.age, observed)];
+        if mark.rest != Rest::Revoked {
             // One without a date is exhausted until somebody resets it.
-            let exhausted = doc! { "$eq": [self.status_beneath(), EXHAUSTED] };
-            condition.push(doc! { "$or": [{ "$not": [exhausted] }, self.exhaustion_is_dated()] }.into());
+            condition.push(doc! { "$or": [{ "$not": [&is_exhausted] }, self.exhaustion_is_dated()] });
         }
-        let mut set = self.set_status_beneath(status);
+        let (status, dates) = match mark.rest {
+            Rest::RateLimited => {
+                let until = later_of(date_or_null(&self.cooldown_until), mark.left);
+                let exhausted_until =
+                    doc! { "$cond": [&is_exhausted, &until, Self::path(ours::EXHAUSTED_UNTIL)] };
+                let dates = doc! { &self.cooldown_until: until, ours::EXHAUSTED_UNTIL: exhausted_until };
+                (doc! { "$cond": [is_exhausted, EXHAUSTED, RATE_LIMITED] }.into(), dates)
+            }
+            Rest::Exhausted => {
+                (EXHAUSTED.into(), self.set_failed(later_of(self.date_while_it_rests(), mark.left)))
+            }
+            Rest::Revoked => (ERROR.into(), self.set_failed(Bson::Null)),
+        };
+        let mut set = self.set_status_beneath(&status);
         set.extend(doc! { &self.last_error: said(mark), &self.updated_at: NOW });
-        set.extend(match mark.rest {
-            Rest::RateLimited => doc! { &self.cooldown_until: later_of(&self.cooldown_until, mark.left) },
-            Rest::Exhausted => self.set_failed(self.exhausted_until(mark.left)),
-            Rest::Revoked => self.set_failed(Bson::Null),
-        });
+        set.extend(dates);
         Update {
             filter: doc! {
                 "_id": mark.id.as_str(),
@@ -107,16 +117,10 @@ impl Fields {
         }
     }
 
-    /// No sooner than what the key rests for already; what an earlier, ended rest left behind doesn't count.
-    fn exhausted_until(&self, left: Option<Duration>) -> Bson {
-        let Some(left) = left else { return Bson::Null };
-        let beneath = self.status_beneath();
-        let rests = doc! { "$or": [
-            { "$eq": [&beneath, RATE_LIMITED] },
-            { "$and": [{ "$eq": [beneath, EXHAUSTED] }, self.exhaustion_is_dated()] },
-        ] };
-        let before = doc! { "$cond": [rests, date_or_null(&self.cooldown_until), Bson::Null] };
-        doc! { "$max": [before, from_now(left)] }.into()
+    /// For an exhausted key, what an earlier rest left behind doesn't count.
+    fn date_while_it_rests(&self) -> Document {
+        let rests = doc! { "$in": [self.status_beneath(), [RATE_LIMITED, EXHAUSTED]] };
+        doc! { "$cond": [rests, date_or_null(&self.cooldown_until), Bson::Null] }
     }
 
     fn not_reset_since(&self, age: Duration, observed: Option<DateTime>) -> Document {
@@ -324,12 +328,9 @@ fn date_or_null(field: &str) -> Document {
     doc! { "$cond": [is_date(field), format!("${field}"), Bson::Null] }
 }
 
-/// The later of a stored date, if it is one, and what is left from now on.
-fn later_of(field: &str, left: Option<Duration>) -> Bson {
-    match left {
-        Some(left) => doc! { "$max": [date_or_null(field), from_now(left)] }.into(),
-        None => Bson::Null,
-    }
+/// The later of a stored date and what is left from now on; no date where it rests until somebody resets it.
+fn later_of(before: Document, left: Option<Duration>) -> Bson {
+    left.map_or(Bson::Null, |left| doc! { "$max": [before, from_now(left)] }.into())
 }
 
 fn from_now(left: Duration) -> Document {

@@ -25,6 +25,7 @@ pub(super) const WITHOUT_A_DATE: Duration = Duration::from_secs(120);
 pub(super) const SERVER_TIME: &str = "serverTime";
 pub(super) const LEFT: &str = "left";
 pub(super) const EXHAUSTION_IS_DATED: &str = "exhaustionIsDated";
+pub(super) const COMPUTED: [&str; 3] = [SERVER_TIME, LEFT, EXHAUSTION_IS_DATED];
 
 /// A key, of a document as a load projects it.
 pub(super) fn decode(document: &RawDocument, fields: &Fields) -> Result<KeyRecord, Unreadable> {
@@ -70,6 +71,15 @@ fn left(document: &RawDocument) -> Option<Duration> {
             Some(Duration::from_millis(millis.max(0).unsigned_abs().into()))
         }
         _ => None,
+    }
+}
+
+/// Takes off what is left the time that has passed since it was true.
+pub(super) fn pass_time(records: &mut [KeyRecord], time: Duration) {
+    for record in records {
+        if let Some((_, Some(left))) = &mut record.rest {
+            *left = left.saturating_sub(time);
+        }
     }
 }
 

@@ -31,6 +31,30 @@ impl Failure {
         matches!(self, Self::Server { code: 11_000, .. })
     }
 
+    /// What is refused for what a document is will be refused again.
+    pub(super) fn is_about_the_document(&self) -> bool {
+        const BAD_VALUE: i32 = 2;
+        const TYPE_MISMATCH: i32 = 14;
+        const IMMUTABLE_FIELD: i32 = 66;
+        const VALIDATION: i32 = 121;
+        const TOO_LARGE: i32 = 10_334;
+        const TOO_LARGE_AFTER_UPDATE: i32 = 17_419;
+        match self {
+            Self::Server { code, .. } => {
+                matches!(
+                    *code,
+                    BAD_VALUE
+                        | TYPE_MISMATCH
+                        | IMMUTABLE_FIELD
+                        | VALIDATION
+                        | TOO_LARGE
+                        | TOO_LARGE_AFTER_UPDATE
+                ) || self.is_duplicate()
+            }
+            _ => false,
+        }
+    }
+
     pub(super) fn is_from_server(&self) -> bool {
         matches!(self, Self::Server { .. })
     }

@@ -1,5 +1,7 @@
 //! What the fields of a key's document are called.
 
+use super::document;
+
 /// The names of a key's fields, for documents that are not called as this crate would.
 ///
 /// ```
@@ -117,6 +119,7 @@ impl Fields {
         let taken = |name: &str| {
             name == "_id"
                 || ours::ALL.contains(&name)
+                || document::COMPUTED.contains(&name)
                 || names.iter().filter(|other| **other == name).count() > 1
         };
         let invalid = |name: &str| {
@@ -137,7 +140,7 @@ mod tests {
 
     #[test]
     fn a_name_that_mongodb_would_take_for_something_else_is_refused() {
-        for name in ["", "$set", "a.b", "a\0b", "_id", "usageWriters", "status"] {
+        for name in ["", "$set", "a.b", "a\0b", "_id", "usageWriters", "left", "status"] {
             assert_eq!(Fields::new().api_key(name).invalid(), Some(name), "{name:?}");
         }
     }

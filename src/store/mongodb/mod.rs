@@ -20,7 +20,8 @@ use ::mongodb::{
     Collection, Database, IndexModel,
     bson::{DateTime, Document, RawDocumentBuf, doc},
     options::{
-        Acknowledgment, CollectionOptions, ReadConcern, ReadPreference, SelectionCriteria, WriteConcern,
+        Acknowledgment, CollectionOptions, ReadConcern, ReadPreference, ReturnDocument, SelectionCriteria,
+        WriteConcern,
     },
 };
 use tokio::{
@@ -147,7 +148,7 @@ fn collection(database: &Database, name: &str, limits: Limits) -> Collection<Raw
     let majority = WriteConcern::builder().w(Acknowledgment::Majority).w_timeout(limits.operation).build();
     let options = CollectionOptions::builder()
         .selection_criteria(primary())
-        // The one that change streams take, too. A majority has whatever this process was told to be written.
+        // The one that change streams take, too. What a majority has acknowledged, it shows.
         .read_concern(ReadConcern::majority())
         .write_concern(majority)
         .build();
@@ -232,18 +233,8 @@ impl MongoStore {
         }
         // What is left was true when the server began to answer.
         let answered = lane::ended_within(limit, loading).await?;
-        loaded.pass_time(answered.elapsed());
+        document::pass_time(&mut loaded.records, answered.elapsed());
         Ok(loaded)
-    }
-}
-
-impl Loaded {
-    fn pass_time(&mut self, time: Duration) {
-        for record in &mut self.records {
-            if let Some((_, Some(left))) = &mut record.rest {
-                *left = left.saturating_sub(time);
-            }
-        }
     }
 }
 
@@ -252,17 +243,29 @@ impl Loaded {
 struct ServerClock(Mutex<Option<(DateTime, Instant)>>);
 
 impl ServerClock {
+    /// An answer that was long on its way says less than one before it, unless that is far from it: then the clock
+    /// was set, or this machine has slept.
     fn heard(&self, said: DateTime, at: Instant) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((said, at));
+        const AT_MOST_LATE: i64 = 10_000;
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let late = last.map_or(0, |last| said_at(last, at).saturating_sub(said.timestamp_millis()));
+        if !(1..AT_MOST_LATE).contains(&late) {
+            *last = Some((said, at));
+        }
     }
 
     /// What it said at a time that is so long ago, or a little less than that.
     fn before(&self, age: Duration) -> Option<DateTime> {
-        let (said, heard) = (*self.0.lock().unwrap_or_else(PoisonError::into_inner))?;
-        let millis = |time: Duration| i64::try_from(time.as_millis()).unwrap_or(i64::MAX);
-        let since = millis(heard.elapsed()).saturating_sub(millis(age));
-        Some(DateTime::from_millis(said.timestamp_millis().saturating_add(since)))
+        let last = (*self.0.lock().unwrap_or_else(PoisonError::into_inner))?;
+        let age = i64::try_from(age.as_millis()).unwrap_or(i64::MAX);
+        Some(DateTime::from_millis(said_at(last, Instant::now()).saturating_sub(age)))
     }
+}
+
+/// In milliseconds, what a clock says that said this then.
+fn said_at((said, then): (DateTime, Instant), now: Instant) -> i64 {
+    let since = i64::try_from(now.duration_since(then).as_millis()).unwrap_or(i64::MAX);
+    said.timestamp_millis().saturating_add(since)
 }
 
 impl Inner {
@@ -313,6 +316,18 @@ impl Inner {
         Ok(found.is_some())
     }
 
+    async fn reset(&self, id: &KeyId) -> Result<bool, Failure> {
+        let Update { filter, pipeline } = self.fields.reset(id);
+        let reset_at = &self.fields.reset_at;
+        let reset = self.keys.find_one_and_update(filter, pipeline).return_document(ReturnDocument::After);
+        let reset = reset.projection(doc! { reset_at: 1 }).await?;
+        // So that a mark which is observed after the reset is not taken for an older one.
+        if let Some(at) = reset.as_ref().and_then(|key| key.get_datetime(reset_at).ok()) {
+            self.server_clock.heard(at, Instant::now());
+        }
+        Ok(reset.is_some())
+    }
+
     async fn recover(&self) -> Result<Recovered, Failure> {
         self.update_many(self.fields.date_the_undated()).await?;
         let ids = self.some_expired().await?;
@@ -344,12 +359,15 @@ impl Inner {
             "writeConcern": { "w": "majority", "wtimeout": self.limits.operation.as_millis() as i64 },
         };
         let answer = self.database.run_command(command).selection_criteria(primary()).await?;
-        // What is refused will be refused again, and what is said there may quote the document.
         for refused in
             answer.get_array("writeErrors").into_iter().flatten().filter_map(|error| error.as_document())
         {
-            let key = refused.get_i32("index").ok().and_then(|index| ids.get(index as usize));
             let code = refused.get_i32("code").unwrap_or_default();
+            let failure = Failure::Server { code, name: String::new() };
+            if !failure.is_about_the_document() {
+                return Err(failure);
+            }
+            let key = refused.get_i32("index").ok().and_then(|index| ids.get(index as usize));
             tracing::warn!(?key, code, "MongoDB refused to add usage up");
         }
         match answer.get_document("writeConcernError") {
@@ -439,7 +457,7 @@ impl KeyStore for MongoStore {
 
     fn reset<'a>(&'a self, id: &'a KeyId) -> StoreFuture<'a, bool> {
         let key = id.clone();
-        Box::pin(self.about(id, |inner, _| async move { inner.update_one(inner.fields.reset(&key)).await }))
+        Box::pin(self.about(id, |inner, _| async move { inner.reset(&key).await }))
     }
 
     fn set_disabled<'a>(&'a self, id: &'a KeyId, disabled: bool) -> StoreFuture<'a, bool> {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use ::mongodb::{
     Collection,
-    bson::{Bson, Document, RawDocumentBuf, doc},
+    bson::{Bson, Document, RawDocument, RawDocumentBuf, doc},
     options::ReturnDocument,
 };
 
@@ -39,8 +39,9 @@ const CREATED_AT: &str = "createdAt";
 
 enum Outcome {
     Replaced(KeyId),
-    /// It is healthy again, or gone, or another process did it; or there is no standby key.
+    /// It is healthy again, or gone, or another process did it.
     NothingToDo,
+    NoStandbyKey,
 }
 
 enum Claim {
@@ -54,13 +55,26 @@ pub(super) async fn replace_failed(
 ) -> Result<Vec<Replaced>, Failure> {
     let replacement = Replacement { store: &store, standby: &standby };
     let mut replaced = Vec::new();
-    for failed in replacement.failed_keys().await? {
-        match replacement.replace(&failed).await? {
-            Outcome::Replaced(by) => replaced.push(Replaced::new(failed, by)),
-            Outcome::NothingToDo => {}
+    let mut refused = None;
+    for (failed, planned) in replacement.failed_keys().await? {
+        match replacement.replace(&failed, planned).await {
+            Ok(Outcome::Replaced(by)) => replaced.push(Replaced::new(failed, by)),
+            Ok(Outcome::NothingToDo) => {}
+            // Those that have a plan have come before.
+            Ok(Outcome::NoStandbyKey) => break,
+            // What the server has against this one is nothing against the others.
+            Err(failure) if failure.is_about_the_document() => _ = refused.get_or_insert(failure),
+            Err(failure) => return Err(failure),
         }
     }
-    Ok(replaced)
+    match refused {
+        Some(failure) if replaced.is_empty() => Err(failure),
+        Some(failure) => {
+            tracing::warn!(%failure, "a failed key could not be replaced");
+            Ok(replaced)
+        }
+        None => Ok(replaced),
+    }
 }
 
 struct Replacement<'a> {
@@ -84,61 +98,62 @@ impl Replacement<'_> {
         filter
     }
 
-    async fn failed_keys(&self) -> Result<Vec<KeyId>, Failure> {
-        let found = self.store.keys.find(self.to_be_replaced()).projection(doc! { "_id": 1 });
-        // What has been begun comes first: there may be many that no standby key is left for.
-        let mut found = found.sort(doc! { ours::REPLACED_BY: -1, ours::FAILED_AT: 1 }).limit(AT_ONCE).await?;
-        let mut ids = Vec::new();
-        while found.advance().await? {
-            let id = found.current().get_str("_id").ok().and_then(|id| KeyId::new(id).ok());
-            ids.extend(id);
-        }
-        Ok(ids)
+    fn planned(&self, failed: &KeyId, standby: &Bson) -> Document {
+        let mut filter = self.this_one(failed);
+        filter.insert(ours::REPLACED_BY, doc! { "$eq": standby });
+        filter
     }
 
-    async fn replace(&self, failed: &KeyId) -> Result<Outcome, Failure> {
+    /// Each with the standby key that is planned for it, if there is one; those come first.
+    async fn failed_keys(&self) -> Result<Vec<(KeyId, Option<Bson>)>, Failure> {
+        let found = self.store.keys.find(self.to_be_replaced()).projection(doc! { ours::REPLACED_BY: 1 });
+        let mut found = found.sort(doc! { ours::REPLACED_BY: -1, ours::FAILED_AT: 1 }).limit(AT_ONCE).await?;
+        let mut keys = Vec::new();
+        while found.advance().await? {
+            let key = found.current();
+            if let Some(id) = key.get_str("_id").ok().and_then(|id| KeyId::new(id).ok()) {
+                keys.push((id, value(key, ours::REPLACED_BY)));
+            }
+        }
+        Ok(keys)
+    }
+
+    async fn replace(&self, failed: &KeyId, mut planned: Option<Bson>) -> Result<Outcome, Failure> {
         for _ in 0..TRIES {
-            let Some(candidate) = self.candidate().await? else {
-                return self.finish_what_is_planned(failed).await;
+            let standby = match planned.take() {
+                Some(standby) => standby,
+                None => {
+                    let Some(candidate) = self.candidate().await? else { return Ok(Outcome::NoStandbyKey) };
+                    let Some(standby) = self.plan(failed, candidate).await? else {
+                        return Ok(Outcome::NothingToDo);
+                    };
+                    standby
+                }
             };
-            let Some(planned) = self.plan(failed, Some(candidate)).await? else {
-                return Ok(Outcome::NothingToDo);
-            };
-            match self.carry_out(failed, &planned).await? {
+            match self.carry_out(failed, &standby).await? {
                 Some(outcome) => return Ok(outcome),
-                None => self.give_up(failed, &planned).await?,
+                None => self.give_up(failed, &standby).await?,
             }
         }
         Ok(Outcome::NothingToDo)
-    }
-
-    async fn finish_what_is_planned(&self, failed: &KeyId) -> Result<Outcome, Failure> {
-        let Some(planned) = self.plan(failed, None).await? else { return Ok(Outcome::NothingToDo) };
-        match self.carry_out(failed, &planned).await? {
-            Some(outcome) => Ok(outcome),
-            None => {
-                self.give_up(failed, &planned).await?;
-                Ok(Outcome::NothingToDo)
-            }
-        }
     }
 
     /// The oldest standby key that nobody uses.
     async fn candidate(&self) -> Result<Option<Bson>, Failure> {
         let unused = self.standby.find_one(doc! { IS_USED: { "$ne": true } });
         let unused = unused.sort(doc! { CREATED_AT: 1, "_id": 1 }).projection(doc! { "_id": 1 }).await?;
-        Ok(unused.as_ref().and_then(|standby| bson(standby, "_id")))
+        Ok(unused.as_ref().and_then(|standby| value(standby, "_id")))
     }
 
     /// The standby key that the failed one is to be replaced by: the candidate, unless there was one before.
-    async fn plan(&self, failed: &KeyId, candidate: Option<Bson>) -> Result<Option<Bson>, Failure> {
+    async fn plan(&self, failed: &KeyId, candidate: Bson) -> Result<Option<Bson>, Failure> {
         let planned = format!("${}", ours::REPLACED_BY);
-        let candidate = candidate.map_or_else(|| Bson::from("$$REMOVE"), |id| doc! { "$literal": id }.into());
-        let plan = doc! { "$set": { ours::REPLACED_BY: { "$ifNull": [planned, candidate] } } };
-        let key = self.store.keys.find_one_and_update(self.this_one(failed), vec![plan]);
+        let plan = doc! { "$ifNull": [planned, { "$literal": candidate }] };
+        let plan = vec![doc! { "$set": { ours::REPLACED_BY: plan } }];
+        let key = self.store.keys.find_one_and_update(self.this_one(failed), plan);
         let key =
             key.return_document(ReturnDocument::After).projection(doc! { ours::REPLACED_BY: 1 }).await?;
-        Ok(key.as_ref().and_then(|key| bson(key, ours::REPLACED_BY)))
+        Ok(key.as_ref().and_then(|key| value(key, ours::REPLACED_BY)))
     }
 
     /// `None` where the standby key is not to be had after all.
@@ -158,7 +173,7 @@ impl Replacement<'_> {
     async fn claim(&self, failed: &KeyId, standby: &Bson) -> Result<Claim, Failure> {
         let free = doc! { IS_USED: { "$ne": true } };
         let for_this_one = doc! { USED_FOR: failed.as_str() };
-        let filter = doc! { "_id": standby, "$or": [free, for_this_one] };
+        let filter = doc! { "_id": { "$eq": standby }, "$or": [free, for_this_one] };
         let used_at =
             doc! { "$cond": [{ "$eq": [format!("${IS_USED}"), true] }, format!("${USED_AT}"), "$$NOW"] };
         let claim = doc! { "$set": {
@@ -186,27 +201,29 @@ impl Replacement<'_> {
 
     /// Whether the key is there now, inserted by this process or another.
     async fn insert(&self, failed: &KeyId, id: &KeyId, secret: &Secret) -> Result<bool, Failure> {
-        match self.store.insert_key(id, secret, Some(failed.as_str())).await {
-            Ok(true) => return Ok(true),
-            Ok(false) => {}
-            Err(failure) if failure.is_duplicate() => {
-                self.unusable(id.as_str(), "another key has its secret");
-                return Ok(false);
-            }
-            Err(failure) => return Err(failure),
+        let fields = &self.store.fields;
+        // Twice: where the id is taken, it may be by another process that has just inserted the same key.
+        for _ in 0..2 {
+            let same_secret = self.store.keys.find_one(doc! { &fields.api_key: secret.expose() });
+            let reason = match same_secret.projection(doc! { &fields.status: 1 }).await? {
+                Some(key) if key.get_str("_id").ok() != Some(id.as_str()) => "another key has its secret",
+                Some(key) if matches!(key.get_str(&fields.status), Ok(ERROR | EXHAUSTED)) => {
+                    "it has failed itself"
+                }
+                Some(_) => return Ok(true),
+                None if self.store.insert_key(id, secret, Some(failed.as_str())).await? => return Ok(true),
+                None => continue,
+            };
+            self.unusable(id.as_str(), reason);
+            return Ok(false);
         }
-        let same = doc! { "_id": id.as_str(), &self.store.fields.api_key: secret.expose() };
-        let is_the_same = self.store.keys.find_one(same).projection(doc! { "_id": 1 }).await?.is_some();
-        if !is_the_same {
-            self.unusable(id.as_str(), "another key has its id");
-        }
-        Ok(is_the_same)
+        self.unusable(id.as_str(), "another key has its id");
+        Ok(false)
     }
 
     /// Whether it was this process that took the failed key out of service for good.
     async fn retire(&self, failed: &KeyId, standby: &Bson) -> Result<bool, Failure> {
-        let mut filter = self.this_one(failed);
-        filter.insert(ours::REPLACED_BY, standby);
+        let filter = self.planned(failed, standby);
         let fields = &self.store.fields;
         let set = doc! {
             ours::RETIRED_AT: "$$NOW",
@@ -218,14 +235,13 @@ impl Replacement<'_> {
     }
 
     async fn give_up(&self, failed: &KeyId, standby: &Bson) -> Result<(), Failure> {
-        let mut filter = self.this_one(failed);
-        filter.insert(ours::REPLACED_BY, standby);
+        let filter = self.planned(failed, standby);
         self.store.keys.update_one(filter, doc! { "$unset": { ours::REPLACED_BY: "" } }).await?;
         Ok(())
     }
 }
 
-fn bson(document: &RawDocumentBuf, field: &str) -> Option<Bson> {
+fn value(document: &RawDocument, field: &str) -> Option<Bson> {
     let value = document.get(field).ok().flatten()?;
     Bson::try_from(value).ok().filter(|value| *value != Bson::Null)
 }

@@ -14,6 +14,9 @@ use crate::{secret::KeyId, store::Changed};
 /// How long until a stream that broke off is begun again.
 const BEFORE_ANOTHER_TRY: Duration = Duration::from_millis(500);
 
+/// So often a server may refuse a stream before it is taken to have none: it may be in the middle of an election.
+const REFUSALS: u32 = 4;
+
 /// More changes than these at once are as well answered by loading all keys.
 const KEYS_AT_ONCE: usize = 1_000;
 
@@ -22,11 +25,11 @@ type Stream = ChangeStream<RawDocumentBuf>;
 /// Follows until nobody listens any more.
 pub(super) async fn follow(store: Arc<Inner>, changes: mpsc::Sender<Changed>) {
     let mut resume = None;
-    let mut told = false;
+    let mut refusals = 0;
     while !changes.is_closed() {
         match open(&store, resume.clone()).await {
             Ok(stream) => {
-                told = false;
+                refusals = 0;
                 // What changed before the stream began is in no stream.
                 if resume.is_none() && changes.send(Changed::Anything).await.is_err() {
                     return;
@@ -37,12 +40,13 @@ pub(super) async fn follow(store: Arc<Inner>, changes: mpsc::Sender<Changed>) {
             // The server no longer has what it would be resumed from.
             Err(failure) if failure.is_from_server() && resume.is_some() => resume = None,
             Err(failure) if failure.is_from_server() => {
-                let interval = store.limits.poll;
-                if !std::mem::replace(&mut told, true) {
-                    let interval_ms = interval.as_millis() as u64;
+                let poll = store.limits.poll;
+                if refusals == REFUSALS {
+                    let interval_ms = poll.as_millis() as u64;
                     tracing::info!(%failure, interval_ms, "no change stream: the keys are read regularly");
                 }
-                pause(&changes, interval).await;
+                pause(&changes, if refusals < REFUSALS { poll.min(BEFORE_ANOTHER_TRY) } else { poll }).await;
+                refusals = refusals.saturating_add(1);
                 let _ = changes.send(Changed::Anything).await;
             }
             Err(failure) => {
@@ -105,12 +109,16 @@ impl Waiting {
     fn add(&mut self, event: &RawDocumentBuf) {
         let key = match event.get_document("documentKey").map(|key| key.get("_id")) {
             Ok(Ok(Some(RawBsonRef::String(id)))) => KeyId::new(id).ok(),
-            // A document that can't be a key.
-            Ok(_) => return,
-            Err(_) => None,
+            Ok(_) => None,
+            Err(_) => {
+                // About the collection as a whole.
+                self.anything = true;
+                None
+            }
         };
-        self.keys.extend(key.clone());
-        self.anything |= key.is_none() || self.keys.len() > KEYS_AT_ONCE;
+        // A document whose id can't be a key's is none, whatever it becomes.
+        self.keys.extend(key);
+        self.anything |= self.keys.len() > KEYS_AT_ONCE;
     }
 
     fn is_empty(&self) -> bool {
