@@ -96,6 +96,9 @@ impl Inject {
         for place in &self.places {
             place(secret, &mut credentials)?;
         }
+        // There may be very many keys, and a vector's first push makes room for four.
+        credentials.headers.shrink_to_fit();
+        credentials.query.shrink_to_fit();
         Ok(credentials)
     }
 }

@@ -17,7 +17,7 @@ use mongodb::{
 use support::{mongo::*, *};
 use tower::Layer;
 use tower_key_rotation::{
-    KeyId, KeyPool, KeyRotation, KeyRotationLayer, OperateError, RecoveryConfig, RecoveryHandle, Status,
+    KeyId, KeyPool, KeyRotation, KeyRotationLayer, OperateError, RecoveryHandle, Status,
     classify::LlmGateway,
     store::mongodb::{ConnectError, Fields, MongoStore},
 };
@@ -36,16 +36,10 @@ struct Process {
 impl Process {
     async fn over(store: MongoStore) -> Self {
         let pool = KeyPool::builder().open(store).await.unwrap();
-        let config = RecoveryConfig::new().start_jitter(60 * MINUTE).interval(60 * MINUTE);
         let answers: Arc<Mutex<HashMap<String, u16>>> = Arc::default();
-        let said = answers.clone();
-        let server = Server::start(move |request| {
-            let status = key_of(&request).and_then(|key| said.lock().unwrap().get(key).copied());
-            std::future::ready(answer(status.unwrap_or(200), ""))
-        })
-        .await;
+        let server = Server::by_key(&answers).await;
         Self {
-            recovery: RecoveryHandle::spawn_with(&pool, config),
+            recovery: RecoveryHandle::spawn_with(&pool, passes_by_hand()),
             client: KeyRotationLayer::new(&pool).classify(LlmGateway::new()).layer(http()),
             server,
             answers,

@@ -17,7 +17,7 @@ use proptest::{
 };
 use support::{mongo::*, *};
 use tower_key_rotation::{
-    Error, KeyId, KeyPool, KeyRotation, RecoveryConfig, RecoveryHandle, Status,
+    Error, KeyId, KeyPool, KeyRotation, RecoveryHandle, Status,
     store::{KeyStore, MongoStore},
 };
 
@@ -33,8 +33,7 @@ struct Process {
 impl Process {
     async fn start(mongo: &Mongo) -> Self {
         let pool = KeyPool::builder().open(quiet_store(mongo).await).await.unwrap();
-        let config = RecoveryConfig::new().start_jitter(Duration::MAX);
-        let recovery = RecoveryHandle::spawn_with(&pool, config);
+        let recovery = RecoveryHandle::spawn_with(&pool, passes_by_hand());
         Self { client: rotating(&pool), recovery, pool }
     }
 

@@ -13,7 +13,7 @@ use mongodb::bson::{Bson, DateTime, Document, doc, oid::ObjectId};
 use support::{mongo::*, *};
 use tower::Layer;
 use tower_key_rotation::{
-    KeyPool, KeyRotation, KeyRotationLayer, RecoveryConfig, RecoveryHandle, Status, classify::LlmGateway,
+    KeyPool, KeyRotation, KeyRotationLayer, RecoveryHandle, Status, classify::LlmGateway,
 };
 
 const COLLECTION: &str = "ohmygpt_backup_keys";
@@ -29,12 +29,7 @@ struct Bench {
 impl Bench {
     async fn new(keys: &[&str], standby: &[&str]) -> Self {
         let answers: Arc<Mutex<HashMap<String, u16>>> = Arc::default();
-        let said = answers.clone();
-        let server = Server::start(move |request| {
-            let status = key_of(&request).and_then(|key| said.lock().unwrap().get(key).copied());
-            std::future::ready(answer(status.unwrap_or(200), ""))
-        })
-        .await;
+        let server = Server::by_key(&answers).await;
         let bench = Self { mongo: Mongo::standalone().await, server, answers };
         bench.fill(keys, standby).await;
         bench
@@ -69,9 +64,8 @@ impl Bench {
         let store = self.mongo.builder().standby_collection(COLLECTION).poll_interval(60 * MINUTE);
         let store = store.connect(&self.mongo.uri).await.unwrap();
         let pool = KeyPool::builder().open(store).await.unwrap();
-        let config = RecoveryConfig::new().start_jitter(60 * MINUTE).interval(60 * MINUTE);
         Process {
-            recovery: RecoveryHandle::spawn_with(&pool, config),
+            recovery: RecoveryHandle::spawn_with(&pool, passes_by_hand()),
             client: KeyRotationLayer::new(&pool).classify(LlmGateway::new()).layer(http()),
             url: self.server.url(),
             pool,

@@ -28,7 +28,7 @@ use tokio::{
 use tower::{Layer, Service, service_fn};
 use tower_key_rotation::{
     Error, KeyId, KeyPool, KeyPoolBuilder, KeyRotation, KeyRotationLayer, KeyStats, OperateError,
-    RecoveryConfig, RecoveryHandle, Rest, Secret, Status,
+    RecoveryHandle, Rest, Secret, Status,
     classify::LlmGateway,
     clock::ManualClock,
     store::{
@@ -64,7 +64,7 @@ impl Process {
 
     async fn start_with(store: MongoStoreBuilder, uri: &str, builder: KeyPoolBuilder) -> Self {
         let pool = builder.open(store.connect(uri).await.unwrap()).await.unwrap();
-        Self { client: rotating(&pool), recovery: RecoveryHandle::spawn_with(&pool, at_rest()), pool }
+        Self { client: rotating(&pool), recovery: RecoveryHandle::spawn_with(&pool, passes_by_hand()), pool }
     }
 
     async fn get(&self, server: &Server) -> u16 {
@@ -86,11 +86,6 @@ impl Process {
     async fn sweep(&self) -> Recovered {
         self.recovery.sweep_now().await.outcome.unwrap()
     }
-}
-
-/// The first pass begins at random within that time: not in this test's.
-fn at_rest() -> RecoveryConfig {
-    RecoveryConfig::new().start_jitter(Duration::MAX)
 }
 
 /// A store that is read when the test says so.
@@ -520,21 +515,7 @@ impl KeyStore for SteppedStore {
         self.memory.recover()
     }
 
-    fn insert(&self, id: KeyId, secret: Secret) -> StoreFuture<'_, bool> {
-        self.memory.insert(id, secret)
-    }
-
-    fn remove<'a>(&'a self, id: &'a KeyId) -> StoreFuture<'a, bool> {
-        self.memory.remove(id)
-    }
-
-    fn reset<'a>(&'a self, id: &'a KeyId) -> StoreFuture<'a, bool> {
-        self.memory.reset(id)
-    }
-
-    fn set_disabled<'a>(&'a self, id: &'a KeyId, disabled: bool) -> StoreFuture<'a, bool> {
-        self.memory.set_disabled(id, disabled)
-    }
+    operators_of!(memory);
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -589,7 +570,7 @@ impl Stepped {
         let store = SteppedStore::over(memory);
         store.after_read.let_one_pass();
         let pool = KeyPool::builder().clock(clock.clone()).open(store.clone()).await.unwrap();
-        let _recovery = RecoveryHandle::spawn_with(&pool, at_rest());
+        let _recovery = RecoveryHandle::spawn_with(&pool, passes_by_hand());
         Self { pool, store, answer: None, reload: None, marked: false, _recovery }
     }
 

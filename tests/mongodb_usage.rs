@@ -14,7 +14,7 @@ use futures_util::future::join_all;
 use mongodb::bson::{Bson, DateTime, Document, doc};
 use support::{mongo::*, *};
 use tower_key_rotation::{
-    KeyId, KeyPool, KeyRotation, RecoveryConfig, RecoveryHandle,
+    KeyId, KeyPool, KeyRotation, RecoveryHandle,
     store::mongodb::{MongoStore, MongoStoreBuilder},
 };
 
@@ -29,9 +29,8 @@ struct Process {
 impl Process {
     async fn over(store: MongoStore) -> Self {
         let pool = KeyPool::builder().open(store).await.unwrap();
-        let config = RecoveryConfig::new().start_jitter(60 * MINUTE).interval(60 * MINUTE);
         Self {
-            recovery: RecoveryHandle::spawn_with(&pool, config),
+            recovery: RecoveryHandle::spawn_with(&pool, passes_by_hand()),
             client: rotating(&pool),
             server: Server::answering(|| answer(200, "fine")).await,
             pool,

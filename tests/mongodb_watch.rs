@@ -14,7 +14,7 @@ use mongodb::bson::{Document, doc};
 use support::{mongo::*, *};
 use tokio::{sync::mpsc, time::sleep};
 use tower_key_rotation::{
-    KeyId, KeyPool, KeyRotation, RecoveryConfig, RecoveryHandle, Secret, Status,
+    KeyId, KeyPool, KeyRotation, RecoveryHandle, Secret, Status,
     store::{Changed, KeyStore, Loaded, Mark, MongoStore, Recovered, Replaced, StoreFuture, UsageBatch},
 };
 
@@ -64,21 +64,7 @@ impl KeyStore for Counting {
         self.inner.replace_failed()
     }
 
-    fn insert(&self, id: KeyId, secret: Secret) -> StoreFuture<'_, bool> {
-        self.inner.insert(id, secret)
-    }
-
-    fn remove<'a>(&'a self, id: &'a KeyId) -> StoreFuture<'a, bool> {
-        self.inner.remove(id)
-    }
-
-    fn reset<'a>(&'a self, id: &'a KeyId) -> StoreFuture<'a, bool> {
-        self.inner.reset(id)
-    }
-
-    fn set_disabled<'a>(&'a self, id: &'a KeyId, disabled: bool) -> StoreFuture<'a, bool> {
-        self.inner.set_disabled(id, disabled)
-    }
+    operators_of!(inner);
 }
 
 /// A process that makes no pass but those that it is asked for.
@@ -94,8 +80,12 @@ impl Process {
         let loads = Arc::default();
         let pool =
             KeyPool::builder().open(Counting { inner: store, loads: Arc::clone(&loads) }).await.unwrap();
-        let config = RecoveryConfig::new().start_jitter(60 * MINUTE).interval(60 * MINUTE);
-        Self { recovery: RecoveryHandle::spawn_with(&pool, config), client: rotating(&pool), loads, pool }
+        Self {
+            recovery: RecoveryHandle::spawn_with(&pool, passes_by_hand()),
+            client: rotating(&pool),
+            loads,
+            pool,
+        }
     }
 
     fn loads(&self) -> usize {

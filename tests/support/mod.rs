@@ -18,9 +18,12 @@ use reqwest::{Method, Request};
 use tokio::time::{sleep, timeout};
 use tower::{Layer, Service, ServiceExt};
 use tower_key_rotation::{
-    FailoverLayer, KeyPool, KeyPoolBuilder, KeyRotation, KeyRotationLayer, KeyStats, clock::ManualClock,
+    FailoverLayer, KeyPool, KeyPoolBuilder, KeyRotation, KeyRotationLayer, KeyStats, RecoveryConfig,
+    clock::ManualClock,
 };
 
+#[allow(unused_imports)]
+pub(crate) use self::store::operators_of;
 #[allow(unused_imports)] // For the same reason.
 pub use self::{
     logs::Logs,
@@ -46,6 +49,11 @@ where
 
 pub fn pool<const N: usize>(ids: [&str; N], clock: &ManualClock) -> KeyPool {
     builder(ids, clock).build().unwrap()
+}
+
+/// A recovery that makes no pass but those that a test asks for.
+pub fn passes_by_hand() -> RecoveryConfig {
+    RecoveryConfig::new().start_jitter(Duration::MAX).interval(Duration::MAX)
 }
 
 /// A client that no proxy of the environment comes between.

@@ -1,5 +1,5 @@
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     convert::Infallible,
     future::Future,
     net::SocketAddr,
@@ -77,6 +77,16 @@ impl Server {
             let limited = key_of(&request).is_some_and(|key| seen.lock().unwrap().contains(key));
             let reply = if limited { answer(429, "too many requests") } else { answer(200, "fine") };
             std::future::ready(reply)
+        })
+        .await
+    }
+
+    /// Answers each key with the status that is set for it, and 200 where none is.
+    pub async fn by_key(answers: &Arc<Mutex<HashMap<String, u16>>>) -> Self {
+        let answers = answers.clone();
+        Self::start(move |request| {
+            let status = key_of(&request).and_then(|key| answers.lock().unwrap().get(key).copied());
+            std::future::ready(answer(status.unwrap_or(200), ""))
         })
         .await
     }

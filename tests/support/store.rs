@@ -63,6 +63,29 @@ impl Operation {
     }
 }
 
+/// What operators do, passed on to the store in that field.
+macro_rules! operators_of {
+    ($inner:ident) => {
+        fn insert(&self, id: KeyId, secret: Secret) -> StoreFuture<'_, bool> {
+            self.$inner.insert(id, secret)
+        }
+
+        fn remove<'a>(&'a self, id: &'a KeyId) -> StoreFuture<'a, bool> {
+            self.$inner.remove(id)
+        }
+
+        fn reset<'a>(&'a self, id: &'a KeyId) -> StoreFuture<'a, bool> {
+            self.$inner.reset(id)
+        }
+
+        fn set_disabled<'a>(&'a self, id: &'a KeyId, disabled: bool) -> StoreFuture<'a, bool> {
+            self.$inner.set_disabled(id, disabled)
+        }
+    };
+}
+#[allow(unused_imports)] // Not every test has a store of its own.
+pub(crate) use operators_of;
+
 /// A [`MemoryStore`] that fails, panics or hangs as it is told, and counts what it is asked. Clones share all.
 #[derive(Clone, Debug)]
 pub struct FaultyStore {
@@ -158,19 +181,5 @@ impl KeyStore for FaultyStore {
         Some(changes)
     }
 
-    fn insert(&self, id: KeyId, secret: Secret) -> StoreFuture<'_, bool> {
-        self.memory.insert(id, secret)
-    }
-
-    fn remove<'a>(&'a self, id: &'a KeyId) -> StoreFuture<'a, bool> {
-        self.memory.remove(id)
-    }
-
-    fn reset<'a>(&'a self, id: &'a KeyId) -> StoreFuture<'a, bool> {
-        self.memory.reset(id)
-    }
-
-    fn set_disabled<'a>(&'a self, id: &'a KeyId, disabled: bool) -> StoreFuture<'a, bool> {
-        self.memory.set_disabled(id, disabled)
-    }
+    operators_of!(memory);
 }
