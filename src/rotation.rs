@@ -121,17 +121,22 @@ impl<C: ClassifyResponse> Rotation<C> {
     /// Marks the key by what the response says.
     #[inline]
     pub(crate) fn observe<R: ResponseMessage>(&self, lease: &Lease, mut response: R) -> R {
-        let (rest, wait) = match self.verdict(&response) {
-            Verdict::Nothing => return self.finish(lease, response),
-            Verdict::RateLimited { wait } => (Rest::RateLimited, wait),
-            Verdict::Exhausted { wait } => (Rest::Exhausted, wait),
-            Verdict::Revoked => (Rest::Revoked, None),
-        };
-        self.pool.mark(lease, rest, wait, response.status().as_u16());
-        note_for_failover(lease, &mut response);
-        self.finish(lease, response)
+        match self.verdict(&response) {
+            Verdict::Nothing => {}
+            Verdict::RateLimited { wait } => self.mark(lease, Rest::RateLimited, wait, &mut response),
+            Verdict::Exhausted { wait } => self.mark(lease, Rest::Exhausted, wait, &mut response),
+            Verdict::Revoked => self.mark(lease, Rest::Revoked, None, &mut response),
+        }
+        if self.expose_key {
+            response.extensions_mut().insert(ServedBy(lease.id().clone()));
+        }
+        match lease.credentials().query_parameters() {
+            [] => response,
+            parameters => response.without_query(parameters),
+        }
     }
 
+    #[inline]
     fn verdict<R: ResponseMessage>(&self, response: &R) -> Verdict {
         let head = ResponseHead::new(response.status(), response.headers());
         match response.extensions().get::<ErrorBody>() {
@@ -140,13 +145,10 @@ impl<C: ClassifyResponse> Rotation<C> {
         }
     }
 
-    #[inline]
-    fn finish<R: ResponseMessage>(&self, lease: &Lease, mut response: R) -> R {
-        if self.expose_key {
-            response.extensions_mut().insert(ServedBy(lease.id().clone()));
-        }
-        let parameters = lease.credentials().query_parameters();
-        if parameters.is_empty() { response } else { response.without_query(parameters) }
+    #[cold]
+    fn mark<R: ResponseMessage>(&self, lease: &Lease, rest: Rest, wait: Option<Duration>, response: &mut R) {
+        self.pool.mark(lease, rest, wait, response.status().as_u16());
+        note_for_failover(lease, response);
     }
 
     /// Whether the classifier wants to see this response's body.
