@@ -1,5 +1,6 @@
 //! What an operator does to keys. Each takes effect in this pool at once, then in the store; a new key goes
-//! into the store first, which may know one of that name.
+//! into the store first, which may know one of that name. One that is dropped before the store was asked is not
+//! done there, and the next reload takes it back here.
 
 use std::sync::Arc;
 
