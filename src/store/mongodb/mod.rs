@@ -1,6 +1,7 @@
 //! Keys in MongoDB, for many processes.
 
 mod builder;
+mod clock;
 mod commands;
 mod document;
 mod error;
@@ -9,16 +10,11 @@ mod lane;
 mod standby;
 mod watch;
 
-use std::{
-    fmt,
-    future::Future,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{fmt, future::Future, sync::Arc, time::Duration};
 
 use ::mongodb::{
     Collection, Database, IndexModel,
-    bson::{DateTime, Document, RawDocumentBuf, doc},
+    bson::{Document, RawDocumentBuf, doc},
     options::{
         Acknowledgment, CollectionOptions, ReadConcern, ReadPreference, ReturnDocument, SelectionCriteria,
         WriteConcern,
@@ -31,6 +27,7 @@ use tokio::{
 
 use self::{
     builder::Limits,
+    clock::ServerClock,
     commands::Update,
     error::Failure,
     lane::{Lane, Lanes},
@@ -238,44 +235,16 @@ impl MongoStore {
     }
 }
 
-/// What the server's clock said last, and when that was heard.
-#[derive(Debug, Default)]
-struct ServerClock(Mutex<Option<(DateTime, Instant)>>);
-
-impl ServerClock {
-    /// An answer that was long on its way says less than one before it, unless that is far from it: then the clock
-    /// was set, or this machine has slept.
-    fn heard(&self, said: DateTime, at: Instant) {
-        const AT_MOST_LATE: i64 = 10_000;
-        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let late = last.map_or(0, |last| said_at(last, at).saturating_sub(said.timestamp_millis()));
-        if !(1..AT_MOST_LATE).contains(&late) {
-            *last = Some((said, at));
-        }
-    }
-
-    /// What it said at a time that is so long ago, or a little less than that.
-    fn before(&self, age: Duration) -> Option<DateTime> {
-        let last = (*self.0.lock().unwrap_or_else(PoisonError::into_inner))?;
-        let age = i64::try_from(age.as_millis()).unwrap_or(i64::MAX);
-        Some(DateTime::from_millis(said_at(last, Instant::now()).saturating_sub(age)))
-    }
-}
-
-/// In milliseconds, what a clock says that said this then.
-fn said_at((said, then): (DateTime, Instant), now: Instant) -> i64 {
-    let since = i64::try_from(now.duration_since(then).as_millis()).unwrap_or(i64::MAX);
-    said.timestamp_millis().saturating_add(since)
-}
-
 impl Inner {
     /// Says when the server began to answer. It ends early where nobody takes what it reads.
     async fn load(&self, pipeline: Vec<Document>, parts: mpsc::Sender<Loaded>) -> Result<Instant, Failure> {
         let mut cursor = self.keys.aggregate(pipeline).await?;
         let answered = Instant::now();
-        let mut part = Loaded::default();
+        let (mut part, mut is_first) = (Loaded::default(), true);
         while cursor.advance().await? {
-            if let Ok(said) = cursor.current().get_datetime(document::SERVER_TIME) {
+            if std::mem::take(&mut is_first)
+                && let Ok(said) = cursor.current().get_datetime(document::SERVER_TIME)
+            {
                 self.server_clock.heard(said, answered);
             }
             match document::decode(cursor.current(), &self.fields) {
