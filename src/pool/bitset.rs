@@ -77,6 +77,7 @@ impl AtomicBitSet {
         }
     }
 
+    #[inline]
     fn search(&self, slot: usize) -> Option<Found> {
         let mut index = slot;
         for (depth, level) in self.levels.iter().enumerate() {

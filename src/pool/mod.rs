@@ -151,10 +151,16 @@ impl KeyPool {
         self.inner.snapshot.load().keys().len()
     }
 
+    /// The next key in turn.
+    #[inline]
     pub(crate) fn pick(&self) -> Result<Lease, NoKeyAvailable> {
-        let lease = self.take_turn()?;
-        lease.0.counts.requests.add(1);
-        Ok(lease)
+        match self.take_turn() {
+            Some(lease) => {
+                lease.0.counts.requests.add(1);
+                Ok(lease)
+            }
+            None => Err(self.no_key()),
+        }
     }
 
     /// The next key in turn that is none of these. They lose their turn.
@@ -162,7 +168,7 @@ impl KeyPool {
     pub(crate) fn pick_besides(&self, tried: &[Lease]) -> Result<Lease, NoKeyAvailable> {
         // Each of them can be in the way once, and more often only where others pick at the same time.
         for _ in 0..=2 * tried.len() {
-            let lease = self.take_turn()?;
+            let Some(lease) = self.take_turn() else { break };
             if !tried.contains(&lease) {
                 lease.0.counts.requests.add(1);
                 return Ok(lease);
@@ -172,15 +178,15 @@ impl KeyPool {
     }
 
     #[inline]
-    fn take_turn(&self) -> Result<Lease, NoKeyAvailable> {
+    fn take_turn(&self) -> Option<Lease> {
         let snapshot = self.inner.snapshot.load();
         loop {
             self.return_expired(&snapshot);
             if let Some(key) = snapshot.pick() {
-                return Ok(Lease(key.clone()));
+                return Some(Lease(key.clone()));
             }
             if snapshot.earliest_for_certain() > self.now() {
-                return Err(self.no_key());
+                return None;
             }
         }
     }
@@ -202,6 +208,7 @@ impl KeyPool {
         self.inner.returned.notified()
     }
 
+    #[cold]
     pub(crate) fn no_key(&self) -> NoKeyAvailable {
         NoKeyAvailable { keys: self.len(), retry_in: self.next_return() }
     }
