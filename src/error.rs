@@ -50,9 +50,9 @@ pub(crate) enum Refused {
     Inject(InjectError),
 }
 
-impl<E> From<Refused> for Error<E> {
-    fn from(refused: Refused) -> Self {
-        match refused {
+impl<E> From<Box<Refused>> for Error<E> {
+    fn from(refused: Box<Refused>) -> Self {
+        match *refused {
             Refused::NoKeyAvailable(error) => Self::NoKeyAvailable(error),
             Refused::Inject(error) => Self::Inject(error),
         }

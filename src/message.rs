@@ -3,11 +3,7 @@
 use std::{error::Error as StdError, fmt};
 
 use bytes::Bytes;
-use http::{
-    HeaderMap, Request, Response, StatusCode, Uri,
-    header::HOST,
-    uri::{PathAndQuery, Scheme},
-};
+use http::{HeaderMap, Request, Response, StatusCode, Uri, header::HOST, uri::PathAndQuery};
 use http_body::Body;
 
 use crate::{
@@ -93,7 +89,7 @@ impl<B> sealed::Sealed for Request<B> {}
 impl<B> RequestMessage for Request<B> {
     #[inline]
     fn is_https(&self) -> bool {
-        self.uri().scheme() == Some(&Scheme::HTTPS)
+        self.uri().scheme_str() == Some("https")
     }
 
     fn destination(&self) -> Destination<'_> {

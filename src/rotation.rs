@@ -8,7 +8,7 @@ use crate::{
     classify::{ClassifyResponse, ResponseHead, TooManyRequests, Verdict},
     error::{InjectError, Refused},
     hosts::Ruling,
-    message::{self, ReadableResponse, RequestMessage, ResponseMessage},
+    message::{self, ReadableResponse, RequestMessage, ResponseMessage, UriTooLong},
     pool::{KeyPool, Lease, NoKeyAvailable, Rest},
     secret::KeyId,
 };
@@ -65,14 +65,16 @@ impl<C> Rotation<C> {
     }
 
     /// Puts a key into the request. Without one, it goes to a host that gets no key.
+    ///
+    /// The refusal is boxed so that what is usual stays small.
     #[inline]
-    pub(crate) fn prepare<R: RequestMessage>(&self, request: &mut R) -> Result<Option<Lease>, Refused> {
+    pub(crate) fn prepare<R: RequestMessage>(&self, request: &mut R) -> Result<Option<Lease>, Box<Refused>> {
         match self.pool.hosts().rule(request) {
             Ruling::Key => {}
             Ruling::PassThrough => return Ok(None),
             Ruling::RefuseCleartext => return Err(refuse_cleartext(request)),
         }
-        let lease = self.pick().map_err(Refused::NoKeyAvailable)?;
+        let lease = self.pick().map_err(no_key)?;
         let credentials = lease.credentials();
         let headers = request.headers_mut();
         for (name, value) in credentials.headers() {
@@ -80,7 +82,7 @@ impl<C> Rotation<C> {
         }
         let parameters = credentials.query_parameters();
         if !parameters.is_empty() {
-            request.set_query(parameters).map_err(|error| Refused::Inject(InjectError::UriTooLong(error)))?;
+            request.set_query(parameters).map_err(uri_too_long)?;
         }
         Ok(Some(lease))
     }
@@ -112,9 +114,19 @@ fn note_for_failover<R: ResponseMessage>(lease: &Lease, response: &mut R) {
 }
 
 #[cold]
-fn refuse_cleartext<R: RequestMessage>(request: &R) -> Refused {
+fn no_key(error: NoKeyAvailable) -> Box<Refused> {
+    Box::new(Refused::NoKeyAvailable(error))
+}
+
+#[cold]
+fn uri_too_long(error: UriTooLong) -> Box<Refused> {
+    Box::new(Refused::Inject(InjectError::UriTooLong(error)))
+}
+
+#[cold]
+fn refuse_cleartext<R: RequestMessage>(request: &R) -> Box<Refused> {
     let host = request.destination().host.unwrap_or_default().to_owned();
-    Refused::Inject(InjectError::Cleartext { host })
+    Box::new(Refused::Inject(InjectError::Cleartext { host }))
 }
 
 impl<C: ClassifyResponse> Rotation<C> {

@@ -29,7 +29,7 @@ pin_project! {
     enum State<F, C> {
         Keyed { #[pin] response: F, rotation: Arc<Rotation<C>>, lease: Lease },
         Keyless { #[pin] response: F },
-        Refused { refused: Option<Refused> },
+        Refused { refused: Option<Box<Refused>> },
     }
 }
 
@@ -44,7 +44,7 @@ impl<F, C> ResponseFuture<F, C> {
         Self { state }
     }
 
-    pub(super) fn refused(refused: Refused) -> Self {
+    pub(super) fn refused(refused: Box<Refused>) -> Self {
         let state = State::Refused { refused: Some(refused) };
         Self { state }
     }
