@@ -229,25 +229,6 @@ async fn an_admin_page_can_read_its_documents_whatever_this_crate_did_to_them() 
 
 // ---- f15: every field, every type ----
 
-const FIELDS: [&str; 16] = [
-    "apiKey",
-    "status",
-    "cooldownUntil",
-    "lastError",
-    "tokensUsed",
-    "requestsCount",
-    "createdAt",
-    "lastUsedAt",
-    "updatedAt",
-    "resetAt",
-    "exhaustedUntil",
-    "disabledFrom",
-    "usageWriters",
-    "failedAt",
-    "replacedBy",
-    "retiredAt",
-];
-
 fn date_in(minutes: i64) -> DateTime {
     DateTime::from_millis(DateTime::now().timestamp_millis() + minutes * 60_000)
 }

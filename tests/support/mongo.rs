@@ -146,6 +146,27 @@ impl Mongo {
     }
 }
 
+/// The fields of a key besides its `_id`: those that other programs know, and those that are the crate's own.
+pub const FIELDS: [&str; 16] = [
+    "apiKey",
+    "status",
+    "cooldownUntil",
+    "lastError",
+    "tokensUsed",
+    "requestsCount",
+    "createdAt",
+    "lastUsedAt",
+    "updatedAt",
+    "resetAt",
+    "exhaustedUntil",
+    "disabledFrom",
+    "usageWriters",
+    "failedAt",
+    "replacedBy",
+    "retiredAt",
+];
+pub const KNOWN_TO_OTHERS: usize = 10;
+
 /// A healthy key, with a field of somebody else's, and numbers of the types that other drivers write.
 pub fn healthy(id: &str) -> Document {
     doc! {
