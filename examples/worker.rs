@@ -6,8 +6,8 @@
 //! ```
 //!
 //! Start it several times: a key that the service limits for one worker is rested by all. It prints a line of
-//! JSON when it has started, one for each pass of its recovery, and a summary when it ends: at end of input, at
-//! Ctrl-C, or after `--seconds`.
+//! JSON when it has started, one for each pass of its recovery, and a summary when it ends: after `--seconds`,
+//! or else at the end of its input, and at Ctrl-C in any case.
 
 use std::{
     env,
@@ -47,7 +47,7 @@ struct Options {
     /// What the service sees this worker as, in the header `x-worker`.
     #[arg(long, default_value = "worker")]
     name: String,
-    /// How long to run; without it, until the input ends or Ctrl-C.
+    /// How long to run; without it, until the input ends.
     #[arg(long)]
     seconds: Option<u64>,
     /// How long a key rests after a 429, in milliseconds.
@@ -117,23 +117,26 @@ fn say(line: serde_json::Value) {
 }
 
 async fn end(seconds: Option<u64>) {
-    let (ended, end_of_input) = oneshot::channel();
+    let end = async {
+        match seconds {
+            Some(seconds) => sleep(Duration::from_secs(seconds)).await,
+            None => end_of_input().await,
+        }
+    };
+    tokio::select! {
+        () = end => {}
+        _ = tokio::signal::ctrl_c() => {}
+    }
+}
+
+async fn end_of_input() {
+    let (ended, end) = oneshot::channel();
     // A thread of its own: the runtime would wait for a read that blocks.
     std::thread::spawn(move || {
         let _ = std::io::stdin().read_to_end(&mut Vec::new());
         let _ = ended.send(());
     });
-    let time_over = async {
-        match seconds {
-            Some(seconds) => sleep(Duration::from_secs(seconds)).await,
-            None => pending().await,
-        }
-    };
-    tokio::select! {
-        _ = end_of_input => {}
-        _ = tokio::signal::ctrl_c() => {}
-        () = time_over => {}
-    }
+    let _ = end.await;
 }
 
 async fn send_requests(options: &Options, client: KeyRotation<reqwest::Client>, counts: &Arc<Counts>) {
