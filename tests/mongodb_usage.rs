@@ -297,6 +297,28 @@ async fn processes_that_use_the_same_keys_lose_and_double_nothing_while_writes_f
 }
 
 #[tokio::test]
+async fn usage_that_the_server_refuses_for_a_while_is_counted_when_it_no_longer_does() {
+    let mongod = own(Kind::ReplicaSet).await;
+    let mongo = Mongo::at(&mongod.uri()).await;
+    mongo.insert_all(["alpha", "beta"]).await;
+    let process = Process::over(mongo.store().await).await;
+    let block_writes = async |block: bool| {
+        let command = doc! { "setUserWriteBlockMode": 1, "global": block };
+        mongod.admin().await.unwrap().run_command(command).await.unwrap();
+    };
+    process.requests(2).await;
+    block_writes(true).await;
+    assert!(process.pass_fails().await);
+    process.requests(2).await;
+    assert!(process.pass_fails().await);
+    block_writes(false).await;
+    process.pass().await;
+    for key in ["alpha", "beta"] {
+        assert_eq!(counted(&mongo, key).await, (2, 0));
+    }
+}
+
+#[tokio::test]
 async fn f16_usage_of_a_key_that_was_deleted_is_dropped_without_an_error() {
     let (mongo, process) = process(["alpha", "beta"]).await;
     process.requests(4).await;
