@@ -486,17 +486,18 @@ async fn a_standby_key_that_is_no_key_is_skipped_with_a_warning_and_the_next_one
 
 #[tokio::test]
 async fn a_standby_key_with_a_secret_that_another_key_has_is_skipped() {
-    let bench = Bench::new(&["alpha"], &[]).await;
-    let mut copy = standby("copy");
-    copy.insert("apiKey", "sk-alpha");
-    bench.mongo.standby().insert_one(copy).await.unwrap();
-    bench.mongo.standby().insert_one(standby("one")).await.unwrap();
+    let bench = Bench::new(&["alpha", "beta"], &[]).await;
+    for (id, original) in [("a-copy", "alpha"), ("b-copy", "beta"), ("one", "one")] {
+        let mut copy = standby(id);
+        copy.insert("apiKey", format!("sk-{original}"));
+        bench.mongo.standby().insert_one(copy).await.unwrap();
+    }
     let process = bench.process().await;
     bench.says("alpha", 401);
     process.sees_fail("alpha").await;
     process.pass().await;
     bench.assert_replaced("alpha", "one").await;
-    assert_eq!(bench.key_ids().await, ["alpha", "one"]);
+    assert_eq!(bench.key_ids().await, ["alpha", "beta", "one"]);
 }
 
 #[tokio::test]

@@ -94,3 +94,26 @@ fn taken(key: &Arc<Key>) -> Option<Usage> {
     let (requests, tokens) = (key.counts.requests.take(), key.counts.tokens.take());
     (requests != 0 || tokens != 0).then(|| Usage::new(key.id.clone(), requests, tokens))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::{KeyStore, MemoryStore};
+
+    #[tokio::test]
+    async fn a_request_that_counts_itself_after_its_key_was_replaced_is_counted() {
+        let store = MemoryStore::new();
+        let pool = KeyPool::builder().key("alpha", "sk-1").open(store.clone()).await.unwrap();
+        let picked = pool.inner.snapshot.load().keys()[0].clone();
+        let id = picked.id.clone();
+        assert!(store.remove(&id).await.unwrap() && store.insert(id.clone(), "sk-2".into()).await.unwrap());
+        pool.reload().await.unwrap();
+        assert_eq!(pool.take_usage(), []);
+
+        picked.counts.requests.add(1);
+        pool.record_usage(&id, 5);
+        drop(picked);
+        assert_eq!(pool.take_usage(), [Usage::new(id, 1, 5)]);
+        assert!(pool.inner.persistence.predecessors().is_empty());
+    }
+}
