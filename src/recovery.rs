@@ -436,10 +436,8 @@ async fn follow_changes(pool: KeyPool, mut stop: watch::Receiver<()>) {
             (false, true) => clock.now().saturating_sub(began).saturating_mul(LOADING_SHARE),
             (false, false) => continue,
         };
-        tokio::select! {
-            biased;
-            _ = stop.changed() => return,
-            () = clock.sleep_until(clock.now().saturating_add(pause)) => {}
+        if stopped_within(pause, &*clock, &mut stop).await {
+            return;
         }
     }
 }
@@ -472,11 +470,17 @@ async fn write_marks(pool: KeyPool, mut stop: watch::Receiver<()>) {
                 AFTER_A_FAILURE
             }
         };
-        tokio::select! {
-            biased;
-            _ = stop.changed() => return,
-            () = clock.sleep_until(clock.now().saturating_add(pause)) => {}
+        if stopped_within(pause, &*clock, &mut stop).await {
+            return;
         }
+    }
+}
+
+async fn stopped_within(time: Duration, clock: &dyn Clock, stop: &mut watch::Receiver<()>) -> bool {
+    tokio::select! {
+        biased;
+        _ = stop.changed() => true,
+        () = clock.sleep_until(clock.now().saturating_add(time)) => false,
     }
 }
 

@@ -50,6 +50,11 @@ pub(super) fn decode(document: &RawDocument, fields: &Fields) -> Result<KeyRecor
     Ok(KeyRecord { rest, disabled, ..KeyRecord::new(id, secret.into()) })
 }
 
+/// The id of a document that a key may have.
+pub(super) fn id(document: &RawDocument) -> Option<KeyId> {
+    text(document, "_id").ok().and_then(|id| KeyId::new(id).ok())
+}
+
 fn is_known(status: &str) -> bool {
     matches!(status, HEALTHY | RATE_LIMITED | EXHAUSTED | ERROR)
 }

@@ -313,7 +313,7 @@ impl Inner {
             self.keys.find(self.fields.expired()).projection(doc! { "_id": 1 }).limit(limit).await?;
         let mut ids = Vec::new();
         while expired.advance().await? {
-            ids.extend(expired.current().get_str("_id").ok().and_then(|id| KeyId::new(id).ok()));
+            ids.extend(document::id(expired.current()));
         }
         Ok(ids)
     }

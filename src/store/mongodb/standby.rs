@@ -15,7 +15,7 @@ use ::mongodb::{
 
 use super::{
     Inner,
-    document::{ERROR, EXHAUSTED, shown_id},
+    document::{self, ERROR, EXHAUSTED, shown_id},
     error::Failure,
     fields::ours,
 };
@@ -111,7 +111,7 @@ impl Replacement<'_> {
         let mut keys = Vec::new();
         while found.advance().await? {
             let key = found.current();
-            if let Some(id) = key.get_str("_id").ok().and_then(|id| KeyId::new(id).ok()) {
+            if let Some(id) = document::id(key) {
                 keys.push((id, value(key, ours::REPLACED_BY)));
             }
         }
