@@ -2,21 +2,26 @@
 
 #![allow(dead_code, unreachable_pub)] // Each benchmark uses a part of it.
 
+pub mod compare;
+pub mod peers;
+pub mod times;
+
 use std::{
     convert::Infallible,
+    fmt::Debug,
     future::{Ready, ready},
     hint::black_box,
     sync::LazyLock,
-    task::{Context, Poll},
+    task::{Context, Poll, Waker},
 };
 
 use futures_util::FutureExt;
 use http::{
-    HeaderValue, Method, Request, Response, Uri,
+    HeaderValue, Method, Request, Response, StatusCode, Uri,
     header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, USER_AGENT},
 };
-use tower::Service;
-use tower_key_rotation::KeyPool;
+use tower::{Layer, Service};
+use tower_key_rotation::{KeyPool, KeyRotation, KeyRotationLayer};
 
 /// What a provider's secret looks like.
 pub const SECRET: &str = "sk-proj-0123456789abcdefghijklmnopqrstuvwxyz01234567";
@@ -47,6 +52,7 @@ pub fn authorization() -> HeaderValue {
 /// The header that a program without rotation sets.
 pub const HEADER: http::HeaderName = AUTHORIZATION;
 
+/// Answers each request at once.
 #[derive(Clone, Debug)]
 pub struct Answers;
 
@@ -65,17 +71,76 @@ impl<B> Service<Request<B>> for Answers {
     }
 }
 
+/// Answers with the request itself and the status that it has for a body, so that it can be sent again: that
+/// leaves little to be timed but the way through the layer.
+#[derive(Clone, Debug)]
+pub struct GivesBack;
+
+impl Service<Request<StatusCode>> for GivesBack {
+    type Response = Response<Request<StatusCode>>;
+    type Error = Infallible;
+    type Future = Ready<Result<Self::Response, Infallible>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<StatusCode>) -> Self::Future {
+        let status = *request.body();
+        let mut response = Response::new(request);
+        *response.status_mut() = status;
+        ready(Ok(response))
+    }
+}
+
+/// A request that is sent again and again.
+pub struct Turns(Option<Request<StatusCode>>);
+
+impl Turns {
+    pub fn new() -> Self {
+        let mut request = Request::new(StatusCode::OK);
+        *request.uri_mut() = TARGET.clone();
+        Self(Some(request))
+    }
+
+    /// Sends it once, to be answered with that status.
+    pub fn take<S>(&mut self, service: &mut S, status: StatusCode)
+    where
+        S: Service<Request<StatusCode>, Response = Response<Request<StatusCode>>, Error: Debug>,
+    {
+        let mut request = self.0.take().expect("the last one came back");
+        *request.body_mut() = status;
+        self.0 = Some(answer(service, request).expect("an answer").into_body());
+    }
+}
+
 pub fn pool(keys: usize) -> KeyPool {
     let keys = (0..keys).map(|number| (format!("key-{number}"), format!("{SECRET}{number}")));
     KeyPool::builder().keys(keys).build().unwrap()
 }
 
+/// A client with so many keys, of which those rest that `rests` names.
+pub fn rotation<S>(inner: S, keys: usize, rests: impl Fn(usize) -> bool) -> KeyRotation<S> {
+    let pool = pool(keys);
+    let (mut client, mut turns) = (KeyRotationLayer::new(&pool).layer(GivesBack), Turns::new());
+    for number in 0..keys {
+        let status = if rests(number) { StatusCode::TOO_MANY_REQUESTS } else { StatusCode::OK };
+        turns.take(&mut client, status);
+    }
+    assert_eq!(pool.stats().rate_limited, (0..keys).filter(|number| rests(*number)).count());
+    KeyRotationLayer::new(&pool).layer(inner)
+}
+
+fn answer<B, S: Service<Request<B>>>(service: &mut S, request: Request<B>) -> Result<S::Response, S::Error> {
+    let ready = service.poll_ready(&mut Context::from_waker(Waker::noop()));
+    assert!(matches!(ready, Poll::Ready(Ok(()))));
+    service.call(request).now_or_never().expect("an answer at once")
+}
+
 /// Sends one request and drops its answer.
-pub fn send<S>(service: &mut S, request: Request<&'static str>)
-where
-    S: Service<Request<&'static str>>,
-    S::Error: std::fmt::Debug,
-{
-    let answer = service.call(request).now_or_never();
-    let _ = black_box(answer.expect("an answer at once"));
+pub fn send<S: Service<Request<&'static str>, Error: Debug>>(
+    service: &mut S,
+    request: Request<&'static str>,
+) {
+    let _ = black_box(answer(service, request));
 }

@@ -1,0 +1,230 @@
+//! Times cases against each other.
+//!
+//! Cases that run one after the other can't be compared: a machine is faster in one second than in the next.
+//! Here they take turns in short batches, in random order, and a ratio is taken between batches of one round.
+//! A process keeps its luck with addresses, so that is done in several processes, and what counts is the median
+//! of their medians. The first case is timed once more under a name of its own, to show what noise is left.
+
+use std::{
+    env,
+    hint::black_box,
+    process::{self, Command},
+    time::{Duration, Instant},
+};
+
+const PROCESSES: usize = 5;
+const ROUNDS: usize = 200;
+const BATCH: Duration = Duration::from_micros(100);
+
+/// Tells a process which comparison it is to make for the process that started it.
+const CHILD: &str = "COMPARISON";
+
+pub const AGAIN: &str = "the first once more";
+
+type Batch = Box<dyn FnMut(u64) -> Duration>;
+
+struct Case {
+    name: String,
+    start: Box<dyn Fn() -> Batch>,
+}
+
+pub struct Comparison {
+    title: String,
+    cases: Vec<Case>,
+}
+
+impl Comparison {
+    pub fn new(title: impl Into<String>) -> Self {
+        Self { title: title.into(), cases: Vec::new() }
+    }
+
+    /// A case: `start` makes what is then called again and again.
+    pub fn case<F: FnMut() + 'static>(
+        self,
+        name: impl Into<String>,
+        start: impl Fn() -> F + 'static,
+    ) -> Self {
+        self.timed(name, move || {
+            let mut once = start();
+            move |times| {
+                let started = Instant::now();
+                for _ in 0..times {
+                    once();
+                }
+                started.elapsed()
+            }
+        })
+    }
+
+    /// A case that times so many calls itself.
+    pub fn timed<F: FnMut(u64) -> Duration + 'static>(
+        mut self,
+        name: impl Into<String>,
+        start: impl Fn() -> F + 'static,
+    ) -> Self {
+        self.cases.push(Case { name: name.into(), start: Box::new(move || Box::new(start())) });
+        self
+    }
+
+    /// What came out; `None` in a process that has been started for another comparison.
+    pub fn run(self) -> Option<Outcome> {
+        // `cargo test --benches` only wants to know whether it runs.
+        if !is_benchmark() {
+            self.cases.iter().for_each(|case| {
+                black_box((case.start)()(1));
+            });
+            return None;
+        }
+        match env::var(CHILD) {
+            Ok(title) if title == self.title => {
+                println!("{}", serde_json::to_string(&self.measure()).unwrap());
+                process::exit(0);
+            }
+            Ok(_) => None,
+            Err(_) => {
+                let rounds = (0..PROCESSES).map(|_| self.measure_in_a_process()).collect();
+                let mut names: Vec<_> = self.cases.into_iter().map(|case| case.name).collect();
+                names.push(AGAIN.into());
+                Some(Outcome { title: self.title, names, processes: rounds })
+            }
+        }
+    }
+
+    fn measure_in_a_process(&self) -> Rounds {
+        let child = Command::new(env::current_exe().unwrap()).arg("--bench").env(CHILD, &self.title).output();
+        let child = child.unwrap();
+        assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stderr));
+        serde_json::from_slice(&child.stdout).unwrap()
+    }
+
+    fn measure(&self) -> Rounds {
+        let starts = self.cases.iter().chain(self.cases.first());
+        let mut batches: Vec<_> = starts.map(|case| Running::new((case.start)())).collect();
+        let mut order: Vec<_> = (0..batches.len()).collect();
+        (0..ROUNDS)
+            .map(|_| {
+                fastrand::shuffle(&mut order);
+                let mut round = vec![0.0; order.len()];
+                order.iter().for_each(|case| round[*case] = batches[*case].nanoseconds());
+                round
+            })
+            .collect()
+    }
+}
+
+/// A round holds the nanoseconds that a call of each case took in it.
+type Rounds = Vec<Vec<f64>>;
+
+struct Running {
+    batch: Batch,
+    times: u64,
+}
+
+impl Running {
+    fn new(mut batch: Batch) -> Self {
+        let mut times = 1;
+        while batch(times) < BATCH {
+            times *= 2;
+        }
+        Self { batch, times }
+    }
+
+    fn nanoseconds(&mut self) -> f64 {
+        (self.batch)(self.times).as_nanos() as f64 / self.times as f64
+    }
+}
+
+/// Whether this is `cargo bench` rather than `cargo test --benches`.
+pub fn is_benchmark() -> bool {
+    env::args().any(|argument| argument == "--bench")
+}
+
+/// Whether this process was started by another one, for a comparison.
+pub fn is_child() -> bool {
+    env::var_os(CHILD).is_some()
+}
+
+pub struct Outcome {
+    title: String,
+    names: Vec<String>,
+    processes: Vec<Rounds>,
+}
+
+/// What a figure must be.
+#[derive(Clone, Copy, Debug)]
+pub enum Bar {
+    AtMost(f64),
+    AtLeast(f64),
+}
+
+impl Bar {
+    pub fn print(self, what: &str, measured: f64, unit: &str) {
+        let (met, word, bar) = match self {
+            Self::AtMost(bar) => (measured <= bar, "at most", bar),
+            Self::AtLeast(bar) => (measured >= bar, "at least", bar),
+        };
+        let verdict = if met { "met" } else { "MISSED" };
+        println!("{verdict}: {what}: {measured:.2}{unit}, {word} {bar}{unit}");
+    }
+}
+
+impl Outcome {
+    fn position(&self, case: &str) -> usize {
+        self.names.iter().position(|name| name == case).unwrap_or_else(|| panic!("no case {case:?}"))
+    }
+
+    /// Nanoseconds a call.
+    pub fn time(&self, case: &str) -> f64 {
+        let case = self.position(case);
+        median(
+            self.processes
+                .iter()
+                .map(|rounds| median(rounds.iter().map(|round| round[case]).collect()))
+                .collect(),
+        )
+    }
+
+    pub fn ratio(&self, case: &str, other: &str) -> f64 {
+        median(self.ratios(case, other))
+    }
+
+    /// A ratio for each process.
+    fn ratios(&self, case: &str, other: &str) -> Vec<f64> {
+        let (case, other) = (self.position(case), self.position(other));
+        let of_process =
+            |rounds: &Rounds| median(rounds.iter().map(|round| round[case] / round[other]).collect());
+        self.processes.iter().map(of_process).collect()
+    }
+
+    /// Each case beside the first, and `subject` beside each case.
+    pub fn print(&self, subject: &str) {
+        let first = &self.names[0];
+        println!("\n{}\n", self.title);
+        println!("| | ns | ÷ {first} | {subject} ÷ this |");
+        println!("|---|---|---|---|");
+        for name in &self.names {
+            let (time, to_first, of_subject) =
+                (self.time(name), self.ratio(name, first), self.ratio(subject, name));
+            println!("| {name} | {} | {to_first:.2} | {of_subject:.2} |", rounded(time));
+        }
+        println!();
+    }
+
+    pub fn bar(&self, case: &str, other: &str, bar: Bar) {
+        let mut ratios = self.ratios(case, other);
+        let measured = median(ratios.clone());
+        ratios.sort_by(f64::total_cmp);
+        let what = format!("{case} / {other} ({:.2} to {:.2})", ratios[0], ratios[ratios.len() - 1]);
+        bar.print(&what, measured, "");
+    }
+}
+
+/// As many digits as mean something.
+pub fn rounded(nanoseconds: f64) -> String {
+    if nanoseconds < 100.0 { format!("{nanoseconds:.1}") } else { format!("{nanoseconds:.0}") }
+}
+
+fn median(mut figures: Vec<f64>) -> f64 {
+    figures.sort_by(f64::total_cmp);
+    figures[figures.len() / 2]
+}

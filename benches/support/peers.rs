@@ -1,0 +1,171 @@
+//! What a program has instead of this crate: middleware that sets a header or limits requests, and lists of keys
+//! behind a lock, as they are written by hand.
+
+use std::{
+    convert::Infallible,
+    num::NonZeroU32,
+    sync::{
+        Arc, Mutex, RwLock,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
+
+use governor::{DefaultDirectRateLimiter, DefaultKeyedRateLimiter, Quota, RateLimiter};
+use http::{HeaderValue, Request, Response, StatusCode};
+use tower::{Layer, Service, ServiceExt, limit::RateLimitLayer, service_fn};
+use tower_http::{auth::AddAuthorizationLayer, set_header::SetRequestHeaderLayer};
+
+use super::{HEADER, SECRET, authorization};
+
+pub trait Client<B>: Service<Request<B>, Response = Response<Self::Body>, Error = Infallible> {
+    type Body;
+}
+
+impl<B, C, S: Service<Request<B>, Response = Response<C>, Error = Infallible>> Client<B> for S {
+    type Body = C;
+}
+
+pub fn set_header<B, S: Client<B>>(inner: S) -> impl Client<B, Body = S::Body> {
+    SetRequestHeaderLayer::overriding(HEADER, authorization()).layer(inner)
+}
+
+pub fn add_authorization<B, S: Client<B>>(inner: S) -> impl Client<B, Body = S::Body> {
+    AddAuthorizationLayer::bearer(SECRET).as_sensitive(true).layer(inner)
+}
+
+/// A limit that is never reached. It needs a runtime's timer.
+pub fn rate_limit<B, S: Client<B>>(inner: S) -> impl Client<B, Body = S::Body> {
+    RateLimitLayer::new(u64::MAX, Duration::from_secs(3600)).layer(set_header(inner))
+}
+
+fn unreachable_quota() -> Quota {
+    Quota::per_second(NonZeroU32::MAX)
+}
+
+pub fn governor_direct<B, S: Client<B>>(inner: S) -> impl Client<B, Body = S::Body> {
+    let limiter: DefaultDirectRateLimiter = RateLimiter::direct(unreachable_quota());
+    set_header(inner).map_request(move |request| {
+        limiter.check().expect("a limit that is never reached");
+        request
+    })
+}
+
+/// A limit for each of several keys, which take turns.
+pub fn governor_keyed<B, S: Client<B>>(inner: S, keys: usize) -> impl Client<B, Body = S::Body> {
+    let limiter: DefaultKeyedRateLimiter<usize> = RateLimiter::keyed(unreachable_quota());
+    let values: Vec<_> = (0..keys).map(|_| authorization()).collect();
+    let turn = AtomicUsize::new(0);
+    inner.map_request(move |mut request: Request<B>| {
+        let key = turn.fetch_add(1, Relaxed) % values.len();
+        limiter.check_key(&key).expect("a limit that is never reached");
+        request.headers_mut().insert(HEADER, values[key].clone());
+        request
+    })
+}
+
+#[derive(Clone)]
+pub struct Key {
+    secret: String,
+    resting_until: Option<Instant>,
+}
+
+impl Key {
+    fn is_available(&self, now: Instant) -> bool {
+        self.resting_until.is_none_or(|until| until <= now)
+    }
+
+    fn header(&self) -> HeaderValue {
+        HeaderValue::from_str(&format!("Bearer {}", self.secret)).expect("text")
+    }
+}
+
+const COOLDOWN: Duration = Duration::from_secs(120);
+
+/// Keys of which those rest that `rests` names.
+pub fn keys(keys: usize, rests: impl Fn(usize) -> bool) -> Vec<Key> {
+    let resting_until = Instant::now().checked_add(Duration::from_secs(3600));
+    let key = |number| Key {
+        secret: format!("{SECRET}{number}"),
+        resting_until: resting_until.filter(|_| rests(number)),
+    };
+    (0..keys).map(key).collect()
+}
+
+fn first_available(keys: &[Key]) -> usize {
+    let now = Instant::now();
+    keys.iter().position(|key| key.is_available(now)).expect("a key is available")
+}
+
+/// `std::sync::Mutex`, and the first key that doesn't rest.
+pub fn mutex<B, S>(inner: S, keys: Arc<Mutex<Vec<Key>>>) -> impl Client<B, Body = S::Body>
+where
+    S: Client<B> + Clone,
+{
+    service_fn(move |mut request: Request<B>| {
+        let (mut inner, keys) = (inner.clone(), keys.clone());
+        async move {
+            let (number, header) = {
+                let keys = keys.lock().unwrap();
+                let number = first_available(&keys);
+                (number, keys[number].header())
+            };
+            request.headers_mut().insert(HEADER, header);
+            let response = inner.call(request).await?;
+            if response.status() == StatusCode::TOO_MANY_REQUESTS {
+                keys.lock().unwrap()[number].resting_until = Some(Instant::now() + COOLDOWN);
+            }
+            Ok(response)
+        }
+    })
+}
+
+/// `tokio::sync::Mutex`, and the first key that doesn't rest.
+pub fn tokio_mutex<B, S>(inner: S, keys: Arc<tokio::sync::Mutex<Vec<Key>>>) -> impl Client<B, Body = S::Body>
+where
+    S: Client<B> + Clone,
+{
+    service_fn(move |mut request: Request<B>| {
+        let (mut inner, keys) = (inner.clone(), keys.clone());
+        async move {
+            let (number, header) = {
+                let keys = keys.lock().await;
+                let number = first_available(&keys);
+                (number, keys[number].header())
+            };
+            request.headers_mut().insert(HEADER, header);
+            let response = inner.call(request).await?;
+            if response.status() == StatusCode::TOO_MANY_REQUESTS {
+                keys.lock().await[number].resting_until = Some(Instant::now() + COOLDOWN);
+            }
+            Ok(response)
+        }
+    })
+}
+
+/// `std::sync::RwLock`, and the next key in turn that doesn't rest.
+pub fn rw_lock<B, S>(inner: S, keys: Arc<RwLock<Vec<Key>>>) -> impl Client<B, Body = S::Body>
+where
+    S: Client<B> + Clone,
+{
+    let turn = Arc::new(AtomicUsize::new(0));
+    service_fn(move |mut request: Request<B>| {
+        let (mut inner, keys, turn) = (inner.clone(), keys.clone(), turn.clone());
+        async move {
+            let (number, header) = {
+                let (keys, now) = (keys.read().unwrap(), Instant::now());
+                let from = turn.fetch_add(1, Relaxed);
+                let in_turn = (from..from + keys.len()).map(|number| number % keys.len());
+                let number = { in_turn }.find(|number| keys[*number].is_available(now));
+                let number = number.expect("a key is available");
+                (number, keys[number].header())
+            };
+            request.headers_mut().insert(HEADER, header);
+            let response = inner.call(request).await?;
+            if response.status() == StatusCode::TOO_MANY_REQUESTS {
+                keys.write().unwrap()[number].resting_until = Some(Instant::now() + COOLDOWN);
+            }
+            Ok(response)
+        }
+    })
+}
