@@ -1,10 +1,15 @@
 //! Where a key goes in a request.
 
-use std::{fmt, sync::Arc};
+use std::{
+    fmt,
+    sync::{Arc, OnceLock},
+};
 
-use http::{HeaderName, HeaderValue, header::AUTHORIZATION};
+use bytes::Bytes;
+use http::{HeaderMap, HeaderName, HeaderValue, header::AUTHORIZATION};
+use zeroize::Zeroizing;
 
-use crate::query;
+use crate::{query, secret::Secret};
 
 /// Where a key goes: one place, or several at once.
 ///
@@ -33,6 +38,8 @@ use crate::query;
 pub struct Inject {
     places: Vec<Place>,
     invalid_header: Option<String>,
+    /// The form of the first key that shares it.
+    form: Arc<OnceLock<Arc<Form>>>,
 }
 
 type Place = Arc<dyn Fn(&str, &mut Credentials) -> Result<(), UnusableSecret> + Send + Sync>;
@@ -41,7 +48,10 @@ impl Inject {
     /// `Authorization: Bearer <secret>`.
     #[must_use]
     pub fn bearer() -> Self {
-        Self::custom(|secret, credentials| credentials.header(AUTHORIZATION, &format!("Bearer {secret}")))
+        Self::custom(|secret, credentials| {
+            let value = Zeroizing::new(format!("Bearer {secret}"));
+            credentials.header(AUTHORIZATION, &value)
+        })
     }
 
     /// A header of that name, with the secret as its whole value.
@@ -52,7 +62,7 @@ impl Inject {
     pub fn header(name: impl AsRef<str>) -> Self {
         match HeaderName::from_bytes(name.as_ref().as_bytes()) {
             Ok(name) => Self::custom(move |secret, credentials| credentials.header(name.clone(), secret)),
-            Err(_) => Self { places: Vec::new(), invalid_header: Some(name.as_ref().to_owned()) },
+            Err(_) => Self::of(Vec::new(), Some(name.as_ref().to_owned())),
         }
     }
 
@@ -75,31 +85,40 @@ impl Inject {
     where
         F: Fn(&str, &mut Credentials) -> Result<(), UnusableSecret> + Send + Sync + 'static,
     {
-        Self { places: vec![Arc::new(place)], invalid_header: None }
+        Self::of(vec![Arc::new(place)], None)
+    }
+
+    fn of(places: Vec<Place>, invalid_header: Option<String>) -> Self {
+        Self { places, invalid_header, form: Arc::default() }
     }
 
     /// Here and there.
     #[must_use]
     pub fn and(mut self, other: Self) -> Self {
         self.places.extend(other.places);
-        self.invalid_header = self.invalid_header.or(other.invalid_header);
-        self
+        Self::of(self.places, self.invalid_header.or(other.invalid_header))
     }
 
     pub(crate) fn invalid_header(&self) -> Option<&str> {
         self.invalid_header.as_deref()
     }
 
-    pub(crate) fn render(&self, secret: &str) -> Result<Credentials, UnusableSecret> {
-        check(secret)?;
+    pub(crate) fn render(&self, secret: &Secret) -> Result<Rendered, UnusableSecret> {
+        check(secret.expose())?;
         let mut credentials = Credentials::default();
         for place in &self.places {
-            place(secret, &mut credentials)?;
+            place(secret.expose(), &mut credentials)?;
         }
-        // There may be very many keys, and a vector's first push makes room for four.
-        credentials.headers.shrink_to_fit();
-        credentials.query.shrink_to_fit();
-        Ok(credentials)
+        let (value, form) = credentials.into_form(secret);
+        Ok(Rendered { value, form: self.shared(form) })
+    }
+
+    fn shared(&self, form: Form) -> Arc<Form> {
+        if form.is_of_one_key() {
+            return Arc::new(form);
+        }
+        let first = self.form.get_or_init(|| Arc::new(form.clone()));
+        if first.first == form.first { first.clone() } else { Arc::new(form) }
     }
 }
 
@@ -129,10 +148,10 @@ impl Credentials {
     ///
     /// Where a header can't carry the value.
     pub fn header(&mut self, name: HeaderName, value: &str) -> Result<(), UnusableSecret> {
-        let mut value = HeaderValue::from_str(value).map_err(|_| UnusableSecret::Control)?;
+        // Shared from the start, so that a request's clone does not allocate; wiped with the last of them.
+        let bytes = Bytes::from_owner(Zeroizing::new(Box::<[u8]>::from(value.as_bytes())));
+        let mut value = HeaderValue::from_maybe_shared(bytes).map_err(|_| UnusableSecret::Control)?;
         value.set_sensitive(true);
-        // The bytes are made shareable by their first clone, which allocates; later ones don't.
-        drop(value.clone());
         self.headers.push((name, value));
         Ok(())
     }
@@ -142,12 +161,16 @@ impl Credentials {
         self.query.push(query::Parameter::new(name, value));
     }
 
-    pub(crate) fn headers(&self) -> &[(HeaderName, HeaderValue)] {
-        &self.headers
-    }
-
-    pub(crate) fn query_parameters(&self) -> &[query::Parameter] {
-        &self.query
+    /// Divides what is the key's own from what it may have in common with others.
+    fn into_form(self, secret: &Secret) -> (Option<HeaderValue>, Form) {
+        let mut headers = self.headers.into_iter();
+        let (first, value) = match headers.next() {
+            Some((name, value)) => (Some(FirstHeader::new(name, &value, secret)), Some(value)),
+            None => (None, None),
+        };
+        let found = first.as_ref().is_some_and(|first| first.around_secret.is_some());
+        let apart = (!found).then(|| secret.clone());
+        (value, Form { first, more: headers.collect(), query: self.query, apart })
     }
 }
 
@@ -157,6 +180,96 @@ impl fmt::Debug for Credentials {
             .field("headers", &self.headers.len())
             .field("query", &self.query.len())
             .finish()
+    }
+}
+
+/// What requests carry for one key, and its secret; there may be very many of these.
+pub(crate) struct Rendered {
+    /// The value of the first header.
+    value: Option<HeaderValue>,
+    form: Arc<Form>,
+}
+
+/// All but the value of the first header: in most pools, the same for all keys.
+#[derive(Clone)]
+struct Form {
+    first: Option<FirstHeader>,
+    more: Box<[(HeaderName, HeaderValue)]>,
+    query: Vec<query::Parameter>,
+    /// The secret, where the first header doesn't hold it as it is.
+    apart: Option<Secret>,
+}
+
+#[derive(Clone, PartialEq, Eq)]
+struct FirstHeader {
+    name: HeaderName,
+    /// How many bytes stand before the secret, and how many behind it.
+    around_secret: Option<(usize, usize)>,
+}
+
+impl FirstHeader {
+    fn new(name: HeaderName, value: &HeaderValue, secret: &Secret) -> Self {
+        let secret = secret.expose();
+        let found = value.to_str().ok().and_then(|text| Some((text.find(secret)?, text.len())));
+        Self { name, around_secret: found.map(|(before, len)| (before, len - before - secret.len())) }
+    }
+}
+
+impl Form {
+    fn is_of_one_key(&self) -> bool {
+        self.apart.is_some() || !self.more.is_empty() || !self.query.is_empty()
+    }
+
+    #[cold]
+    fn insert_more_into(&self, headers: &mut HeaderMap) {
+        for (name, value) in &self.more {
+            headers.insert(name.clone(), value.clone());
+        }
+    }
+}
+
+impl Rendered {
+    /// Puts the headers into a request, in place of any of the same names.
+    #[inline]
+    pub(crate) fn insert_into(&self, headers: &mut HeaderMap) {
+        if let (Some(first), Some(value)) = (&self.form.first, &self.value) {
+            headers.insert(first.name.clone(), value.clone());
+        }
+        if !self.form.more.is_empty() {
+            self.form.insert_more_into(headers);
+        }
+    }
+
+    #[inline]
+    pub(crate) fn query_parameters(&self) -> &[query::Parameter] {
+        &self.form.query
+    }
+
+    pub(crate) fn secret(&self) -> Secret {
+        match &self.form.apart {
+            Some(secret) => secret.clone(),
+            None => Secret::new(self.in_first_header()),
+        }
+    }
+
+    pub(crate) fn is_of(&self, secret: &Secret) -> bool {
+        match &self.form.apart {
+            Some(own) => own == secret,
+            None => self.in_first_header() == secret.expose(),
+        }
+    }
+
+    fn in_first_header(&self) -> &str {
+        let around = self.form.first.as_ref().and_then(|first| first.around_secret);
+        let text = self.value.as_ref().and_then(|value| value.to_str().ok());
+        let Some(((before, behind), text)) = around.zip(text) else { return "" };
+        text.get(before..text.len() - behind).unwrap_or("")
+    }
+}
+
+impl fmt::Debug for Rendered {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Rendered").finish_non_exhaustive()
     }
 }
 
@@ -203,20 +316,65 @@ pub enum UnusableSecret {
 mod tests {
     use super::*;
 
+    fn rendered(inject: &Inject, secret: &str) -> Rendered {
+        inject.render(&Secret::new(secret)).unwrap()
+    }
+
+    fn headers(rendered: &Rendered) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        rendered.insert_into(&mut headers);
+        headers
+    }
+
     #[test]
     fn several_places_are_filled_at_once_and_every_header_is_sensitive() {
         let inject = Inject::bearer().and(Inject::header("x-api-key")).and(Inject::query("key"));
-        let credentials = inject.render("a+b").unwrap();
-        let headers = credentials.headers();
-        assert_eq!(headers[0].1, "Bearer a+b");
-        assert_eq!(headers[1].1, "a+b");
-        assert!(headers.iter().all(|(_, value)| value.is_sensitive()));
-        assert_eq!(credentials.query_parameters()[0].encoded(), "key=a%2Bb");
+        let rendered = rendered(&inject, "a+b");
+        let headers = headers(&rendered);
+        assert_eq!(headers[AUTHORIZATION], "Bearer a+b");
+        assert_eq!(headers["x-api-key"], "a+b");
+        assert!(headers.values().all(HeaderValue::is_sensitive));
+        assert_eq!(rendered.query_parameters()[0].encoded(), "key=a%2Bb");
+    }
+
+    #[test]
+    fn a_secret_is_known_again_whatever_became_of_it_in_the_request() {
+        let reversed = Inject::custom(|secret, credentials| {
+            let reversed: String = secret.chars().rev().collect();
+            credentials.header(AUTHORIZATION, &reversed)
+        });
+        let around = Inject::custom(|secret, credentials| {
+            credentials.header(AUTHORIZATION, &format!("Token token=\"{secret}\", v=1"))
+        });
+        let nothing = Inject::custom(|_, _| Ok(()));
+        for inject in [Inject::bearer(), Inject::header("x-k"), Inject::query("k"), reversed, around, nothing]
+        {
+            for secret in ["sk-1", "sk-2", "Bearer sk-1", "1-ks", "a%b"] {
+                let rendered = rendered(&inject, secret);
+                assert_eq!(rendered.secret().expose(), secret);
+                for other in ["sk-1", "sk-2", "Bearer sk-1", "1-ks", "a%b", "", "sk-"] {
+                    assert_eq!(rendered.is_of(&other.into()), secret == other, "{secret} {other}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn keys_of_one_form_share_it_and_those_of_another_have_their_own() {
+        let inject = Inject::custom(|secret, credentials| {
+            let name = if secret.len() > 4 { "x-long" } else { "x-short" };
+            credentials.header(HeaderName::from_static(name), secret)
+        });
+        let [one, two, other] = ["sk-1", "sk-2", "sk-long"].map(|secret| rendered(&inject, secret));
+        assert!(Arc::ptr_eq(&one.form, &two.form));
+        assert!(!Arc::ptr_eq(&one.form, &other.form));
+        assert_eq!(headers(&two)["x-short"], "sk-2");
+        assert_eq!(headers(&other)["x-long"], "sk-long");
     }
 
     #[test]
     fn f30_a_secret_that_no_header_should_carry_is_refused() {
-        let refused = |secret| Inject::bearer().render(secret).map(|_| ()).unwrap_err();
+        let refused = |secret: &str| Inject::bearer().render(&secret.into()).map(|_| ()).unwrap_err();
         assert_eq!(refused(""), UnusableSecret::Empty);
         assert_eq!(refused("a\nb"), UnusableSecret::Control);
         assert_eq!(refused("a\tb"), UnusableSecret::Control);
@@ -230,7 +388,7 @@ mod tests {
     #[test]
     fn nothing_that_holds_a_secret_shows_it() {
         let inject = Inject::bearer().and(Inject::query("key"));
-        let shown = format!("{inject:?} {:?}", inject.render("sk-canary").unwrap());
+        let shown = format!("{inject:?} {:?}", rendered(&inject, "sk-canary"));
         assert!(!shown.contains("canary"), "{shown}");
     }
 }

@@ -84,6 +84,8 @@ mod reqwest_middleware;
 mod rotation;
 mod secret;
 pub mod store;
+#[cfg(feature = "failover")]
+mod tried;
 
 #[cfg(feature = "failover")]
 pub use self::failover::FailoverLayer;

@@ -3,7 +3,10 @@
 use std::{fmt, time::Duration};
 
 use bytes::Bytes;
+use http::StatusCode;
 
+#[cfg(feature = "failover")]
+use crate::tried;
 use crate::{
     classify::{ClassifyResponse, ResponseHead, TooManyRequests, Verdict},
     error::{InjectError, Refused},
@@ -34,13 +37,6 @@ pub struct ServedBy(pub KeyId);
 #[cfg(feature = "failover")]
 #[derive(Clone)]
 pub(crate) struct SpokeAgainstKey(pub(crate) Lease);
-
-// A `reqwest::Request` carries no extensions that we could reach, so this goes beside the request.
-#[cfg(feature = "failover")]
-tokio::task_local! {
-    /// The keys that the request which is being sent must not go out with again.
-    pub(crate) static TRIED: Vec<Lease>;
-}
 
 /// The beginning of an error's body, in its response's extensions.
 #[derive(Clone, Debug)]
@@ -76,10 +72,7 @@ impl<C> Rotation<C> {
         }
         let lease = self.pick().map_err(no_key)?;
         let credentials = lease.credentials();
-        let headers = request.headers_mut();
-        for (name, value) in credentials.headers() {
-            headers.insert(name.clone(), value.clone());
-        }
+        credentials.insert_into(request.headers_mut());
         let parameters = credentials.query_parameters();
         if !parameters.is_empty() {
             request.set_query(parameters).map_err(uri_too_long)?;
@@ -90,7 +83,7 @@ impl<C> Rotation<C> {
     #[inline]
     fn pick(&self) -> Result<Lease, NoKeyAvailable> {
         #[cfg(feature = "failover")]
-        if let Ok(lease) = TRIED.try_with(|tried| self.pool.pick_besides(tried)) {
+        if let Some(lease) = tried::with_tried(|tried| self.pool.pick_besides(tried)) {
             return lease;
         }
         self.pool.pick()
@@ -103,6 +96,17 @@ impl<C> Rotation<C> {
             message::redact(error, parameters);
         }
     }
+}
+
+/// Bodies are read of errors only.
+#[inline]
+fn is_error(status: StatusCode) -> bool {
+    status.is_client_error() || status.is_server_error()
+}
+
+#[cold]
+fn expose<R: ResponseMessage>(lease: &Lease, response: &mut R) {
+    response.extensions_mut().insert(ServedBy(lease.id().clone()));
 }
 
 /// Tells a failover around the rotation which key a response speaks against.
@@ -135,12 +139,10 @@ impl<C: ClassifyResponse> Rotation<C> {
     pub(crate) fn observe<R: ResponseMessage>(&self, lease: &Lease, mut response: R) -> R {
         match self.verdict(&response) {
             Verdict::Nothing => {}
-            Verdict::RateLimited { wait } => self.mark(lease, Rest::RateLimited, wait, &mut response),
-            Verdict::Exhausted { wait } => self.mark(lease, Rest::Exhausted, wait, &mut response),
-            Verdict::Revoked => self.mark(lease, Rest::Revoked, None, &mut response),
+            verdict => self.mark(lease, verdict, &mut response),
         }
         if self.expose_key {
-            response.extensions_mut().insert(ServedBy(lease.id().clone()));
+            expose(lease, &mut response);
         }
         match lease.credentials().query_parameters() {
             [] => response,
@@ -151,14 +153,22 @@ impl<C: ClassifyResponse> Rotation<C> {
     #[inline]
     fn verdict<R: ResponseMessage>(&self, response: &R) -> Verdict {
         let head = ResponseHead::new(response.status(), response.headers());
-        match response.extensions().get::<ErrorBody>() {
-            Some(ErrorBody(body)) => self.classifier.classify(&head.with_body(body)),
-            None => self.classifier.classify(&head),
+        if is_error(response.status())
+            && let Some(ErrorBody(body)) = response.extensions().get()
+        {
+            return self.classifier.classify(&head.with_body(body));
         }
+        self.classifier.classify(&head)
     }
 
     #[cold]
-    fn mark<R: ResponseMessage>(&self, lease: &Lease, rest: Rest, wait: Option<Duration>, response: &mut R) {
+    fn mark<R: ResponseMessage>(&self, lease: &Lease, verdict: Verdict, response: &mut R) {
+        let (rest, wait) = match verdict {
+            Verdict::Nothing => return,
+            Verdict::RateLimited { wait } => (Rest::RateLimited, wait),
+            Verdict::Exhausted { wait } => (Rest::Exhausted, wait),
+            Verdict::Revoked => (Rest::Revoked, None),
+        };
         self.pool.mark(lease, rest, wait, response.status().as_u16());
         note_for_failover(lease, response);
     }
@@ -166,8 +176,7 @@ impl<C: ClassifyResponse> Rotation<C> {
     /// Whether the classifier wants to see this response's body.
     pub(crate) fn wants_body<R: ResponseMessage>(&self, response: &R) -> bool {
         let status = response.status();
-        let is_error = status.is_client_error() || status.is_server_error();
-        is_error && self.classifier.wants_body(&ResponseHead::new(status, response.headers()))
+        is_error(status) && self.classifier.wants_body(&ResponseHead::new(status, response.headers()))
     }
 }
 

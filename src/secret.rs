@@ -7,6 +7,7 @@ use std::{
     sync::Arc,
 };
 
+use compact_str::CompactString;
 use secrecy::{ExposeSecret, SecretString};
 
 /// The public name of a key: in logs, errors and statistics. It is never derived from the secret.
@@ -20,7 +21,7 @@ use secrecy::{ExposeSecret, SecretString};
 /// assert!(KeyId::new("two\nlines").is_err());
 /// ```
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct KeyId(Arc<str>);
+pub struct KeyId(CompactString);
 
 impl KeyId {
     const MAX_BYTES: usize = 256;

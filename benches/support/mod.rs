@@ -9,13 +9,13 @@ pub mod times;
 use std::{
     convert::Infallible,
     fmt::Debug,
-    future::{Ready, ready},
+    future::{Future, Ready, ready},
     hint::black_box,
+    pin::pin,
     sync::LazyLock,
     task::{Context, Poll, Waker},
 };
 
-use futures_util::FutureExt;
 use http::{
     HeaderValue, Method, Request, Response, StatusCode, Uri,
     header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, USER_AGENT},
@@ -132,9 +132,12 @@ pub fn rotation<S>(inner: S, keys: usize, rests: impl Fn(usize) -> bool) -> KeyR
 }
 
 fn answer<B, S: Service<Request<B>>>(service: &mut S, request: Request<B>) -> Result<S::Response, S::Error> {
-    let ready = service.poll_ready(&mut Context::from_waker(Waker::noop()));
-    assert!(matches!(ready, Poll::Ready(Ok(()))));
-    service.call(request).now_or_never().expect("an answer at once")
+    let mut context = Context::from_waker(Waker::noop());
+    assert!(matches!(service.poll_ready(&mut context), Poll::Ready(Ok(()))));
+    match pin!(service.call(request)).poll(&mut context) {
+        Poll::Ready(answer) => answer,
+        Poll::Pending => panic!("no answer at once"),
+    }
 }
 
 /// Sends one request and drops its answer.

@@ -16,7 +16,8 @@ use crate::{
     error::Error,
     message::ReadableResponse,
     pool::{Lease, NoKeyAvailable},
-    rotation::{SpokeAgainstKey, TRIED},
+    rotation::SpokeAgainstKey,
+    tried,
 };
 
 /// A request, and what has become of its attempts so far.
@@ -135,9 +136,8 @@ where
         let state = match tracked.take_turn() {
             Some(Err(no_key)) => State::Refused { no_key },
             turn => {
-                let (tried, pass) = (tracked.tried(), turn.and_then(Result::ok));
-                let call = || self.0.call(tracked.request);
-                let response = if tried.is_empty() { call() } else { TRIED.sync_scope(tried, call) };
+                let pass = turn.and_then(Result::ok);
+                let response = tried::call_without(tracked.tried(), || self.0.call(tracked.request));
                 State::Calling { response, pass }
             }
         };

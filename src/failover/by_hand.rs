@@ -12,7 +12,7 @@ use super::{
 use crate::{
     error::Error,
     message::{ReadableResponse, RequestMessage},
-    rotation::TRIED,
+    tried,
 };
 
 /// Makes one attempt, with a key that is picked for it.
@@ -44,8 +44,7 @@ where
             Some(Err(no_key)) => Err(Error::NoKeyAvailable(no_key)),
             turn => {
                 let tried = tracked.tried();
-                let sent = client.send(tracked.request);
-                let result = if tried.is_empty() { sent.await } else { TRIED.scope(tried, sent).await };
+                let result = tried::drive_without(tried, client.send(tracked.request)).await;
                 let result = result.map(Attempt::Fresh);
                 answer(turn.and_then(Result::ok), &result);
                 result

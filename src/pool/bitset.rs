@@ -68,6 +68,16 @@ impl AtomicBitSet {
     /// The first member at or after `slot`.
     #[inline]
     pub(crate) fn next_from(&self, slot: usize) -> Option<usize> {
+        // Most often it is in the same word.
+        let word = self.levels[0].get(slot / BITS)?.load(SeqCst);
+        let ahead = word & (u64::MAX << (slot % BITS));
+        if ahead != 0 {
+            return Some(slot / BITS * BITS + ahead.trailing_zeros() as usize);
+        }
+        self.next_after_word(slot)
+    }
+
+    fn next_after_word(&self, slot: usize) -> Option<usize> {
         let mut from = slot;
         loop {
             match self.search(from)? {
@@ -77,7 +87,6 @@ impl AtomicBitSet {
         }
     }
 
-    #[inline]
     fn search(&self, slot: usize) -> Option<Found> {
         let mut index = slot;
         for (depth, level) in self.levels.iter().enumerate() {

@@ -232,7 +232,7 @@ impl KeyPoolBuilder {
         let store = MemoryStore::with_clock(self.config.clock.clone());
         let (keys, rejected) = self.read()?;
         for key in &keys {
-            store.add(key.id.clone(), key.secret.clone());
+            store.add(key.id.clone(), key.secret());
         }
         let keys = keys.into_iter().map(Arc::new).collect();
         let persistence = Persistence::of(Arc::new(store));
@@ -327,7 +327,7 @@ fn read_file(path: &Path) -> Result<Vec<Candidate>, BuildError> {
 }
 
 fn seeds(keys: &[Key]) -> Vec<(KeyId, Secret)> {
-    keys.iter().map(|key| (key.id.clone(), key.secret.clone())).collect()
+    keys.iter().map(|key| (key.id.clone(), key.secret())).collect()
 }
 
 #[derive(Default)]
@@ -350,7 +350,7 @@ impl Accepted {
         match id.map_err(Rejection::from).and_then(|id| self.check(id, candidate.secret, inject)) {
             Ok(key) => {
                 self.ids.insert(key.id.clone());
-                self.by_secret.insert(key.secret.clone(), key.id.clone());
+                self.by_secret.insert(key.secret(), key.id.clone());
                 self.keys.push(key);
             }
             Err(reason) => self.rejected.push(Rejected { place: candidate.place, id: known_id, reason }),
@@ -365,7 +365,7 @@ impl Accepted {
         if let Some(other) = self.by_secret.get(&secret) {
             return Err(Rejection::DuplicateSecret(other.clone()));
         }
-        Ok(Key::new(id, secret, State::HEALTHY, inject)?)
+        Ok(Key::new(id, &secret, State::HEALTHY, inject)?)
     }
 }
 

@@ -14,8 +14,10 @@ const FANOUT: usize = 64;
 
 #[derive(Debug)]
 pub(crate) struct Deadlines {
-    /// `levels[0]` holds the slots' own deadlines; each further level the minima of the one below.
+    /// `levels[0]` holds the slots' own deadlines; each further level the minima of the one below; the root is
+    /// the minimum of the last.
     levels: Box<[Box<[AtomicU64]>]>,
+    root: AtomicU64,
     /// How often nodes have begun, and have ended, to be put right.
     begun: AtomicU64,
     ended: AtomicU64,
@@ -27,19 +29,24 @@ impl Deadlines {
         let mut nodes = slots.max(1);
         loop {
             levels.push((0..nodes).map(|_| AtomicU64::new(NEVER)).collect());
-            if nodes == 1 && levels.len() > 1 {
+            if nodes <= FANOUT {
                 break;
             }
             nodes = nodes.div_ceil(FANOUT);
         }
-        Self { levels: levels.into_boxed_slice(), begun: AtomicU64::new(0), ended: AtomicU64::new(0) }
+        Self {
+            levels: levels.into_boxed_slice(),
+            root: AtomicU64::new(NEVER),
+            begun: AtomicU64::new(0),
+            ended: AtomicU64::new(0),
+        }
     }
 
     /// No deadline is before this one, but for the moment in which another thread moves one back; [`NEVER`]
     /// where there is none at all.
     #[inline]
     pub(crate) fn earliest(&self) -> u64 {
-        self.levels[self.levels.len() - 1][0].load(SeqCst)
+        self.root.load(SeqCst)
     }
 
     /// The same without the exception. It looks at every slot where another thread is just moving one back,
@@ -68,6 +75,12 @@ impl Deadlines {
             index /= FANOUT;
             level[index].fetch_min(deadline, SeqCst);
         }
+        self.root.fetch_min(deadline, SeqCst);
+    }
+
+    /// A node of minima: `depth` is that of its level, and one more for the root.
+    fn node(&self, depth: usize, index: usize) -> &AtomicU64 {
+        self.levels.get(depth).map_or(&self.root, |level| &level[index])
     }
 
     /// The first slot at or after `slot` whose deadline is at or before `now`.
@@ -119,7 +132,7 @@ impl Deadlines {
     /// Moves a node, and those above it, up to the minimum of its children.
     fn put_right(&self, depth: usize, mut index: usize) {
         self.begun.fetch_add(1, SeqCst);
-        for depth in depth..self.levels.len() {
+        for depth in depth..=self.levels.len() {
             self.raise(depth, index);
             index /= FANOUT;
         }
@@ -127,7 +140,7 @@ impl Deadlines {
     }
 
     fn raise(&self, depth: usize, index: usize) {
-        let node = &self.levels[depth][index];
+        let node = self.node(depth, index);
         loop {
             let before = node.load(SeqCst);
             let minimum = self.minimum(depth, index);
@@ -195,7 +208,7 @@ mod tests {
     fn a_node_that_was_left_early_is_put_right_by_who_finds_nothing_due() {
         let deadlines = Deadlines::new(24);
         // What a thread leaves that read the minimum before another one cleared the slot.
-        deadlines.levels[1][0].fetch_min(5, SeqCst);
+        deadlines.root.fetch_min(5, SeqCst);
         assert_eq!((deadlines.earliest(), deadlines.next_due(0, 9)), (5, None));
         deadlines.put_first_path_right(9);
         assert_eq!(deadlines.earliest(), NEVER);

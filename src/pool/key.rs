@@ -3,25 +3,24 @@
 use std::sync::{
     Arc,
     atomic::{
-        AtomicU16, AtomicU64, AtomicUsize,
+        AtomicU16, AtomicU32, AtomicU64,
         Ordering::{Relaxed, SeqCst},
     },
 };
 
 use super::state::{AtomicState, State};
 use crate::{
-    inject::{Credentials, Inject, UnusableSecret},
+    inject::{Inject, Rendered, UnusableSecret},
     secret::{KeyId, Secret},
 };
 
 #[derive(Debug)]
 pub(crate) struct Key {
     pub(crate) id: KeyId,
-    pub(crate) secret: Secret,
-    pub(crate) credentials: Credentials,
+    pub(crate) credentials: Rendered,
     pub(crate) state: AtomicState,
     /// Where the newest snapshot holds it. A hint: the reader checks who is there.
-    pub(crate) slot: AtomicUsize,
+    slot: AtomicU32,
     pub(crate) written: Written,
     pub(crate) counts: Counts,
 }
@@ -32,19 +31,30 @@ impl Key {
     /// Where no request could carry the secret.
     pub(crate) fn new(
         id: KeyId,
-        secret: Secret,
+        secret: &Secret,
         state: State,
         inject: &Inject,
     ) -> Result<Self, UnusableSecret> {
         Ok(Self {
-            credentials: inject.render(secret.expose())?,
+            credentials: inject.render(secret)?,
             id,
-            secret,
             state: AtomicState::new(state),
-            slot: AtomicUsize::new(0),
+            slot: AtomicU32::new(0),
             written: Written::default(),
             counts: Counts::default(),
         })
+    }
+
+    pub(crate) fn slot(&self) -> usize {
+        self.slot.load(Relaxed) as usize
+    }
+
+    pub(crate) fn set_slot(&self, slot: usize) {
+        self.slot.store(slot as u32, Relaxed);
+    }
+
+    pub(crate) fn secret(&self) -> Secret {
+        self.credentials.secret()
     }
 }
 
@@ -149,7 +159,7 @@ impl Lease {
         &self.0.id
     }
 
-    pub(crate) fn credentials(&self) -> &Credentials {
+    pub(crate) fn credentials(&self) -> &Rendered {
         &self.0.credentials
     }
 }

@@ -42,7 +42,7 @@ impl KeyPool {
         if let Some((rest, left)) = key.state.load().rest(now) {
             let mark = Mark {
                 id: key.id.clone(),
-                secret: key.secret.clone(),
+                secret: key.secret(),
                 rest,
                 left,
                 age: Duration::from_nanos(now.saturating_sub(key.written.marked_at())),

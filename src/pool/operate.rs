@@ -65,7 +65,7 @@ impl KeyPool {
     pub async fn insert(&self, id: impl AsRef<str>, secret: impl Into<Secret>) -> Result<(), OperateError> {
         let id = KeyId::new(id)?;
         let secret = secret.into();
-        let key = Key::new(id.clone(), secret.clone(), State::HEALTHY, &self.inner.inject)
+        let key = Key::new(id.clone(), &secret, State::HEALTHY, &self.inner.inject)
             .map_err(|reason| OperateError::UnusableSecret { id: id.clone(), reason })?;
         let key = Arc::new(key);
 

@@ -117,11 +117,11 @@ impl KeyPool {
                     continue;
                 }
                 let state = record.state(now);
-                if let Some(key) = known.filter(|key| key.secret == record.secret) {
+                if let Some(key) = known.filter(|key| key.credentials.is_of(&record.secret)) {
                     self.reconcile(key, state, number);
                     continue;
                 }
-                match Key::new(record.id.clone(), record.secret, state, &self.inner.inject) {
+                match Key::new(record.id.clone(), &record.secret, state, &self.inner.inject) {
                     Ok(key) => changes.put(slot, Some(Arc::new(key))),
                     Err(reason) => {
                         unreadable.push(Unreadable::new(record.id.as_str(), reason.to_string()));

@@ -4,7 +4,7 @@
 //! is followed by [`Snapshot::refresh`], and who comes to a key through an index checks the state itself.
 
 use std::{
-    collections::HashMap,
+    hash::{BuildHasher, RandomState},
     sync::{
         Arc,
         atomic::{
@@ -13,6 +13,8 @@ use std::{
         },
     },
 };
+
+use hashbrown::HashTable;
 
 use super::{
     bitset::AtomicBitSet,
@@ -28,7 +30,7 @@ const EXPIRED_PER_PICK: usize = 16;
 #[derive(Debug)]
 pub(crate) struct Snapshot {
     keys: Box<[Arc<Key>]>,
-    by_id: HashMap<KeyId, usize>,
+    by_id: SlotsById,
     available: AtomicBitSet,
     cooling: Deadlines,
     unwritten: AtomicBitSet,
@@ -43,7 +45,7 @@ impl Snapshot {
     /// new ones behind them.
     pub(crate) fn new(keys: Vec<Arc<Key>>, before: Option<&Self>) -> Self {
         let snapshot = Self {
-            by_id: (0..).zip(&keys).map(|(slot, key)| (key.id.clone(), slot)).collect(),
+            by_id: SlotsById::new(&keys),
             available: AtomicBitSet::new(keys.len()),
             cooling: Deadlines::new(keys.len()),
             unwritten: AtomicBitSet::new(keys.len()),
@@ -54,11 +56,11 @@ impl Snapshot {
         };
         if let Some(before) = before {
             let had_their_turn = before.keys.iter().take(before.cursor.load(Relaxed));
-            let stay = had_their_turn.filter(|key| snapshot.by_id.contains_key(&key.id)).count();
+            let stay = had_their_turn.filter(|key| snapshot.slot(&key.id).is_some()).count();
             snapshot.cursor.store(stay, Relaxed);
         }
         for (slot, key) in snapshot.keys.iter().enumerate() {
-            key.slot.store(slot, Relaxed);
+            key.set_slot(slot);
         }
         snapshot.refresh_all();
         snapshot
@@ -69,11 +71,11 @@ impl Snapshot {
     }
 
     pub(crate) fn get(&self, id: &str) -> Option<&Arc<Key>> {
-        self.by_id.get(id).map(|slot| &self.keys[*slot])
+        self.by_id.find(id, &self.keys).map(|slot| &self.keys[slot])
     }
 
     pub(crate) fn slot(&self, id: &KeyId) -> Option<usize> {
-        self.by_id.get(id).copied()
+        self.by_id.find(id.as_str(), &self.keys)
     }
 
     /// The next available key in turn.
@@ -84,7 +86,8 @@ impl Snapshot {
             let slot = self.next_available(cursor)?;
             // The turn passes to the key behind the one that was picked, not behind the one that was asked
             // for: every available key gets its share, whatever rests between them.
-            if self.cursor.compare_exchange_weak(cursor, slot + 1, Relaxed, Relaxed).is_err() {
+            let behind = if slot + 1 < self.keys.len() { slot + 1 } else { 0 };
+            if self.cursor.compare_exchange_weak(cursor, behind, Relaxed, Relaxed).is_err() {
                 continue;
             }
             let key = &self.keys[slot];
@@ -97,14 +100,15 @@ impl Snapshot {
 
     #[inline]
     fn next_available(&self, cursor: usize) -> Option<usize> {
-        self.available
-            .next_from(cursor)
-            .or_else(|| self.available.next_from(0))
-            .or_else(|| self.available.scan_from(0))
+        self.available.next_from(cursor).or_else(|| self.first_available())
+    }
+
+    fn first_available(&self) -> Option<usize> {
+        self.available.next_from(0).or_else(|| self.available.scan_from(0))
     }
 
     pub(crate) fn has_available(&self) -> bool {
-        self.next_available(0).is_some()
+        self.first_available().is_some()
     }
 
     #[cfg(feature = "failover")]
@@ -170,7 +174,7 @@ impl Snapshot {
 
     fn slot_of(&self, key: &Arc<Key>) -> Option<usize> {
         let holds = |slot: &usize| self.keys.get(*slot).is_some_and(|held| Arc::ptr_eq(held, key));
-        Some(key.slot.load(Relaxed)).filter(holds).or_else(|| self.by_id.get(&key.id).copied().filter(holds))
+        Some(key.slot()).filter(holds).or_else(|| self.slot(&key.id).filter(holds))
     }
 
     fn refresh_slot(&self, slot: usize) {
@@ -206,5 +210,30 @@ impl Snapshot {
 
     pub(crate) fn count_unwritten(&self) -> usize {
         self.keys.iter().filter(|key| key.written.waits()).count()
+    }
+}
+
+/// Which key an id is: an index into the keys, which hold the ids.
+#[derive(Debug)]
+struct SlotsById {
+    slots: HashTable<u32>,
+    hasher: RandomState,
+}
+
+impl SlotsById {
+    /// Ids are taken to be all different: a pool sees to that.
+    fn new(keys: &[Arc<Key>]) -> Self {
+        let hasher = RandomState::new();
+        let hash = |slot: &u32| hasher.hash_one(keys[*slot as usize].id.as_str());
+        let mut slots = HashTable::with_capacity(keys.len());
+        for slot in 0..keys.len() as u32 {
+            slots.insert_unique(hash(&slot), slot, hash);
+        }
+        Self { slots, hasher }
+    }
+
+    fn find(&self, id: &str, keys: &[Arc<Key>]) -> Option<usize> {
+        let is_it = |slot: &u32| keys[*slot as usize].id.as_str() == id;
+        self.slots.find(self.hasher.hash_one(id), is_it).map(|slot| *slot as usize)
     }
 }
