@@ -17,7 +17,7 @@ use crate::{
     hosts::{Host, Hosts, InvalidHost},
     inject::Inject,
     secret::{KeyId, Secret},
-    store::{KeyStore, MemoryStore, StoreError},
+    store::{KeyStore, StoreError},
 };
 
 /// Puts a [`KeyPool`] together: its keys, where they go, and how long they rest.
@@ -229,14 +229,9 @@ impl KeyPoolBuilder {
     ///
     /// Where a file or variable can't be read, or with [`strict`](Self::strict) where a key can't be used.
     pub fn build(self) -> Result<KeyPool, BuildError> {
-        let store = MemoryStore::with_clock(self.config.clock.clone());
         let (keys, rejected) = self.read()?;
-        for key in &keys {
-            store.add(key.id.clone(), key.secret());
-        }
         let keys = keys.into_iter().map(Arc::new).collect();
-        let persistence = Persistence::of(Arc::new(store));
-        Ok(KeyPool::new(keys, rejected, self.config, persistence))
+        Ok(KeyPool::new(keys, rejected, self.config, Persistence::none()))
     }
 
     /// A pool over that store: the store's keys and their state, and those given here. A key given here whose

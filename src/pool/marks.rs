@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use tokio::task::{JoinError, JoinSet};
 
 use super::{KeyPool, Rest, key::Key};
-use crate::store::{Mark, StoreError};
+use crate::store::{KeyStore, Mark, StoreError};
 
 /// The most writes under way at once. Where as many have failed, the rest are not tried: the store is gone, and
 /// each would wait for it in its turn.
@@ -14,6 +14,7 @@ const WRITES_AT_ONCE: usize = 8;
 impl KeyPool {
     /// Writes every mark that waits. What could not be written goes on waiting.
     pub(crate) async fn write_marks(&self) -> Result<(), StoreError> {
+        let Some(store) = &self.inner.persistence.store else { return Ok(()) };
         self.plant_seeds().await?;
         let _writing = self.inner.persistence.writing.lock().await;
         let snapshot = self.inner.snapshot.load_full();
@@ -26,12 +27,12 @@ impl KeyPool {
             if writes.under_way.len() == WRITES_AT_ONCE {
                 writes.finish_one().await;
             }
-            writes.under_way.spawn(self.clone().write_mark(key.clone()));
+            writes.under_way.spawn(self.clone().write_mark(key.clone(), store.clone()));
         }
         writes.finish().await
     }
 
-    async fn write_mark(self, key: Arc<Key>) -> Result<(), StoreError> {
+    async fn write_mark(self, key: Arc<Key>, store: Arc<dyn KeyStore>) -> Result<(), StoreError> {
         if !key.written.waits() {
             return Ok(());
         }
@@ -49,7 +50,7 @@ impl KeyPool {
                 http_status: key.counts.last_status(),
             };
             let returns = PutBack { pool: &self, key: &key };
-            persistence.store.write(mark).await?;
+            store.write(mark).await?;
             std::mem::forget(returns);
             if matches!(rest, Rest::Exhausted | Rest::Revoked) {
                 persistence.key_failed();

@@ -35,7 +35,7 @@ use self::{
     cooldowns::Cooldowns, deadlines::NEVER, key::Key, persist::Persistence, snapshot::Snapshot, state::State,
 };
 pub(crate) use self::{key::Lease, state::nanos};
-use crate::{clock::Clock, hosts::Hosts, inject::Inject, secret::KeyId};
+use crate::{clock::Clock, hosts::Hosts, inject::Inject, secret::KeyId, store::Recovered};
 
 /// The keys of one service, and what is known about each of them.
 ///
@@ -227,11 +227,14 @@ impl KeyPool {
             return;
         }
         key.written.set_marked_at(nanos(now));
-        key.written.changing();
-        key.state.update(|before| before.later(state));
-        key.written.changing();
-        // Once more: a reload may have taken the first change for one that had been written.
-        key.state.update(|before| before.later(state));
+        let extend = || key.state.update(|before| before.later(state));
+        if self.inner.persistence.store.is_some() {
+            key.written.changing();
+            extend();
+            key.written.changing();
+            // And once more: a reload may have taken the first change for one that had been written.
+        }
+        extend();
         self.refresh(key);
         self.inner.persistence.mark_waits();
 
@@ -277,11 +280,23 @@ impl KeyPool {
         }
         let now = self.now();
         if earliest <= now {
+            snapshot.return_expired(now, has_returned);
+        }
+    }
+
+    /// Returns every key whose rest has ended, and says which.
+    fn return_all_expired(&self, snapshot: &Snapshot, now: u64) -> Recovered {
+        let mut ids = Vec::new();
+        for _ in 0..=snapshot.keys().len() {
+            if snapshot.earliest() > now {
+                break;
+            }
             snapshot.return_expired(now, |key| {
-                key.counts.recovered.fetch_add(1, Relaxed);
-                tracing::debug!(key = %key.id, "cooldown over");
+                has_returned(key);
+                ids.push(key.id.clone());
             });
         }
+        Recovered::new(ids.len() as u64, ids)
     }
 
     /// Brings the indexes in line with the state of a key, in the snapshot that is in use when this returns.
@@ -307,6 +322,11 @@ impl KeyPool {
         after.refresh_all();
         self.inner.returned.notify_waiters();
     }
+}
+
+fn has_returned(key: &Key) {
+    key.counts.recovered.fetch_add(1, Relaxed);
+    tracing::debug!(key = %key.id, "cooldown over");
 }
 
 impl fmt::Debug for KeyPool {

@@ -72,7 +72,12 @@ impl KeyPool {
         let persistence = &self.inner.persistence;
         let _turn = persistence.turn.lock().await;
         persistence.plant_seeds_in_turn().await?;
-        if self.known(id.as_str()).is_ok() || !persistence.store.insert(id.clone(), secret).await? {
+        let is_new = match &persistence.store {
+            _ if self.known(id.as_str()).is_ok() => false,
+            Some(store) => store.insert(id.clone(), secret).await?,
+            None => true,
+        };
+        if !is_new {
             return Err(OperateError::KeyExists(id));
         }
         self.edit(|before| Some(before.keys().iter().cloned().chain([key]).collect()));
@@ -90,7 +95,9 @@ impl KeyPool {
         let persistence = &self.inner.persistence;
         let _turn = persistence.turn.lock().await;
         persistence.plant_seeds_in_turn().await?;
-        persistence.store.remove(&id).await?;
+        if let Some(store) = &persistence.store {
+            store.remove(&id).await?;
+        }
         self.take_out(&id);
         Ok(())
     }
@@ -133,7 +140,8 @@ impl KeyPool {
         let key = reset()?;
         // A mark that is on its way arrives before the reset, not after it.
         let _no_write_under_way = persistence.writing.lock().await;
-        self.found(&key, persistence.store.reset(&key.id).await?)?;
+        let Some(store) = &persistence.store else { return Ok(()) };
+        found(&key, store.reset(&key.id).await?)?;
         if key.written.marked_at() > asked {
             // The store took that mark for an older one than the reset, which has only now come to it.
             key.written.set_marked_at(self.now());
@@ -188,16 +196,15 @@ impl KeyPool {
         persistence.plant_seeds_in_turn().await?;
         // A reload that had read the store before may have undone it.
         let key = set()?;
-        self.found(&key, persistence.store.set_disabled(&key.id, disabled).await?)
+        match &persistence.store {
+            Some(store) => found(&key, store.set_disabled(&key.id, disabled).await?),
+            None => Ok(()),
+        }
     }
 
     fn known(&self, id: &str) -> Result<Arc<Key>, OperateError> {
         let snapshot = self.inner.snapshot.load();
         snapshot.get(id).cloned().ok_or_else(|| OperateError::UnknownKey(id.to_owned()))
-    }
-
-    fn found(&self, key: &Key, found: bool) -> Result<(), OperateError> {
-        if found { Ok(()) } else { Err(OperateError::UnknownKey(key.id.to_string())) }
     }
 
     fn change(&self, key: &Arc<Key>, next: impl Fn(State) -> State) {
@@ -212,4 +219,9 @@ impl KeyPool {
             (left.len() < before.keys().len()).then_some(left)
         });
     }
+}
+
+/// What the store says of a key that this pool has.
+fn found(key: &Key, found: bool) -> Result<(), OperateError> {
+    if found { Ok(()) } else { Err(OperateError::UnknownKey(key.id.to_string())) }
 }

@@ -17,7 +17,8 @@ use crate::{
 };
 
 pub(super) struct Persistence {
-    pub(super) store: Arc<dyn KeyStore>,
+    /// None where the pool's memory is all there is: nothing then waits to be written, and nothing is loaded.
+    pub(super) store: Option<Arc<dyn KeyStore>>,
     /// Held by whoever changes the set of keys or tells the store about it, so that a reload never applies
     /// what it read before somebody else's change.
     pub(super) turn: Arc<tokio::sync::Mutex<()>>,
@@ -37,13 +38,16 @@ pub(super) struct Persistence {
 }
 
 impl Persistence {
-    /// A store that has the pool's keys already.
-    pub(super) fn of(store: Arc<dyn KeyStore>) -> Self {
-        Self { open: AtomicBool::new(true), ..Self::over(store, Vec::new()) }
+    pub(super) fn none() -> Self {
+        Self { open: AtomicBool::new(true), ..Self::new(None, Vec::new()) }
     }
 
     /// A store that is still to be read, and to be given these keys where it doesn't have them.
     pub(super) fn over(store: Arc<dyn KeyStore>, seeds: Vec<(KeyId, Secret)>) -> Self {
+        Self::new(Some(store), seeds)
+    }
+
+    fn new(store: Option<Arc<dyn KeyStore>>, seeds: Vec<(KeyId, Secret)>) -> Self {
         Self {
             store,
             turn: Arc::default(),
@@ -60,7 +64,9 @@ impl Persistence {
     }
 
     pub(super) fn mark_waits(&self) {
-        self.waiting.notify_one();
+        if self.store.is_some() {
+            self.waiting.notify_one();
+        }
     }
 
     /// The number of a reload that begins to read now.
@@ -89,10 +95,10 @@ impl Persistence {
     /// Gives the store the keys that it is to begin with, if it has not been done yet. Called with the turn.
     pub(super) async fn plant_seeds_in_turn(&self) -> Result<(), StoreError> {
         let seeds = self.seeds().clone();
-        if seeds.is_empty() {
+        let Some(store) = self.store.as_ref().filter(|_| !seeds.is_empty()) else {
             return Ok(());
-        }
-        let records = self.store.load().await?.records;
+        };
+        let records = store.load().await?.records;
         let ids: HashSet<_> = records.iter().map(|key| &key.id).collect();
         let by_secret: HashMap<_, _> = records.iter().map(|key| (&key.secret, &key.id)).collect();
         for (id, secret) in seeds {
@@ -101,7 +107,7 @@ impl Persistence {
                 Some(same) => {
                     tracing::info!(key = %same, given_as = %id, "the store has this key under its own id")
                 }
-                None => _ = self.store.insert(id, secret).await?,
+                None => _ = store.insert(id, secret).await?,
             }
         }
         self.seeds().clear();
@@ -129,14 +135,18 @@ impl KeyPool {
         persistence.plant_seeds_in_turn().await
     }
 
-    /// Resets what has expired in the store.
+    /// Resets what has expired in the store; without one, what has expired and no request has taken back yet.
     pub(crate) async fn sweep(&self) -> Result<Recovered, StoreError> {
-        self.inner.persistence.store.recover().await
+        match &self.inner.persistence.store {
+            Some(store) => store.recover().await,
+            None => Ok(self.return_all_expired(&self.inner.snapshot.load(), self.now())),
+        }
     }
 
     /// Has standby keys take the place of those that failed, and says how many did.
     pub(crate) async fn replace_failed(&self) -> Result<usize, StoreError> {
-        let replaced = self.inner.persistence.store.replace_failed().await?;
+        let Some(store) = &self.inner.persistence.store else { return Ok(0) };
+        let replaced = store.replace_failed().await?;
         for replaced in &replaced {
             tracing::info!(key = %replaced.failed, by = %replaced.by, "key replaced by a standby key");
         }
@@ -150,7 +160,7 @@ impl KeyPool {
 
     /// What changes in the store, where it tells.
     pub(crate) fn watch(&self) -> Option<mpsc::Receiver<Changed>> {
-        self.inner.persistence.store.watch()
+        self.inner.persistence.store.as_ref()?.watch()
     }
 
     /// Completes once a mark waits to be written.

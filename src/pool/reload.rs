@@ -38,7 +38,7 @@ impl KeyPool {
     /// Brings the store's keys, and what it knows of them, into the pool: all of it or, on an error, nothing.
     ///
     /// A [`RecoveryHandle`](crate::RecoveryHandle) does this every 30 seconds, and where the store says that
-    /// something has changed.
+    /// something has changed. A pool that was built without a store has nothing to load.
     ///
     /// ```
     /// use tower_key_rotation::{KeyPool, store::MemoryStore};
@@ -73,12 +73,13 @@ impl KeyPool {
 
     async fn load(&self, only: Option<Vec<KeyId>>) -> Result<(), StoreError> {
         let persistence = &self.inner.persistence;
+        let Some(store) = &persistence.store else { return Ok(()) };
         let turn = persistence.turn.clone().lock_owned().await;
         persistence.plant_seeds_in_turn().await?;
         let number = persistence.begin_reload();
         let loaded = match &only {
-            Some(ids) => persistence.store.load_some(ids).await?,
-            None => persistence.store.load().await?,
+            Some(ids) => store.load_some(ids).await?,
+            None => store.load().await?,
         };
         self.clone().apply_aside(turn, Reading { loaded, only, number }).await?;
         persistence.opened();

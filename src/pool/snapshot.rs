@@ -83,11 +83,11 @@ impl Snapshot {
     pub(crate) fn pick(&self) -> Option<&Arc<Key>> {
         loop {
             let cursor = self.cursor.load(Relaxed);
-            let slot = self.next_available(cursor)?;
+            // Behind the last key the round begins anew; unless keys have been added there meanwhile.
+            let slot = self.next_available(if cursor < self.keys.len() { cursor } else { 0 })?;
             // The turn passes to the key behind the one that was picked, not behind the one that was asked
             // for: every available key gets its share, whatever rests between them.
-            let behind = if slot + 1 < self.keys.len() { slot + 1 } else { 0 };
-            if self.cursor.compare_exchange_weak(cursor, behind, Relaxed, Relaxed).is_err() {
+            if self.cursor.compare_exchange_weak(cursor, slot + 1, Relaxed, Relaxed).is_err() {
                 continue;
             }
             let key = &self.keys[slot];

@@ -73,12 +73,7 @@ impl KeyPool {
         let snapshot = self.inner.snapshot.load();
         let now = self.now();
         // So that a key which is said to be healthy is also said to have come back.
-        for _ in 0..=snapshot.keys().len() {
-            if snapshot.earliest() > now {
-                break;
-            }
-            self.return_expired(&snapshot);
-        }
+        self.return_all_expired(&snapshot, now);
         let mut stats = PoolStats {
             marks_waiting: snapshot.count_unwritten(),
             unreadable: self.inner.persistence.complaints.count(),

@@ -14,7 +14,7 @@ use std::{
 };
 
 use super::{KeyPool, key::Key};
-use crate::store::{StoreError, Usage, UsageBatch};
+use crate::store::{KeyStore, StoreError, Usage, UsageBatch};
 
 #[derive(Debug)]
 pub(super) struct Account {
@@ -36,9 +36,10 @@ impl Default for Account {
 impl KeyPool {
     /// Writes what keys were used since the last time.
     pub(crate) async fn write_usage(&self) -> Result<(), StoreError> {
+        let Some(store) = &self.inner.persistence.store else { return Ok(()) };
         self.plant_seeds().await?;
         let mut account = self.inner.persistence.usage.lock().await;
-        self.settle(&mut account).await?;
+        self.settle(&mut account, &**store).await?;
         let usage = self.take_usage();
         if usage.is_empty() {
             return Ok(());
@@ -46,13 +47,13 @@ impl KeyPool {
         account.batches += 1;
         let batch = UsageBatch::new(account.writer.clone(), account.batches, usage);
         account.unsettled = Some((batch, self.now()));
-        self.settle(&mut account).await
+        self.settle(&mut account, &**store).await
     }
 
-    async fn settle(&self, account: &mut Account) -> Result<(), StoreError> {
+    async fn settle(&self, account: &mut Account, store: &dyn KeyStore) -> Result<(), StoreError> {
         if let Some((batch, taken_at)) = &mut account.unsettled {
             batch.age = Duration::from_nanos(self.now().saturating_sub(*taken_at));
-            self.inner.persistence.store.add_usage(batch).await?;
+            store.add_usage(batch).await?;
             account.unsettled = None;
         }
         Ok(())
@@ -98,7 +99,7 @@ fn taken(key: &Arc<Key>) -> Option<Usage> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::{KeyStore, MemoryStore};
+    use crate::store::MemoryStore;
 
     #[tokio::test]
     async fn a_request_that_counts_itself_after_its_key_was_replaced_is_counted() {

@@ -16,7 +16,7 @@ use crate::{
 
 /// Keys and their state in this process's memory. Clones share them.
 ///
-/// Every pool has one unless it is opened over another store. Several pools can be opened over the same one:
+/// A pool that is built rather than opened needs none. Several pools can be opened over the same one:
 ///
 /// ```
 /// use tower_key_rotation::{KeyPool, store::MemoryStore};

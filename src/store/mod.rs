@@ -2,8 +2,9 @@
 //!
 //! A pool keeps what it needs for requests in memory and never waits for its store on their way. The store is
 //! told afterwards, and asked every 30 seconds, by a [`RecoveryHandle`](crate::RecoveryHandle).
-//! [`MemoryStore`] is what a pool has unless it is opened over another one. `MongoStore`, with the feature
-//! `mongodb`, is for several processes, and for those that shall outlive a restart.
+//! A pool that is built, rather than opened over a store, has none: its own memory is all there is.
+//! [`MemoryStore`] is for several pools in one process, `MongoStore`, with the feature `mongodb`, for several
+//! processes, and for those that shall outlive a restart.
 
 mod memory;
 #[cfg(feature = "mongodb")]
