@@ -6,14 +6,18 @@
 
 mod support;
 
-use std::sync::{Arc, Mutex, RwLock};
+use std::{
+    fmt::Debug,
+    sync::{Arc, Mutex, RwLock},
+};
 
+use http::Request;
 use support::{
     Answers,
     compare::{Bar, Comparison},
-    peers::{self, Client},
-    request, rotation, send,
+    peers, request, rotation, send,
 };
+use tower::Service;
 
 const NOTHING: &str = "no middleware";
 const SET_HEADER: &str = "`SetRequestHeader`";
@@ -22,8 +26,7 @@ const LAYER: &str = "`KeyRotationLayer`";
 /// As many keys as a program that holds several might have.
 const KEYS: usize = 10;
 
-fn sends(client: impl Client<&'static str>) -> impl FnMut() {
-    let mut client = client;
+fn sends(mut client: impl Service<Request<&'static str>, Error: Debug>) -> impl FnMut() {
     move || send(&mut client, request())
 }
 
@@ -34,8 +37,8 @@ fn main() {
 
     let comparison = Comparison::new("a request with three headers and a body")
         .case(NOTHING, || sends(Answers))
-        .case(LAYER, || sends_keyed(KEYS))
-        .case(format!("{LAYER}, 10,000 keys"), || sends_keyed(10_000))
+        .case(LAYER, || sends(rotation(Answers, KEYS, |_| false)))
+        .case(format!("{LAYER}, 10,000 keys"), || sends(rotation(Answers, 10_000, |_| false)))
         .case(SET_HEADER, || sends(peers::set_header(Answers)))
         .case("`AddAuthorization`", || sends(peers::add_authorization(Answers)))
         .case("`SetRequestHeader` and tower's `RateLimit`", || sends(peers::rate_limit(Answers)))
@@ -54,9 +57,4 @@ fn main() {
         outcome.print(LAYER);
         outcome.bar(LAYER, SET_HEADER, Bar::AtMost(1.25));
     }
-}
-
-fn sends_keyed(keys: usize) -> impl FnMut() {
-    let mut client = rotation(Answers, keys, |_| false);
-    move || send(&mut client, request())
 }

@@ -176,12 +176,13 @@ impl Outcome {
     /// Nanoseconds a call.
     pub fn time(&self, case: &str) -> f64 {
         let case = self.position(case);
-        median(
-            self.processes
-                .iter()
-                .map(|rounds| median(rounds.iter().map(|round| round[case]).collect()))
-                .collect(),
-        )
+        median_of_medians(&self.processes, |round| round[case])
+    }
+
+    /// Nanoseconds that a call of one takes beyond one of the other.
+    pub fn beyond(&self, case: &str, other: &str) -> f64 {
+        let (case, other) = (self.position(case), self.position(other));
+        median_of_medians(&self.processes, |round| round[case] - round[other])
     }
 
     pub fn ratio(&self, case: &str, other: &str) -> f64 {
@@ -222,6 +223,11 @@ impl Outcome {
 /// As many digits as mean something.
 pub fn rounded(nanoseconds: f64) -> String {
     if nanoseconds < 100.0 { format!("{nanoseconds:.1}") } else { format!("{nanoseconds:.0}") }
+}
+
+fn median_of_medians(processes: &[Rounds], figure: impl Fn(&[f64]) -> f64) -> f64 {
+    let of_process = |rounds: &Rounds| median(rounds.iter().map(|round| figure(round)).collect());
+    median(processes.iter().map(of_process).collect())
 }
 
 fn median(mut figures: Vec<f64>) -> f64 {

@@ -4,6 +4,7 @@
 
 pub mod compare;
 pub mod peers;
+pub mod plot;
 pub mod times;
 
 use std::{

@@ -27,7 +27,11 @@ impl<B, C, S: Service<Request<B>, Response = Response<C>, Error = Infallible>> C
 }
 
 pub fn set_header<B, S: Client<B>>(inner: S) -> impl Client<B, Body = S::Body> {
-    SetRequestHeaderLayer::overriding(HEADER, authorization()).layer(inner)
+    set_this_header(inner, authorization())
+}
+
+pub fn set_this_header<B, S: Client<B>>(inner: S, header: HeaderValue) -> impl Client<B, Body = S::Body> {
+    SetRequestHeaderLayer::overriding(HEADER, header).layer(inner)
 }
 
 pub fn add_authorization<B, S: Client<B>>(inner: S) -> impl Client<B, Body = S::Body> {
@@ -64,10 +68,14 @@ pub fn governor_keyed<B, S: Client<B>>(inner: S, keys: usize) -> impl Client<B, 
     })
 }
 
+/// What such a list usually holds of a key.
 #[derive(Clone)]
 pub struct Key {
+    id: String,
     secret: String,
     resting_until: Option<Instant>,
+    requests: u64,
+    last_error: Option<String>,
 }
 
 impl Key {
@@ -86,8 +94,11 @@ const COOLDOWN: Duration = Duration::from_secs(120);
 pub fn keys(keys: usize, rests: impl Fn(usize) -> bool) -> Vec<Key> {
     let resting_until = Instant::now().checked_add(Duration::from_secs(3600));
     let key = |number| Key {
+        id: format!("key-{number}"),
         secret: format!("{SECRET}{number}"),
         resting_until: resting_until.filter(|_| rests(number)),
+        requests: 0,
+        last_error: None,
     };
     (0..keys).map(key).collect()
 }
@@ -106,8 +117,9 @@ where
         let (mut inner, keys) = (inner.clone(), keys.clone());
         async move {
             let (number, header) = {
-                let keys = keys.lock().unwrap();
+                let mut keys = keys.lock().unwrap();
                 let number = first_available(&keys);
+                keys[number].requests += 1;
                 (number, keys[number].header())
             };
             request.headers_mut().insert(HEADER, header);
@@ -129,8 +141,9 @@ where
         let (mut inner, keys) = (inner.clone(), keys.clone());
         async move {
             let (number, header) = {
-                let keys = keys.lock().await;
+                let mut keys = keys.lock().await;
                 let number = first_available(&keys);
+                keys[number].requests += 1;
                 (number, keys[number].header())
             };
             request.headers_mut().insert(HEADER, header);

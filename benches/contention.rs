@@ -1,0 +1,85 @@
+//! What a pick costs where two threads pick at once.
+//!
+//! ```text
+//! cargo bench --bench contention
+//! ```
+
+mod support;
+
+use std::{
+    fmt::Debug,
+    sync::{Arc, Barrier, Mutex, RwLock},
+    thread,
+    time::{Duration, Instant},
+};
+
+use http::{Request, Response, StatusCode};
+use support::{
+    GivesBack, Turns,
+    compare::{Bar, Comparison},
+    peers, rotation,
+};
+use tower::Service;
+
+const THREADS: usize = 2;
+const KEYS: usize = 1_000;
+
+const SAME_HEADER: &str = "`SetRequestHeader`, which shares its header";
+const LAYER: &str = "`KeyRotationLayer`";
+const MUTEX: &str = "by hand: `Mutex`, first key";
+const RW_LOCK: &str = "by hand: `RwLock`, in turn";
+
+/// So many requests by each thread, all at once.
+fn together<S>(clients: Vec<S>) -> impl FnMut(u64) -> Duration
+where
+    S: Service<Request<StatusCode>, Response = Response<Request<StatusCode>>, Error: Debug> + Send,
+{
+    let mut clients: Vec<_> = clients.into_iter().map(|client| (client, Turns::new())).collect();
+    move |times| {
+        let (begin, end) = (Barrier::new(clients.len() + 1), Barrier::new(clients.len() + 1));
+        thread::scope(|scope| {
+            for (client, turns) in &mut clients {
+                scope.spawn(|| {
+                    begin.wait();
+                    (0..times).for_each(|_| turns.take(client, StatusCode::OK));
+                    end.wait();
+                });
+            }
+            begin.wait();
+            let started = Instant::now();
+            end.wait();
+            started.elapsed()
+        })
+    }
+}
+
+fn for_each_thread<S>(client: impl Fn() -> S) -> Vec<S> {
+    (0..THREADS).map(|_| client()).collect()
+}
+
+fn main() {
+    let by_hand = || peers::keys(KEYS, |_| false);
+    let comparison = Comparison::new(format!("two threads at once, {KEYS} healthy keys: a request of each"))
+        .timed(SAME_HEADER, || {
+            let header = support::authorization();
+            together(for_each_thread(|| peers::set_this_header(GivesBack, header.clone())))
+        })
+        .timed(LAYER, || {
+            let client = rotation(GivesBack, KEYS, |_| false);
+            together(for_each_thread(|| client.clone()))
+        })
+        .timed(MUTEX, move || {
+            let keys = Arc::new(Mutex::new(by_hand()));
+            together(for_each_thread(|| peers::mutex(GivesBack, keys.clone())))
+        })
+        .timed(RW_LOCK, move || {
+            let keys = Arc::new(RwLock::new(by_hand()));
+            together(for_each_thread(|| peers::rw_lock(GivesBack, keys.clone())))
+        });
+    let Some(outcome) = comparison.run() else { return };
+    outcome.print(LAYER);
+    for (name, by_hand) in [(MUTEX, "`Mutex`"), (RW_LOCK, "`RwLock`")] {
+        println!("picks a second, the layer / {by_hand}: {:.2}", outcome.ratio(name, LAYER));
+    }
+    outcome.bar(MUTEX, LAYER, Bar::AtLeast(2.0));
+}

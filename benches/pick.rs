@@ -1,0 +1,165 @@
+//! What a pick costs, by the size of the pool and by how many of its keys rest; and the plot of it.
+//!
+//! ```text
+//! cargo bench --bench pick
+//! ```
+//!
+//! A pick is not to be had alone. The request that is timed here is one that comes back and is sent again, so that
+//! little is timed but the way through the middleware; what remains is shown by the middleware that sets the
+//! same header each time, and what a pick costs is the difference to that.
+
+mod support;
+
+use std::{
+    fmt::Debug,
+    sync::{Arc, Mutex},
+};
+
+use http::{Request, Response, StatusCode};
+use support::{
+    GivesBack, Turns,
+    compare::{Bar, Comparison, Outcome, is_benchmark},
+    peers, plot, rotation,
+};
+use tower::Service;
+
+const SIZES: [usize; 6] = [1, 10, 100, 1_000, 10_000, 100_000];
+const SAME_HEADER: &str = "`SetRequestHeader`";
+
+/// How the resting keys lie.
+#[derive(Clone, Copy, PartialEq)]
+enum Rests {
+    None,
+    HalfAtRandom,
+    MostAtRandom,
+    MostInFront,
+}
+
+impl Rests {
+    fn name(self) -> &'static str {
+        match self {
+            Self::None => "all healthy",
+            Self::HalfAtRandom => "50 % rest, at random",
+            Self::MostAtRandom => "99 % rest, at random",
+            Self::MostInFront => "the first 99 % rest",
+        }
+    }
+
+    fn includes(self, number: usize, keys: usize) -> bool {
+        // The same keys in each process.
+        let random = fastrand::Rng::with_seed(number as u64).f64();
+        match self {
+            Self::None => false,
+            Self::HalfAtRandom => random < 0.5,
+            Self::MostAtRandom => random < 0.99,
+            Self::MostInFront => number < keys * 99 / 100,
+        }
+    }
+}
+
+fn takes_turns<S>(mut client: S) -> impl FnMut()
+where
+    S: Service<Request<StatusCode>, Response = Response<Request<StatusCode>>, Error: Debug>,
+{
+    let mut turns = Turns::new();
+    move || turns.take(&mut client, StatusCode::OK)
+}
+
+fn layer(keys: usize, rests: Rests) -> String {
+    format!("layer, {} keys, {}", thousands(keys), rests.name())
+}
+
+fn by_hand(keys: usize, rests: Rests) -> String {
+    format!("`Mutex` by hand, {} keys, {}", thousands(keys), rests.name())
+}
+
+fn thousands(number: usize) -> String {
+    match number {
+        1_000.. => format!("{},000", number / 1_000),
+        _ => number.to_string(),
+    }
+}
+
+trait Cases {
+    fn same_header(self) -> Self;
+    fn layer(self, keys: usize, rests: Rests) -> Self;
+    fn by_hand(self, keys: usize, rests: Rests) -> Self;
+}
+
+impl Cases for Comparison {
+    fn same_header(self) -> Self {
+        self.case(SAME_HEADER, || takes_turns(peers::set_header(GivesBack)))
+    }
+
+    fn layer(self, keys: usize, rests: Rests) -> Self {
+        self.case(layer(keys, rests), move || {
+            takes_turns(rotation(GivesBack, keys, |number| rests.includes(number, keys)))
+        })
+    }
+
+    fn by_hand(self, keys: usize, rests: Rests) -> Self {
+        self.case(by_hand(keys, rests), move || {
+            let list = peers::keys(keys, |number| rests.includes(number, keys));
+            takes_turns(peers::mutex(GivesBack, Arc::new(Mutex::new(list))))
+        })
+    }
+}
+
+/// What a case takes beyond setting the same header each time.
+fn pick(outcome: &Outcome, case: &str) -> f64 {
+    outcome.beyond(case, SAME_HEADER)
+}
+
+fn main() {
+    by_size();
+    by_share();
+    beside_a_scan();
+}
+
+fn by_size() {
+    let cases = Comparison::new("by the size of the pool, all keys healthy").same_header();
+    let comparison = SIZES.iter().fold(cases, |cases, keys| cases.layer(*keys, Rests::None));
+    let Some(outcome) = comparison.run() else { return };
+    let (least, most) = (layer(1, Rests::None), layer(100_000, Rests::None));
+    outcome.print(&least);
+    let ratio = pick(&outcome, &most) / pick(&outcome, &least);
+    println!(
+        "a pick alone: {:.1} ns of 1 key, {:.1} ns of 100,000",
+        pick(&outcome, &least),
+        pick(&outcome, &most)
+    );
+    Bar::AtMost(1.2).print("a pick alone, of 100,000 keys / of 1", ratio, "");
+    outcome.bar(&most, &least, Bar::AtMost(1.2));
+}
+
+fn by_share() {
+    for keys in [100, 10_000] {
+        let shares = [Rests::None, Rests::HalfAtRandom, Rests::MostAtRandom, Rests::MostInFront];
+        let cases = Comparison::new(format!("by how many of {} keys rest", thousands(keys))).same_header();
+        let comparison = shares.into_iter().fold(cases, |cases, rests| cases.layer(keys, rests));
+        let Some(outcome) = comparison.run() else { continue };
+        let healthy = layer(keys, Rests::None);
+        outcome.print(&healthy);
+        outcome.bar(&layer(keys, Rests::HalfAtRandom), &healthy, Bar::AtMost(1.3));
+    }
+}
+
+fn beside_a_scan() {
+    let rests = Rests::MostInFront;
+    let sizes = &SIZES[2..];
+    let cases = Comparison::new("beside a list behind a lock, where the first 99 % rest").same_header();
+    let comparison = sizes.iter().fold(cases, |cases, keys| cases.layer(*keys, rests).by_hand(*keys, rests));
+    let Some(outcome) = comparison.run() else { return };
+    outcome.print(&layer(10_000, rests));
+    outcome.bar(&by_hand(10_000, rests), &layer(10_000, rests), Bar::AtLeast(100.0));
+    if is_benchmark() {
+        let line = |name: &dyn Fn(usize, Rests) -> String| {
+            sizes.iter().map(|keys| (*keys, pick(&outcome, &name(*keys, rests)))).collect()
+        };
+        let lines = [
+            plot::Line { name: "Mutex<Vec<Key>>, scanned", points: line(&by_hand) },
+            plot::Line { name: "KeyRotationLayer", points: line(&layer) },
+        ];
+        plot::draw("docs/pick.svg", &lines);
+    }
+}
