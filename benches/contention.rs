@@ -29,16 +29,20 @@ const LAYER: &str = "`KeyRotationLayer`";
 const MUTEX: &str = "by hand: `Mutex`, first key";
 const RW_LOCK: &str = "by hand: `RwLock`, in turn";
 
+/// What one thread alone uses, on cache lines that no other one uses.
+#[repr(align(128))]
+struct Apart<S>(S, Turns);
+
 /// So many requests by each thread, all at once.
 fn together<S>(clients: Vec<S>) -> impl FnMut(u64) -> Duration
 where
     S: Service<Request<StatusCode>, Response = Response<Request<StatusCode>>, Error: Debug> + Send,
 {
-    let mut clients: Vec<_> = clients.into_iter().map(|client| (client, Turns::new())).collect();
+    let mut clients: Vec<_> = clients.into_iter().map(|client| Apart(client, Turns::new())).collect();
     move |times| {
         let (begin, end) = (Barrier::new(clients.len() + 1), Barrier::new(clients.len() + 1));
         thread::scope(|scope| {
-            for (client, turns) in &mut clients {
+            for Apart(client, turns) in &mut clients {
                 scope.spawn(|| {
                     begin.wait();
                     (0..times).for_each(|_| turns.take(client, StatusCode::OK));

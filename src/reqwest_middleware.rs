@@ -11,7 +11,7 @@ use crate::{
     error::Error,
     failover::{FailoverLayer, FailoverPolicy, SendOnce, TryClone, send_with_failover},
     layer::{Bodies, KeyRotationLayer},
-    rotation::{BodyLimits, Rotation},
+    rotation::{self, BodyLimits, Rotation},
 };
 
 /// [`KeyRotationLayer`], and [`FailoverLayer`] if wanted, as a middleware of `reqwest-middleware`.
@@ -65,14 +65,14 @@ impl<C: ClassifyResponse> KeyRotationMiddleware<C> {
         let mut response = match next.run(request, extensions).await {
             Ok(response) => response,
             Err(mut error) => {
-                self.rotation.redact(&lease, &mut error);
+                rotation::redact(&lease, &mut error);
                 return Err(Error::Inner(error));
             }
         };
-        if let Some(limits) = self.bodies.filter(|_| self.rotation.wants_body(&response)) {
+        if let Some(limits) = self.bodies.filter(|_| self.rotation.observer.wants_body(&response)) {
             response = limits.read(&self.rotation.pool, response).await;
         }
-        Ok(self.rotation.observe(&lease, response))
+        Ok(self.rotation.observer.observe(&lease, response))
     }
 }
 

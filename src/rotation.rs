@@ -45,19 +45,28 @@ struct ErrorBody(Bytes);
 #[derive(Clone)]
 pub(crate) struct Rotation<C> {
     pub(crate) pool: KeyPool,
-    pub(crate) classifier: C,
+    pub(crate) observer: Observer<C>,
+}
+
+/// What looks at responses. Each request has a clone of its own: a count of those who share one would be what
+/// all threads write to.
+#[derive(Clone)]
+pub(crate) struct Observer<C> {
+    classifier: C,
     pub(crate) expose_key: bool,
 }
 
 impl Rotation<TooManyRequests> {
     pub(crate) fn new(pool: &KeyPool) -> Self {
-        Self { pool: pool.clone(), classifier: TooManyRequests::new(), expose_key: false }
+        let observer = Observer { classifier: TooManyRequests::new(), expose_key: false };
+        Self { pool: pool.clone(), observer }
     }
 }
 
 impl<C> Rotation<C> {
     pub(crate) fn classify<D>(self, classifier: D) -> Rotation<D> {
-        Rotation { pool: self.pool, classifier, expose_key: self.expose_key }
+        let observer = Observer { classifier, expose_key: self.observer.expose_key };
+        Rotation { pool: self.pool, observer }
     }
 
     /// Puts a key into the request. Without one, it goes to a host that gets no key.
@@ -88,13 +97,13 @@ impl<C> Rotation<C> {
         }
         self.pool.pick()
     }
+}
 
-    /// Takes the key out of an error that would print it.
-    pub(crate) fn redact<E: 'static>(&self, lease: &Lease, error: &mut E) {
-        let parameters = lease.credentials().query_parameters();
-        if !parameters.is_empty() {
-            message::redact(error, parameters);
-        }
+/// Takes the key out of an error that would print it.
+pub(crate) fn redact<E: 'static>(lease: &Lease, error: &mut E) {
+    let parameters = lease.credentials().query_parameters();
+    if !parameters.is_empty() {
+        message::redact(error, parameters);
     }
 }
 
@@ -133,7 +142,7 @@ fn refuse_cleartext<R: RequestMessage>(request: &R) -> Box<Refused> {
     Box::new(Refused::Inject(InjectError::Cleartext { host }))
 }
 
-impl<C: ClassifyResponse> Rotation<C> {
+impl<C: ClassifyResponse> Observer<C> {
     /// Marks the key by what the response says.
     #[inline]
     pub(crate) fn observe<R: ResponseMessage>(&self, lease: &Lease, mut response: R) -> R {
@@ -169,7 +178,9 @@ impl<C: ClassifyResponse> Rotation<C> {
             Verdict::Exhausted { wait } => (Rest::Exhausted, wait),
             Verdict::Revoked => (Rest::Revoked, None),
         };
-        self.pool.mark(lease, rest, wait, response.status().as_u16());
+        if let Some(pool) = lease.pool() {
+            pool.mark(lease, rest, wait, response.status().as_u16());
+        }
         note_for_failover(lease, response);
     }
 

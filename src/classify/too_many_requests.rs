@@ -1,5 +1,7 @@
 //! The default.
 
+use std::sync::Arc;
+
 use http::StatusCode;
 
 use super::{ClassifyResponse, ResponseHead, Verdict};
@@ -19,7 +21,8 @@ use super::{ClassifyResponse, ResponseHead, Verdict};
 /// ```
 #[derive(Clone, Debug, Default)]
 pub struct TooManyRequests {
-    with_a_hint: Vec<StatusCode>,
+    /// None, most often: then a clone costs nothing.
+    with_a_hint: Option<Arc<[StatusCode]>>,
 }
 
 impl TooManyRequests {
@@ -32,8 +35,14 @@ impl TooManyRequests {
     /// Counts these as well, where the response says how long to wait.
     #[must_use]
     pub fn or_with_a_hint(mut self, statuses: impl IntoIterator<Item = StatusCode>) -> Self {
-        self.with_a_hint.extend(statuses);
+        let before = self.with_a_hint.iter().flat_map(|before| before.iter().copied());
+        self.with_a_hint = Some(before.chain(statuses).collect());
         self
+    }
+
+    #[inline]
+    fn counts_with_a_hint(&self, status: StatusCode) -> bool {
+        self.with_a_hint.as_ref().is_some_and(|statuses| statuses.contains(&status))
     }
 }
 
@@ -43,7 +52,7 @@ impl ClassifyResponse for TooManyRequests {
         if response.status() == StatusCode::TOO_MANY_REQUESTS {
             return Verdict::RateLimited { wait: response.wait() };
         }
-        if !self.with_a_hint.contains(&response.status()) {
+        if !self.counts_with_a_hint(response.status()) {
             return Verdict::Nothing;
         }
         match response.wait() {
@@ -53,8 +62,8 @@ impl ClassifyResponse for TooManyRequests {
     }
 
     fn wants_body(&self, response: &ResponseHead<'_>) -> bool {
-        let counts = response.status() == StatusCode::TOO_MANY_REQUESTS
-            || self.with_a_hint.contains(&response.status());
+        let counts =
+            response.status() == StatusCode::TOO_MANY_REQUESTS || self.counts_with_a_hint(response.status());
         counts && response.wait_by_headers().is_none()
     }
 }

@@ -103,7 +103,7 @@ where
             match this.state.as_mut().project() {
                 StateProjection::Calling { response, keyed } => {
                     let response = ready!(response.poll(cx))?;
-                    if !*keyed || !this.rotation.wants_body(&response) {
+                    if !*keyed || !this.rotation.observer.wants_body(&response) {
                         return Poll::Ready(Ok(response.untouched()));
                     }
                     let (limits, pool) = (*this.limits, this.rotation.pool.clone());

@@ -2,7 +2,6 @@ use std::{
     fmt,
     future::Future,
     pin::Pin,
-    sync::Arc,
     task::{Context, Poll, ready},
 };
 
@@ -13,7 +12,7 @@ use crate::{
     error::{Error, Refused},
     message::ResponseMessage,
     pool::Lease,
-    rotation::Rotation,
+    rotation::{self, Observer},
 };
 
 pin_project! {
@@ -27,15 +26,15 @@ pin_project! {
 pin_project! {
     #[project = StateProjection]
     enum State<F, C> {
-        Keyed { #[pin] response: F, rotation: Arc<Rotation<C>>, lease: Lease },
+        Keyed { #[pin] response: F, observer: Observer<C>, lease: Lease },
         Keyless { #[pin] response: F },
         Refused { refused: Option<Box<Refused>> },
     }
 }
 
 impl<F, C> ResponseFuture<F, C> {
-    pub(super) fn keyed(response: F, rotation: Arc<Rotation<C>>, lease: Lease) -> Self {
-        let state = State::Keyed { response, rotation, lease };
+    pub(super) fn keyed(response: F, observer: Observer<C>, lease: Lease) -> Self {
+        let state = State::Keyed { response, observer, lease };
         Self { state }
     }
 
@@ -61,11 +60,11 @@ where
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         match self.project().state.project() {
-            StateProjection::Keyed { response, rotation, lease } => {
+            StateProjection::Keyed { response, observer, lease } => {
                 Poll::Ready(match ready!(response.poll(cx)) {
-                    Ok(response) => Ok(rotation.observe(lease, response)),
+                    Ok(response) => Ok(observer.observe(lease, response)),
                     Err(mut error) => {
-                        rotation.redact(lease, &mut error);
+                        rotation::redact(lease, &mut error);
                         Err(Error::Inner(error))
                     }
                 })

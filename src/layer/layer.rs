@@ -59,7 +59,8 @@ impl KeyRotationLayer {
 }
 
 impl<C, B> KeyRotationLayer<C, B> {
-    /// Decides otherwise what a response says of its key: see [`classify`](crate::classify).
+    /// Decides otherwise what a response says of its key: see [`classify`](crate::classify). The classifier is
+    /// cloned for each request, so one that holds much should hold it in an `Arc`.
     pub fn classify<D>(self, classifier: D) -> KeyRotationLayer<D, B> {
         KeyRotationLayer { rotation: self.rotation.classify(classifier), bodies: self.bodies }
     }
@@ -67,7 +68,7 @@ impl<C, B> KeyRotationLayer<C, B> {
     /// Has each response say which key it was asked for with, as [`ServedBy`](crate::ServedBy) in its
     /// extensions. That allocates once per response.
     pub fn expose_key(mut self) -> Self {
-        self.rotation.expose_key = true;
+        self.rotation.observer.expose_key = true;
         self
     }
 

@@ -52,7 +52,7 @@ where
     S: Service<Req>,
     S::Response: ResponseMessage,
     S::Error: 'static,
-    C: ClassifyResponse,
+    C: ClassifyResponse + Clone,
     Req: RequestMessage,
 {
     type Response = S::Response;
@@ -66,7 +66,9 @@ where
 
     fn call(&mut self, mut request: Req) -> Self::Future {
         match self.rotation.prepare(&mut request) {
-            Ok(Some(lease)) => ResponseFuture::keyed(self.inner.call(request), self.rotation.clone(), lease),
+            Ok(Some(lease)) => {
+                ResponseFuture::keyed(self.inner.call(request), self.rotation.observer.clone(), lease)
+            }
             Ok(None) => ResponseFuture::keyless(self.inner.call(request)),
             Err(refused) => ResponseFuture::refused(refused),
         }

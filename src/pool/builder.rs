@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{
-    Cooldowns, Key, KeyPool, Persistence, Rejected, Rejection, State,
+    Cooldowns, KeyPool, Persistence, Rejected, Rejection, UsableKey,
     sources::{self, Candidate, Place},
 };
 use crate::{
@@ -230,7 +230,6 @@ impl KeyPoolBuilder {
     /// Where a file or variable can't be read, or with [`strict`](Self::strict) where a key can't be used.
     pub fn build(self) -> Result<KeyPool, BuildError> {
         let (keys, rejected) = self.read()?;
-        let keys = keys.into_iter().map(Arc::new).collect();
         Ok(KeyPool::new(keys, rejected, self.config, Persistence::none()))
     }
 
@@ -261,11 +260,10 @@ impl KeyPoolBuilder {
     pub fn open_when_ready(self, store: impl KeyStore) -> Result<KeyPool, BuildError> {
         let (keys, rejected) = self.read()?;
         let persistence = Persistence::over(Arc::new(store), seeds(&keys));
-        let keys = keys.into_iter().map(Arc::new).collect();
         Ok(KeyPool::new(keys, rejected, self.config, persistence))
     }
 
-    fn read(&self) -> Result<(Vec<Key>, Vec<Rejected>), BuildError> {
+    fn read(&self) -> Result<(Vec<UsableKey>, Vec<Rejected>), BuildError> {
         if let Some(name) = self.config.inject.invalid_header() {
             return Err(BuildError::HeaderName(name.to_owned()));
         }
@@ -321,13 +319,13 @@ fn read_file(path: &Path) -> Result<Vec<Candidate>, BuildError> {
     }
 }
 
-fn seeds(keys: &[Key]) -> Vec<(KeyId, Secret)> {
+fn seeds(keys: &[UsableKey]) -> Vec<(KeyId, Secret)> {
     keys.iter().map(|key| (key.id.clone(), key.secret())).collect()
 }
 
 #[derive(Default)]
 struct Accepted {
-    keys: Vec<Key>,
+    keys: Vec<UsableKey>,
     rejected: Vec<Rejected>,
     ids: HashSet<KeyId>,
     by_secret: HashMap<Secret, KeyId>,
@@ -352,7 +350,12 @@ impl Accepted {
         }
     }
 
-    fn check(&self, id: KeyId, secret: Result<Secret, Rejection>, inject: &Inject) -> Result<Key, Rejection> {
+    fn check(
+        &self,
+        id: KeyId,
+        secret: Result<Secret, Rejection>,
+        inject: &Inject,
+    ) -> Result<UsableKey, Rejection> {
         let secret = secret?;
         if self.ids.contains(&id) {
             return Err(Rejection::DuplicateId);
@@ -360,7 +363,7 @@ impl Accepted {
         if let Some(other) = self.by_secret.get(&secret) {
             return Err(Rejection::DuplicateSecret(other.clone()));
         }
-        Ok(Key::new(id, &secret, State::HEALTHY, inject)?)
+        Ok(UsableKey::new(id, &secret, inject)?)
     }
 }
 

@@ -1,50 +1,79 @@
 //! One key: what is sent for it, and what is known about it.
 
 use std::sync::{
-    Arc,
+    Arc, Weak,
     atomic::{
         AtomicU16, AtomicU32, AtomicU64,
         Ordering::{Relaxed, SeqCst},
     },
 };
 
-use super::state::{AtomicState, State};
+use super::{
+    Inner, KeyPool,
+    state::{AtomicState, State},
+};
 use crate::{
     inject::{Inject, Rendered, UnusableSecret},
     secret::{KeyId, Secret},
 };
 
+/// A name, and what requests carry for it.
 #[derive(Debug)]
-pub(crate) struct Key {
+pub(crate) struct UsableKey {
     pub(crate) id: KeyId,
-    pub(crate) credentials: Rendered,
-    pub(crate) state: AtomicState,
-    /// Where the newest snapshot holds it. A hint: the reader checks who is there.
-    slot: AtomicU32,
-    pub(crate) written: Written,
-    pub(crate) counts: Counts,
+    credentials: Rendered,
 }
 
-impl Key {
+impl UsableKey {
     /// # Errors
     ///
     /// Where no request could carry the secret.
-    pub(crate) fn new(
-        id: KeyId,
-        secret: &Secret,
-        state: State,
-        inject: &Inject,
-    ) -> Result<Self, UnusableSecret> {
-        Ok(Self {
-            credentials: inject.render(secret)?,
-            id,
-            state: AtomicState::new(state),
-            slot: AtomicU32::new(0),
-            written: Written::default(),
-            counts: Counts::default(),
-        })
+    pub(crate) fn new(id: KeyId, secret: &Secret, inject: &Inject) -> Result<Self, UnusableSecret> {
+        Ok(Self { id, credentials: inject.render(secret)? })
     }
 
+    pub(crate) fn secret(&self) -> Secret {
+        self.credentials.secret()
+    }
+
+    /// It is to be one of that pool's.
+    pub(crate) fn healthy_in(self, pool: Weak<Inner>) -> Arc<Key> {
+        self.with_state(State::HEALTHY, pool)
+    }
+
+    pub(crate) fn with_state(self, state: State, pool: Weak<Inner>) -> Arc<Key> {
+        Arc::new(Key {
+            state: AtomicState::new(state),
+            counts: Counts::default(),
+            last_status: AtomicU16::new(0),
+            slot: AtomicU32::new(0),
+            written: Written::default(),
+            pool,
+            id: self.id,
+            credentials: self.credentials,
+        })
+    }
+}
+
+/// Each request writes to it, and reads other parts of it: what is written stands together, in this order, so that
+/// processors pass as few cache lines to each other as may be.
+#[derive(Debug)]
+#[repr(C)]
+pub(crate) struct Key {
+    pub(crate) state: AtomicState,
+    pub(crate) counts: Counts,
+    /// The last HTTP status that spoke against the key; 0 for none.
+    last_status: AtomicU16,
+    /// Where the newest snapshot holds it. A hint: the reader checks who is there.
+    slot: AtomicU32,
+    pub(crate) written: Written,
+    /// A request under way holds no more than its key, and marks it through this.
+    pool: Weak<Inner>,
+    pub(crate) id: KeyId,
+    pub(crate) credentials: Rendered,
+}
+
+impl Key {
     pub(crate) fn slot(&self) -> usize {
         self.slot.load(Relaxed) as usize
     }
@@ -55,6 +84,14 @@ impl Key {
 
     pub(crate) fn secret(&self) -> Secret {
         self.credentials.secret()
+    }
+
+    pub(crate) fn last_status(&self) -> Option<u16> {
+        Some(self.last_status.load(Relaxed)).filter(|status| *status != 0)
+    }
+
+    pub(crate) fn set_last_status(&self, status: u16) {
+        self.last_status.store(status, Relaxed);
     }
 }
 
@@ -109,8 +146,6 @@ pub(crate) struct Counts {
     pub(crate) limited: AtomicU64,
     pub(crate) recovered: AtomicU64,
     pub(crate) tokens: Count,
-    /// The last HTTP status that spoke against the key; 0 for none.
-    pub(crate) last_status: AtomicU16,
 }
 
 /// A sum that only grows, and how much of it has been taken for the store.
@@ -137,12 +172,6 @@ impl Count {
     }
 }
 
-impl Counts {
-    pub(crate) fn last_status(&self) -> Option<u16> {
-        Some(self.last_status.load(Relaxed)).filter(|status| *status != 0)
-    }
-}
-
 /// The key that one request goes out with.
 #[derive(Clone, Debug)]
 pub(crate) struct Lease(pub(crate) Arc<Key>);
@@ -161,5 +190,10 @@ impl Lease {
 
     pub(crate) fn credentials(&self) -> &Rendered {
         &self.0.credentials
+    }
+
+    /// None where the pool is gone, and with it whoever would want to know of a mark.
+    pub(crate) fn pool(&self) -> Option<KeyPool> {
+        self.0.pool.upgrade().map(|inner| KeyPool { inner })
     }
 }

@@ -47,7 +47,7 @@ impl KeyPool {
                 rest,
                 left,
                 age: Duration::from_nanos(now.saturating_sub(key.written.marked_at())),
-                http_status: key.counts.last_status(),
+                http_status: key.last_status(),
             };
             let returns = PutBack { pool: &self, key: &key };
             store.write(mark).await?;

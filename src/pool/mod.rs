@@ -17,7 +17,7 @@ mod usage;
 
 use std::{
     fmt,
-    sync::{Arc, Mutex, PoisonError, atomic::Ordering::Relaxed},
+    sync::{Arc, Mutex, PoisonError, Weak, atomic::Ordering::Relaxed},
     time::Duration,
 };
 
@@ -32,7 +32,12 @@ pub use self::{
     stats::{KeyStats, PoolStats},
 };
 use self::{
-    cooldowns::Cooldowns, deadlines::NEVER, key::Key, persist::Persistence, snapshot::Snapshot, state::State,
+    cooldowns::Cooldowns,
+    deadlines::NEVER,
+    key::{Key, UsableKey},
+    persist::Persistence,
+    snapshot::Snapshot,
+    state::State,
 };
 pub(crate) use self::{key::Lease, state::nanos};
 use crate::{clock::Clock, hosts::Hosts, inject::Inject, secret::KeyId, store::Recovered};
@@ -60,7 +65,7 @@ pub struct KeyPool {
     inner: Arc<Inner>,
 }
 
-struct Inner {
+pub(crate) struct Inner {
     snapshot: ArcSwap<Snapshot>,
     editing: Mutex<()>,
     clock: Arc<dyn Clock>,
@@ -80,13 +85,14 @@ impl KeyPool {
     }
 
     fn new(
-        keys: Vec<Arc<Key>>,
+        keys: Vec<UsableKey>,
         rejected: Vec<Rejected>,
         config: builder::Config,
         persistence: Persistence,
     ) -> Self {
-        let inner = Inner {
-            snapshot: ArcSwap::from_pointee(Snapshot::new(keys, None)),
+        let keys = |pool: &Weak<Inner>| keys.into_iter().map(|key| key.healthy_in(pool.clone())).collect();
+        let inner = Arc::new_cyclic(|pool| Inner {
+            snapshot: ArcSwap::from_pointee(Snapshot::new(keys(pool), None)),
             editing: Mutex::new(()),
             clock: config.clock,
             inject: config.inject,
@@ -95,8 +101,8 @@ impl KeyPool {
             rejected,
             returned: Notify::new(),
             persistence,
-        };
-        Self { inner: Arc::new(inner) }
+        });
+        Self { inner }
     }
 
     /// What was given to the builder and could not be used: each entry names its place, never its secret.
@@ -221,7 +227,7 @@ impl KeyPool {
         let state = State::resting(rest, cooldown.map(|cooldown| now.saturating_add(cooldown)));
 
         key.counts.limited.fetch_add(1, Relaxed);
-        key.counts.last_status.store(status, Relaxed);
+        key.set_last_status(status);
         let before = key.state.load();
         if before.later(state) == before {
             return;

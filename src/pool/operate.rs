@@ -4,7 +4,11 @@
 
 use std::sync::Arc;
 
-use super::{KeyPool, key::Key, state::State};
+use super::{
+    KeyPool,
+    key::{Key, UsableKey},
+    state::State,
+};
 use crate::{
     inject::UnusableSecret,
     secret::{InvalidKeyId, KeyId, Secret},
@@ -65,9 +69,9 @@ impl KeyPool {
     pub async fn insert(&self, id: impl AsRef<str>, secret: impl Into<Secret>) -> Result<(), OperateError> {
         let id = KeyId::new(id)?;
         let secret = secret.into();
-        let key = Key::new(id.clone(), &secret, State::HEALTHY, &self.inner.inject)
+        let key = UsableKey::new(id.clone(), &secret, &self.inner.inject)
             .map_err(|reason| OperateError::UnusableSecret { id: id.clone(), reason })?;
-        let key = Arc::new(key);
+        let key = key.healthy_in(Arc::downgrade(&self.inner));
 
         let persistence = &self.inner.persistence;
         let _turn = persistence.turn.lock().await;

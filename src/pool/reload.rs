@@ -10,7 +10,7 @@ use tokio::{runtime::Handle, sync::OwnedMutexGuard};
 
 use super::{
     KeyPool,
-    key::Key,
+    key::{Key, UsableKey},
     snapshot::Snapshot,
     state::{State, nanos},
 };
@@ -122,8 +122,11 @@ impl KeyPool {
                     self.reconcile(key, state, number);
                     continue;
                 }
-                match Key::new(record.id.clone(), &record.secret, state, &self.inner.inject) {
-                    Ok(key) => changes.put(slot, Some(Arc::new(key))),
+                match UsableKey::new(record.id.clone(), &record.secret, &self.inner.inject) {
+                    Ok(key) => {
+                        let key = key.with_state(state, Arc::downgrade(&self.inner));
+                        changes.put(slot, Some(key));
+                    }
                     Err(reason) => {
                         unreadable.push(Unreadable::new(record.id.as_str(), reason.to_string()));
                         changes.put(slot, None);

@@ -34,11 +34,17 @@ pub(crate) struct Snapshot {
     available: AtomicBitSet,
     cooling: Deadlines,
     unwritten: AtomicBitSet,
-    cursor: AtomicUsize,
+    cursor: Cursor,
     /// How often slots have begun, and have ended, to be refreshed.
     begun: AtomicU64,
     ended: AtomicU64,
 }
+
+/// Every pick writes it, so nothing that every pick reads may stand on its cache line, nor on the one that
+/// processors fetch with it.
+#[derive(Debug)]
+#[repr(align(128))]
+struct Cursor(AtomicUsize);
 
 impl Snapshot {
     /// Goes on with the turn where `before` stood: keys that stay have to stand in the same order as there, and
@@ -49,15 +55,15 @@ impl Snapshot {
             available: AtomicBitSet::new(keys.len()),
             cooling: Deadlines::new(keys.len()),
             unwritten: AtomicBitSet::new(keys.len()),
-            cursor: AtomicUsize::new(0),
+            cursor: Cursor(AtomicUsize::new(0)),
             begun: AtomicU64::new(0),
             ended: AtomicU64::new(0),
             keys: keys.into(),
         };
         if let Some(before) = before {
-            let had_their_turn = before.keys.iter().take(before.cursor.load(Relaxed));
+            let had_their_turn = before.keys.iter().take(before.cursor.0.load(Relaxed));
             let stay = had_their_turn.filter(|key| snapshot.slot(&key.id).is_some()).count();
-            snapshot.cursor.store(stay, Relaxed);
+            snapshot.cursor.0.store(stay, Relaxed);
         }
         for (slot, key) in snapshot.keys.iter().enumerate() {
             key.set_slot(slot);
@@ -82,12 +88,12 @@ impl Snapshot {
     #[inline]
     pub(crate) fn pick(&self) -> Option<&Arc<Key>> {
         loop {
-            let cursor = self.cursor.load(Relaxed);
+            let cursor = self.cursor.0.load(Relaxed);
             // Behind the last key the round begins anew; unless keys have been added there meanwhile.
             let slot = self.next_available(if cursor < self.keys.len() { cursor } else { 0 })?;
             // The turn passes to the key behind the one that was picked, not behind the one that was asked
             // for: every available key gets its share, whatever rests between them.
-            if self.cursor.compare_exchange_weak(cursor, slot + 1, Relaxed, Relaxed).is_err() {
+            if self.cursor.0.compare_exchange_weak(cursor, slot + 1, Relaxed, Relaxed).is_err() {
                 continue;
             }
             let key = &self.keys[slot];
@@ -148,7 +154,7 @@ impl Snapshot {
     /// Returns a bounded number of keys whose cooldown has ended, and says which.
     pub(crate) fn return_expired(&self, now: u64, mut returned: impl FnMut(&Key)) {
         // From the cursor on, so that a key whose turn it is has come back before it is passed over.
-        let cursor = self.cursor.load(Relaxed);
+        let cursor = self.cursor.0.load(Relaxed);
         for _ in 0..EXPIRED_PER_PICK {
             let due = self.cooling.next_due(cursor, now).or_else(|| self.cooling.next_due(0, now));
             let Some(slot) = due else { return self.cooling.put_first_path_right(now) };

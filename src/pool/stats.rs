@@ -104,7 +104,7 @@ fn key_stats(key: &Key, now: u64) -> KeyStats {
         limited: counts.limited.load(Relaxed),
         recovered: counts.recovered.load(Relaxed),
         tokens: counts.tokens.sum(),
-        last_reason: counts.last_status(),
+        last_reason: key.last_status(),
     }
 }
 
