@@ -1,1 +1,108 @@
-fn main() {}
+//! What a 429 costs, and what it costs when very many cooldowns end at one moment.
+//!
+//! ```text
+//! cargo bench --bench marks
+//! ```
+
+mod support;
+
+use std::time::{Duration, Instant};
+
+use http::StatusCode;
+use support::{
+    GivesBack, Turns,
+    compare::{Bar, is_benchmark},
+    times::Times,
+};
+use tower::Layer;
+use tower_key_rotation::{KeyPool, KeyRotation, KeyRotationLayer, clock::ManualClock, store::MemoryStore};
+
+const SIZES: [usize; 4] = [1, 100, 10_000, 100_000];
+/// How many marks are timed for each size.
+const MARKS: usize = 20_000;
+
+fn main() {
+    // `cargo test --benches` only wants to know whether it runs.
+    let (marks, crowd, times) = if is_benchmark() { (MARKS, 100_000, 7) } else { (10, 100, 1) };
+    marking(marks);
+    a_crowd_returns(crowd, times);
+}
+
+fn client(pool: &KeyPool) -> KeyRotation<GivesBack> {
+    KeyRotationLayer::new(pool).layer(GivesBack)
+}
+
+fn nanoseconds(client: &mut KeyRotation<GivesBack>, turns: &mut Turns, status: StatusCode) -> u64 {
+    let started = Instant::now();
+    turns.take(client, status);
+    started.elapsed().as_nanos() as u64
+}
+
+fn marking(marks: usize) {
+    Times::print_head("a request");
+    let mut dearest: f64 = 0.0;
+    for keys in SIZES {
+        for (kept, pool) in [("", built as fn(usize) -> KeyPool), (", over a store", opened)] {
+            let (usual, limited) = mark(keys, pool, marks);
+            usual.print(&format!("{keys} keys{kept}, answered 200"));
+            limited.print(&format!("{keys} keys{kept}, answered 429"));
+            dearest = dearest.max(limited.at(0.5) - usual.at(0.5));
+        }
+    }
+    Bar::AtMost(1_000.0).print("marking a key, at any size of the pool", dearest, " ns");
+}
+
+fn built(keys: usize) -> KeyPool {
+    support::pool(keys)
+}
+
+fn opened(keys: usize) -> KeyPool {
+    let builder = KeyPool::builder().keys(support::keys(keys));
+    // Outside of a runtime, all is done at once.
+    futures_util::FutureExt::now_or_never(builder.open(MemoryStore::new())).unwrap().unwrap()
+}
+
+/// Requests of a pool whose keys are healthy, and then those that mark one key each.
+fn mark(keys: usize, new_pool: fn(usize) -> KeyPool, marks: usize) -> (Times, Times) {
+    let (mut usual, mut limited) = (Vec::new(), Vec::new());
+    while limited.len() < marks {
+        let pool = new_pool(keys);
+        let (mut client, mut turns) = (client(&pool), Turns::new());
+        for _ in 0..keys.clamp(100, 10_000) {
+            usual.push(nanoseconds(&mut client, &mut turns, StatusCode::OK));
+        }
+        for _ in 0..keys.min(10_000) {
+            limited.push(nanoseconds(&mut client, &mut turns, StatusCode::TOO_MANY_REQUESTS));
+        }
+    }
+    (usual.into(), limited.into())
+}
+
+/// All cooldowns of a pool end at once. A thread is interrupted now and then, for milliseconds and at no particular
+/// request; so each request is timed several times over, and the median of those times counts.
+fn a_crowd_returns(keys: usize, times: usize) {
+    let requests = keys / 8;
+    let runs: Vec<Vec<u64>> = (0..times).map(|_| after_a_crowd_returned(keys, requests)).collect();
+    let median_of = |request: usize| {
+        let mut times: Vec<_> = runs.iter().map(|run| run[request]).collect();
+        times.sort_unstable();
+        times[times.len() / 2]
+    };
+    let medians: Vec<_> = (0..requests).map(median_of).collect();
+    let usual = medians[requests - requests / 10..].to_vec();
+    let medians = Times::from(medians);
+    Times::print_head("a request");
+    medians.print(&format!("from the moment on when {keys} cooldowns have ended"));
+    Times::from(usual).print("when all keys are back");
+    Bar::AtMost(50_000.0).print("the longest request", medians.at(1.0), " ns");
+}
+
+fn after_a_crowd_returned(keys: usize, requests: usize) -> Vec<u64> {
+    let clock = ManualClock::new();
+    let pool = KeyPool::builder().keys(support::keys(keys)).clock(clock.clone()).build().unwrap();
+    let (mut client, mut turns) = (client(&pool), Turns::new());
+    (0..keys).for_each(|_| turns.take(&mut client, StatusCode::TOO_MANY_REQUESTS));
+    assert_eq!(pool.stats().rate_limited, keys);
+    clock.advance(Duration::from_secs(120));
+    (0..requests).map(|_| nanoseconds(&mut client, &mut turns, StatusCode::OK)).collect()
+}

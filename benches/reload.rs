@@ -1,1 +1,80 @@
-fn main() {}
+//! Whether requests notice that 100,000 keys are loaded from a store.
+//!
+//! ```text
+//! cargo bench --bench reload
+//! ```
+
+mod support;
+
+use std::{
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
+    thread,
+    time::Duration,
+};
+
+use http::StatusCode;
+use support::{
+    GivesBack, Turns,
+    compare::{Bar, is_benchmark},
+    times::Times,
+};
+use tower::Layer;
+use tower_key_rotation::{KeyPool, KeyRotationLayer, store::MemoryStore};
+
+const KEYS: usize = 100_000;
+
+fn main() {
+    let (keys, time) = match is_benchmark() {
+        true => (KEYS, Duration::from_secs(4)),
+        false => (100, Duration::from_millis(1)),
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let store = MemoryStore::new();
+    let open =
+        |builder: tower_key_rotation::KeyPoolBuilder| runtime.block_on(builder.open(store.clone())).unwrap();
+    let pool = open(KeyPool::builder().keys(support::keys(keys)));
+    // What another process does: it shares no more than the store with this one.
+    let other = open(KeyPool::builder());
+
+    let requests = |pool: &KeyPool| {
+        let mut client = KeyRotationLayer::new(pool).layer(GivesBack);
+        let mut turns = Turns::new();
+        Times::of(time, move || turns.take(&mut client, StatusCode::OK))
+    };
+    let alone = requests(&pool);
+    let beside_work = beside(&|| _ = std::hint::black_box((0..100_000_u64).sum::<u64>()), || requests(&pool));
+    let (changes, reloads) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let reload = || {
+        // With each time another set of keys, so that there is something to be put in place of what was.
+        let id = format!("more-{}", changes.fetch_add(1, Relaxed));
+        runtime.block_on(async {
+            other.insert(&id, format!("sk-{id}")).await.unwrap();
+            pool.reload().await.unwrap();
+        });
+        reloads.fetch_add(1, Relaxed);
+    };
+    let reloading = beside(&reload, || requests(&pool));
+
+    Times::print_head("a request");
+    alone.print("nothing else going on");
+    beside_work.print("beside a thread that does something else");
+    reloading.print(&format!("beside {} reloads of {keys} keys", reloads.into_inner()));
+    println!();
+    let ratio = reloading.at(0.99) / alone.at(0.99);
+    Bar::AtMost(3.0).print("the p99 of a request beside reloads / alone", ratio, "");
+}
+
+/// What `measure` measures while `work` is done again and again.
+fn beside<T>(work: &(impl Fn() + Sync), measure: impl FnOnce() -> T) -> T {
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Relaxed) {
+                work();
+            }
+        });
+        let measured = measure();
+        stop.store(true, Relaxed);
+        measured
+    })
+}

@@ -115,9 +115,12 @@ impl Turns {
     }
 }
 
-pub fn pool(keys: usize) -> KeyPool {
-    let keys = (0..keys).map(|number| (format!("key-{number}"), format!("{SECRET}{number}")));
-    KeyPool::builder().keys(keys).build().unwrap()
+pub fn keys(keys: usize) -> impl Iterator<Item = (String, String)> {
+    (0..keys).map(|number| (format!("key-{number}"), format!("{SECRET}{number}")))
+}
+
+pub fn pool(number_of_keys: usize) -> KeyPool {
+    KeyPool::builder().keys(keys(number_of_keys)).build().unwrap()
 }
 
 /// A client with so many keys, of which those rest that `rests` names.
