@@ -17,10 +17,12 @@ use std::{
     task::{Context, Poll, Waker},
 };
 
+use bytes::Bytes;
 use http::{
     HeaderValue, Method, Request, Response, StatusCode, Uri,
     header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, USER_AGENT},
 };
+use http_body_util::Empty;
 use tower::{Layer, Service};
 use tower_key_rotation::{KeyPool, KeyRotation, KeyRotationLayer};
 
@@ -58,9 +60,9 @@ pub const HEADER: http::HeaderName = AUTHORIZATION;
 pub struct Answers;
 
 impl<B> Service<Request<B>> for Answers {
-    type Response = Response<()>;
+    type Response = Response<Empty<Bytes>>;
     type Error = Infallible;
-    type Future = Ready<Result<Response<()>, Infallible>>;
+    type Future = Ready<Result<Self::Response, Infallible>>;
 
     fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
         Poll::Ready(Ok(()))
@@ -68,7 +70,7 @@ impl<B> Service<Request<B>> for Answers {
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
         black_box(&request);
-        ready(Ok(Response::new(())))
+        ready(Ok(Response::new(Empty::new())))
     }
 }
 
