@@ -230,7 +230,7 @@ impl Form {
 
 impl Rendered {
     /// Puts the headers into a request, in place of any of the same names.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn insert_into(&self, headers: &mut HeaderMap) {
         if let (Some(first), Some(value)) = (&self.form.first, &self.value) {
             headers.insert(first.name.clone(), value.clone());

@@ -12,7 +12,7 @@ use crate::{
     error::{InjectError, Refused},
     hosts::Ruling,
     message::{self, ReadableResponse, RequestMessage, ResponseMessage, UriTooLong},
-    pool::{KeyPool, Lease, NoKeyAvailable, Rest},
+    pool::{KeyPool, Lease, Rest},
     secret::KeyId,
 };
 
@@ -72,14 +72,14 @@ impl<C> Rotation<C> {
     /// Puts a key into the request. Without one, it goes to a host that gets no key.
     ///
     /// The refusal is boxed so that what is usual stays small.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn prepare<R: RequestMessage>(&self, request: &mut R) -> Result<Option<Lease>, Box<Refused>> {
         match self.pool.hosts().rule(request) {
             Ruling::Key => {}
             Ruling::PassThrough => return Ok(None),
             Ruling::RefuseCleartext => return Err(refuse_cleartext(request)),
         }
-        let lease = self.pick().map_err(no_key)?;
+        let Some(lease) = self.pick() else { return Err(self.no_key()) };
         let credentials = lease.credentials();
         credentials.insert_into(request.headers_mut());
         let parameters = credentials.query_parameters();
@@ -89,13 +89,19 @@ impl<C> Rotation<C> {
         Ok(Some(lease))
     }
 
-    #[inline]
-    fn pick(&self) -> Result<Lease, NoKeyAvailable> {
+    // A request's only call of it; whether to inline it is otherwise decided by how many clients a program has.
+    #[inline(always)]
+    fn pick(&self) -> Option<Lease> {
         #[cfg(feature = "failover")]
         if let Some(lease) = tried::with_tried(|tried| self.pool.pick_besides(tried)) {
             return lease;
         }
         self.pool.pick()
+    }
+
+    #[cold]
+    fn no_key(&self) -> Box<Refused> {
+        Box::new(Refused::NoKeyAvailable(self.pool.no_key()))
     }
 }
 
@@ -124,11 +130,6 @@ fn note_for_failover<R: ResponseMessage>(lease: &Lease, response: &mut R) {
     response.extensions_mut().insert(SpokeAgainstKey(lease.clone()));
     #[cfg(not(feature = "failover"))]
     let _ = (lease, response);
-}
-
-#[cold]
-fn no_key(error: NoKeyAvailable) -> Box<Refused> {
-    Box::new(Refused::NoKeyAvailable(error))
 }
 
 #[cold]

@@ -65,19 +65,16 @@ impl AtomicBitSet {
         }
     }
 
-    /// The first member at or after `slot`.
-    #[inline]
-    pub(crate) fn next_from(&self, slot: usize) -> Option<usize> {
-        // Most often it is in the same word.
+    /// The first member at or after `slot`, if it is in the same word.
+    #[inline(always)]
+    pub(crate) fn next_close_by(&self, slot: usize) -> Option<usize> {
         let word = self.levels[0].get(slot / BITS)?.load(SeqCst);
         let ahead = word & (u64::MAX << (slot % BITS));
-        if ahead != 0 {
-            return Some(slot / BITS * BITS + ahead.trailing_zeros() as usize);
-        }
-        self.next_after_word(slot)
+        (ahead != 0).then(|| slot / BITS * BITS + ahead.trailing_zeros() as usize)
     }
 
-    fn next_after_word(&self, slot: usize) -> Option<usize> {
+    /// The first member at or after `slot`.
+    pub(crate) fn next_from(&self, slot: usize) -> Option<usize> {
         let mut from = slot;
         loop {
             match self.search(from)? {

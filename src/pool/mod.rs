@@ -158,32 +158,28 @@ impl KeyPool {
     }
 
     /// The next key in turn.
-    #[inline]
-    pub(crate) fn pick(&self) -> Result<Lease, NoKeyAvailable> {
-        match self.take_turn() {
-            Some(lease) => {
-                lease.0.counts.requests.add(1);
-                Ok(lease)
-            }
-            None => Err(self.no_key()),
-        }
+    #[inline(always)]
+    pub(crate) fn pick(&self) -> Option<Lease> {
+        let lease = self.take_turn()?;
+        lease.0.counts.requests.add(1);
+        Some(lease)
     }
 
     /// The next key in turn that is none of these. They lose their turn.
     #[cfg(feature = "failover")]
-    pub(crate) fn pick_besides(&self, tried: &[Lease]) -> Result<Lease, NoKeyAvailable> {
+    pub(crate) fn pick_besides(&self, tried: &[Lease]) -> Option<Lease> {
         // Each of them can be in the way once, and more often only where others pick at the same time.
         for _ in 0..=2 * tried.len() {
-            let Some(lease) = self.take_turn() else { break };
+            let lease = self.take_turn()?;
             if !tried.contains(&lease) {
                 lease.0.counts.requests.add(1);
-                return Ok(lease);
+                return Some(lease);
             }
         }
-        Err(self.no_key())
+        None
     }
 
-    #[inline]
+    #[inline(always)]
     fn take_turn(&self) -> Option<Lease> {
         let snapshot = self.inner.snapshot.load();
         loop {

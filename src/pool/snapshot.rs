@@ -85,23 +85,43 @@ impl Snapshot {
     }
 
     /// The next available key in turn.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn pick(&self) -> Option<&Arc<Key>> {
+        let cursor = self.cursor.0.load(Relaxed);
+        // Most often it is close by, and nobody else picks just now.
+        if let Some(slot) = self.available.next_close_by(self.begin_from(cursor))
+            && let Some(key) = self.take(cursor, slot)
+            && key.state.load() == State::HEALTHY
+        {
+            return Some(key);
+        }
+        self.pick_however_long_it_takes()
+    }
+
+    fn pick_however_long_it_takes(&self) -> Option<&Arc<Key>> {
         loop {
             let cursor = self.cursor.0.load(Relaxed);
-            // Behind the last key the round begins anew; unless keys have been added there meanwhile.
-            let slot = self.next_available(if cursor < self.keys.len() { cursor } else { 0 })?;
-            // The turn passes to the key behind the one that was picked, not behind the one that was asked
-            // for: every available key gets its share, whatever rests between them.
-            if self.cursor.0.compare_exchange_weak(cursor, slot + 1, Relaxed, Relaxed).is_err() {
-                continue;
-            }
-            let key = &self.keys[slot];
+            let slot = self.next_available(self.begin_from(cursor))?;
+            let Some(key) = self.take(cursor, slot) else { continue };
             if key.state.load() == State::HEALTHY {
                 return Some(key);
             }
             self.refresh_slot(slot);
         }
+    }
+
+    /// Behind the last key the round begins anew; unless keys have been added there meanwhile.
+    #[inline(always)]
+    fn begin_from(&self, cursor: usize) -> usize {
+        if cursor < self.keys.len() { cursor } else { 0 }
+    }
+
+    /// Passes the turn to the key behind the one that is picked, not behind the one that was asked for: every
+    /// available key gets its share, whatever rests between them.
+    #[inline(always)]
+    fn take(&self, cursor: usize, slot: usize) -> Option<&Arc<Key>> {
+        let taken = self.cursor.0.compare_exchange(cursor, slot + 1, Relaxed, Relaxed);
+        taken.is_ok().then(|| &self.keys[slot])
     }
 
     #[inline]
