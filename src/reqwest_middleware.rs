@@ -11,7 +11,7 @@ use crate::{
     error::Error,
     failover::{FailoverLayer, FailoverPolicy, SendOnce, TryClone, send_with_failover},
     layer::{Bodies, KeyRotationLayer},
-    rotation::{self, BodyLimits, Rotation},
+    rotation::{BodyLimits, Rotation},
 };
 
 /// [`KeyRotationLayer`], and [`FailoverLayer`] if wanted, as a middleware of `reqwest-middleware`.
@@ -62,17 +62,16 @@ impl<C: ClassifyResponse> KeyRotationMiddleware<C> {
         let Some(lease) = self.rotation.prepare(&mut request)? else {
             return next.run(request, extensions).await.map_err(Error::Inner);
         };
-        let mut response = match next.run(request, extensions).await {
-            Ok(response) => response,
-            Err(mut error) => {
-                rotation::redact(&lease, &mut error);
-                return Err(Error::Inner(error));
-            }
-        };
-        if let Some(limits) = self.bodies.filter(|_| self.rotation.observer.wants_body(&response)) {
-            response = limits.read(&self.rotation.pool, response).await;
+        let mut result = next.run(request, extensions).await;
+        if let (Some(limits), Ok(response)) = (self.bodies, &result)
+            && self.rotation.observer.wants_body(response)
+        {
+            result = match result {
+                Ok(response) => Ok(limits.read(&self.rotation.pool, response).await),
+                error => error,
+            };
         }
-        Ok(self.rotation.observer.observe(&lease, response))
+        self.rotation.observer.settle(&lease, result)
     }
 }
 

@@ -9,10 +9,11 @@ use http::StatusCode;
 use crate::tried;
 use crate::{
     classify::{ClassifyResponse, ResponseHead, TooManyRequests, Verdict},
-    error::{InjectError, Refused},
+    error::{Error, InjectError, Refused},
     hosts::Ruling,
     message::{self, ReadableResponse, RequestMessage, ResponseMessage, UriTooLong},
     pool::{KeyPool, Lease, Rest},
+    query::Parameter,
     secret::KeyId,
 };
 
@@ -105,11 +106,19 @@ impl<C> Rotation<C> {
     }
 }
 
-/// Takes the key out of an error that would print it.
-pub(crate) fn redact<E: 'static>(lease: &Lease, error: &mut E) {
-    let parameters = lease.credentials().query_parameters();
-    if !parameters.is_empty() {
-        message::redact(error, parameters);
+#[cold]
+fn without_query<R, E>(result: Result<R, Error<E>>, parameters: &[Parameter]) -> Result<R, Error<E>>
+where
+    R: ResponseMessage,
+    E: 'static,
+{
+    match result {
+        Ok(response) => Ok(response.without_query(parameters)),
+        Err(Error::Inner(mut error)) => {
+            message::redact(&mut error, parameters);
+            Err(Error::Inner(error))
+        }
+        refused => refused,
     }
 }
 
@@ -144,19 +153,27 @@ fn refuse_cleartext<R: RequestMessage>(request: &R) -> Box<Refused> {
 }
 
 impl<C: ClassifyResponse> Observer<C> {
-    /// Marks the key by what the response says.
+    /// Marks the key by what came of its request, and takes it out of what remembers it.
     #[inline]
-    pub(crate) fn observe<R: ResponseMessage>(&self, lease: &Lease, mut response: R) -> R {
-        match self.verdict(&response) {
-            Verdict::Nothing => {}
-            verdict => self.mark(lease, verdict, &mut response),
-        }
-        if self.expose_key {
-            expose(lease, &mut response);
+    pub(crate) fn settle<R, E>(&self, lease: &Lease, result: Result<R, E>) -> Result<R, Error<E>>
+    where
+        R: ResponseMessage,
+        E: 'static,
+    {
+        // In the place where it is returned: a response is large, and is moved once less.
+        let mut result = result.map_err(Error::Inner);
+        if let Ok(response) = &mut result {
+            match self.verdict(response) {
+                Verdict::Nothing => {}
+                verdict => self.mark(lease, verdict, response),
+            }
+            if self.expose_key {
+                expose(lease, response);
+            }
         }
         match lease.credentials().query_parameters() {
-            [] => response,
-            parameters => response.without_query(parameters),
+            [] => result,
+            parameters => without_query(result, parameters),
         }
     }
 

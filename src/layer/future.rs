@@ -12,7 +12,7 @@ use crate::{
     error::{Error, Refused},
     message::ResponseMessage,
     pool::Lease,
-    rotation::{self, Observer},
+    rotation::Observer,
 };
 
 pin_project! {
@@ -62,13 +62,7 @@ where
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         match self.project().state.project() {
             StateProjection::Keyed { response, observer, lease } => {
-                Poll::Ready(match ready!(response.poll(cx)) {
-                    Ok(response) => Ok(observer.observe(lease, response)),
-                    Err(mut error) => {
-                        rotation::redact(lease, &mut error);
-                        Err(Error::Inner(error))
-                    }
-                })
+                Poll::Ready(observer.settle(lease, ready!(response.poll(cx))))
             }
             StateProjection::Keyless { response } => response.poll(cx).map_err(Error::Inner),
             // A future is not polled again once it is ready.
