@@ -1,6 +1,6 @@
 //! The same for `reqwest-middleware`.
 
-use std::{fmt, pin::Pin};
+use std::fmt;
 
 use http::Extensions;
 use reqwest::{Request, Response};
@@ -9,9 +9,11 @@ use reqwest_middleware::{Error as ClientError, Middleware, Next, Result};
 use crate::{
     classify::{ClassifyResponse, TooManyRequests},
     error::Error,
-    failover::{FailoverLayer, FailoverPolicy, SendOnce, TryClone, send_with_failover},
+    failover::{FailoverLayer, FailoverPolicy, SendOnce, Sending, TryClone, send_with_failover},
     layer::{Bodies, KeyRotationLayer},
+    pool::Lease,
     rotation::{BodyLimits, Rotation},
+    tried,
 };
 
 /// [`KeyRotationLayer`], and [`FailoverLayer`] if wanted, as a middleware of `reqwest-middleware`.
@@ -85,8 +87,9 @@ struct Client<'a, C> {
 }
 
 impl<C: ClassifyResponse + Send + Sync> SendOnce<Request, Response, ClientError> for Client<'_, C> {
-    fn send(&mut self, request: Request) -> Pin<Box<dyn Future<Output = Sent> + Send + '_>> {
-        Box::pin(self.middleware.send(request, self.extensions, self.next.clone()))
+    fn send(&mut self, request: Request, tried: Vec<Lease>) -> Sending<'_, Response, ClientError> {
+        let sent = self.middleware.send(request, self.extensions, self.next.clone());
+        Box::pin(tried::drive_without(tried, sent))
     }
 }
 

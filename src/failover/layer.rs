@@ -53,9 +53,11 @@ impl<K> FailoverLayer<K> {
         self
     }
 
-    /// What further attempts are paid from, over all requests. By default a
-    /// [`TpsBudget`](tower::retry::budget::TpsBudget): one further attempt for every five requests that
-    /// went well in the last 10 seconds, and 10 more a second.
+    /// What further attempts are paid from, over all requests. By default one further attempt for every five
+    /// requests that went well, of which 1,000 can be saved up, and 10 more a second, of which 100 can; a request
+    /// that can't be cloned earns none.
+    ///
+    /// `tower`'s [`TpsBudget`](tower::retry::budget::TpsBudget) does for a budget of one's own.
     pub fn budget(mut self, budget: impl Budget + Send + Sync + 'static) -> Self {
         self.shared.budget = Arc::new(budget);
         self

@@ -5,9 +5,9 @@
 //! that. The decision is made on the head: a response that has begun to stream to the caller is never sent
 //! for again.
 //!
-//! - At most 3 attempts are made for a request, and over all requests no more than a budget allows
-//!   (`tower`'s [`TpsBudget`](tower::retry::budget::TpsBudget) by default), so that an account-wide limit
-//!   does not become a walk through all keys.
+//! - At most 3 attempts are made for a request, and over all requests no more than a
+//!   [budget](FailoverLayer::budget) allows, so that an account-wide limit does not become a walk through all
+//!   keys.
 //! - Where no other key is available, the caller gets the limited response itself.
 //! - A request that can't be cloned, because its body streams, is sent once.
 //! - The body of a limited response is read, within limits, before the next attempt, so that an HTTP/1.1
@@ -44,9 +44,8 @@
 //! # }
 //! ```
 
-mod attempt;
-#[cfg(feature = "reqwest-middleware")]
-mod by_hand;
+mod attempts;
+mod budget;
 mod clone;
 mod gate;
 mod layer;
@@ -55,7 +54,7 @@ mod service;
 
 #[cfg(feature = "reqwest-middleware")]
 pub(crate) use self::{
-    by_hand::{SendOnce, send_with_failover},
+    attempts::{SendOnce, Sending, send_with_failover},
     policy::FailoverPolicy,
 };
 pub use self::{

@@ -6,29 +6,30 @@ use std::{
 };
 
 use pin_project_lite::pin_project;
-use tower::retry::Retry;
 use tower_service::Service;
 
 use super::{
-    attempt::{Attempt, Attempts, Tracked},
+    attempts::{History, SendOnce, Sending, go_on, send_with_failover},
     clone::{CloneRequest, TryClone},
-    policy::FailoverPolicy,
+    policy::{FailoverPolicy, spoke_against},
 };
 use crate::{
     error::Error,
     message::{ReadableResponse, RequestMessage},
+    pool::Lease,
+    tried,
 };
 
 /// A client that sends a limited request again with another key: see the [module](super).
 #[derive(Clone)]
 pub struct Failover<S, K = TryClone> {
-    retry: Retry<FailoverPolicy<K>, Attempts<S>>,
+    inner: S,
     policy: FailoverPolicy<K>,
 }
 
-impl<S, K: Clone> Failover<S, K> {
+impl<S, K> Failover<S, K> {
     pub(super) fn new(inner: S, policy: FailoverPolicy<K>) -> Self {
-        Self { retry: Retry::new(policy.clone(), Attempts(inner)), policy }
+        Self { inner, policy }
     }
 }
 
@@ -36,7 +37,7 @@ impl<S, K, Req, R, E> Service<Req> for Failover<S, K>
 where
     S: Service<Req, Response = R, Error = Error<E>> + Clone + Send + 'static,
     S::Future: Send + 'static,
-    K: CloneRequest<Req> + Clone + Send + 'static,
+    K: CloneRequest<Req> + Clone + Send + Sync + 'static,
     Req: RequestMessage + Send + 'static,
     R: ReadableResponse + Send + 'static,
     R::Replayed: Send + 'static,
@@ -44,81 +45,136 @@ where
 {
     type Response = R::Replayed;
     type Error = Error<E>;
-    type Future = FailoverFuture<
-        <Retry<FailoverPolicy<K>, Attempts<S>> as Service<Tracked<Req, R::Replayed>>>::Future,
-        R,
-        E,
-    >;
+    type Future = FailoverFuture<S, K, Req>;
 
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        Service::<Tracked<Req, R::Replayed>>::poll_ready(&mut self.retry, cx)
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), E>> {
+        self.inner.poll_ready(cx)
     }
 
     fn call(&mut self, request: Req) -> Self::Future {
-        if !self.policy.shared.is_closed_to(&request) {
-            let response = self.retry.call(Tracked::new(request));
-            return FailoverFuture { state: State::Calling { response } };
+        if self.policy.shared.is_closed_to(&request) {
+            // The service that was made ready may hold a permit for that. It is given back while the request
+            // waits, since a request that goes before it may need that permit.
+            self.inner = self.inner.clone();
+            let client = WhenReady(self.inner.clone());
+            let response = Box::pin(send_with_failover(self.policy.clone(), request, client));
+            return FailoverFuture { state: State::GoingOn { response } };
         }
-        // The service that was made ready may hold a permit for that. It is given back while the request waits,
-        // since a request that goes before it may need that permit.
-        self.retry = self.retry.clone();
-        let mut retry = self.retry.clone();
-        let waited = self.policy.shared.clone().first_wait();
-        let response = Box::pin(async move {
-            let (turn, waited) = waited.await;
-            let pass = turn.map_err(Error::NoKeyAvailable)?;
-            poll_fn(|cx| Service::<Tracked<Req, R::Replayed>>::poll_ready(&mut retry, cx)).await?;
-            retry.call(Tracked::admitted(request, pass, waited)).await
-        });
-        FailoverFuture { state: State::Waiting { response } }
+        let kept = self.policy.clone.clone_request(&request);
+        let response = self.inner.call(request);
+        let again =
+            kept.map(|request| Again { request, client: self.inner.clone(), policy: self.policy.clone() });
+        FailoverFuture { state: State::First { response, again } }
     }
 }
 
 impl<S: fmt::Debug, K> fmt::Debug for Failover<S, K> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Failover")
-            .field("inner", &self.retry.get_ref().0)
-            .field("policy", &self.policy.shared)
-            .finish()
+        f.debug_struct("Failover").field("inner", &self.inner).field("policy", &self.policy.shared).finish()
     }
 }
+
+/// A client that is asked whether it is ready before each attempt.
+struct WhenReady<S>(S);
+
+impl<S, Req, R, E> SendOnce<Req, R, E> for WhenReady<S>
+where
+    S: Service<Req, Response = R, Error = Error<E>> + Send,
+    S::Future: Send,
+    Req: Send + 'static,
+{
+    fn send(&mut self, request: Req, tried: Vec<Lease>) -> Sending<'_, R, E> {
+        Box::pin(async move {
+            poll_fn(|cx| self.0.poll_ready(cx)).await?;
+            tried::call_without(tried, || self.0.call(request)).await
+        })
+    }
+}
+
+/// What it takes to send a request again.
+struct Again<S, K, Req> {
+    request: Req,
+    client: S,
+    policy: FailoverPolicy<K>,
+}
+
+type Result<R, E> = std::result::Result<R, Error<E>>;
+
+type GoingOn<R, E> = Pin<Box<dyn Future<Output = std::result::Result<R, E>> + Send>>;
 
 pin_project! {
     /// The response of a [`Failover`].
-    pub struct FailoverFuture<F, R: ReadableResponse, E> {
+    pub struct FailoverFuture<S, K, Req>
+    where
+        S: Service<Req>,
+        S::Response: ReadableResponse,
+    {
         #[pin]
-        state: State<F, R, E>,
+        state: State<S::Future, Again<S, K, Req>, <S::Response as ReadableResponse>::Replayed, S::Error>,
     }
 }
-
-type Waiting<R, E> = Pin<Box<dyn Future<Output = Result<Attempt<R>, Error<E>>> + Send>>;
 
 pin_project! {
     #[project = StateProjection]
-    enum State<F, R: ReadableResponse, E> {
-        Calling { #[pin] response: F },
-        // Boxed, because it is only ever made where there is no key.
-        Waiting { response: Waiting<R, E> },
+    enum State<F, A, R, E> {
+        First { #[pin] response: F, again: Option<A> },
+        // Boxed, because it is only ever made where a key is limited or there is none.
+        GoingOn { response: GoingOn<R, E> },
     }
 }
 
-impl<F, R, E> Future for FailoverFuture<F, R, E>
+impl<S, K, Req, R, E> Future for FailoverFuture<S, K, Req>
 where
-    F: Future<Output = Result<Attempt<R>, Error<E>>>,
-    R: ReadableResponse,
+    S: Service<Req, Response = R, Error = Error<E>> + Send + 'static,
+    S::Future: Send,
+    K: CloneRequest<Req> + Send + Sync + 'static,
+    Req: Send + 'static,
+    R: ReadableResponse + Send + 'static,
+    R::Replayed: Send + 'static,
+    E: Send + 'static,
 {
-    type Output = Result<R::Replayed, Error<E>>;
+    type Output = Result<R::Replayed, E>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let attempt = ready!(match self.project().state.project() {
-            StateProjection::Calling { response } => response.poll(cx),
-            StateProjection::Waiting { response } => response.as_mut().poll(cx),
-        })?;
-        Poll::Ready(Ok(attempt.into_response()))
+        let mut state = self.project().state;
+        loop {
+            match state.as_mut().project() {
+                StateProjection::First { response, again } => {
+                    let result = ready!(response.poll(cx));
+                    match again.take_if(|_| is_not_settled(&result)) {
+                        None => {
+                            if let (Ok(_), Some(again)) = (&result, again) {
+                                again.policy.shared.budget.deposit();
+                            }
+                            return Poll::Ready(result.map(ReadableResponse::untouched));
+                        }
+                        Some(Again { request, client, policy }) => {
+                            let going_on =
+                                go_on(policy, Some(request), WhenReady(client), History::default(), result);
+                            state.set(State::GoingOn { response: Box::pin(going_on) });
+                        }
+                    }
+                }
+                StateProjection::GoingOn { response } => return response.as_mut().poll(cx),
+            }
+        }
     }
 }
 
-impl<F, R: ReadableResponse, E> fmt::Debug for FailoverFuture<F, R, E> {
+/// Whether there may be more to do.
+#[inline]
+fn is_not_settled<R: ReadableResponse, E>(result: &Result<R, E>) -> bool {
+    match result {
+        Ok(response) => spoke_against(response).is_some(),
+        Err(error) => error.no_key_available().is_some(),
+    }
+}
+
+impl<S, K, Req> fmt::Debug for FailoverFuture<S, K, Req>
+where
+    S: Service<Req>,
+    S::Response: ReadableResponse,
+{
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("FailoverFuture").finish_non_exhaustive()
     }
