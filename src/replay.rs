@@ -21,26 +21,31 @@ pin_project! {
     /// `FailoverLayer` give bodies this type, since they read some of them: errors, up to a limit.
     /// All others pass through as they come.
     pub struct Replay<B: Body> {
-        read: VecDeque<Frame<Bytes>>,
-        failed: Option<B::Error>,
         #[pin]
-        rest: Rest<B>,
+        state: State<B>,
     }
 }
 
 pin_project! {
-    #[project = RestProjection]
-    enum Rest<B> {
+    #[project = StateProjection]
+    enum State<B: Body> {
         Untouched { #[pin] body: B },
-        // A body that has been polled can't be moved any more, other than in a box.
-        Begun { body: Pin<Box<B>> },
-        Ended,
+        // Boxed, because few bodies are errors, and a response is moved several times on its way.
+        Begun { begun: Box<Begun<B>> },
     }
 }
 
+struct Begun<B: Body> {
+    read: VecDeque<Frame<Bytes>>,
+    failed: Option<B::Error>,
+    // A body that has been polled can't be moved any more, other than in a box.
+    rest: Option<Pin<Box<B>>>,
+}
+
 impl<B: Body> Replay<B> {
+    #[inline]
     pub(crate) fn untouched(body: B) -> Self {
-        Self { read: VecDeque::new(), failed: None, rest: Rest::Untouched { body } }
+        Self { state: State::Untouched { body } }
     }
 
     /// Reads until the end, or at least `most` bytes, or until the time is over.
@@ -71,13 +76,14 @@ impl<B: Body> Replay<B> {
                 None => break true,
             }
         };
-        let rest = if ended { Rest::Ended } else { Rest::Begun { body } };
-        Self { read, failed, rest }
+        let begun = Begun { read, failed, rest: (!ended).then_some(body) };
+        Self { state: State::Begun { begun: Box::new(begun) } }
     }
 
     /// What has been read, in one piece.
     pub(crate) fn beginning(&self) -> Bytes {
-        let mut pieces = self.read.iter().filter_map(Frame::data_ref);
+        let State::Begun { begun } = &self.state else { return Bytes::new() };
+        let mut pieces = begun.read.iter().filter_map(Frame::data_ref);
         match (pieces.next(), pieces.next()) {
             (None, _) => Bytes::new(),
             (Some(only), None) => only.clone(),
@@ -103,37 +109,50 @@ impl<B: Body> Body for Replay<B> {
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
-        let this = self.project();
-        if let Some(frame) = this.read.pop_front() {
+        match self.project().state.project() {
+            StateProjection::Untouched { body } => {
+                let frame = ready!(body.poll_frame(cx));
+                Poll::Ready(frame.map(|frame| frame.map(shared)))
+            }
+            StateProjection::Begun { begun } => begun.poll_frame(cx),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.state {
+            State::Untouched { body } => body.is_end_stream(),
+            State::Begun { begun } => begun.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.state {
+            State::Untouched { body } => body.size_hint(),
+            State::Begun { begun } => begun.size_hint(),
+        }
+    }
+}
+
+impl<B: Body> Begun<B> {
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
+        if let Some(frame) = self.read.pop_front() {
             return Poll::Ready(Some(Ok(frame)));
         }
-        if let Some(error) = this.failed.take() {
+        if let Some(error) = self.failed.take() {
             return Poll::Ready(Some(Err(error)));
         }
-        let frame = match this.rest.project() {
-            RestProjection::Untouched { body } => ready!(body.poll_frame(cx)),
-            RestProjection::Begun { body } => ready!(body.as_mut().poll_frame(cx)),
-            RestProjection::Ended => None,
-        };
+        let Some(rest) = &mut self.rest else { return Poll::Ready(None) };
+        let frame = ready!(rest.as_mut().poll_frame(cx));
         Poll::Ready(frame.map(|frame| frame.map(shared)))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.read.is_empty()
-            && self.failed.is_none()
-            && match &self.rest {
-                Rest::Untouched { body } => body.is_end_stream(),
-                Rest::Begun { body } => body.is_end_stream(),
-                Rest::Ended => true,
-            }
+        let rest_ended = self.rest.as_ref().is_none_or(|rest| rest.is_end_stream());
+        self.read.is_empty() && self.failed.is_none() && rest_ended
     }
 
     fn size_hint(&self) -> SizeHint {
-        let rest = match &self.rest {
-            Rest::Untouched { body } => body.size_hint(),
-            Rest::Begun { body } => body.size_hint(),
-            Rest::Ended => SizeHint::with_exact(0),
-        };
+        let rest = self.rest.as_ref().map_or(SizeHint::with_exact(0), |rest| rest.size_hint());
         let read: usize = self.read.iter().filter_map(Frame::data_ref).map(Bytes::len).sum();
         let read = read as u64;
         let mut hint = SizeHint::new();

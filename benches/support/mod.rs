@@ -3,6 +3,7 @@
 #![allow(dead_code, unreachable_pub)] // Each benchmark uses a part of it.
 
 pub mod compare;
+pub mod instructions;
 pub mod peers;
 pub mod plot;
 pub mod times;

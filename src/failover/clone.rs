@@ -13,6 +13,7 @@ pub trait CloneRequest<Req> {
 pub struct TryClone;
 
 impl<B: Clone> CloneRequest<Request<B>> for TryClone {
+    #[inline]
     fn clone_request(&self, request: &Request<B>) -> Option<Request<B>> {
         Some(request.clone())
     }

@@ -53,18 +53,43 @@ where
 
     fn call(&mut self, request: Req) -> Self::Future {
         if self.policy.shared.is_closed_to(&request) {
-            // The service that was made ready may hold a permit for that. It is given back while the request
-            // waits, since a request that goes before it may need that permit.
-            self.inner = self.inner.clone();
-            let client = WhenReady(self.inner.clone());
-            let response = Box::pin(send_with_failover(self.policy.clone(), request, client));
-            return FailoverFuture { state: State::GoingOn { response } };
+            return self.call_when_it_is_its_turn(request);
         }
-        let kept = self.policy.clone.clone_request(&request);
+        let again = self.policy.clone.clone_request(&request);
         let response = self.inner.call(request);
-        let again =
-            kept.map(|request| Again { request, client: self.inner.clone(), policy: self.policy.clone() });
-        FailoverFuture { state: State::First { response, again } }
+        FailoverFuture {
+            first: Some(response),
+            again,
+            client: self.inner.clone(),
+            policy: self.policy.clone(),
+            going_on: None,
+        }
+    }
+}
+
+impl<S: Clone, K: Clone> Failover<S, K> {
+    #[cold]
+    fn call_when_it_is_its_turn<Req, R, E>(&mut self, request: Req) -> FailoverFuture<S, K, Req>
+    where
+        S: Service<Req, Response = R, Error = Error<E>> + Send + 'static,
+        S::Future: Send + 'static,
+        K: CloneRequest<Req> + Send + Sync + 'static,
+        Req: RequestMessage + Send + 'static,
+        R: ReadableResponse + Send + 'static,
+        R::Replayed: Send + 'static,
+        E: Send + 'static,
+    {
+        // The service that was made ready may hold a permit for that. It is given back while the request waits,
+        // since a request that goes before it may need that permit.
+        self.inner = self.inner.clone();
+        let client = WhenReady(self.inner.clone());
+        FailoverFuture {
+            first: None,
+            again: None,
+            client: self.inner.clone(),
+            policy: self.policy.clone(),
+            going_on: Some(Box::pin(send_with_failover(self.policy.clone(), request, client))),
+        }
     }
 }
 
@@ -91,43 +116,34 @@ where
     }
 }
 
-/// What it takes to send a request again.
-struct Again<S, K, Req> {
-    request: Req,
-    client: S,
-    policy: FailoverPolicy<K>,
-}
-
 type Result<R, E> = std::result::Result<R, Error<E>>;
 
 type GoingOn<R, E> = Pin<Box<dyn Future<Output = std::result::Result<R, E>> + Send>>;
 
 pin_project! {
     /// The response of a [`Failover`].
+    // Its parts stand side by side rather than in an enum: a request is large, and so is moved once less.
     pub struct FailoverFuture<S, K, Req>
     where
         S: Service<Req>,
         S::Response: ReadableResponse,
     {
         #[pin]
-        state: State<S::Future, Again<S, K, Req>, <S::Response as ReadableResponse>::Replayed, S::Error>,
-    }
-}
-
-pin_project! {
-    #[project = StateProjection]
-    enum State<F, A, R, E> {
-        First { #[pin] response: F, again: Option<A> },
+        first: Option<S::Future>,
+        // The request once more, if it could be cloned, and whom to send it to.
+        again: Option<Req>,
+        client: S,
+        policy: FailoverPolicy<K>,
         // Boxed, because it is only ever made where a key is limited or there is none.
-        GoingOn { response: GoingOn<R, E> },
+        going_on: Option<GoingOn<<S::Response as ReadableResponse>::Replayed, S::Error>>,
     }
 }
 
 impl<S, K, Req, R, E> Future for FailoverFuture<S, K, Req>
 where
-    S: Service<Req, Response = R, Error = Error<E>> + Send + 'static,
+    S: Service<Req, Response = R, Error = Error<E>> + Clone + Send + 'static,
     S::Future: Send,
-    K: CloneRequest<Req> + Send + Sync + 'static,
+    K: CloneRequest<Req> + Clone + Send + Sync + 'static,
     Req: Send + 'static,
     R: ReadableResponse + Send + 'static,
     R::Replayed: Send + 'static,
@@ -135,38 +151,35 @@ where
 {
     type Output = Result<R::Replayed, E>;
 
+    #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let mut state = self.project().state;
-        loop {
-            match state.as_mut().project() {
-                StateProjection::First { response, again } => {
-                    let result = ready!(response.poll(cx));
-                    match again.take_if(|_| is_not_settled(&result)) {
-                        None => {
-                            if let (Ok(_), Some(again)) = (&result, again) {
-                                again.policy.shared.budget.deposit();
-                            }
-                            return Poll::Ready(result.map(ReadableResponse::untouched));
-                        }
-                        Some(Again { request, client, policy }) => {
-                            let going_on =
-                                go_on(policy, Some(request), WhenReady(client), History::default(), result);
-                            state.set(State::GoingOn { response: Box::pin(going_on) });
-                        }
-                    }
+        let mut this = self.project();
+        if let Some(first) = this.first.as_mut().as_pin_mut() {
+            let result = ready!(first.poll(cx));
+            if this.again.is_none() || is_settled(&result) {
+                if this.again.is_some() && result.is_ok() {
+                    this.policy.shared.budget.deposit();
                 }
-                StateProjection::GoingOn { response } => return response.as_mut().poll(cx),
+                return Poll::Ready(result.map(ReadableResponse::untouched));
             }
+            let (client, policy) = (WhenReady(this.client.clone()), this.policy.clone());
+            let going_on = go_on(policy, this.again.take(), client, History::default(), result);
+            this.first.set(None);
+            *this.going_on = Some(Box::pin(going_on));
+        }
+        match this.going_on {
+            Some(going_on) => going_on.as_mut().poll(cx),
+            None => Poll::Pending,
         }
     }
 }
 
-/// Whether there may be more to do.
+/// Whether there is nothing more to do.
 #[inline]
-fn is_not_settled<R: ReadableResponse, E>(result: &Result<R, E>) -> bool {
+fn is_settled<R: ReadableResponse, E>(result: &Result<R, E>) -> bool {
     match result {
-        Ok(response) => spoke_against(response).is_some(),
-        Err(error) => error.no_key_available().is_some(),
+        Ok(response) => spoke_against(response).is_none(),
+        Err(error) => error.no_key_available().is_none(),
     }
 }
 

@@ -1,0 +1,63 @@
+//! How many instructions a request takes through failover and rotation, and through tower's retry of a request that
+//! always has the same header.
+//!
+//! ```text
+//! cargo install gungraun-runner --version 0.20.0    # and valgrind
+//! cargo bench --bench instructions_failover
+//! ```
+
+#![allow(missing_docs)] // Of what the macros make.
+
+mod support;
+
+use gungraun::prelude::*;
+use http::{HeaderValue, Request};
+use support::{instructions::*, *};
+use tower::{
+    Layer,
+    retry::{Policy, Retry},
+};
+use tower_http::set_header::SetRequestHeader;
+use tower_key_rotation::{FailoverLayer, KeyRotation, KeyRotationLayer, failover::Failover};
+
+/// Clones each request and never goes again.
+#[derive(Clone)]
+struct Cloning;
+
+impl<B: Clone, R, E> Policy<Request<B>, R, E> for Cloning {
+    type Future = std::future::Ready<()>;
+
+    fn retry(&mut self, _: &mut Request<B>, _: &mut Result<R, E>) -> Option<Self::Future> {
+        None
+    }
+
+    fn clone_request(&mut self, request: &Request<B>) -> Option<Request<B>> {
+        Some(request.clone())
+    }
+}
+
+type Retrying = Retry<Cloning, SetRequestHeader<Answers, HeaderValue>>;
+
+#[library_benchmark]
+#[bench::request(warm(Retry::new(Cloning, set_header(Answers))))]
+fn retry_and_set_request_header(service: Retrying) -> Retrying {
+    send_all(service)
+}
+
+fn failing_over(keys: usize) -> Failover<KeyRotation<Answers>> {
+    let pool = pool(keys);
+    warm(FailoverLayer::new(&pool).layer(KeyRotationLayer::new(&pool).layer(Answers)))
+}
+
+#[library_benchmark]
+#[bench::keys_10(failing_over(10))]
+fn failover_and_key_rotation(service: Failover<KeyRotation<Answers>>) -> Failover<KeyRotation<Answers>> {
+    send_all(service)
+}
+
+library_benchmark_group!(
+    name = request,
+    benchmarks = [retry_and_set_request_header, failover_and_key_rotation]
+);
+
+main!(library_benchmark_groups = request);
