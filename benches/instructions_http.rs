@@ -10,74 +10,140 @@
 
 mod support;
 
-use std::fmt::Debug;
+use std::{
+    convert::Infallible,
+    fmt::Debug,
+    future::{Ready, ready},
+    io,
+    pin::Pin,
+    task::{Context, Poll},
+};
 
 use gungraun::prelude::*;
-use http::{Request, Response};
+use http::{HeaderValue, Request, Response, Uri};
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Bytes, Incoming};
-use hyper_util::rt::TokioIo;
+use hyper_util::{
+    client::legacy::{
+        Client,
+        connect::{self, Connection},
+    },
+    rt::{TokioExecutor, TokioIo},
+};
 use support::{instructions::REQUESTS, *};
-use tokio::runtime::Runtime;
-use tower::{Layer, Service, ServiceExt, service_fn, util::BoxService};
-use tower_http::set_header::SetRequestHeaderLayer;
-use tower_key_rotation::KeyRotationLayer;
+use tokio::{io::DuplexStream, runtime::Runtime};
+use tower::{Layer, Service, ServiceExt};
+use tower_http::set_header::{SetRequestHeader, SetRequestHeaderLayer};
+use tower_key_rotation::{KeyRotation, KeyRotationLayer};
 
 type Body = Full<Bytes>;
-type OverHttp = BoxService<Request<Body>, Response<Incoming>, hyper::Error>;
+type OverHttp = Client<InMemory, Body>;
 
-/// A connection in memory, over HTTP/1.1, and a client on it.
-struct Wire {
-    runtime: Runtime,
-    client: OverHttp,
+/// Connects to a server of this process.
+#[derive(Clone)]
+struct InMemory;
+
+impl Service<Uri> for InMemory {
+    type Response = Connected;
+    type Error = Infallible;
+    type Future = Ready<Result<Connected, Infallible>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, _: Uri) -> Self::Future {
+        let (here, there) = tokio::io::duplex(64 * 1024);
+        let answer = hyper::service::service_fn(async |request: Request<Incoming>| {
+            request.into_body().collect().await?;
+            Ok::<_, hyper::Error>(Response::new(Body::from("{}")))
+        });
+        tokio::spawn(
+            hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(there), answer),
+        );
+        ready(Ok(Connected(TokioIo::new(here))))
+    }
 }
 
-impl Wire {
-    fn new<S>(layer: impl Layer<OverHttp, Service = S>) -> Self
-    where
-        S: Service<Request<Body>, Response = Response<Incoming>, Error: Debug> + Send + 'static,
-        S::Future: Send,
-    {
+struct Connected(TokioIo<DuplexStream>);
+
+impl Connection for Connected {
+    fn connected(&self) -> connect::Connected {
+        connect::Connected::new()
+    }
+}
+
+impl hyper::rt::Read for Connected {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: hyper::rt::ReadBufCursor<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_read(cx, buffer)
+    }
+}
+
+impl hyper::rt::Write for Connected {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(cx)
+    }
+}
+
+/// A client, and the runtime that it and its server run in.
+struct Wire<S> {
+    runtime: Runtime,
+    client: S,
+}
+
+impl<S> Wire<S>
+where
+    S: Service<Request<Body>, Response = Response<Incoming>, Error: Debug>,
+{
+    fn new(layer: impl Layer<OverHttp, Service = S>) -> Self {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-        let client = runtime.block_on(async {
-            let (here, there) = tokio::io::duplex(64 * 1024);
-            let answer = hyper::service::service_fn(async |request: Request<Incoming>| {
-                request.into_body().collect().await?;
-                Ok::<_, hyper::Error>(Response::new(Body::from("{}")))
-            });
-            let server = hyper::server::conn::http1::Builder::new();
-            tokio::spawn(server.serve_connection(TokioIo::new(there), answer));
-            let (mut sender, connection) =
-                hyper::client::conn::http1::handshake(TokioIo::new(here)).await.unwrap();
-            tokio::spawn(connection);
-            sender.ready().await.unwrap();
-            BoxService::new(service_fn(move |request| sender.send_request(request)))
-        });
-        let client = layer.layer(client).map_err(|error| panic!("{error:?}"));
-        let mut wire = Self { runtime, client: BoxService::new(client) };
+        let client = layer.layer(Client::builder(TokioExecutor::new()).build(InMemory));
+        let mut wire = Self { runtime, client };
         wire.send();
         wire
     }
 
     fn send(&mut self) {
-        let (parts, body) = request().into_parts();
-        let request = Request::from_parts(parts, Full::from(body));
+        let request = request().map(Full::from);
         let answer = self.runtime.block_on(async {
             let response = self.client.ready().await.unwrap().call(request).await.unwrap();
             response.into_body().collect().await.unwrap().to_bytes()
         });
         assert_eq!(answer, "{}");
     }
+
+    fn send_all(mut self) -> Self {
+        (0..REQUESTS).for_each(|_| self.send());
+        self
+    }
 }
 
 #[library_benchmark]
-#[bench::set_request_header(Wire::new(SetRequestHeaderLayer::overriding(HEADER, authorization())))]
-#[bench::key_rotation(Wire::new(KeyRotationLayer::new(&pool(10))))]
-fn over_http(mut wire: Wire) -> Wire {
-    (0..REQUESTS).for_each(|_| wire.send());
-    wire
+#[bench::over_http(Wire::new(SetRequestHeaderLayer::overriding(HEADER, authorization())))]
+fn set_request_header(
+    wire: Wire<SetRequestHeader<OverHttp, HeaderValue>>,
+) -> Wire<SetRequestHeader<OverHttp, HeaderValue>> {
+    wire.send_all()
 }
 
-library_benchmark_group!(name = request, benchmarks = over_http);
+#[library_benchmark]
+#[bench::over_http(Wire::new(KeyRotationLayer::new(&pool(10))))]
+fn key_rotation(wire: Wire<KeyRotation<OverHttp>>) -> Wire<KeyRotation<OverHttp>> {
+    wire.send_all()
+}
+
+library_benchmark_group!(name = request, benchmarks = [set_request_header, key_rotation]);
 
 main!(library_benchmark_groups = request);
