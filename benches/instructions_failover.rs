@@ -11,30 +11,11 @@
 mod support;
 
 use gungraun::prelude::*;
-use http::{HeaderValue, Request};
-use support::{instructions::*, *};
-use tower::{
-    Layer,
-    retry::{Policy, Retry},
-};
+use http::HeaderValue;
+use support::{instructions::*, peers::Cloning, *};
+use tower::{Layer, retry::Retry};
 use tower_http::set_header::SetRequestHeader;
 use tower_key_rotation::{FailoverLayer, KeyRotation, KeyRotationLayer, failover::Failover};
-
-/// Clones each request and never goes again.
-#[derive(Clone)]
-struct Cloning;
-
-impl<B: Clone, R, E> Policy<Request<B>, R, E> for Cloning {
-    type Future = std::future::Ready<()>;
-
-    fn retry(&mut self, _: &mut Request<B>, _: &mut Result<R, E>) -> Option<Self::Future> {
-        None
-    }
-
-    fn clone_request(&mut self, request: &Request<B>) -> Option<Request<B>> {
-        Some(request.clone())
-    }
-}
 
 type Retrying = Retry<Cloning, SetRequestHeader<Answers, HeaderValue>>;
 

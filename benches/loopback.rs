@@ -10,16 +10,15 @@ mod support;
 use std::{sync::LazyLock, thread};
 
 use axum::{Router, routing::post};
-use http::{Request, header::CONTENT_TYPE};
+use http::{HeaderValue, Request, header::CONTENT_TYPE};
 use http_body_util::{BodyExt, Full};
 use hyper_util::{
     client::legacy::{Client, connect::HttpConnector},
     rt::TokioExecutor,
 };
-use support::{HEADER, authorization, compare::Comparison, pool};
+use support::{HEADER, authorization, compare::Comparison, instructions::set_header, peers::Cloning, pool};
 use tokio::{net::TcpListener, runtime::Runtime};
-use tower::{Layer, Service, ServiceExt};
-use tower_http::set_header::SetRequestHeaderLayer;
+use tower::{Layer, Service, ServiceExt, retry::Retry};
 use tower_key_rotation::{FailoverLayer, KeyRotationLayer};
 
 type Body = Full<bytes::Bytes>;
@@ -31,6 +30,9 @@ const BARE: &str = "header set by hand";
 const SET_HEADER: &str = "`SetRequestHeader`";
 const LAYER: &str = "`KeyRotationLayer`";
 const FAILOVER: &str = "`FailoverLayer` and `KeyRotationLayer`";
+const RETRY: &str = "tower's `Retry`, cloning, and `SetRequestHeader`";
+
+static PREPARED: LazyLock<HeaderValue> = LazyLock::new(authorization);
 
 /// Where a server of this process listens, on a thread of its own.
 static URL: LazyLock<String> = LazyLock::new(|| {
@@ -114,24 +116,23 @@ where
 fn main() {
     let comparison = Comparison::new("over loopback, by hyper-util's client")
         .case(BARE, || {
-            hyper(|client| client, |request| _ = request.headers_mut().insert(HEADER, authorization()))
+            hyper(|client| client, |request| _ = request.headers_mut().insert(HEADER, PREPARED.clone()))
         })
-        .case(SET_HEADER, || {
-            hyper(|client| SetRequestHeaderLayer::overriding(HEADER, authorization()).layer(client), |_| {})
-        })
+        .case(SET_HEADER, || hyper(set_header, |_| {}))
         .case(LAYER, || hyper(|client| KeyRotationLayer::new(&pool(KEYS)).layer(client), |_| {}))
         .case(FAILOVER, || {
             let pool = pool(KEYS);
             let rotation = KeyRotationLayer::new(&pool);
             hyper(move |client| FailoverLayer::new(&pool).layer(rotation.layer(client)), |_| {})
-        });
+        })
+        .case(RETRY, || hyper(|client| Retry::new(Cloning, set_header(client)), |_| {}));
     if let Some(outcome) = comparison.run() {
         outcome.print(LAYER);
     }
 
     let comparison = Comparison::new("over loopback, by reqwest")
         .case(BARE, || {
-            reqwest(|client| client, |request| _ = request.headers_mut().insert(HEADER, authorization()))
+            reqwest(|client| client, |request| _ = request.headers_mut().insert(HEADER, PREPARED.clone()))
         })
         .case(LAYER, || reqwest(|client| KeyRotationLayer::new(&pool(KEYS)).layer(client), |_| {}))
         .case(FAILOVER, || {

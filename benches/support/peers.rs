@@ -3,6 +3,7 @@
 
 use std::{
     convert::Infallible,
+    future::Ready,
     num::NonZeroU32,
     sync::{
         Arc, Mutex, RwLock,
@@ -13,7 +14,7 @@ use std::{
 
 use governor::{DefaultDirectRateLimiter, DefaultKeyedRateLimiter, Quota, RateLimiter};
 use http::{HeaderValue, Request, Response, StatusCode};
-use tower::{Layer, Service, ServiceExt, limit::RateLimitLayer, service_fn};
+use tower::{Layer, Service, ServiceExt, limit::RateLimitLayer, retry::Policy, service_fn};
 use tower_http::{auth::AddAuthorizationLayer, set_header::SetRequestHeaderLayer};
 
 use super::{HEADER, SECRET, authorization};
@@ -181,4 +182,20 @@ where
             Ok(response)
         }
     })
+}
+
+/// Clones each request and never goes again.
+#[derive(Clone)]
+pub struct Cloning;
+
+impl<B: Clone, R, E> Policy<Request<B>, R, E> for Cloning {
+    type Future = Ready<()>;
+
+    fn retry(&mut self, _: &mut Request<B>, _: &mut Result<R, E>) -> Option<Self::Future> {
+        None
+    }
+
+    fn clone_request(&mut self, request: &Request<B>) -> Option<Request<B>> {
+        Some(request.clone())
+    }
 }
