@@ -30,11 +30,15 @@ use hyper_util::{
     },
     rt::{TokioExecutor, TokioIo},
 };
-use support::{instructions::REQUESTS, *};
+use support::{instructions::REQUESTS, peers::Cloning, *};
 use tokio::{io::DuplexStream, runtime::Runtime};
-use tower::{Layer, Service, ServiceExt};
+use tower::{
+    Layer, Service, ServiceExt,
+    layer::util::Stack,
+    retry::{Retry, RetryLayer},
+};
 use tower_http::set_header::{SetRequestHeader, SetRequestHeaderLayer};
-use tower_key_rotation::{KeyRotation, KeyRotationLayer};
+use tower_key_rotation::{FailoverLayer, KeyRotation, KeyRotationLayer, failover::Failover};
 
 type Body = Full<Bytes>;
 type OverHttp = Client<InMemory, Body>;
@@ -103,9 +107,10 @@ struct Wire<S> {
     client: S,
 }
 
-impl<S> Wire<S>
+impl<S, B> Wire<S>
 where
-    S: Service<Request<Body>, Response = Response<Incoming>, Error: Debug>,
+    S: Service<Request<Body>, Response = Response<B>, Error: Debug>,
+    B: http_body::Body<Data = Bytes, Error: Debug>,
 {
     fn new(layer: impl Layer<OverHttp, Service = S>) -> Self {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
@@ -144,6 +149,33 @@ fn key_rotation(wire: Wire<KeyRotation<OverHttp>>) -> Wire<KeyRotation<OverHttp>
     wire.send_all()
 }
 
-library_benchmark_group!(name = request, benchmarks = [set_request_header, key_rotation]);
+type Retrying = Retry<Cloning, SetRequestHeader<OverHttp, HeaderValue>>;
+
+#[library_benchmark]
+#[bench::over_http(Wire::new(Stack::new(
+    SetRequestHeaderLayer::overriding(HEADER, authorization()),
+    RetryLayer::new(Cloning),
+)))]
+fn retry_and_set_request_header(wire: Wire<Retrying>) -> Wire<Retrying> {
+    wire.send_all()
+}
+
+type FailingOver = Failover<KeyRotation<OverHttp>>;
+
+fn failing_over(keys: usize) -> Wire<FailingOver> {
+    let pool = pool(keys);
+    Wire::new(Stack::new(KeyRotationLayer::new(&pool), FailoverLayer::new(&pool)))
+}
+
+#[library_benchmark]
+#[bench::over_http(failing_over(10))]
+fn failover_and_key_rotation(wire: Wire<FailingOver>) -> Wire<FailingOver> {
+    wire.send_all()
+}
+
+library_benchmark_group!(
+    name = request,
+    benchmarks = [set_request_header, key_rotation, retry_and_set_request_header, failover_and_key_rotation]
+);
 
 main!(library_benchmark_groups = request);

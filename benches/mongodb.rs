@@ -9,28 +9,31 @@
 #[path = "../examples/local/mongod.rs"]
 mod mongod;
 
+mod support;
+
 use std::{
     alloc::System,
-    convert::Infallible,
     env,
-    future::{Ready, ready},
-    hint::black_box,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
-    task::{Context, Poll},
     thread,
     time::{Duration, Instant},
 };
 
-use http::{Request, Response};
+use http::StatusCode;
 use mongodb::{
     Client, Collection,
     bson::{DateTime, Document, doc},
 };
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
-use tower::{Layer, Service};
+use support::{
+    GivesBack, Turns,
+    compare::{Bar, is_benchmark},
+    times::Times,
+};
+use tower::Layer;
 use tower_key_rotation::{
     KeyId, KeyPool, KeyRotationLayer, RecoveryConfig, RecoveryHandle,
     store::{KeyStore, MongoStore},
@@ -48,7 +51,7 @@ const REPETITIONS: usize = 7;
 #[tokio::main(flavor = "multi_thread", worker_threads = 2)]
 async fn main() {
     // `cargo test --benches` only wants to know whether it runs.
-    if !env::args().any(|argument| argument == "--bench") {
+    if !is_benchmark() {
         return;
     }
     let (uri, server) = match env::var("MONGODB_URI") {
@@ -76,8 +79,7 @@ async fn main() {
     row("open a pool", started.elapsed());
     tokio::time::sleep(Duration::from_millis(500)).await;
     let change = region.change();
-    let bytes =
-        change.bytes_allocated + change.bytes_reallocated.max(0).unsigned_abs() - change.bytes_deallocated;
+    let bytes = change.bytes_allocated - change.bytes_deallocated;
     println!("{:<42} {:>10} B", "memory per key, without its secret's bytes", bytes / KEYS - SECRET_BYTES);
 
     let mut reloads = Vec::new();
@@ -91,16 +93,21 @@ async fn main() {
     passes(&pool, &documents).await;
     changes(&store).await;
 
-    let quiet = calls(&pool, Duration::from_secs(2));
+    let quiet = requests(&pool, Duration::from_secs(2));
     let stop = Arc::new(AtomicBool::new(false));
     let reloading = tokio::spawn(reload_until(stop.clone(), pool.clone()));
-    let loaded = calls(&pool, Duration::from_secs(6));
+    let loaded = requests(&pool, Duration::from_secs(6));
     stop.store(true, Relaxed);
     let reloads = reloading.await.unwrap();
-    println!("\na request through the layer, in ns     p50      p99    p99.9      max");
+    Times::print_head("a request");
     quiet.print("nothing else going on");
-    loaded.print(&format!("during {reloads} reloads"));
-    println!("p99 during reloads / without: {:.2}", loaded.at(0.99) / quiet.at(0.99));
+    loaded.print(&format!("beside {reloads} reloads"));
+    println!();
+    Bar::AtMost(3.0).print(
+        "the p99 of a request beside reloads / alone",
+        loaded.at(0.99) / quiet.at(0.99),
+        "",
+    );
 
     database.drop().await.unwrap();
     drop(server);
@@ -168,60 +175,12 @@ async fn reload_until(stop: Arc<AtomicBool>, pool: KeyPool) -> usize {
     reloads
 }
 
-#[derive(Clone)]
-struct Answers;
-
-impl Service<Request<()>> for Answers {
-    type Response = Response<()>;
-    type Error = Infallible;
-    type Future = Ready<Result<Response<()>, Infallible>>;
-
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, request: Request<()>) -> Self::Future {
-        black_box(&request);
-        ready(Ok(Response::new(())))
-    }
-}
-
-struct Times(Vec<u64>);
-
 /// How long each of very many requests takes, on a thread of their own.
-fn calls(pool: &KeyPool, time: Duration) -> Times {
-    let mut service = KeyRotationLayer::new(pool).layer(Answers);
+fn requests(pool: &KeyPool, time: Duration) -> Times {
+    let mut client = KeyRotationLayer::new(pool).layer(GivesBack);
     let measure = move || {
-        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-        let mut times = Vec::with_capacity(64 * 1024 * 1024);
-        let end = Instant::now() + time;
-        runtime.block_on(async {
-            loop {
-                let request = Request::get("https://api.example.com/v1").body(()).unwrap();
-                let started = Instant::now();
-                let answer = service.call(request).await;
-                let elapsed = started.elapsed();
-                assert!(answer.is_ok());
-                times.push(elapsed.as_nanos() as u64);
-                if started > end || times.len() == times.capacity() {
-                    break;
-                }
-            }
-        });
-        times.sort_unstable();
-        Times(times)
+        let mut turns = Turns::new();
+        Times::of(time, move || turns.take(&mut client, StatusCode::OK))
     };
     tokio::task::block_in_place(|| thread::spawn(measure).join().unwrap())
-}
-
-impl Times {
-    fn at(&self, share: f64) -> f64 {
-        self.0[((self.0.len() - 1) as f64 * share) as usize] as f64
-    }
-
-    fn print(&self, when: &str) {
-        let columns: Vec<_> =
-            [0.5, 0.99, 0.999, 1.0].iter().map(|share| format!("{:>8}", self.at(*share))).collect();
-        println!("{when:<33} {}", columns.join(" "));
-    }
 }

@@ -138,9 +138,7 @@ fn by_share() {
         let cases = Comparison::new(format!("by how many of {} keys rest", thousands(keys))).same_header();
         let comparison = shares.into_iter().fold(cases, |cases, rests| cases.layer(keys, rests));
         let Some(outcome) = comparison.run() else { continue };
-        let healthy = layer(keys, Rests::None);
-        outcome.print(&healthy);
-        outcome.bar(&layer(keys, Rests::HalfAtRandom), &healthy, Bar::AtMost(1.3));
+        outcome.print(&layer(keys, Rests::None));
     }
 }
 

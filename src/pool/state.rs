@@ -125,8 +125,9 @@ impl State {
 }
 
 /// Nanoseconds, as the pool's atomics hold them; 584 years at most.
+#[inline]
 pub(crate) fn nanos(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+    duration.as_secs().saturating_mul(1_000_000_000).saturating_add(duration.subsec_nanos().into())
 }
 
 #[derive(Debug)]
