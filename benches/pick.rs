@@ -18,7 +18,7 @@ use std::{
 use http::{Request, Response, StatusCode};
 use support::{
     GivesBack, Turns,
-    compare::{Bar, Comparison, Outcome, is_benchmark},
+    compare::{Bar, Comparison, Outcome},
     peers, plot, rotation,
 };
 use tower::Service;
@@ -111,25 +111,34 @@ fn pick(outcome: &Outcome, case: &str) -> f64 {
 }
 
 fn main() {
-    by_size();
+    let healthy = by_size();
     by_share();
-    beside_a_scan();
+    let resting = beside_a_scan();
+    let (Some(healthy), Some(resting)) = (healthy, resting) else { return };
+    plot::draw(
+        "docs/pick.svg",
+        &[
+            line("Mutex<Vec<Key>>, the first 99 % rest", &resting, by_hand, Rests::MostInFront),
+            line("KeyRotationLayer, the first 99 % rest", &resting, layer, Rests::MostInFront),
+            line("KeyRotationLayer, all healthy", &healthy, layer, Rests::None),
+        ],
+    );
 }
 
-fn by_size() {
+fn line(name: &'static str, outcome: &Outcome, case: fn(usize, Rests) -> String, rests: Rests) -> plot::Line {
+    plot::Line { name, points: SIZES.map(|keys| (keys, pick(outcome, &case(keys, rests)))).into() }
+}
+
+fn by_size() -> Option<Outcome> {
     let cases = Comparison::new("by the size of the pool, all keys healthy").same_header();
-    let comparison = SIZES.iter().fold(cases, |cases, keys| cases.layer(*keys, Rests::None));
-    let Some(outcome) = comparison.run() else { return };
+    let outcome = SIZES.iter().fold(cases, |cases, keys| cases.layer(*keys, Rests::None)).run()?;
     let (least, most) = (layer(1, Rests::None), layer(100_000, Rests::None));
     outcome.print(&least);
-    let ratio = pick(&outcome, &most) / pick(&outcome, &least);
-    println!(
-        "a pick alone: {:.1} ns of 1 key, {:.1} ns of 100,000",
-        pick(&outcome, &least),
-        pick(&outcome, &most)
-    );
-    Bar::AtMost(1.2).print("a pick alone, of 100,000 keys / of 1", ratio, "");
+    let (of_1, of_100_000) = (pick(&outcome, &least), pick(&outcome, &most));
+    println!("a pick alone: {of_1:.1} ns of 1 key, {of_100_000:.1} ns of 100,000");
+    Bar::AtMost(1.2).print("a pick alone, of 100,000 keys / of 1", of_100_000 / of_1, "");
     outcome.bar(&most, &least, Bar::AtMost(1.2));
+    Some(outcome)
 }
 
 fn by_share() {
@@ -142,22 +151,12 @@ fn by_share() {
     }
 }
 
-fn beside_a_scan() {
+fn beside_a_scan() -> Option<Outcome> {
     let rests = Rests::MostInFront;
-    let sizes = &SIZES[2..];
     let cases = Comparison::new("beside a list behind a lock, where the first 99 % rest").same_header();
-    let comparison = sizes.iter().fold(cases, |cases, keys| cases.layer(*keys, rests).by_hand(*keys, rests));
-    let Some(outcome) = comparison.run() else { return };
+    let outcome =
+        SIZES.iter().fold(cases, |cases, keys| cases.layer(*keys, rests).by_hand(*keys, rests)).run()?;
     outcome.print(&layer(10_000, rests));
     outcome.bar(&by_hand(10_000, rests), &layer(10_000, rests), Bar::AtLeast(100.0));
-    if is_benchmark() {
-        let line = |name: &dyn Fn(usize, Rests) -> String| {
-            sizes.iter().map(|keys| (*keys, pick(&outcome, &name(*keys, rests)))).collect()
-        };
-        let lines = [
-            plot::Line { name: "Mutex<Vec<Key>>, scanned", points: line(&by_hand) },
-            plot::Line { name: "KeyRotationLayer", points: line(&layer) },
-        ];
-        plot::draw("docs/pick.svg", &lines);
-    }
+    Some(outcome)
 }

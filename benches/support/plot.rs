@@ -8,7 +8,7 @@ pub struct Line {
     pub points: Vec<(usize, f64)>,
 }
 
-const COLORS: [RGBColor; 2] = [RGBColor(200, 80, 50), RGBColor(40, 110, 180)];
+const COLORS: [RGBColor; 3] = [RGBColor(200, 80, 50), RGBColor(40, 110, 180), RGBColor(90, 160, 80)];
 
 /// Draws what a pick costs by the size of the pool. The path begins at the project's folder.
 pub fn draw(path: &str, lines: &[Line]) {
@@ -21,8 +21,9 @@ pub fn draw(path: &str, lines: &[Line]) {
     let longest = points().map(|(_, time)| time).fold(0.0, f64::max);
 
     let mut chart = ChartBuilder::on(&root)
-        .caption("What a pick costs, of keys of which the first 99 % rest", ("sans-serif", 18))
+        .caption("What a pick costs by the number of keys", ("sans-serif", 18))
         .margin(16)
+        .margin_right(44)
         .x_label_area_size(44)
         .y_label_area_size(72)
         .build_cartesian_2d((fewest_keys..most_keys).log_scale(), (10.0..longest * 2.0).log_scale())
@@ -30,7 +31,7 @@ pub fn draw(path: &str, lines: &[Line]) {
     chart
         .configure_mesh()
         .x_desc("keys in the pool")
-        .y_desc("time")
+        .y_desc("time of a pick")
         .x_label_formatter(&|keys| format!("{keys:.0}"))
         .y_label_formatter(&time)
         .label_style(("sans-serif", 13))
