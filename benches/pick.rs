@@ -66,17 +66,18 @@ where
 }
 
 fn layer(keys: usize, rests: Rests) -> String {
-    format!("layer, {} keys, {}", thousands(keys), rests.name())
+    format!("layer, {}, {}", number_of(keys), rests.name())
 }
 
 fn by_hand(keys: usize, rests: Rests) -> String {
-    format!("`Mutex` by hand, {} keys, {}", thousands(keys), rests.name())
+    format!("`Mutex` by hand, {}, {}", number_of(keys), rests.name())
 }
 
-fn thousands(number: usize) -> String {
-    match number {
-        1_000.. => format!("{},000", number / 1_000),
-        _ => number.to_string(),
+fn number_of(keys: usize) -> String {
+    match keys {
+        1 => "1 key".into(),
+        1_000.. => format!("{},000 keys", keys / 1_000),
+        _ => format!("{keys} keys"),
     }
 }
 
@@ -144,7 +145,7 @@ fn by_size() -> Option<Outcome> {
 fn by_share() {
     for keys in [100, 10_000] {
         let shares = [Rests::None, Rests::HalfAtRandom, Rests::MostAtRandom, Rests::MostInFront];
-        let cases = Comparison::new(format!("by how many of {} keys rest", thousands(keys))).same_header();
+        let cases = Comparison::new(format!("by how many of {} rest", number_of(keys))).same_header();
         let comparison = shares.into_iter().fold(cases, |cases, rests| cases.layer(keys, rests));
         let Some(outcome) = comparison.run() else { continue };
         outcome.print(&layer(keys, Rests::None));

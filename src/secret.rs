@@ -12,7 +12,7 @@ use secrecy::{ExposeSecret, SecretString};
 
 /// The public name of a key: in logs, errors and statistics. It is never derived from the secret.
 ///
-/// 1 to 256 bytes without control characters.
+/// 1 to 256 bytes without control characters; up to 24 are kept in place, a longer one is allocated with each clone.
 ///
 /// ```
 /// use tower_key_rotation::KeyId;

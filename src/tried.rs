@@ -1,10 +1,7 @@
 //! Which keys a request must not go out with again. A `reqwest::Request` carries no extensions that we could
 //! reach, so this goes beside the request.
 
-use std::{
-    future::Future,
-    sync::atomic::{AtomicUsize, Ordering::Relaxed},
-};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use crate::pool::Lease;
 
@@ -12,7 +9,8 @@ tokio::task_local! {
     static TRIED: Vec<Lease>;
 }
 
-/// How many requests are just being sent again. Who finds none need not look into the task, which costs more.
+/// How many requests are just being sent again; with a future to be driven, until it has its answer. Who finds none
+/// need not look into the task, which costs more.
 static SENT_AGAIN: AtomicUsize = AtomicUsize::new(0);
 
 struct SentAgain;

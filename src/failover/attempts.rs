@@ -13,7 +13,7 @@ use crate::{
     pool::Lease,
 };
 
-/// Makes one attempt, with a key that is picked for it and is none of those.
+/// Makes one attempt, with a key that is picked for it and is none of `tried`.
 pub(crate) trait SendOnce<Req, R, E> {
     // Boxed: the compiler can't see yet that an async closure which borrows is `Send`.
     fn send(&mut self, request: Req, tried: Vec<Lease>) -> Sending<'_, R, E>;

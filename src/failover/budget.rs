@@ -12,8 +12,8 @@ use tower::retry::budget::Budget;
 
 use crate::{clock::Clock, pool::nanos};
 
-/// One further attempt for every five requests that went well, and ten more a second. Of either, what is not used
-/// up is kept to a limit, so that a good hour does not pay for a storm in a bad one.
+/// One further attempt for every five requests that went well, and ten more a second. Of either a hundred can be
+/// saved up, so that a good hour does not pay for a storm in a bad one.
 ///
 /// Tower's own `TpsBudget` reads a clock and takes a lock for each request that goes well; this one adds one to a
 /// number.
@@ -22,12 +22,13 @@ pub(super) struct EarnedBudget {
     clock: Arc<dyn Clock>,
     /// In fifths of an attempt.
     earned: AtomicU64,
-    /// Up to when the attempts that time pays for have been spent, in nanoseconds.
+    /// Up to when the attempts that time pays for have been spent, in nanoseconds; ten seconds ahead of the clock,
+    /// so that those before its beginning are no negative number.
     spent_until: AtomicU64,
 }
 
 const PRICE: u64 = 5;
-const MOST_EARNED: u64 = 1_000 * PRICE;
+const MOST_EARNED: u64 = 100 * PRICE;
 const PAID_BY_TIME_EVERY: u64 = nanos_of(Duration::from_millis(100));
 /// Time pays for that long at most, and has done so in the beginning.
 const TIME_COUNTS_FOR: u64 = nanos_of(Duration::from_secs(10));
@@ -44,7 +45,6 @@ impl EarnedBudget {
 
     fn spend_time(&self) -> bool {
         let now = nanos(self.clock.now());
-        // Counted from ten seconds on, so that those before the beginning are no negative number.
         let limit = now.saturating_add(TIME_COUNTS_FOR);
         let spend = |spent: u64| {
             let spent = spent.max(now) + PAID_BY_TIME_EVERY;
@@ -64,8 +64,9 @@ impl Budget for EarnedBudget {
     }
 
     fn withdraw(&self) -> bool {
+        // Time's first: it goes on paying by itself.
         let spend = |earned: u64| earned.checked_sub(PRICE);
-        self.earned.fetch_update(Relaxed, Relaxed, spend).is_ok() || self.spend_time()
+        self.spend_time() || self.earned.fetch_update(Relaxed, Relaxed, spend).is_ok()
     }
 }
 
@@ -108,10 +109,10 @@ mod tests {
     }
 
     #[test]
-    fn a_good_hour_pays_for_a_thousand_attempts_and_no_more() {
+    fn a_good_hour_pays_for_a_hundred_attempts_and_no_more() {
         let (budget, _) = budget();
         (0..1_000_000).for_each(|_| budget.deposit());
-        assert_eq!(withdrawals(&budget), 1_000 + 100);
+        assert_eq!(withdrawals(&budget), 100 + 100);
     }
 
     #[test]

@@ -54,8 +54,8 @@ impl<K> FailoverLayer<K> {
     }
 
     /// What further attempts are paid from, over all requests. By default one further attempt for every five
-    /// requests that went well, of which 1,000 can be saved up, and 10 more a second, of which 100 can; a request
-    /// that can't be cloned earns none.
+    /// requests that went well, and 10 more a second, of either of which 100 can be saved up. A request that can't
+    /// be cloned earns none.
     ///
     /// `tower`'s [`TpsBudget`](tower::retry::budget::TpsBudget) does for a budget of one's own.
     pub fn budget(mut self, budget: impl Budget + Send + Sync + 'static) -> Self {

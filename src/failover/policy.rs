@@ -65,16 +65,26 @@ impl Shared {
         history: &mut History,
         result: &Result<R, Error<E>>,
     ) -> Next {
+        if self.settles(result) {
+            return Next::Stop;
+        }
+        match result.as_ref().ok().and_then(spoke_against) {
+            Some(limited) => self.after_a_limit(history, limited),
+            None if self.can_wait(history.waited) => Next::AfterWaiting,
+            None => Next::Stop,
+        }
+    }
+
+    /// Whether there is nothing more to do after that; what went well is paid into the budget.
+    #[inline]
+    pub(super) fn settles<R: ReadableResponse, E>(&self, result: &Result<R, Error<E>>) -> bool {
         match result {
-            Ok(response) => match spoke_against(response) {
-                Some(limited) => self.after_a_limit(history, limited),
-                None => {
-                    self.budget.deposit();
-                    Next::Stop
-                }
-            },
-            Err(Error::NoKeyAvailable(_)) if self.can_wait(history.waited) => Next::AfterWaiting,
-            Err(_) => Next::Stop,
+            Ok(response) if spoke_against(response).is_some() => false,
+            Ok(_) => {
+                self.budget.deposit();
+                true
+            }
+            Err(error) => error.no_key_available().is_none(),
         }
     }
 

@@ -11,7 +11,7 @@ use tower_service::Service;
 use super::{
     attempts::{History, SendOnce, Sending, go_on, send_with_failover},
     clone::{CloneRequest, TryClone},
-    policy::{FailoverPolicy, spoke_against},
+    policy::FailoverPolicy,
 };
 use crate::{
     error::Error,
@@ -37,7 +37,7 @@ impl<S, K, Req, R, E> Service<Req> for Failover<S, K>
 where
     S: Service<Req, Response = R, Error = Error<E>> + Clone + Send + 'static,
     S::Future: Send + 'static,
-    K: CloneRequest<Req> + Clone + Send + Sync + 'static,
+    K: CloneRequest<Req> + Clone + Send + 'static,
     Req: RequestMessage + Send + 'static,
     R: ReadableResponse + Send + 'static,
     R::Replayed: Send + 'static,
@@ -73,7 +73,7 @@ impl<S: Clone, K: Clone> Failover<S, K> {
     where
         S: Service<Req, Response = R, Error = Error<E>> + Send + 'static,
         S::Future: Send + 'static,
-        K: CloneRequest<Req> + Send + Sync + 'static,
+        K: CloneRequest<Req> + Send + 'static,
         Req: RequestMessage + Send + 'static,
         R: ReadableResponse + Send + 'static,
         R::Replayed: Send + 'static,
@@ -143,7 +143,7 @@ impl<S, K, Req, R, E> Future for FailoverFuture<S, K, Req>
 where
     S: Service<Req, Response = R, Error = Error<E>> + Clone + Send + 'static,
     S::Future: Send,
-    K: CloneRequest<Req> + Clone + Send + Sync + 'static,
+    K: CloneRequest<Req> + Clone + Send + 'static,
     Req: Send + 'static,
     R: ReadableResponse + Send + 'static,
     R::Replayed: Send + 'static,
@@ -156,10 +156,7 @@ where
         let mut this = self.project();
         if let Some(first) = this.first.as_mut().as_pin_mut() {
             let result = ready!(first.poll(cx));
-            if this.again.is_none() || is_settled(&result) {
-                if this.again.is_some() && result.is_ok() {
-                    this.policy.shared.budget.deposit();
-                }
+            if this.again.is_none() || this.policy.shared.settles(&result) {
                 return Poll::Ready(result.map(ReadableResponse::untouched));
             }
             let (client, policy) = (WhenReady(this.client.clone()), this.policy.clone());
@@ -171,15 +168,6 @@ where
             Some(going_on) => going_on.as_mut().poll(cx),
             None => Poll::Pending,
         }
-    }
-}
-
-/// Whether there is nothing more to do.
-#[inline]
-fn is_settled<R: ReadableResponse, E>(result: &Result<R, E>) -> bool {
-    match result {
-        Ok(response) => spoke_against(response).is_none(),
-        Err(error) => error.no_key_available().is_none(),
     }
 }
 

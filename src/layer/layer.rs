@@ -60,13 +60,14 @@ impl KeyRotationLayer {
 
 impl<C, B> KeyRotationLayer<C, B> {
     /// Decides otherwise what a response says of its key: see [`classify`](crate::classify). The classifier is
-    /// cloned for each request, so one that holds much should hold it in an `Arc`.
+    /// cloned for each request: what it holds much of, it should hold behind an `Arc`.
     pub fn classify<D>(self, classifier: D) -> KeyRotationLayer<D, B> {
         KeyRotationLayer { rotation: self.rotation.classify(classifier), bodies: self.bodies }
     }
 
     /// Has each response say which key it was asked for with, as [`ServedBy`](crate::ServedBy) in its
-    /// extensions. That allocates once per response.
+    /// extensions. That allocates once per response, and once more where
+    /// the id is longer than 24 bytes.
     pub fn expose_key(mut self) -> Self {
         self.rotation.observer.expose_key = true;
         self

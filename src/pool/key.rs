@@ -55,8 +55,8 @@ impl UsableKey {
     }
 }
 
-/// Each request writes to it, and reads other parts of it: what is written stands together, in this order, so that
-/// processors pass as few cache lines to each other as may be.
+/// Each request writes to it, and reads other parts of it: what is written stands together, so that processors pass
+/// as few cache lines to each other as may be.
 #[derive(Debug)]
 #[repr(C)]
 pub(crate) struct Key {
@@ -141,6 +141,7 @@ impl Written {
 }
 
 #[derive(Debug, Default)]
+#[repr(C)]
 pub(crate) struct Counts {
     pub(crate) requests: Count,
     pub(crate) limited: AtomicU64,

@@ -44,7 +44,7 @@ pub enum OperateError {
 }
 
 impl KeyPool {
-    /// Adds a key. It is picked as soon as the store has it.
+    /// Adds a key. It is picked as soon as the store, if there is one, has it.
     ///
     /// ```
     /// use tower_key_rotation::KeyPool;
