@@ -11,7 +11,7 @@ mod support;
 
 use gungraun::prelude::*;
 use http::HeaderValue;
-use support::{instructions::*, *};
+use support::{instructions::*, peers::set_header, *};
 use tower_http::set_header::SetRequestHeader;
 use tower_key_rotation::KeyRotation;
 

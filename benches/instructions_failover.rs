@@ -12,7 +12,11 @@ mod support;
 
 use gungraun::prelude::*;
 use http::HeaderValue;
-use support::{instructions::*, peers::Cloning, *};
+use support::{
+    instructions::*,
+    peers::{Cloning, set_header},
+    *,
+};
 use tower::{Layer, retry::Retry};
 use tower_http::set_header::SetRequestHeader;
 use tower_key_rotation::{FailoverLayer, KeyRotation, KeyRotationLayer, failover::Failover};

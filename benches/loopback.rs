@@ -16,7 +16,12 @@ use hyper_util::{
     client::legacy::{Client, connect::HttpConnector},
     rt::TokioExecutor,
 };
-use support::{HEADER, authorization, compare::Comparison, instructions::set_header, peers::Cloning, pool};
+use support::{
+    HEADER, authorization,
+    compare::Comparison,
+    peers::{Cloning, set_header},
+    pool,
+};
 use tokio::{net::TcpListener, runtime::Runtime};
 use tower::{Layer, Service, ServiceExt, retry::Retry};
 use tower_key_rotation::{FailoverLayer, KeyRotationLayer};

@@ -92,9 +92,10 @@ fn a_crowd_returns(keys: usize, times: usize) {
     let usual = medians[requests - requests / 10..].to_vec();
     let medians = Times::from(medians);
     Times::print_head("a request");
-    medians.print(&format!("from the moment on when {keys} cooldowns have ended"));
-    Times::from(usual).print("when all keys are back");
-    Bar::AtMost(50_000.0).print("the longest request", medians.at(1.0), " ns");
+    medians.print(&format!("from the moment on when {keys} cooldowns have ended, medians of {times} times"));
+    Times::from(runs.concat()).print("each of these times");
+    Times::from(usual).print("when all keys are back, medians");
+    Bar::AtMost(50_000.0).print("the longest request, by its median", medians.at(1.0), " ns");
 }
 
 fn after_a_crowd_returned(keys: usize, requests: usize) -> Vec<u64> {

@@ -32,6 +32,7 @@ enum Rests {
     None,
     HalfAtRandom,
     MostAtRandom,
+    /// All but the last one in a hundred, and the last of fewer.
     MostInFront,
 }
 
@@ -41,7 +42,7 @@ impl Rests {
             Self::None => "all healthy",
             Self::HalfAtRandom => "50 % rest, at random",
             Self::MostAtRandom => "99 % rest, at random",
-            Self::MostInFront => "the first 99 % rest",
+            Self::MostInFront => "all rest but the last 1 %",
         }
     }
 
@@ -52,7 +53,7 @@ impl Rests {
             Self::None => false,
             Self::HalfAtRandom => random < 0.5,
             Self::MostAtRandom => random < 0.99,
-            Self::MostInFront => number < keys * 99 / 100,
+            Self::MostInFront => number + (keys / 100).max(1) < keys,
         }
     }
 }
@@ -119,8 +120,8 @@ fn main() {
     plot::draw(
         "docs/pick.svg",
         &[
-            line("Mutex<Vec<Key>>, the first 99 % rest", &resting, by_hand, Rests::MostInFront),
-            line("KeyRotationLayer, the first 99 % rest", &resting, layer, Rests::MostInFront),
+            line("Mutex<Vec<Key>>, all rest but the last 1 %", &resting, by_hand, Rests::MostInFront),
+            line("KeyRotationLayer, all rest but the last 1 %", &resting, layer, Rests::MostInFront),
             line("KeyRotationLayer, all healthy", &healthy, layer, Rests::None),
         ],
     );
@@ -154,7 +155,7 @@ fn by_share() {
 
 fn beside_a_scan() -> Option<Outcome> {
     let rests = Rests::MostInFront;
-    let cases = Comparison::new("beside a list behind a lock, where the first 99 % rest").same_header();
+    let cases = Comparison::new("beside a list behind a lock, where all rest but the last 1 %").same_header();
     let outcome =
         SIZES.iter().fold(cases, |cases, keys| cases.layer(*keys, rests).by_hand(*keys, rests)).run()?;
     outcome.print(&layer(10_000, rests));

@@ -216,11 +216,13 @@ pub struct Report {
     pub pass: u64,
     /// How many passes have failed so far.
     pub failures: u64,
-    /// How many keys all passes together have reset in the store so far.
+    /// How many keys all passes together have reset so far: see [`outcome`](Self::outcome).
     pub recovered: u64,
     /// How long it took.
     pub duration: Duration,
-    /// What it reset in the store, or why it failed.
+    /// What it reset, or why it failed. In a pool over a store that is what had expired in the store; in one that has
+    /// none, what had expired and no request had taken back already.
+    /// [`KeyStats::recovered`](crate::KeyStats::recovered) counts every return.
     pub outcome: Result<Recovered, PassError>,
 }
 

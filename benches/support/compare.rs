@@ -14,7 +14,6 @@ use std::{
 
 const PROCESSES: usize = 5;
 const ROUNDS: usize = 200;
-const BATCH: Duration = Duration::from_micros(100);
 
 /// Tells a process which comparison it is to make for the process that started it.
 const CHILD: &str = "COMPARISON";
@@ -31,11 +30,17 @@ struct Case {
 pub struct Comparison {
     title: String,
     cases: Vec<Case>,
+    batch: Duration,
 }
 
 impl Comparison {
     pub fn new(title: impl Into<String>) -> Self {
-        Self { title: title.into(), cases: Vec::new() }
+        Self { title: title.into(), cases: Vec::new(), batch: Duration::from_micros(100) }
+    }
+
+    /// How long a case goes on before it is another one's turn, at least. By default 100 µs.
+    pub fn batches_of(self, batch: Duration) -> Self {
+        Self { batch, ..self }
     }
 
     /// A case: `start` makes what is then called again and again.
@@ -99,7 +104,7 @@ impl Comparison {
 
     fn measure(&self) -> Rounds {
         let starts = self.cases.iter().chain(self.cases.first());
-        let mut batches: Vec<_> = starts.map(|case| Running::new((case.start)())).collect();
+        let mut batches: Vec<_> = starts.map(|case| Running::new((case.start)(), self.batch)).collect();
         let mut order: Vec<_> = (0..batches.len()).collect();
         (0..ROUNDS)
             .map(|_| {
@@ -121,9 +126,11 @@ struct Running {
 }
 
 impl Running {
-    fn new(mut batch: Batch) -> Self {
+    fn new(mut batch: Batch, at_least: Duration) -> Self {
+        // The shortest of several: the first calls are slow, and a thread may be interrupted in any.
+        let mut shortest = |times| (0..3).map(|_| batch(times)).min();
         let mut times = 1;
-        while batch(times) < BATCH {
+        while shortest(times).is_some_and(|time| time < at_least) {
             times *= 2;
         }
         Self { batch, times }
@@ -137,11 +144,6 @@ impl Running {
 /// Whether this is `cargo bench` rather than `cargo test --benches`.
 pub fn is_benchmark() -> bool {
     env::args().any(|argument| argument == "--bench")
-}
-
-/// Whether this process was started by another one, for a comparison.
-pub fn is_child() -> bool {
-    env::var_os(CHILD).is_some()
 }
 
 pub struct Outcome {
@@ -201,12 +203,17 @@ impl Outcome {
     pub fn print(&self, subject: &str) {
         let first = &self.names[0];
         println!("\n{}\n", self.title);
-        println!("| | ns | ÷ {first} | {subject} ÷ this |");
-        println!("|---|---|---|---|");
+        println!("| | ns | beyond {first} | ÷ {first} | {subject} ÷ this |");
+        println!("|---|---|---|---|---|");
         for name in &self.names {
             let (time, to_first, of_subject) =
                 (self.time(name), self.ratio(name, first), self.ratio(subject, name));
-            println!("| {name} | {} | {to_first:.2} | {of_subject:.2} |", rounded(time));
+            let beyond = self.beyond(name, first);
+            println!(
+                "| {name} | {} | {} | {to_first:.2} | {of_subject:.2} |",
+                rounded(time),
+                rounded(beyond)
+            );
         }
         println!();
     }

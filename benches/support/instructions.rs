@@ -2,17 +2,12 @@
 
 use std::fmt::Debug;
 
-use http::{HeaderValue, Request};
-use tower::{Layer, Service};
-use tower_http::set_header::{SetRequestHeader, SetRequestHeaderLayer};
+use http::Request;
+use tower::Service;
 
-use super::{HEADER, authorization, request, send};
+use super::{request, send};
 
 pub const REQUESTS: usize = 100;
-
-pub fn set_header<S>(inner: S) -> SetRequestHeader<S, HeaderValue> {
-    SetRequestHeaderLayer::overriding(HEADER, authorization()).layer(inner)
-}
 
 /// What only the first request pays for is no part of the others.
 pub fn warm<S: Service<Request<&'static str>, Error: Debug>>(mut service: S) -> S {

@@ -15,7 +15,10 @@ use std::{
 use governor::{DefaultDirectRateLimiter, DefaultKeyedRateLimiter, Quota, RateLimiter};
 use http::{HeaderValue, Request, Response, StatusCode};
 use tower::{Layer, Service, ServiceExt, limit::RateLimitLayer, retry::Policy, service_fn};
-use tower_http::{auth::AddAuthorizationLayer, set_header::SetRequestHeaderLayer};
+use tower_http::{
+    auth::AddAuthorizationLayer,
+    set_header::{SetRequestHeader, SetRequestHeaderLayer},
+};
 
 use super::{HEADER, SECRET, authorization};
 
@@ -27,11 +30,11 @@ impl<B, C, S: Service<Request<B>, Response = Response<C>, Error = Infallible>> C
     type Body = C;
 }
 
-pub fn set_header<B, S: Client<B>>(inner: S) -> impl Client<B, Body = S::Body> {
+pub fn set_header<S>(inner: S) -> SetRequestHeader<S, HeaderValue> {
     set_this_header(inner, authorization())
 }
 
-pub fn set_this_header<B, S: Client<B>>(inner: S, header: HeaderValue) -> impl Client<B, Body = S::Body> {
+pub fn set_this_header<S>(inner: S, header: HeaderValue) -> SetRequestHeader<S, HeaderValue> {
     SetRequestHeaderLayer::overriding(HEADER, header).layer(inner)
 }
 
@@ -45,7 +48,7 @@ pub fn rate_limit<B, S: Client<B>>(inner: S) -> impl Client<B, Body = S::Body> {
 }
 
 fn unreachable_quota() -> Quota {
-    Quota::per_second(NonZeroU32::MAX)
+    Quota::per_second(NonZeroU32::new(1_000_000_000).expect("not zero"))
 }
 
 pub fn governor_direct<B, S: Client<B>>(inner: S) -> impl Client<B, Body = S::Body> {
@@ -83,10 +86,10 @@ impl Key {
     fn is_available(&self, now: Instant) -> bool {
         self.resting_until.is_none_or(|until| until <= now)
     }
+}
 
-    fn header(&self) -> HeaderValue {
-        HeaderValue::from_str(&format!("Bearer {}", self.secret)).expect("text")
-    }
+fn header(secret: &str) -> HeaderValue {
+    HeaderValue::from_str(&format!("Bearer {secret}")).expect("text")
 }
 
 const COOLDOWN: Duration = Duration::from_secs(120);
@@ -117,13 +120,13 @@ where
     service_fn(move |mut request: Request<B>| {
         let (mut inner, keys) = (inner.clone(), keys.clone());
         async move {
-            let (number, header) = {
+            let (number, secret) = {
                 let mut keys = keys.lock().unwrap();
                 let number = first_available(&keys);
                 keys[number].requests += 1;
-                (number, keys[number].header())
+                (number, keys[number].secret.clone())
             };
-            request.headers_mut().insert(HEADER, header);
+            request.headers_mut().insert(HEADER, header(&secret));
             let response = inner.call(request).await?;
             if response.status() == StatusCode::TOO_MANY_REQUESTS {
                 keys.lock().unwrap()[number].resting_until = Some(Instant::now() + COOLDOWN);
@@ -141,13 +144,13 @@ where
     service_fn(move |mut request: Request<B>| {
         let (mut inner, keys) = (inner.clone(), keys.clone());
         async move {
-            let (number, header) = {
+            let (number, secret) = {
                 let mut keys = keys.lock().await;
                 let number = first_available(&keys);
                 keys[number].requests += 1;
-                (number, keys[number].header())
+                (number, keys[number].secret.clone())
             };
-            request.headers_mut().insert(HEADER, header);
+            request.headers_mut().insert(HEADER, header(&secret));
             let response = inner.call(request).await?;
             if response.status() == StatusCode::TOO_MANY_REQUESTS {
                 keys.lock().await[number].resting_until = Some(Instant::now() + COOLDOWN);
@@ -166,15 +169,15 @@ where
     service_fn(move |mut request: Request<B>| {
         let (mut inner, keys, turn) = (inner.clone(), keys.clone(), turn.clone());
         async move {
-            let (number, header) = {
+            let (number, secret) = {
                 let (keys, now) = (keys.read().unwrap(), Instant::now());
                 let from = turn.fetch_add(1, Relaxed);
                 let in_turn = (from..from + keys.len()).map(|number| number % keys.len());
                 let number = { in_turn }.find(|number| keys[*number].is_available(now));
                 let number = number.expect("a key is available");
-                (number, keys[number].header())
+                (number, keys[number].secret.clone())
             };
-            request.headers_mut().insert(HEADER, header);
+            request.headers_mut().insert(HEADER, header(&secret));
             let response = inner.call(request).await?;
             if response.status() == StatusCode::TOO_MANY_REQUESTS {
                 keys.write().unwrap()[number].resting_until = Some(Instant::now() + COOLDOWN);

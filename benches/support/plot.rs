@@ -19,6 +19,8 @@ pub fn draw(path: &str, lines: &[Line]) {
     let most_keys = points().map(|(keys, _)| keys).max().unwrap() as f64;
     let fewest_keys = points().map(|(keys, _)| keys).min().unwrap() as f64;
     let longest = points().map(|(_, time)| time).fold(0.0, f64::max);
+    let shortest = points().map(|(_, time)| time).fold(10.0, f64::min);
+    assert!(shortest > 0.0, "a pick took no time");
 
     let mut chart = ChartBuilder::on(&root)
         .caption("What a pick costs by the number of keys", ("sans-serif", 18))
@@ -26,7 +28,7 @@ pub fn draw(path: &str, lines: &[Line]) {
         .margin_right(44)
         .x_label_area_size(44)
         .y_label_area_size(72)
-        .build_cartesian_2d((fewest_keys..most_keys).log_scale(), (10.0..longest * 2.0).log_scale())
+        .build_cartesian_2d((fewest_keys..most_keys).log_scale(), (shortest..longest * 2.0).log_scale())
         .unwrap();
     chart
         .configure_mesh()
