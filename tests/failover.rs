@@ -8,7 +8,10 @@ use std::{
     collections::HashSet,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicUsize, Ordering::SeqCst},
+        atomic::{
+            AtomicUsize,
+            Ordering::{Relaxed, SeqCst},
+        },
     },
     time::Duration,
 };
@@ -20,7 +23,10 @@ use http_body_util::{BodyExt, Full};
 use hyper_util::{client::legacy::Client, rt::TokioExecutor};
 use support::*;
 use tokio::{sync::Semaphore, task::JoinHandle};
-use tower::{Layer, ServiceExt, retry::budget::TpsBudget};
+use tower::{
+    Layer, ServiceExt,
+    retry::budget::{Budget, TpsBudget},
+};
 use tower_key_rotation::{
     FailoverLayer, KeyPool, KeyRotationLayer, Status, classify::LlmGateway, clock::ManualClock,
 };
@@ -177,7 +183,49 @@ async fn f19_the_default_budget_is_a_fifth_of_the_requests_and_10_a_second() {
     for _ in 0..REQUESTS {
         assert_eq!(status(&client, &server.url()).await, 429);
     }
-    assert!(server.count() <= REQUESTS * 12 / 10 + RESERVE, "{} attempts", server.count());
+    // None of them went well, and no time passed: only the reserve was there to be spent.
+    assert_eq!(server.count(), REQUESTS + RESERVE);
+}
+
+/// Allows every further attempt, and counts what is paid in.
+#[derive(Clone, Default)]
+struct Counting(Arc<AtomicUsize>);
+
+impl Budget for Counting {
+    fn deposit(&self) {
+        self.0.fetch_add(1, Relaxed);
+    }
+
+    fn withdraw(&self) -> bool {
+        true
+    }
+}
+
+#[tokio::test]
+async fn f19_a_request_that_goes_well_pays_into_the_budget_once_and_one_that_does_not_pays_nothing() {
+    let server = Server::start(|request| async move {
+        answer(if key_of(&request) == Some("limited") { 429 } else { 200 }, "body")
+    })
+    .await;
+    for (keys, expected) in
+        [(&["healthy"][..], (200, 1)), (&["limited", "healthy"], (200, 1)), (&["limited"], (429, 0))]
+    {
+        let budget = Counting::default();
+        let pool = builder(keys, &ManualClock::new()).build().unwrap();
+        let client = failing_over(&pool, failover(&pool).budget(budget.clone()));
+        let status = status(&client, &server.url()).await;
+        assert_eq!((status, budget.0.load(Relaxed)), expected, "{keys:?}");
+    }
+
+    let budget = Counting::default();
+    let pool = pool(["healthy"], &ManualClock::new());
+    let client = failing_over(&pool, failover(&pool).budget(budget.clone()));
+    let mut request = reqwest::Request::new(reqwest::Method::POST, server.url().parse().unwrap());
+    *request.body_mut() = Some(reqwest::Body::wrap_stream(iter(["one"].map(Ok::<_, std::io::Error>))));
+    assert_eq!(send(&client, request).await.unwrap().status(), 200);
+    assert_eq!(budget.0.load(Relaxed), 0, "a request that can't be sent again needs no budget");
+    assert!(send(&client, get_request("http://127.0.0.1:1/")).await.is_err());
+    assert_eq!(budget.0.load(Relaxed), 0, "it got no answer");
 }
 
 #[tokio::test]

@@ -96,6 +96,36 @@ async fn the_interval_can_be_set() {
 }
 
 #[tokio::test]
+async fn a_pool_without_a_store_has_its_keys_returned_by_a_sweep_and_nothing_to_be_written() {
+    let clock = ManualClock::new();
+    let pool = pool(["alpha", "beta"], &clock);
+    let server = Server::limiting(["alpha", "beta"]).await;
+    let client = rotating(&pool);
+    let recovery = RecoveryHandle::spawn_with(&pool, passes_by_hand());
+    for _ in 0..2 {
+        assert_eq!(status(&client, &server.url()).await, 429);
+    }
+    assert_eq!((pool.stats().rate_limited, pool.stats().marks_waiting), (2, 0));
+    assert_eq!(recovery.sweep_now().await.outcome.unwrap().count, 0);
+
+    clock.advance(MINUTE * 2);
+    let recovered = recovery.sweep_now().await.outcome.unwrap();
+    assert_eq!((recovered.count, recovered.ids), (2, vec![id("alpha"), id("beta")]));
+    assert_eq!(recovery.sweep_now().await.outcome.unwrap().count, 0);
+    assert_eq!(stats_of(&pool, "alpha").recovered, 1);
+
+    // And one that a request has taken back is no longer there to be returned.
+    assert_eq!(status(&client, &server.url()).await, 429);
+    clock.advance(MINUTE * 2);
+    for _ in 0..2 {
+        assert_eq!(status(&client, &server.url()).await, 429);
+    }
+    assert_eq!(recovery.sweep_now().await.outcome.unwrap().count, 0);
+    assert_eq!(recovery.last_report().unwrap().recovered, 2);
+    recovery.shutdown().await.unwrap();
+}
+
+#[tokio::test]
 async fn a_sweep_now_is_a_pass_of_its_own_and_leaves_the_interval_as_it_is() {
     let bench = Bench::new(["alpha"]).await;
     let recovery = recovery(&bench.pool).await;
