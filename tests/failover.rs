@@ -22,7 +22,10 @@ use http::{HeaderValue, Request};
 use http_body_util::{BodyExt, Full};
 use hyper_util::{client::legacy::Client, rt::TokioExecutor};
 use support::*;
-use tokio::{sync::Semaphore, task::JoinHandle};
+use tokio::{
+    sync::{Barrier, Semaphore},
+    task::JoinHandle,
+};
 use tower::{
     Layer, ServiceExt,
     retry::budget::{Budget, TpsBudget},
@@ -581,6 +584,47 @@ async fn f22_1_000_callers_that_wait_for_one_key_are_let_through_a_few_at_first_
         assert_eq!(caller.unwrap().unwrap(), 200);
     }
     assert_eq!(server.count(), 1 + CALLERS);
+}
+
+#[tokio::test]
+async fn f22_callers_that_were_limited_themselves_are_let_through_again_in_the_same_way() {
+    const CALLERS: usize = 1 + 2 + 4;
+    let clock = ManualClock::new();
+    let pool = pool(["alpha"], &clock);
+    let (permits, held) = (Arc::new(Semaphore::new(0)), Arc::new(AtomicUsize::new(0)));
+    let (together, arrived) = (Arc::new(Barrier::new(CALLERS)), Arc::new(AtomicUsize::new(0)));
+    let server = Server::start({
+        let (permits, held) = (permits.clone(), held.clone());
+        move |_| {
+            let (permits, held, together) = (permits.clone(), held.clone(), together.clone());
+            let is_first = arrived.fetch_add(1, SeqCst) < CALLERS;
+            async move {
+                if is_first {
+                    together.wait().await;
+                    return answer(429, "");
+                }
+                held.fetch_add(1, SeqCst);
+                permits.acquire().await.unwrap().forget();
+                held.fetch_sub(1, SeqCst);
+                answer(200, "")
+            }
+        }
+    })
+    .await;
+    let client = failing_over(&pool, failover(&pool).wait_up_to(5 * MINUTE));
+    let callers: Vec<_> = (0..CALLERS).map(|_| spawn_get(&client, &server.url())).collect();
+    eventually("the key rests", || pool.stats().keys[0].limited == CALLERS as u64).await;
+    settle().await;
+    clock.advance(2 * MINUTE);
+    for at_once in [1, 2, 4] {
+        eventually("a round is at the server", || held.load(SeqCst) == at_once).await;
+        settle().await;
+        assert_eq!(held.load(SeqCst), at_once);
+        permits.add_permits(at_once);
+    }
+    for caller in in_time(join_all(callers)).await {
+        assert_eq!(caller.unwrap().unwrap(), 200);
+    }
 }
 
 #[tokio::test]

@@ -263,3 +263,39 @@ impl SlotsById {
         self.slots.find(self.hasher.hash_one(id), is_it).map(|slot| *slot as usize)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::Weak, time::Duration};
+
+    use super::*;
+    use crate::{
+        inject::Inject,
+        pool::{Rest, key::UsableKey},
+    };
+
+    fn snapshot(ids: &[&str]) -> Snapshot {
+        let key =
+            |id: &&str| UsableKey::new(KeyId::new(id).unwrap(), &"sk".into(), &Inject::bearer()).unwrap();
+        Snapshot::new(ids.iter().map(|id| key(id).healthy_in(Weak::new())).collect(), None)
+    }
+
+    #[test]
+    fn a_key_whose_state_has_changed_is_not_picked_although_the_index_does_not_know_it_yet() {
+        let snapshot = snapshot(&["alpha", "beta"]);
+        let resting = State::resting(Rest::RateLimited, Some(Duration::from_secs(120)));
+        snapshot.keys()[0].state.update(|_| resting);
+        for _ in 0..3 {
+            assert_eq!(snapshot.pick().unwrap().id.as_str(), "beta");
+        }
+        snapshot.keys()[1].state.update(|_| resting);
+        assert!(snapshot.pick().is_none());
+    }
+
+    #[test]
+    fn a_key_is_found_by_its_id_and_no_other_is() {
+        let snapshot = snapshot(&["alpha", "beta"]);
+        assert_eq!(snapshot.get("beta").unwrap().id.as_str(), "beta");
+        assert!(snapshot.get("gamma").is_none());
+    }
+}
