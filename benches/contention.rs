@@ -8,7 +8,7 @@ mod support;
 
 use std::{
     fmt::Debug,
-    sync::{Arc, Barrier, Mutex, RwLock},
+    sync::{Arc, Barrier, Mutex},
     thread,
     time::{Duration, Instant},
 };
@@ -17,7 +17,8 @@ use http::{Request, Response, StatusCode};
 use support::{
     GivesBack, Turns,
     compare::{Bar, Comparison},
-    peers, rotation,
+    peers::{self, InTurn},
+    rotation,
 };
 use tower::Service;
 
@@ -76,11 +77,11 @@ fn main() {
         })
         .timed(MUTEX, move || {
             let keys = Arc::new(Mutex::new(by_hand()));
-            together(for_each_thread(|| peers::mutex(GivesBack, keys.clone())))
+            together(for_each_thread(|| peers::by_hand(GivesBack, keys.clone())))
         })
         .timed(RW_LOCK, move || {
-            let keys = Arc::new(RwLock::new(by_hand()));
-            together(for_each_thread(|| peers::rw_lock(GivesBack, keys.clone())))
+            let keys = Arc::new(InTurn::new(by_hand()));
+            together(for_each_thread(|| peers::by_hand(GivesBack, keys.clone())))
         });
     let Some(outcome) = comparison.run() else { return };
     outcome.print(LAYER);

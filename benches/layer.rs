@@ -8,14 +8,15 @@ mod support;
 
 use std::{
     fmt::Debug,
-    sync::{Arc, Mutex, RwLock},
+    sync::{Arc, Mutex},
 };
 
 use http::Request;
 use support::{
     Answers,
     compare::{Bar, Comparison},
-    peers, request, rotation, send,
+    peers::{self, InTurn},
+    request, rotation, send,
 };
 use tower::Service;
 
@@ -49,13 +50,13 @@ fn main() {
         .case("`SetRequestHeader` and `governor`", || sends(peers::governor_direct(Answers)))
         .case("`governor` for each key", || sends(peers::governor_keyed(Answers, KEYS)))
         .case("by hand: `Mutex`, first key", move || {
-            sends(peers::mutex(Answers, Arc::new(Mutex::new(by_hand()))))
+            sends(peers::by_hand(Answers, Arc::new(Mutex::new(by_hand()))))
         })
         .case("by hand: `RwLock`, in turn", move || {
-            sends(peers::rw_lock(Answers, Arc::new(RwLock::new(by_hand()))))
+            sends(peers::by_hand(Answers, Arc::new(InTurn::new(by_hand()))))
         })
         .case("by hand: tokio's `Mutex`, first key", move || {
-            sends(peers::tokio_mutex(Answers, Arc::new(tokio::sync::Mutex::new(by_hand()))))
+            sends(peers::by_hand(Answers, Arc::new(tokio::sync::Mutex::new(by_hand()))))
         });
     if let Some(outcome) = comparison.run() {
         outcome.print(LAYER);

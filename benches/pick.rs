@@ -102,7 +102,7 @@ impl Cases for Comparison {
     fn by_hand(self, keys: usize, rests: Rests) -> Self {
         self.case(by_hand(keys, rests), move || {
             let list = peers::keys(keys, |number| rests.includes(number, keys));
-            takes_turns(peers::mutex(GivesBack, Arc::new(Mutex::new(list))))
+            takes_turns(peers::by_hand(GivesBack, Arc::new(Mutex::new(list))))
         })
     }
 }

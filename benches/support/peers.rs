@@ -3,7 +3,7 @@
 
 use std::{
     convert::Infallible,
-    future::Ready,
+    future::{Future, Ready},
     num::NonZeroU32,
     sync::{
         Arc, Mutex, RwLock,
@@ -86,10 +86,11 @@ impl Key {
     fn is_available(&self, now: Instant) -> bool {
         self.resting_until.is_none_or(|until| until <= now)
     }
-}
 
-fn header(secret: &str) -> HeaderValue {
-    HeaderValue::from_str(&format!("Bearer {secret}")).expect("text")
+    fn rest(&mut self) {
+        self.resting_until = Some(Instant::now() + COOLDOWN);
+        self.last_error = Some("limited".into());
+    }
 }
 
 const COOLDOWN: Duration = Duration::from_secs(120);
@@ -107,80 +108,83 @@ pub fn keys(keys: usize, rests: impl Fn(usize) -> bool) -> Vec<Key> {
     (0..keys).map(key).collect()
 }
 
-fn first_available(keys: &[Key]) -> usize {
+/// A list of keys behind a lock.
+pub trait List {
+    /// A key that doesn't rest: its place, and its secret.
+    fn pick(&self) -> impl Future<Output = (usize, String)>;
+    fn rest(&self, number: usize) -> impl Future<Output = ()>;
+}
+
+fn first(keys: &mut [Key]) -> (usize, String) {
     let now = Instant::now();
-    keys.iter().position(|key| key.is_available(now)).expect("a key is available")
+    let number = keys.iter().position(|key| key.is_available(now)).expect("a key is available");
+    keys[number].requests += 1;
+    (number, keys[number].secret.clone())
 }
 
-/// `std::sync::Mutex`, and the first key that doesn't rest.
-pub fn mutex<B, S>(inner: S, keys: Arc<Mutex<Vec<Key>>>) -> impl Client<B, Body = S::Body>
-where
-    S: Client<B> + Clone,
-{
-    service_fn(move |mut request: Request<B>| {
-        let (mut inner, keys) = (inner.clone(), keys.clone());
-        async move {
-            let (number, secret) = {
-                let mut keys = keys.lock().unwrap();
-                let number = first_available(&keys);
-                keys[number].requests += 1;
-                (number, keys[number].secret.clone())
-            };
-            request.headers_mut().insert(HEADER, header(&secret));
-            let response = inner.call(request).await?;
-            if response.status() == StatusCode::TOO_MANY_REQUESTS {
-                keys.lock().unwrap()[number].resting_until = Some(Instant::now() + COOLDOWN);
-            }
-            Ok(response)
-        }
-    })
+/// The first key that doesn't rest.
+impl List for Mutex<Vec<Key>> {
+    async fn pick(&self) -> (usize, String) {
+        first(&mut self.lock().unwrap())
+    }
+
+    async fn rest(&self, number: usize) {
+        self.lock().unwrap()[number].rest();
+    }
 }
 
-/// `tokio::sync::Mutex`, and the first key that doesn't rest.
-pub fn tokio_mutex<B, S>(inner: S, keys: Arc<tokio::sync::Mutex<Vec<Key>>>) -> impl Client<B, Body = S::Body>
-where
-    S: Client<B> + Clone,
-{
-    service_fn(move |mut request: Request<B>| {
-        let (mut inner, keys) = (inner.clone(), keys.clone());
-        async move {
-            let (number, secret) = {
-                let mut keys = keys.lock().await;
-                let number = first_available(&keys);
-                keys[number].requests += 1;
-                (number, keys[number].secret.clone())
-            };
-            request.headers_mut().insert(HEADER, header(&secret));
-            let response = inner.call(request).await?;
-            if response.status() == StatusCode::TOO_MANY_REQUESTS {
-                keys.lock().await[number].resting_until = Some(Instant::now() + COOLDOWN);
-            }
-            Ok(response)
-        }
-    })
+/// The first key that doesn't rest.
+impl List for tokio::sync::Mutex<Vec<Key>> {
+    async fn pick(&self) -> (usize, String) {
+        first(&mut self.lock().await)
+    }
+
+    async fn rest(&self, number: usize) {
+        self.lock().await[number].rest();
+    }
 }
 
-/// `std::sync::RwLock`, and the next key in turn that doesn't rest.
-pub fn rw_lock<B, S>(inner: S, keys: Arc<RwLock<Vec<Key>>>) -> impl Client<B, Body = S::Body>
+/// The next key in turn that doesn't rest.
+pub struct InTurn {
+    keys: RwLock<Vec<Key>>,
+    turn: AtomicUsize,
+}
+
+impl InTurn {
+    pub fn new(keys: Vec<Key>) -> Self {
+        Self { keys: RwLock::new(keys), turn: AtomicUsize::new(0) }
+    }
+}
+
+impl List for InTurn {
+    async fn pick(&self) -> (usize, String) {
+        let (keys, now) = (self.keys.read().unwrap(), Instant::now());
+        let from = self.turn.fetch_add(1, Relaxed);
+        let mut in_turn = (from..from + keys.len()).map(|number| number % keys.len());
+        let number = in_turn.find(|number| keys[*number].is_available(now)).expect("a key is available");
+        (number, keys[number].secret.clone())
+    }
+
+    async fn rest(&self, number: usize) {
+        self.keys.write().unwrap()[number].rest();
+    }
+}
+
+/// Rotation as it is written by hand.
+pub fn by_hand<B, S, L>(inner: S, list: Arc<L>) -> impl Client<B, Body = S::Body>
 where
     S: Client<B> + Clone,
+    L: List,
 {
-    let turn = Arc::new(AtomicUsize::new(0));
     service_fn(move |mut request: Request<B>| {
-        let (mut inner, keys, turn) = (inner.clone(), keys.clone(), turn.clone());
+        let (mut inner, list) = (inner.clone(), list.clone());
         async move {
-            let (number, secret) = {
-                let (keys, now) = (keys.read().unwrap(), Instant::now());
-                let from = turn.fetch_add(1, Relaxed);
-                let in_turn = (from..from + keys.len()).map(|number| number % keys.len());
-                let number = { in_turn }.find(|number| keys[*number].is_available(now));
-                let number = number.expect("a key is available");
-                (number, keys[number].secret.clone())
-            };
-            request.headers_mut().insert(HEADER, header(&secret));
+            let (number, secret) = list.pick().await;
+            let header = HeaderValue::from_str(&format!("Bearer {secret}")).expect("text");
+            request.headers_mut().insert(HEADER, header);
             let response = inner.call(request).await?;
             if response.status() == StatusCode::TOO_MANY_REQUESTS {
-                keys.write().unwrap()[number].resting_until = Some(Instant::now() + COOLDOWN);
+                list.rest(number).await;
             }
             Ok(response)
         }
