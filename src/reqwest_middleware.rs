@@ -64,16 +64,18 @@ impl<C: ClassifyResponse> KeyRotationMiddleware<C> {
         let Some(lease) = self.rotation.prepare(&mut request)? else {
             return next.run(request, extensions).await.map_err(Error::Inner);
         };
-        let mut result = next.run(request, extensions).await;
-        if let (Some(limits), Ok(response)) = (self.bodies, &result)
-            && self.rotation.observer.wants_body(response)
-        {
-            result = match result {
-                Ok(response) => Ok(limits.read(&self.rotation.pool, response).await),
-                error => error,
-            };
-        }
+        let result = match next.run(request, extensions).await {
+            Ok(response) => Ok(self.with_what_is_read(response).await),
+            error => error,
+        };
         self.rotation.observer.settle(&lease, result)
+    }
+
+    async fn with_what_is_read(&self, response: Response) -> Response {
+        match self.bodies.filter(|_| self.rotation.observer.wants_body(&response)) {
+            Some(limits) => limits.read(&self.rotation.pool, response).await,
+            None => response,
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! A request's attempts, one after the other.
 
-use std::{pin::Pin, sync::Arc, time::Duration};
+use std::{pin::Pin, time::Duration};
 
 use super::{
     clone::CloneRequest,
@@ -10,7 +10,7 @@ use super::{
 use crate::{
     error::Error,
     message::{ReadableResponse, RequestMessage},
-    pool::Lease,
+    pool::{Lease, NoKeyAvailable},
 };
 
 /// Makes one attempt, with a key that is picked for it and is none of `tried`.
@@ -33,9 +33,13 @@ pub(super) struct History {
 }
 
 impl History {
-    async fn wait(&mut self, shared: &Arc<Shared>) -> Result<(), crate::NoKeyAvailable> {
-        let (turn, waited) = shared.wait(self.waited).await;
-        self.waited = waited;
+    /// Waits for a turn, for as long as there is left of what a request may wait in all.
+    async fn wait(&mut self, shared: &Shared) -> Result<(), NoKeyAvailable> {
+        let clock = shared.pool.clock();
+        let before = clock.now();
+        let limit = shared.wait.saturating_sub(self.waited);
+        let turn = shared.gate.clone().enter(&shared.pool, limit).await;
+        self.waited += clock.now().saturating_sub(before);
         // Who has waited may go with any key whose cooldown is over.
         self.tried.clear();
         self.pass = Some(turn?);

@@ -4,16 +4,12 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use tower::retry::budget::Budget;
 
-use super::{
-    attempts::History,
-    budget::EarnedBudget,
-    gate::{Gate, Pass},
-};
+use super::{attempts::History, budget::EarnedBudget, gate::Gate};
 use crate::{
     error::Error,
     hosts::Ruling,
     message::{ReadableResponse, RequestMessage},
-    pool::{KeyPool, Lease, NoKeyAvailable},
+    pool::{KeyPool, Lease},
     rotation::{BodyLimits, SpokeAgainstKey},
 };
 
@@ -48,15 +44,6 @@ impl Shared {
     /// Whether this request has to queue before it is sent at all.
     pub(super) fn is_closed_to<Req: RequestMessage>(&self, request: &Req) -> bool {
         self.is_closed() && self.pool.hosts().rule(request) == Ruling::Key
-    }
-
-    /// Waits for a turn, having waited before for `waited`; says for how long in all.
-    pub(super) async fn wait(&self, waited: Duration) -> (Result<Pass, NoKeyAvailable>, Duration) {
-        let clock = self.pool.clock();
-        let before = clock.now();
-        let limit = self.wait.saturating_sub(waited);
-        let turn = self.gate.clone().enter(&self.pool, limit).await;
-        (turn, waited + clock.now().saturating_sub(before))
     }
 
     /// What to do after an attempt of a request that can be sent again.

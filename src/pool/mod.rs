@@ -288,17 +288,20 @@ impl KeyPool {
 
     /// Returns every key whose rest has ended, and says which.
     fn return_all_expired(&self, snapshot: &Snapshot, now: u64) -> Recovered {
-        let mut ids = Vec::new();
+        let (mut count, mut ids) = (0, Vec::new());
         for _ in 0..=snapshot.keys().len() {
             if snapshot.earliest() > now {
                 break;
             }
             snapshot.return_expired(now, |key| {
                 has_returned(key);
-                ids.push(key.id.clone());
+                count += 1;
+                if ids.len() <= Recovered::NAMED_AT_MOST {
+                    ids.push(key.id.clone());
+                }
             });
         }
-        Recovered::new(ids.len() as u64, ids)
+        Recovered::new(count, ids)
     }
 
     /// Brings the indexes in line with the state of a key, in the snapshot that is in use when this returns.
