@@ -47,6 +47,7 @@
 //! - [`RecoveryHandle`] and [`store`]: state that outlives a process, and is shared by several, in MongoDB for
 //!   one.
 //! - `KeyRotationMiddleware`: all of it for `reqwest-middleware`.
+//! - `same_origin_redirects`: a `reqwest` client that takes no key to another host.
 //!
 //! # Features
 //!
@@ -78,6 +79,8 @@ mod message;
 mod pool;
 mod query;
 mod recovery;
+#[cfg(feature = "reqwest")]
+mod redirects;
 mod replay;
 #[cfg(feature = "reqwest-middleware")]
 mod reqwest_middleware;
@@ -89,6 +92,8 @@ mod tried;
 
 #[cfg(feature = "failover")]
 pub use self::failover::FailoverLayer;
+#[cfg(feature = "reqwest")]
+pub use self::redirects::same_origin_redirects;
 #[cfg(feature = "reqwest-middleware")]
 pub use self::reqwest_middleware::KeyRotationMiddleware;
 pub use self::{

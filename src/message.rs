@@ -3,7 +3,11 @@
 use std::{error::Error as StdError, fmt};
 
 use bytes::Bytes;
-use http::{HeaderMap, Request, Response, StatusCode, Uri, header::HOST, uri::PathAndQuery};
+use http::{
+    HeaderMap, HeaderValue, Request, Response, StatusCode, Uri,
+    header::{HOST, LOCATION},
+    uri::PathAndQuery,
+};
 use http_body::Body;
 
 use crate::{
@@ -41,12 +45,10 @@ pub trait ResponseMessage: sealed::Sealed + Sized {
     fn extensions(&self) -> &http::Extensions;
     #[doc(hidden)]
     fn extensions_mut(&mut self) -> &mut http::Extensions;
-    /// Takes a key out of the URL that the response remembers, if it does.
+    /// Takes a key out of `Location`, and of the URL that the response remembers, if it does.
     #[doc(hidden)]
     #[must_use]
-    fn without_query(self, _parameters: &[Parameter]) -> Self {
-        self
-    }
+    fn without_query(self, parameters: &[Parameter]) -> Self;
 }
 
 /// A response whose body can be read in part and still be passed on whole.
@@ -154,6 +156,21 @@ impl<B> ResponseMessage for Response<B> {
     fn extensions_mut(&mut self) -> &mut http::Extensions {
         self.extensions_mut()
     }
+
+    fn without_query(mut self, parameters: &[Parameter]) -> Self {
+        forget_in_location(self.headers_mut(), parameters);
+        self
+    }
+}
+
+/// Servers redirect with the query that they were asked with, and who follows takes it to another host.
+fn forget_in_location(headers: &mut HeaderMap, parameters: &[Parameter]) {
+    let Some(location) = headers.get(LOCATION).and_then(|location| location.to_str().ok()) else { return };
+    if let Some(without) = query::url_without(location, parameters)
+        && let Ok(without) = HeaderValue::try_from(without)
+    {
+        headers.insert(LOCATION, without);
+    }
 }
 
 impl<B> ReadableResponse for Response<B>
@@ -237,7 +254,8 @@ mod for_reqwest {
         fn without_query(self, parameters: &[Parameter]) -> Self {
             let mut url = self.url().clone();
             forget(&mut url, parameters);
-            from_http(self.into(), url)
+            let response = http::Response::<reqwest::Body>::from(self);
+            from_http(response.without_query(parameters), url)
         }
     }
 

@@ -24,6 +24,15 @@ impl Parameter {
     pub(crate) fn encoded(&self) -> &str {
         &self.encoded
     }
+
+    /// Whether it stands in that text, which may be encoded once, or once more as a part of a URL in a URL.
+    fn is_in(&self, text: &str) -> bool {
+        const DEEPEST: usize = 3;
+        let decoded = |text: &str| percent_decode_str(text).decode_utf8_lossy().into_owned();
+        let own = decoded(&self.encoded);
+        let inner = std::iter::successors(Some(decoded(text)), |text| Some(decoded(text)));
+        inner.take(DEEPEST).any(|text| text.contains(&own))
+    }
 }
 
 /// The query with these parameters in place of any of the same names.
@@ -37,6 +46,18 @@ pub(crate) fn with(query: Option<&str>, parameters: &[Parameter]) -> String {
 pub(crate) fn without(query: Option<&str>, parameters: &[Parameter]) -> Option<String> {
     let left = others(query, parameters).collect::<Vec<_>>();
     (!left.is_empty()).then(|| left.join("&"))
+}
+
+/// A URL, whole or relative, without what holds one of these parameters in its query; `None` where nothing
+/// does. Another parameter of the same name stays: to another host, it may mean something else.
+pub(crate) fn url_without(url: &str, parameters: &[Parameter]) -> Option<String> {
+    let (rest, fragment) = url.split_at(url.find('#').unwrap_or(url.len()));
+    let (path, query) = rest.split_once('?')?;
+    let pairs = || query.split('&');
+    let holds_none = |pair: &&str| !parameters.iter().any(|own| own.is_in(pair));
+    let left = pairs().filter(holds_none).collect::<Vec<_>>();
+    let mark = if left.is_empty() { "" } else { "?" };
+    (left.len() < pairs().count()).then(|| format!("{path}{mark}{}{fragment}", left.join("&")))
 }
 
 fn others<'q>(query: Option<&'q str>, parameters: &[Parameter]) -> impl Iterator<Item = &'q str> {
@@ -74,5 +95,21 @@ mod tests {
         let key = [Parameter::new("key", "new")];
         assert_eq!(without(Some("key=new&x=1"), &key), Some("x=1".into()));
         assert_eq!(without(Some("key=new"), &key), None);
+    }
+
+    #[test]
+    fn a_key_is_taken_out_of_a_url_however_it_is_encoded_there() {
+        let key = [Parameter::new("key", "s&cret/1")];
+        for (url, without) in [
+            ("https://other.test/v1?key=s%26cret%2F1", Some("https://other.test/v1")),
+            ("/v1?a=1&key=s%26cret/1&b#top", Some("/v1?a=1&b#top")),
+            ("/login?to=https%3A%2F%2Fa.test%2F%3Fkey%3Ds%2526cret%252F1&x=", Some("/login?x=")),
+            ("?k%65y=s%26cret%2f1", Some("")),
+            ("https://other.test/v1?key=somebody-elses", None),
+            ("https://other.test/v1", None),
+            ("/v1?", None),
+        ] {
+            assert_eq!(url_without(url, &key).as_deref(), without, "{url}");
+        }
     }
 }
