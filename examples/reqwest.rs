@@ -10,9 +10,11 @@ mod local;
 
 use std::{env, error::Error, time::Duration};
 
-use reqwest::{Method, Request, Url, redirect};
+use reqwest::{Method, Request, Url};
 use tower::{Service, ServiceBuilder, ServiceExt};
-use tower_key_rotation::{FailoverLayer, KeyPool, KeyRotationLayer, RecoveryHandle, ServedBy};
+use tower_key_rotation::{
+    FailoverLayer, KeyPool, KeyRotationLayer, RecoveryHandle, ServedBy, same_origin_redirects,
+};
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
@@ -24,8 +26,8 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let pool = keys.allowed_hosts(url.host_str()).build()?;
     let recovery = RecoveryHandle::spawn(&pool);
 
-    // A redirect that reqwest follows by itself would take a key along: see the README.
-    let client = reqwest::Client::builder().redirect(redirect::Policy::none()).build()?;
+    // By itself, reqwest would take a key along to other hosts.
+    let client = same_origin_redirects(reqwest::Client::builder()).build()?;
     let mut client = ServiceBuilder::new()
         .layer(FailoverLayer::new(&pool).wait_up_to(Duration::from_secs(10)))
         .layer(KeyRotationLayer::new(&pool).expose_key())

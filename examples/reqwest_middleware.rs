@@ -10,10 +10,10 @@ mod local;
 
 use std::{env, error::Error};
 
-use reqwest::redirect;
 use reqwest_middleware::ClientBuilder;
 use tower_key_rotation::{
     FailoverLayer, KeyPool, KeyRotationLayer, KeyRotationMiddleware, RecoveryHandle, classify::LlmGateway,
+    same_origin_redirects,
 };
 
 #[tokio::main]
@@ -25,7 +25,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let recovery = RecoveryHandle::spawn(&pool);
 
     let rotation = KeyRotationLayer::new(&pool).classify(LlmGateway::new()).read_error_bodies(16 * 1024);
-    let client = reqwest::Client::builder().redirect(redirect::Policy::none()).build()?;
+    let client = same_origin_redirects(reqwest::Client::builder()).build()?;
     let client = ClientBuilder::new(client)
         .with(KeyRotationMiddleware::new(rotation).with_failover(FailoverLayer::new(&pool)))
         .build();

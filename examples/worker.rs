@@ -22,7 +22,7 @@ use std::{
 };
 
 use clap::Parser;
-use reqwest::{Method, Request, StatusCode, Url, redirect};
+use reqwest::{Method, Request, StatusCode, Url};
 use serde_json::json;
 use tokio::{
     sync::oneshot,
@@ -32,7 +32,7 @@ use tokio::{
 use tower::{Layer, Service, ServiceExt};
 use tower_key_rotation::{
     Error as KeyError, KeyPool, KeyRotation, KeyRotationLayer, RecoveryConfig, RecoveryHandle,
-    store::MongoStore,
+    same_origin_redirects, store::MongoStore,
 };
 
 /// Sends requests with keys from MongoDB, which other workers use too.
@@ -85,7 +85,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     );
 
     // A redirect that reqwest follows by itself would take a key along.
-    let client = reqwest::Client::builder().redirect(redirect::Policy::none()).build()?;
+    let client = same_origin_redirects(reqwest::Client::builder()).build()?;
     let client = KeyRotationLayer::new(&pool).layer(client);
     let counts = Arc::new(Counts::default());
     tokio::select! {

@@ -9,7 +9,10 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, header::AUTHORIZATION};
 use zeroize::Zeroizing;
 
-use crate::{query, secret::Secret};
+use crate::{
+    query,
+    secret::{Secret, is_encrypted},
+};
 
 /// Where a key goes: one place, or several at once.
 ///
@@ -279,6 +282,9 @@ pub(crate) fn check(secret: &str) -> Result<(), UnusableSecret> {
     if secret.is_empty() {
         return Err(UnusableSecret::Empty);
     }
+    if is_encrypted(secret) {
+        return Err(UnusableSecret::Encrypted);
+    }
     if secret.chars().any(char::is_control) {
         return Err(UnusableSecret::Control);
     }
@@ -307,6 +313,9 @@ pub enum UnusableSecret {
     /// It begins or ends with a space.
     #[error("the secret begins or ends with a space")]
     EdgeSpace,
+    /// It is one that is encrypted, as it stands in a store.
+    #[error("the secret is encrypted: it is what a store holds, not a key")]
+    Encrypted,
     /// A function given to [`Inject::custom`] could make nothing of it.
     #[error("the secret does not have the form that is expected")]
     Form,
@@ -383,6 +392,13 @@ mod tests {
         assert_eq!(refused("a "), UnusableSecret::EdgeSpace);
         assert_eq!(refused("schlüssel"), UnusableSecret::NotAscii);
         assert_eq!(refused("a\u{a0}"), UnusableSecret::NotAscii);
+    }
+
+    /// Broken once: without the check, a pool over any store sent what it could not decrypt.
+    #[test]
+    fn s05_a_secret_that_is_encrypted_is_not_sent_to_a_service() {
+        let refused = Inject::bearer().render(&"encrypted.v1.2026a.eLH6eRw6wIzwAOCDf3w0DQ55l0Q".into());
+        assert_eq!(refused.map(|_| ()).unwrap_err(), UnusableSecret::Encrypted);
     }
 
     #[test]

@@ -55,6 +55,7 @@
 //!
 //! | feature | what it adds |
 //! |---|---|
+//! | `encryption` | `DataKeys`: secrets are encrypted in MongoDB; brings `mongodb` |
 //! | `failover` | [`failover`]: a limited request is sent again with another key |
 //! | `mongodb` | `MongoStore`: keys and their state shared by many processes |
 //! | `reqwest` | the layers over `reqwest::Request` |

@@ -108,6 +108,11 @@ impl Secret {
     }
 }
 
+/// Whether it is a secret as a store encrypts it, of whatever version, and so none to send to a service.
+pub(crate) fn is_encrypted(secret: &str) -> bool {
+    secret.starts_with("encrypted.v")
+}
+
 impl PartialEq for Secret {
     fn eq(&self, other: &Self) -> bool {
         self.expose() == other.expose()

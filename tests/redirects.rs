@@ -7,11 +7,8 @@ use http::{Method, Request, StatusCode, header::LOCATION};
 use http_body_util::Full;
 use hyper_util::{client::legacy::Client, rt::TokioExecutor};
 use support::{Server, answer, answer_with, http};
-use tower::{Layer, Service, ServiceExt};
-use tower_http::follow_redirect::{
-    FollowRedirectLayer,
-    policy::{PolicyExt, SameOrigin},
-};
+use tower::{Layer, ServiceExt};
+use tower_http::follow_redirect::{FollowRedirectLayer, policy::SameOrigin};
 use tower_key_rotation::{
     Inject, KeyPool, KeyPoolBuilder, KeyRotationLayer, KeyRotationMiddleware, same_origin_redirects,
 };
@@ -32,11 +29,7 @@ async fn redirecting(status: u16) -> (Server, Server) {
 }
 
 fn places() -> [(&'static str, Inject); 3] {
-    [
-        ("bearer", Inject::bearer()),
-        ("header", Inject::header("x-api-key")),
-        ("query", Inject::query("key")),
-    ]
+    [("bearer", Inject::bearer()), ("header", Inject::header("x-api-key")), ("query", Inject::query("key"))]
 }
 
 fn pool(inject: &Inject) -> KeyPoolBuilder {
@@ -50,9 +43,7 @@ fn holds_the_key(text: impl AsRef<[u8]>) -> bool {
 
 fn got_the_key(request: &Request<Bytes>) -> bool {
     let mut headers = request.headers().values();
-    holds_the_key(request.uri().to_string())
-        || headers.any(holds_the_key)
-        || holds_the_key(request.body())
+    holds_the_key(request.uri().to_string()) || headers.any(holds_the_key) || holds_the_key(request.body())
 }
 
 /// Every kind of redirect, of every method that matters, with a key in every place.
@@ -152,7 +143,11 @@ async fn redirecting_within() -> Server {
     Server::start(|request| {
         let moved = request.uri().path() == "/v1";
         let location = format!("/v2?{}", request.uri().query().unwrap_or_default());
-        std::future::ready(if moved { answer_with(307, [("location", &location)], "") } else { answer(200, "") })
+        std::future::ready(if moved {
+            answer_with(307, [("location", &location)], "")
+        } else {
+            answer(200, "")
+        })
     })
     .await
 }
@@ -197,6 +192,6 @@ async fn a_reqwest_client_as_it_comes_takes_keys_to_wherever_a_service_says() {
         let followed = &second.requests()[0];
         assert_eq!(got_the_key(followed), *place != "bearer", "{place}: {followed:?}");
         let referer = followed.headers().get("referer");
-        assert_eq!(referer.is_some_and(|referer| holds_the_key(referer)), *place == "query");
+        assert_eq!(referer.is_some_and(holds_the_key), *place == "query");
     }
 }

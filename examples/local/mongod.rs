@@ -47,6 +47,10 @@ pub enum Kind {
     ReplicaSet,
 }
 
+fn folder_of(address: SocketAddr) -> PathBuf {
+    env::temp_dir().join(format!("mongod-{}-{}", std::process::id(), address.port()))
+}
+
 /// A running server.
 #[derive(Debug)]
 pub struct Mongod {
@@ -73,7 +77,7 @@ impl Mongod {
     async fn start_on_a_free_port(program: &Path, kind: Kind) -> Result<Self, String> {
         let free = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
         let address = free.map_err(|error| format!("no free port: {error}"))?;
-        let folder = env::temp_dir().join(format!("mongod-{}-{}", std::process::id(), address.port()));
+        let folder = folder_of(address);
         fs::create_dir_all(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
         let mut supervisor = Command::new("sh");
         supervisor.args(["-c", SUPERVISOR, "mongod-supervisor"]).arg(&folder).arg(program);
@@ -106,6 +110,11 @@ impl Mongod {
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// What it has logged.
+    pub fn output(&self) -> String {
+        fs::read_to_string(folder_of(self.address).join("output")).unwrap_or_default()
     }
 
     /// Kills it as `kill -9` does. Its data stay.

@@ -5,7 +5,9 @@ use std::time::Duration;
 use ::mongodb::{Client, bson::doc, options::ClientOptions};
 use tokio::time::timeout;
 
-use super::{Inner, MongoStore, error::Failure, fields::Fields};
+use super::{Inner, MongoStore, at_rest::AtRest, error::Failure, fields::Fields};
+#[cfg(feature = "encryption")]
+use super::{at_rest::Encryption, data_keys::DataKeys};
 
 /// How long it is looked for a server, where neither the URI nor the limit of an operation says less.
 const SERVER_SELECTION: Duration = Duration::from_secs(3);
@@ -35,6 +37,8 @@ pub struct MongoStoreBuilder {
     collection: String,
     standby_collection: Option<String>,
     fields: Fields,
+    #[cfg(feature = "encryption")]
+    data_keys: Option<DataKeys>,
     limits: Limits,
 }
 
@@ -52,6 +56,8 @@ impl Default for MongoStoreBuilder {
             collection: "ohmygpt_keys".into(),
             standby_collection: None,
             fields: Fields::default(),
+            #[cfg(feature = "encryption")]
+            data_keys: None,
             limits: Limits {
                 connect: Duration::from_secs(5),
                 operation: Duration::from_secs(5),
@@ -85,6 +91,34 @@ impl MongoStoreBuilder {
     /// What the fields of a key's document are called.
     pub fn fields(mut self, fields: Fields) -> Self {
         self.fields = fields;
+        self
+    }
+
+    /// Encrypts secrets in documents, keys and standby keys alike.
+    ///
+    /// A secret that stands in a document as it is, written by another program, is read and used all the same;
+    /// [`MongoStore::encrypt_documents`] encrypts it. A value that can't be decrypted is no key: it is counted and
+    /// logged by its `_id`, and sent to no one. A program without the data keys can use none of the encrypted keys, so
+    /// first give the data keys to all of them.
+    ///
+    /// To change to another data key: add it behind the present one everywhere, so that every process can read it;
+    /// then put it first; run [`MongoStore::encrypt_documents`]; and take the old one out.
+    ///
+    /// ```no_run
+    /// use tower_key_rotation::store::mongodb::{DataKeys, MongoStore};
+    ///
+    /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+    /// let store = MongoStore::builder()
+    ///     .encrypt_with(DataKeys::from_env("KEY_ROTATION_DATA_KEYS")?)
+    ///     .connect("mongodb://localhost:27017")
+    ///     .await?;
+    /// # let _ = store;
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[cfg(feature = "encryption")]
+    pub fn encrypt_with(mut self, keys: DataKeys) -> Self {
+        self.data_keys = Some(keys);
         self
     }
 
@@ -184,10 +218,15 @@ impl MongoStoreBuilder {
     pub fn over(self, client: &Client) -> Result<MongoStore, ConnectError> {
         self.check_names()?;
         let database = client.database(&self.database);
+        #[cfg(feature = "encryption")]
+        let encryption = self.data_keys.map(Encryption::with);
+        #[cfg(not(feature = "encryption"))]
+        let encryption = None;
         Ok(MongoStore::new(Inner {
             keys: super::collection(&database, &self.collection, self.limits),
             standby: self.standby_collection.map(|name| super::collection(&database, &name, self.limits)),
             database,
+            at_rest: AtRest::new(self.fields.api_key.clone(), encryption),
             fields: self.fields,
             limits: self.limits,
             per_key: Default::default(),

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     pool::Rest,
-    secret::{KeyId, Secret},
+    secret::KeyId,
     store::{Mark, Usage, UsageBatch},
 };
 
@@ -66,9 +66,10 @@ impl Fields {
         }
     }
 
-    /// `observed` is when the response arrived, as far as that is known by the server's clock. The mark's age alone
-    /// would have it too late by the time that the command is on its way.
-    pub(super) fn mark(&self, mark: &Mark, observed: Option<DateTime>) -> Update {
+    /// Of a document that holds the secret in one of these forms. `observed` is when the response arrived, as far as
+    /// that is known by the server's clock. The mark's age alone would have it too late by the time that the command
+    /// is on its way.
+    pub(super) fn mark(&self, mark: &Mark, stored: Vec<String>, observed: Option<DateTime>) -> Update {
         let is_exhausted = doc! { "$eq": [self.status_beneath(), EXHAUSTED] };
         let can_be_marked = doc! { "$in": [self.status_beneath(), [HEALTHY, RATE_LIMITED, EXHAUSTED]] };
         let mut condition = vec![can_be_marked, self.not_reset_since(mark.age, observed)];
@@ -95,7 +96,7 @@ impl Fields {
         Update {
             filter: doc! {
                 "_id": mark.id.as_str(),
-                &self.api_key: mark.secret.expose(),
+                &self.api_key: { "$in": stored },
                 "$expr": { "$and": condition },
             },
             pipeline: vec![doc! { "$set": set }],
@@ -196,11 +197,12 @@ impl Fields {
         }
     }
 
-    /// A document that no one has: as an upsert, it is inserted or refused as a duplicate.
-    pub(super) fn insert(&self, id: &KeyId, secret: &Secret, replaced: Option<&str>) -> Update {
+    /// A document that no one has, with the secret as it is to be stored: as an upsert, it is inserted or refused as a
+    /// duplicate.
+    pub(super) fn insert(&self, id: &KeyId, stored: &str, replaced: Option<&str>) -> Update {
         let mut key = doc! {
             "_id": { "$literal": id.as_str() },
-            &self.api_key: { "$literal": secret.expose() },
+            &self.api_key: { "$literal": stored },
             &self.status: HEALTHY,
             &self.cooldown_until: Bson::Null,
             &self.last_error: "",

@@ -2,9 +2,12 @@
 
 use std::time::Duration;
 
-use ::mongodb::bson::{RawBsonRef, RawDocument};
+use ::mongodb::bson::{Bson, RawBsonRef, RawDocument};
 
-use super::fields::{Fields, ours};
+use super::{
+    at_rest::AtRest,
+    fields::{Fields, ours},
+};
 use crate::{
     pool::Rest,
     secret::KeyId,
@@ -28,11 +31,16 @@ pub(super) const EXHAUSTION_IS_DATED: &str = "exhaustionIsDated";
 pub(super) const COMPUTED: [&str; 3] = [SERVER_TIME, LEFT, EXHAUSTION_IS_DATED];
 
 /// A key, of a document as a load projects it.
-pub(super) fn decode(document: &RawDocument, fields: &Fields) -> Result<KeyRecord, Unreadable> {
+pub(super) fn decode(
+    document: &RawDocument,
+    fields: &Fields,
+    at_rest: &AtRest,
+) -> Result<KeyRecord, Unreadable> {
     let unreadable = |reason: String| Unreadable::new(shown_id(document), reason);
     let id = text(document, "_id").map_err(unreadable)?;
     let id = KeyId::new(id).map_err(|error| unreadable(error.to_string()))?;
-    let secret = text(document, &fields.api_key).map_err(unreadable)?;
+    let secret = text(document, &fields.api_key).and_then(|stored| at_rest.secret(&id, stored));
+    let secret = secret.map_err(unreadable)?;
     let status = text(document, &fields.status).map_err(unreadable)?;
     let (disabled, status) = match status {
         DISABLED => (true, text(document, ours::DISABLED_FROM).unwrap_or(HEALTHY)),
@@ -47,7 +55,7 @@ pub(super) fn decode(document: &RawDocument, fields: &Fields) -> Result<KeyRecor
         ERROR => Some((Rest::Revoked, None)),
         _ => None,
     };
-    Ok(KeyRecord { rest, disabled, ..KeyRecord::new(id, secret.into()) })
+    Ok(KeyRecord { rest, disabled, ..KeyRecord::new(id, secret) })
 }
 
 /// The id of a document that a key may have.
@@ -59,7 +67,7 @@ fn is_known(status: &str) -> bool {
     matches!(status, HEALTHY | RATE_LIMITED | EXHAUSTED | ERROR)
 }
 
-fn text<'a>(document: &'a RawDocument, field: &str) -> Result<&'a str, String> {
+pub(super) fn text<'a>(document: &'a RawDocument, field: &str) -> Result<&'a str, String> {
     match document.get(field) {
         Ok(Some(RawBsonRef::String(text))) => Ok(text),
         Ok(Some(other)) => Err(format!("{field} is of the type {:?}, not a string", other.element_type())),
@@ -67,6 +75,12 @@ fn text<'a>(document: &'a RawDocument, field: &str) -> Result<&'a str, String> {
         // Without the error, which may quote anything.
         Err(_) => Err("the document is broken".to_owned()),
     }
+}
+
+/// What a field holds; none where that is null.
+pub(super) fn value(document: &RawDocument, field: &str) -> Option<Bson> {
+    let value = document.get(field).ok().flatten()?;
+    Bson::try_from(value).ok().filter(|value| *value != Bson::Null)
 }
 
 fn left(document: &RawDocument) -> Option<Duration> {

@@ -18,6 +18,12 @@ pub(super) enum Failure {
     TookTooLong(Duration),
     #[error("the same operation, begun more than {0:?} ago, is still under way")]
     StillUnderWay(Duration),
+    #[cfg(feature = "encryption")]
+    #[error("a secret could not be encrypted")]
+    NotEncrypted,
+    #[cfg(feature = "encryption")]
+    #[error("there are no data keys: give them to `MongoStoreBuilder::encrypt_with`")]
+    NoDataKeys,
     #[error("the operation panicked, or its runtime has shut down")]
     BrokenOff,
 }

@@ -1,9 +1,14 @@
 //! Keys in MongoDB, for many processes.
 
+mod at_rest;
 mod builder;
 mod clock;
 mod commands;
+#[cfg(feature = "encryption")]
+mod data_keys;
 mod document;
+#[cfg(feature = "encryption")]
+mod encrypt;
 mod error;
 mod fields;
 mod lane;
@@ -14,7 +19,7 @@ use std::{fmt, future::Future, sync::Arc, time::Duration};
 
 use ::mongodb::{
     Collection, Database, IndexModel,
-    bson::{Document, RawDocumentBuf, doc},
+    bson::{Bson, Document, RawDocumentBuf, doc},
     options::{
         Acknowledgment, CollectionOptions, ReadConcern, ReadPreference, ReturnDocument, SelectionCriteria,
         WriteConcern,
@@ -26,6 +31,7 @@ use tokio::{
 };
 
 use self::{
+    at_rest::AtRest,
     builder::Limits,
     clock::ServerClock,
     commands::Update,
@@ -35,6 +41,11 @@ use self::{
 pub use self::{
     builder::{ConnectError, MongoStoreBuilder},
     fields::Fields,
+};
+#[cfg(feature = "encryption")]
+pub use self::{
+    data_keys::{DataKeys, InvalidDataKeys},
+    encrypt::Encrypted,
 };
 use super::{Changed, KeyStore, Loaded, Mark, Recovered, Replaced, StoreError, StoreFuture, UsageBatch};
 use crate::secret::{KeyId, Secret};
@@ -130,6 +141,7 @@ struct Inner {
     keys: Collection<RawDocumentBuf>,
     standby: Option<Collection<RawDocumentBuf>>,
     fields: Fields,
+    at_rest: AtRest,
     limits: Limits,
     per_key: Lanes,
     loads: Lane,
@@ -247,7 +259,7 @@ impl Inner {
             {
                 self.server_clock.heard(said, answered);
             }
-            match document::decode(cursor.current(), &self.fields) {
+            match document::decode(cursor.current(), &self.fields, &self.at_rest) {
                 Ok(record) => part.records.push(record),
                 Err(unreadable) => part.unreadable.push(unreadable),
             }
@@ -271,7 +283,8 @@ impl Inner {
     }
 
     async fn insert_key(&self, id: &KeyId, secret: &Secret, replaced: Option<&str>) -> Result<bool, Failure> {
-        let Update { filter, pipeline } = self.fields.insert(id, secret, replaced);
+        let stored = self.at_rest.stored(id, secret)?;
+        let Update { filter, pipeline } = self.fields.insert(id, &stored, replaced);
         match self.keys.update_one(filter, pipeline).upsert(true).await.map_err(Failure::from) {
             Ok(_) => Ok(true),
             // Unless it is an index of somebody else's that it is a duplicate in.
@@ -283,6 +296,24 @@ impl Inner {
     async fn has(&self, id: &KeyId) -> Result<bool, Failure> {
         let found = self.keys.find_one(doc! { "_id": id.as_str() }).projection(doc! { "_id": 1 }).await?;
         Ok(found.is_some())
+    }
+
+    /// A key that has this secret, with its status.
+    async fn find_by_secret(&self, secret: &Secret) -> Result<Option<RawDocumentBuf>, Failure> {
+        let Fields { api_key, status, .. } = &self.fields;
+        if !self.at_rest.encrypts() {
+            let found = self.keys.find_one(doc! { api_key: secret.expose() }).projection(doc! { status: 1 });
+            return Ok(found.await?);
+        }
+        let mut keys = self.keys.find(doc! {}).projection(doc! { api_key: 1, status: 1 }).await?;
+        while keys.advance().await? {
+            let key = keys.current();
+            let stored = document::id(key).zip(document::text(key, api_key).ok());
+            if stored.is_some_and(|(id, stored)| self.at_rest.secret(&id, stored).as_ref() == Ok(secret)) {
+                return Ok(Some(key.to_owned()));
+            }
+        }
+        Ok(None)
     }
 
     async fn reset(&self, id: &KeyId) -> Result<bool, Failure> {
@@ -318,33 +349,67 @@ impl Inner {
         Ok(ids)
     }
 
-    /// By a command of our own: the driver has no bulk write for servers older than 8.0.
     async fn add_usage(&self, updates: Vec<Update>, ids: Vec<KeyId>) -> Result<(), Failure> {
+        for Refused { index, code } in self.update_each(&self.keys, updates).await?.refused {
+            tracing::warn!(key = ?ids.get(index), code, "MongoDB refused to add usage up");
+        }
+        Ok(())
+    }
+
+    /// By a command of our own: the driver has no bulk write for servers older than 8.0.
+    async fn update_each(
+        &self,
+        collection: &Collection<RawDocumentBuf>,
+        updates: Vec<Update>,
+    ) -> Result<Updated, Failure> {
+        if updates.is_empty() {
+            return Ok(Updated::default());
+        }
         let updates = updates.into_iter().map(|update| doc! { "q": update.filter, "u": update.pipeline });
         let command = doc! {
-            "update": self.keys.name(),
+            "update": collection.name(),
             "updates": updates.collect::<Vec<_>>(),
             "ordered": false,
             "writeConcern": { "w": "majority", "wtimeout": self.limits.operation.as_millis() as i64 },
         };
         let answer = self.database.run_command(command).selection_criteria(primary()).await?;
-        for refused in
-            answer.get_array("writeErrors").into_iter().flatten().filter_map(|error| error.as_document())
-        {
-            let code = refused.get_i32("code").unwrap_or_default();
-            let failure = Failure::Server { code, name: String::new() };
-            if !failure.is_about_the_document() {
-                return Err(failure);
-            }
-            let key = refused.get_i32("index").ok().and_then(|index| ids.get(index as usize));
-            tracing::warn!(?key, code, "MongoDB refused to add usage up");
+        let errors = answer.get_array("writeErrors").into_iter().flatten();
+        let refused = errors.filter_map(Bson::as_document).map(Refused::read).collect::<Result<_, _>>()?;
+        if let Ok(error) = answer.get_document("writeConcernError") {
+            let name = error.get_str("codeName").unwrap_or_default().to_owned();
+            return Err(Failure::Server { code: error.get_i32("code").unwrap_or_default(), name });
         }
-        match answer.get_document("writeConcernError") {
-            Ok(error) => Err(Failure::Server {
-                code: error.get_i32("code").unwrap_or_default(),
-                name: error.get_str("codeName").unwrap_or_default().to_owned(),
-            }),
-            Err(_) => Ok(()),
+        #[cfg(feature = "encryption")]
+        let modified = answer.get_i32("nModified").unwrap_or_default().max(0).unsigned_abs().into();
+        Ok(Updated {
+            #[cfg(feature = "encryption")]
+            modified,
+            refused,
+        })
+    }
+}
+
+/// What became of several updates.
+#[derive(Default)]
+struct Updated {
+    #[cfg(feature = "encryption")]
+    modified: u64,
+    refused: Vec<Refused>,
+}
+
+/// One that the server has something against.
+struct Refused {
+    index: usize,
+    code: i32,
+}
+
+impl Refused {
+    fn read(error: &Document) -> Result<Self, Failure> {
+        let code = error.get_i32("code").unwrap_or_default();
+        let failure = Failure::Server { code, name: String::new() };
+        match error.get_i32("index").map(usize::try_from) {
+            Ok(Ok(index)) if failure.is_about_the_document() => Ok(Self { index, code }),
+            _ => Err(failure),
         }
     }
 }
@@ -373,8 +438,9 @@ impl KeyStore for MongoStore {
                     left: mark.left.map(|left| left.saturating_sub(waited)),
                     ..mark
                 };
+                let stored = inner.at_rest.may_be_stored_as(&mark.id, &mark.secret)?;
                 let observed = inner.server_clock.before(mark.age);
-                inner.update_one(inner.fields.mark(&mark, observed)).await
+                inner.update_one(inner.fields.mark(&mark, stored, observed)).await
             };
             self.about(&id, write).await.map(|_| ())
         })

@@ -15,7 +15,7 @@ use ::mongodb::{
 
 use super::{
     Inner,
-    document::{self, ERROR, EXHAUSTED, shown_id},
+    document::{self, ERROR, EXHAUSTED, shown_id, value},
     error::Failure,
     fields::ours,
 };
@@ -186,12 +186,18 @@ impl Replacement<'_> {
         let Some(claimed) = claimed.return_document(ReturnDocument::After).await? else {
             return Ok(Claim::NotToBeHad);
         };
-        let secret = claimed.get_str(&self.store.fields.api_key).unwrap_or_default();
-        match (key_id(standby), inject::check(secret)) {
-            (Some(id), Ok(())) => Ok(Claim::Ours(Box::new((id, secret.into())))),
-            (None, _) => Ok(self.unusable(&shown_id(&claimed), "its _id can't be a key's")),
-            (_, Err(reason)) => Ok(self.unusable(&shown_id(&claimed), &reason.to_string())),
+        match self.key_of(&claimed, standby) {
+            Ok(key) => Ok(Claim::Ours(Box::new(key))),
+            Err(reason) => Ok(self.unusable(&shown_id(&claimed), &reason)),
         }
+    }
+
+    fn key_of(&self, claimed: &RawDocument, id: &Bson) -> Result<(KeyId, Secret), String> {
+        let id = key_id(id).ok_or("its _id can't be a key's")?;
+        let stored = document::text(claimed, &self.store.fields.api_key)?;
+        let secret = self.store.at_rest.secret(&id, stored)?;
+        inject::check(secret.expose()).map_err(|reason| reason.to_string())?;
+        Ok((id, secret))
     }
 
     fn unusable(&self, standby: &str, reason: &str) -> Claim {
@@ -204,8 +210,7 @@ impl Replacement<'_> {
         let fields = &self.store.fields;
         // Twice: where the id is taken, it may be by another process that has just inserted the same key.
         for _ in 0..2 {
-            let same_secret = self.store.keys.find_one(doc! { &fields.api_key: secret.expose() });
-            let reason = match same_secret.projection(doc! { &fields.status: 1 }).await? {
+            let reason = match self.store.find_by_secret(secret).await? {
                 Some(key) if key.get_str("_id").ok() != Some(id.as_str()) => "another key has its secret",
                 Some(key) if matches!(key.get_str(&fields.status), Ok(ERROR | EXHAUSTED)) => {
                     "it has failed itself"
@@ -241,9 +246,10 @@ impl Replacement<'_> {
     }
 }
 
-fn value(document: &RawDocument, field: &str) -> Option<Bson> {
-    let value = document.get(field).ok().flatten()?;
-    Bson::try_from(value).ok().filter(|value| *value != Bson::Null)
+/// The key that a standby key's document will be.
+#[cfg(feature = "encryption")]
+pub(super) fn id(document: &RawDocument) -> Option<KeyId> {
+    value(document, "_id").and_then(|id| key_id(&id))
 }
 
 /// What the key is called in its new place.

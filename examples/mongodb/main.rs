@@ -7,30 +7,60 @@
 //! Without `MONGODB_URI` it starts a MongoDB of its own, which is gone at the end. It talks to a service of its
 //! own, which limits one of two keys, and shows that key's document before the 429, while the key rests, and
 //! after the sweep. So that nobody has to wait for 2 minutes, a key rests for 2 seconds here.
+//!
+//! It also encrypts the keys of a collection in place:
+//!
+//! ```text
+//! export KEY_ROTATION_DATA_KEYS="2026a=$(openssl rand -base64 64 | tr -d '\n')"
+//! cargo run --example mongodb --features full -- encrypt --help
+//! ```
 
+mod encrypt;
+#[path = "../local/mod.rs"]
 mod local;
-#[path = "local/mongod.rs"]
+#[path = "../local/mongod.rs"]
 mod mongod;
 
 use std::{env, error::Error, time::Duration};
 
+use clap::{Parser, Subcommand};
 use mongodb::{
     Client,
     bson::{Document, doc},
 };
-use reqwest::{Method, Request, Url, redirect};
+use reqwest::{Method, Request, Url};
 use tower::{Service, ServiceBuilder, ServiceExt};
 use tower_key_rotation::{
-    FailoverLayer, KeyPool, KeyRotationLayer, RecoveryHandle, ServedBy, store::MongoStore,
+    FailoverLayer, KeyPool, KeyRotationLayer, RecoveryHandle, ServedBy, same_origin_redirects,
+    store::MongoStore,
 };
 
 const DATABASE: &str = "key_rotation_example";
 const COLLECTION: &str = "keys";
 const COOLDOWN: Duration = Duration::from_secs(2);
 
+/// Keys in MongoDB: without a command, what becomes of a document when its key is limited.
+#[derive(Debug, Parser)]
+struct Options {
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Encrypt(encrypt::Options),
+}
+
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
     tracing_subscriber::fmt().with_target(false).init();
+    match Options::parse().command {
+        Some(Command::Encrypt(options)) => encrypt::run(options).await,
+        None => show_a_rest().await,
+    }
+}
+
+async fn show_a_rest() -> Result<(), Box<dyn Error>> {
     let (uri, server) = match env::var("MONGODB_URI") {
         Ok(uri) => (uri, None),
         Err(_) => {
@@ -55,7 +85,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let mut client = ServiceBuilder::new()
         .layer(FailoverLayer::new(&pool))
         .layer(KeyRotationLayer::new(&pool).expose_key())
-        .service(reqwest::Client::builder().redirect(redirect::Policy::none()).build()?);
+        .service(same_origin_redirects(reqwest::Client::builder()).build()?);
 
     let documents = Client::with_uri_str(&uri).await?.database(DATABASE).collection::<Document>(COLLECTION);
     let show = async |when: &str| match documents.find_one(doc! { "_id": "alpha" }).await {

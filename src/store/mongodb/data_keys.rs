@@ -1,0 +1,326 @@
+//! The keys that secrets are encrypted with in documents.
+
+use std::{env, fmt, fs, io, path::Path, path::PathBuf, sync::Arc};
+
+use aes_siv::{KeyInit, siv::Aes256Siv};
+use base64::{Engine, prelude::BASE64_STANDARD, prelude::BASE64_URL_SAFE_NO_PAD};
+use zeroize::Zeroizing;
+
+use super::error::Failure;
+use crate::secret::Secret;
+
+/// What an encrypted value begins with: then the data key's name, a dot, and base64.
+const VERSION_1: &str = "encrypted.v1.";
+
+const BYTES: usize = 64;
+
+/// Data keys: the secrets of API keys are encrypted with them in MongoDB, by
+/// [`MongoStoreBuilder::encrypt_with`](super::MongoStoreBuilder::encrypt_with).
+///
+/// A list of `name=base64`, an entry a line or divided by commas. New values are encrypted with the **first**
+/// one; the others are for values that were encrypted before. Each is 64 random bytes in base64, on one line:
+///
+/// ```sh
+/// echo "2026a=$(openssl rand -base64 64 | tr -d '\n')"
+/// ```
+///
+/// A name has 1 to 32 letters, digits, `-` and `_`. It stands in each value, in the clear.
+///
+/// # How
+///
+/// AES-256 in SIV mode ([RFC 5297]), with the name of the field and the key's id as associated data: a value
+/// that was copied into another document, or changed in any way, is not accepted. It takes no nonce: the same
+/// secret of the same key id always becomes the same value, so that a document can be found by its secret
+/// without telling the server that.
+///
+/// [RFC 5297]: https://datatracker.ietf.org/doc/html/rfc5297
+///
+/// ```
+/// use tower_key_rotation::store::mongodb::DataKeys;
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let base64 = format!("{}==", "A".repeat(86)); // of 64 bytes that are, here, not random at all
+/// let keys = DataKeys::parse(format!("2026a={base64}"))?;
+/// assert_eq!(format!("{keys:?}"), r#"DataKeys(["2026a"])"#);
+///
+/// let error = DataKeys::parse("2026a=c2hvcnQ=").unwrap_err();
+/// assert_eq!(error.to_string(), "data key 2026a: it has 5 bytes in base64, not 64");
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct DataKeys(Arc<[DataKey]>);
+
+struct DataKey {
+    name: String,
+    bytes: Zeroizing<[u8; BYTES]>,
+}
+
+impl DataKeys {
+    /// Those of an environment variable.
+    ///
+    /// # Errors
+    ///
+    /// Where it is not set, and as for [`parse`](Self::parse).
+    pub fn from_env(variable: impl AsRef<str>) -> Result<Self, InvalidDataKeys> {
+        let variable = variable.as_ref();
+        let text = env::var(variable).map_err(|_| InvalidDataKeys::NotSet(variable.to_owned()))?;
+        Self::parse(Zeroizing::new(text).as_str())
+    }
+
+    /// Those of a file. Lines that begin with `#` are skipped.
+    ///
+    /// # Errors
+    ///
+    /// Where it can't be read, and as for [`parse`](Self::parse).
+    pub fn from_file(path: impl AsRef<Path>) -> Result<Self, InvalidDataKeys> {
+        let path = path.as_ref();
+        let unreadable = |error: io::Error| InvalidDataKeys::File(path.to_owned(), error.kind());
+        let text = fs::read_to_string(path).map_err(unreadable)?;
+        Self::parse(Zeroizing::new(text).as_str())
+    }
+
+    /// Those of a text.
+    ///
+    /// # Errors
+    ///
+    /// Where there is none, or one has another form, or two have one name.
+    pub fn parse(text: impl AsRef<str>) -> Result<Self, InvalidDataKeys> {
+        let entries = text.as_ref().split(['\n', ',']).map(str::trim);
+        let entries = entries.filter(|entry| !entry.is_empty() && !entry.starts_with('#'));
+        let mut keys: Vec<DataKey> = Vec::new();
+        for (number, entry) in (1..).zip(entries) {
+            let key = DataKey::parse(number, entry)?;
+            if keys.iter().any(|other| other.name == key.name) {
+                return Err(InvalidDataKeys::SameName(key.name));
+            }
+            keys.push(key);
+        }
+        if keys.is_empty() { Err(InvalidDataKeys::None) } else { Ok(Self(keys.into())) }
+    }
+
+    /// The secret of the key of that id, as it shall stand in that field.
+    pub(super) fn seal(&self, field: &str, id: &str, secret: &str) -> Result<String, Failure> {
+        self.current().seal(field, id, secret)
+    }
+
+    /// The same by each of the data keys.
+    pub(super) fn seal_by_each(&self, field: &str, id: &str, secret: &str) -> Result<Vec<String>, Failure> {
+        self.0.iter().map(|key| key.seal(field, id, secret)).collect()
+    }
+
+    /// What was sealed, or why that can't be said.
+    pub(super) fn open(&self, field: &str, id: &str, stored: &str) -> Result<Secret, String> {
+        let Some(sealed) = stored.strip_prefix(VERSION_1) else {
+            return Err(format!("{field} is encrypted in a form that this version does not know"));
+        };
+        let damaged = || format!("{field} is encrypted, and damaged");
+        let (name, base64) = sealed.split_once('.').ok_or_else(damaged)?;
+        let Some(key) = self.0.iter().find(|key| key.name == name) else {
+            let name = if is_name(name) { name } else { "of a name that is none" };
+            return Err(format!("{field} is encrypted with the data key {name}, which is not given here"));
+        };
+        let sealed = BASE64_URL_SAFE_NO_PAD.decode(base64).map_err(|_| damaged())?;
+        let opened = key.cipher().decrypt([field, id], &sealed).map_err(|_| {
+            format!(
+                "{field} can't be decrypted with the data key {name}: that is another data key than it was, or \
+                 the value was changed, or comes from another document or field"
+            )
+        })?;
+        String::from_utf8(opened).map(Secret::new).map_err(|_| damaged())
+    }
+
+    /// Whether it was sealed with the data key that is used for new values.
+    pub(super) fn is_current(&self, stored: &str) -> bool {
+        let name = stored.strip_prefix(VERSION_1).and_then(|sealed| sealed.split_once('.'));
+        name.is_some_and(|(name, _)| name == self.current().name)
+    }
+
+    fn current(&self) -> &DataKey {
+        &self.0[0]
+    }
+}
+
+impl DataKey {
+    fn parse(number: usize, entry: &str) -> Result<Self, InvalidDataKeys> {
+        let (name, base64) = entry.split_once('=').unwrap_or_default();
+        if !is_name(name) {
+            return Err(InvalidDataKeys::Entry(number));
+        }
+        let bytes = BASE64_STANDARD.decode(base64).map(Zeroizing::new);
+        let bytes = bytes.map_err(|_| InvalidDataKeys::NotBase64(name.to_owned()))?;
+        let length = || InvalidDataKeys::Length { name: name.to_owned(), bytes: bytes.len() };
+        let bytes = <[u8; BYTES]>::try_from(bytes.as_slice()).map_err(|_| length())?;
+        Ok(Self { name: name.to_owned(), bytes: bytes.into() })
+    }
+
+    fn cipher(&self) -> Aes256Siv {
+        Aes256Siv::new((&*self.bytes).into())
+    }
+
+    fn seal(&self, field: &str, id: &str, secret: &str) -> Result<String, Failure> {
+        let sealed = self.cipher().encrypt([field, id], secret.as_bytes());
+        let sealed = sealed.map_err(|_| Failure::NotEncrypted)?;
+        Ok(format!("{VERSION_1}{}.{}", self.name, BASE64_URL_SAFE_NO_PAD.encode(sealed)))
+    }
+}
+
+fn is_name(name: &str) -> bool {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    (1..=32).contains(&name.len()) && name.chars().all(allowed)
+}
+
+/// By their names.
+impl fmt::Debug for DataKeys {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names: Vec<_> = self.0.iter().map(|key| &key.name).collect();
+        f.debug_tuple("DataKeys").field(&names).finish()
+    }
+}
+
+/// What is wrong with [`DataKeys`]. It never shows more of one than its name.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum InvalidDataKeys {
+    /// There is none.
+    #[error("there is no data key")]
+    None,
+    /// The environment variable is not set, or is no text.
+    #[error("the environment variable {0} is not set, or not valid Unicode")]
+    NotSet(String),
+    /// The file can't be read.
+    #[error("{}: {}", .0.display(), .1)]
+    File(PathBuf, io::ErrorKind),
+    /// The entry of that number, from 1 on, has another form.
+    #[error("data key {0}: not `name=base64` on one line, with a name of 1 to 32 letters, digits, - and _")]
+    Entry(usize),
+    /// It is not base64.
+    #[error("data key {0}: what stands behind its name is not base64 on one line, with its padding")]
+    NotBase64(String),
+    /// It has another length.
+    #[error("data key {name}: it has {bytes} bytes in base64, not {BYTES}")]
+    Length {
+        /// Its name.
+        name: String,
+        /// How many bytes it has.
+        bytes: usize,
+    },
+    /// There are two of that name.
+    #[error("there are two data keys of the name {0}")]
+    SameName(String),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(name: &str, byte: u8) -> String {
+        format!("{name}={}", BASE64_STANDARD.encode([byte; BYTES]))
+    }
+
+    fn keys(entries: &[(&str, u8)]) -> DataKeys {
+        let entries: Vec<_> = entries.iter().map(|(name, byte)| entry(name, *byte)).collect();
+        DataKeys::parse(entries.join("\n")).unwrap()
+    }
+
+    #[test]
+    fn what_is_sealed_is_opened_in_its_own_document_and_field_alone() {
+        let keys = keys(&[("a", 1)]);
+        let sealed = keys.seal("apiKey", "alpha", "sk-1").unwrap();
+        assert!(sealed.starts_with("encrypted.v1.a."), "{sealed}");
+        assert_eq!(keys.open("apiKey", "alpha", &sealed).unwrap().expose(), "sk-1");
+        for (field, id) in [("apiKey", "beta"), ("token", "alpha"), ("apiKeya", "lpha")] {
+            let reason = keys.open(field, id, &sealed).unwrap_err();
+            assert!(reason.contains("can't be decrypted with the data key a"), "{reason}");
+        }
+    }
+
+    #[test]
+    fn whatever_is_changed_in_a_sealed_value_it_is_not_opened() {
+        let keys = keys(&[("a", 1), ("b", 2)]);
+        let sealed = keys.seal("apiKey", "alpha", "sk-1").unwrap();
+        for at in 0..sealed.len() {
+            for other in ['A', 'b', '.', '_'] {
+                let mut changed = sealed.clone();
+                changed.replace_range(at..=at, &other.to_string());
+                // The last character has bits that stand for nothing, which base64 refuses.
+                assert_eq!(keys.open("apiKey", "alpha", &changed).is_ok(), changed == sealed, "{changed}");
+            }
+            assert!(keys.open("apiKey", "alpha", &sealed[..at]).is_err());
+        }
+    }
+
+    #[test]
+    fn values_of_older_data_keys_are_opened_and_new_ones_are_sealed_with_the_first() {
+        let (old, new) = (keys(&[("old", 1)]), keys(&[("new", 2), ("old", 1)]));
+        let sealed = old.seal("apiKey", "alpha", "sk-1").unwrap();
+        assert_eq!(new.open("apiKey", "alpha", &sealed).unwrap().expose(), "sk-1");
+        assert!(old.is_current(&sealed) && !new.is_current(&sealed));
+        let again = new.seal("apiKey", "alpha", "sk-1").unwrap();
+        assert!(new.is_current(&again));
+        assert_eq!(new.seal_by_each("apiKey", "alpha", "sk-1").unwrap(), [again.clone(), sealed]);
+        let reason = old.open("apiKey", "alpha", &again).unwrap_err();
+        assert_eq!(reason, "apiKey is encrypted with the data key new, which is not given here");
+    }
+
+    #[test]
+    fn another_key_of_the_same_name_opens_nothing() {
+        let sealed = keys(&[("a", 1)]).seal("apiKey", "alpha", "sk-1").unwrap();
+        assert!(keys(&[("a", 2)]).open("apiKey", "alpha", &sealed).is_err());
+    }
+
+    #[test]
+    fn a_value_of_a_later_version_or_with_a_hostile_name_is_refused_without_quoting_it() {
+        let keys = keys(&[("a", 1)]);
+        for (stored, reason) in [
+            ("encrypted.v2.a.AAAA", "apiKey is encrypted in a form that this version does not know"),
+            ("encrypted.v1.a", "apiKey is encrypted, and damaged"),
+            (
+                "encrypted.v1.x\ny.AAAA",
+                "apiKey is encrypted with the data key of a name that is none, which is not given here",
+            ),
+        ] {
+            assert_eq!(keys.open("apiKey", "alpha", stored).unwrap_err(), reason);
+        }
+    }
+
+    #[test]
+    fn a_list_that_is_wrong_is_refused_by_the_name_or_number_of_what_is_wrong_and_not_quoted() {
+        let twice = format!("{}\n{}", entry("a", 1), entry("a", 2));
+        let wrapped = entry("a", 1).replace("AQEBAQEBAQEB", "AQEBAQ\nEBAQEB");
+        let third = format!("# ours\n{},{}\n = canary", entry("a", 1), entry("b", 2));
+        for (text, error) in [
+            ("", InvalidDataKeys::None),
+            ("# nothing\n , \n", InvalidDataKeys::None),
+            ("canary", InvalidDataKeys::Entry(1)),
+            (&third, InvalidDataKeys::Entry(3)),
+            ("a=canary!", InvalidDataKeys::NotBase64("a".into())),
+            ("a=Y2FuYXJ5", InvalidDataKeys::Length { name: "a".into(), bytes: 6 }),
+            (&twice, InvalidDataKeys::SameName("a".into())),
+        ] {
+            let said = DataKeys::parse(text).unwrap_err();
+            assert_eq!(said, error);
+            assert!(!format!("{said} {said:?}").contains("canary"), "{said}");
+        }
+        assert!(DataKeys::parse(wrapped).is_err());
+    }
+
+    #[test]
+    fn they_are_read_from_a_file_which_is_named_where_it_cannot_be() {
+        let path = env::temp_dir().join(format!("data-keys-{}", std::process::id()));
+        fs::write(&path, format!("# the keys of 2026\n{}\n{}\n", entry("a", 1), entry("b", 2))).unwrap();
+        assert_eq!(format!("{:?}", DataKeys::from_file(&path).unwrap()), r#"DataKeys(["a", "b"])"#);
+        fs::remove_file(&path).unwrap();
+        let error = DataKeys::from_file(&path).unwrap_err().to_string();
+        assert!(error.contains("data-keys-") && error.ends_with("entity not found"), "{error}");
+    }
+
+    /// By `cryptography` 48 for Python: `AESSIV(bytes(range(64))).encrypt(b"sk-1", [b"apiKey", b"alpha"])`.
+    #[test]
+    fn a_value_is_what_another_implementation_of_the_rfc_makes_of_it() {
+        let bytes: Vec<_> = (0..64).collect();
+        let keys = DataKeys::parse(format!("a={}", BASE64_STANDARD.encode(bytes))).unwrap();
+        let sealed = keys.seal("apiKey", "alpha", "sk-1").unwrap();
+        assert_eq!(sealed, "encrypted.v1.a.eLH6eRw6wIzwAOCDf3w0DQ55l0Q");
+    }
+}

@@ -1,0 +1,174 @@
+//! Encrypts documents in place.
+
+use std::{fmt, sync::Arc};
+
+use ::mongodb::{
+    Collection,
+    bson::{RawDocument, RawDocumentBuf, doc},
+};
+use tokio::{sync::mpsc, time::timeout};
+
+use super::{
+    Inner, MongoStore,
+    commands::Update,
+    document::{self, shown_id},
+    error::Failure,
+    standby,
+};
+use crate::{
+    secret::KeyId,
+    store::{StoreError, Unreadable},
+};
+
+/// So many documents are read, and written, at once.
+const AT_ONCE: usize = 500;
+
+/// What [`MongoStore::encrypt_documents`] did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Encrypted {
+    /// So many documents were encrypted, for the first time or with another data key than before.
+    pub encrypted: u64,
+    /// So many were encrypted with the current data key before.
+    pub already: u64,
+    /// So many were changed by somebody else meanwhile: it takes another run to know what they hold.
+    pub changed: u64,
+    /// These were left as they are: nothing that can be a key's secret was found in them, or it can't be decrypted.
+    pub left: Vec<Unreadable>,
+}
+
+impl Encrypted {
+    fn add(&mut self, other: Self) {
+        self.encrypted += other.encrypted;
+        self.already += other.already;
+        self.changed += other.changed;
+        self.left.extend(other.left);
+    }
+}
+
+impl fmt::Display for Encrypted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { encrypted, already, changed, left } = self;
+        let left = left.len();
+        write!(
+            f,
+            "{encrypted} encrypted, {already} had been before, {changed} changed meanwhile, {left} left"
+        )
+    }
+}
+
+impl MongoStore {
+    /// Encrypts, in keys and standby keys alike, every secret that is not encrypted with the current
+    /// [data key](super::DataKeys) yet: those that other programs wrote as they are, and those that an older data
+    /// key encrypted.
+    ///
+    /// Each document is changed by one atomic update, if it still holds what was read. So processes may go on
+    /// meanwhile, as long as all of them have the data keys; and where it is stopped half-way, the next run does the
+    /// rest. It does not reach what the database keeps of the past: backups, the oplog, logs. A secret that was in
+    /// them is as safe as they are.
+    ///
+    /// # Errors
+    ///
+    /// Where the store has no data keys, or MongoDB fails, or takes longer than the limit of an operation for one
+    /// part of it. What was encrypted by then stays so.
+    pub async fn encrypt_documents(&self) -> Result<Encrypted, StoreError> {
+        if !self.inner.at_rest.encrypts() {
+            return Err(Failure::NoDataKeys.into());
+        }
+        let mut total = self.encrypt_all_of(&self.inner.keys, document::id).await?;
+        if let Some(standby) = &self.inner.standby {
+            total.add(self.encrypt_all_of(standby, standby::id).await?);
+        }
+        Ok(total)
+    }
+
+    async fn encrypt_all_of(&self, collection: &Documents, id_of: IdOf) -> Result<Encrypted, StoreError> {
+        let limit = self.inner.limits.operation;
+        let (parts, mut received) = mpsc::channel(1);
+        // In a task, so that no driver's future is dropped half-way: it ends where nobody takes what it did.
+        let work = tokio::spawn(encrypt(self.inner.clone(), collection.clone(), id_of, parts));
+        let mut total = Encrypted::default();
+        while let Some(part) =
+            timeout(limit, received.recv()).await.map_err(|_| Failure::TookTooLong(limit))?
+        {
+            total.add(part);
+        }
+        work.await.unwrap_or(Err(Failure::BrokenOff))?;
+        Ok(total)
+    }
+}
+
+type Documents = Collection<RawDocumentBuf>;
+
+/// Which key a document is about; in each collection it is told in another way.
+type IdOf = fn(&RawDocument) -> Option<KeyId>;
+
+async fn encrypt(
+    store: Arc<Inner>,
+    collection: Documents,
+    id_of: IdOf,
+    parts: mpsc::Sender<Encrypted>,
+) -> Result<(), Failure> {
+    let projection = doc! { &store.fields.api_key: 1 };
+    let mut documents = collection.find(doc! {}).projection(projection).await?;
+    let (mut read, mut is_last) = (Vec::new(), false);
+    while !is_last {
+        is_last = !documents.advance().await?;
+        if !is_last {
+            read.push(documents.current().to_owned());
+        }
+        if is_last || read.len() == AT_ONCE {
+            let part = store.encrypt_some(&collection, id_of, std::mem::take(&mut read)).await?;
+            if parts.send(part).await.is_err() {
+                break;
+            }
+        }
+    }
+    Ok(())
+}
+
+impl Inner {
+    async fn encrypt_some(
+        &self,
+        collection: &Documents,
+        id_of: IdOf,
+        documents: Vec<RawDocumentBuf>,
+    ) -> Result<Encrypted, Failure> {
+        let mut part = Encrypted::default();
+        let (mut updates, mut shown) = (Vec::new(), Vec::new());
+        for document in &documents {
+            match self.encryption_of(document, id_of) {
+                Ok(None) => part.already += 1,
+                Ok(Some(update)) => {
+                    updates.push(update);
+                    shown.push(shown_id(document));
+                }
+                Err(reason) => part.left.push(Unreadable::new(shown_id(document), reason)),
+            }
+        }
+        let written = self.update_each(collection, updates).await?;
+        part.encrypted = written.modified;
+        let refused = written.refused.iter().map(|refused| (&shown[refused.index], refused.code));
+        part.left.extend(refused.map(|(id, code)| {
+            Unreadable::new(id, format!("MongoDB refused to change it, with code {code}"))
+        }));
+        part.changed = (shown.len() - written.refused.len()) as u64 - part.encrypted;
+        Ok(part)
+    }
+
+    /// None where it is encrypted with the current data key.
+    fn encryption_of(&self, document: &RawDocument, id_of: IdOf) -> Result<Option<Update>, String> {
+        let field = &self.fields.api_key;
+        let stored = document::text(document, field)?;
+        if self.at_rest.is_current(stored) {
+            return Ok(None);
+        }
+        let id = id_of(document).ok_or("its _id can't be a key's")?;
+        let secret = self.at_rest.secret(&id, stored)?;
+        let sealed = self.at_rest.stored(&id, &secret).map_err(|failure| failure.to_string())?;
+        Ok(Some(Update {
+            filter: doc! { "_id": document::value(document, "_id"), field: { "$eq": stored } },
+            pipeline: vec![doc! { "$set": { field: { "$literal": sealed } } }],
+        }))
+    }
+}
