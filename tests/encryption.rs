@@ -332,6 +332,13 @@ async fn what_holds_no_secret_or_cannot_be_decrypted_is_left_and_named() {
     let unset = doc! { "$unset": { "apiKey": "" } };
     mongo.keys().update_one(doc! { "_id": "missing" }, unset).await.unwrap();
     mongo.keys().insert_one(doc! { "_id": 5, "apiKey": "sk-five" }).await.unwrap();
+    store(&mongo, ["a"]).await.insert("wrong".parse_id(), "sk-wrong".into()).await.unwrap();
+    let other_key_of_that_name = data_key("b").replace("b=", "a=");
+    let other = mongo.builder().encrypt_with(DataKeys::parse(other_key_of_that_name).unwrap());
+    let left = other.connect(&mongo.uri).await.unwrap().encrypt_documents().await.unwrap().left;
+    assert!(left.iter().any(|left| left.id == "wrong" && left.reason.contains("can't be decrypted")));
+    mongo.keys().delete_one(doc! { "_id": "wrong" }).await.unwrap();
+    mongo.set("fine", doc! { "apiKey": "sk-fine" }).await;
     let before = mongo.document("foreign").await;
 
     let mut done = store(&mongo, ["a"]).await.encrypt_documents().await.unwrap();

@@ -21,7 +21,7 @@ mod local;
 #[path = "../local/mongod.rs"]
 mod mongod;
 
-use std::{env, error::Error, time::Duration};
+use std::{env, error::Error, iter, process::ExitCode, time::Duration};
 
 use clap::{Parser, Subcommand};
 use mongodb::{
@@ -52,12 +52,17 @@ enum Command {
 }
 
 #[tokio::main]
-async fn main() -> Result<(), Box<dyn Error>> {
+async fn main() -> ExitCode {
     tracing_subscriber::fmt().with_target(false).init();
-    match Options::parse().command {
+    let done = match Options::parse().command {
         Some(Command::Encrypt(options)) => encrypt::run(options).await,
         None => show_a_rest().await,
-    }
+    };
+    let Err(error) = done else { return ExitCode::SUCCESS };
+    let error: &(dyn Error + 'static) = &*error;
+    let causes = iter::successors(Some(error), |error| (*error).source()).map(ToString::to_string);
+    eprintln!("{}", causes.collect::<Vec<_>>().join(": "));
+    ExitCode::FAILURE
 }
 
 async fn show_a_rest() -> Result<(), Box<dyn Error>> {

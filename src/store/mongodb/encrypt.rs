@@ -160,11 +160,11 @@ impl Inner {
     fn encryption_of(&self, document: &RawDocument, id_of: IdOf) -> Result<Option<Update>, String> {
         let field = &self.fields.api_key;
         let stored = document::text(document, field)?;
+        let id = id_of(document).ok_or("its _id can't be a key's")?;
+        let secret = self.at_rest.secret(&id, stored)?;
         if self.at_rest.is_current(stored) {
             return Ok(None);
         }
-        let id = id_of(document).ok_or("its _id can't be a key's")?;
-        let secret = self.at_rest.secret(&id, stored)?;
         let sealed = self.at_rest.stored(&id, &secret).map_err(|failure| failure.to_string())?;
         Ok(Some(Update {
             filter: doc! { "_id": document::value(document, "_id"), field: { "$eq": stored } },
