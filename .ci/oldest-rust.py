@@ -1,0 +1,34 @@
+"""Reads `cargo metadata`, and names every dependency of the library that wants a newer Rust than the one given."""
+
+import json
+import sys
+
+
+def version(text):
+    return tuple(int(part) for part in text.split(".")[:2])
+
+
+def reached(metadata):
+    """The packages that a user of the library builds."""
+    nodes = {node["id"]: node for node in metadata["resolve"]["nodes"]}
+    seen, waiting = set(), [metadata["resolve"]["root"]]
+    while waiting:
+        package = waiting.pop()
+        if package in seen:
+            continue
+        seen.add(package)
+        for dependency in nodes[package]["deps"]:
+            if any(kind["kind"] != "dev" for kind in dependency["dep_kinds"]):
+                waiting.append(dependency["pkg"])
+    return seen
+
+
+metadata, oldest = json.load(sys.stdin), sys.argv[1]
+used = reached(metadata)
+too_new = [
+    f"{package['name']} {package['version']} wants Rust {package['rust_version']}"
+    for package in metadata["packages"]
+    if package["id"] in used and package["rust_version"] and version(package["rust_version"]) > version(oldest)
+]
+print("\n".join(too_new) or f"{len(used)} packages, all content with Rust {oldest}")
+sys.exit(bool(too_new))
