@@ -88,6 +88,7 @@ mod reqwest_middleware;
 mod rotation;
 mod secret;
 pub mod store;
+mod sync;
 #[cfg(feature = "failover")]
 mod tried;
 

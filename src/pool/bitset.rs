@@ -5,9 +5,10 @@
 //! may miss a slot that is being inserted; [`AtomicBitSet::scan_from`] looks at every word and misses none
 //! that was there when it began.
 
-use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use crate::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
-const BITS: usize = u64::BITS as usize;
+/// Fewer where every schedule is tried, so that a few slots are spread over three levels.
+const BITS: usize = if cfg!(any(schedules = "loom", schedules = "shuttle")) { 2 } else { u64::BITS as usize };
 
 #[derive(Debug)]
 pub(crate) struct AtomicBitSet {

@@ -5,12 +5,13 @@
 //! and looks again. It may be later only for the moment in which it is being put right, which
 //! [`Deadlines::earliest_for_certain`] knows about.
 
-use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use crate::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
 /// The deadline of a slot that is not waiting for one.
 pub(crate) const NEVER: u64 = u64::MAX;
 
-const FANOUT: usize = 64;
+/// Fewer where every schedule is tried, so that a few slots are spread over three levels.
+const FANOUT: usize = if cfg!(any(schedules = "loom", schedules = "shuttle")) { 2 } else { 64 };
 
 #[derive(Debug)]
 pub(crate) struct Deadlines {
@@ -49,15 +50,19 @@ impl Deadlines {
         self.root.load(SeqCst)
     }
 
-    /// The same without the exception. It looks at every slot where another thread is just moving one back,
-    /// so it is for those who would otherwise give up.
+    /// The same without the exception, for those who would otherwise give up. It looks at every slot where another
+    /// thread is just moving one back, and has the nodes know what it finds: who looks again needs not wait for
+    /// that thread, which may have been stopped.
     pub(crate) fn earliest_for_certain(&self) -> u64 {
         let ended = self.ended.load(SeqCst);
         let earliest = self.earliest();
         if self.begun.load(SeqCst) == ended {
             return earliest;
         }
-        self.levels[0].iter().map(|deadline| deadline.load(SeqCst)).min().unwrap_or(NEVER)
+        let deadlines = self.levels[0].iter().map(|deadline| deadline.load(SeqCst));
+        let Some((earliest, slot)) = deadlines.zip(0..).min() else { return NEVER };
+        self.lower(slot, earliest);
+        earliest
     }
 
     pub(crate) fn set(&self, slot: usize, deadline: u64) {

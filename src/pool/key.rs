@@ -1,12 +1,6 @@
 //! One key: what is sent for it, and what is known about it.
 
-use std::sync::{
-    Arc, Weak,
-    atomic::{
-        AtomicU16, AtomicU32, AtomicU64,
-        Ordering::{Relaxed, SeqCst},
-    },
-};
+use std::sync::{Arc, Weak};
 
 use super::{
     Inner, KeyPool,
@@ -15,6 +9,10 @@ use super::{
 use crate::{
     inject::{Inject, Rendered, UnusableSecret},
     secret::{KeyId, Secret},
+    sync::atomic::{
+        AtomicU16, AtomicU32, AtomicU64,
+        Ordering::{Relaxed, SeqCst},
+    },
 };
 
 /// A name, and what requests carry for it.

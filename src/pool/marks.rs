@@ -2,10 +2,11 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::task::{JoinError, JoinSet};
-
 use super::{KeyPool, Rest, key::Key};
-use crate::store::{KeyStore, Mark, StoreError};
+use crate::{
+    store::{KeyStore, Mark, StoreError},
+    sync::{JoinError, JoinSet},
+};
 
 /// The most writes under way at once. Where as many have failed, the rest are not tried: the store is gone, and
 /// each would wait for it in its turn.

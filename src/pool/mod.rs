@@ -4,10 +4,14 @@ mod bitset;
 mod builder;
 mod cooldowns;
 mod deadlines;
+#[cfg(all(test, schedules = "loom"))]
+mod every_schedule;
 mod key;
 mod marks;
 mod operate;
 mod persist;
+#[cfg(all(test, schedules = "shuttle"))]
+mod random_schedules;
 mod reload;
 mod snapshot;
 mod sources;
@@ -17,7 +21,7 @@ mod usage;
 
 use std::{
     fmt,
-    sync::{Arc, Mutex, PoisonError, Weak, atomic::Ordering::Relaxed},
+    sync::{Arc, PoisonError, Weak},
     time::Duration,
 };
 
@@ -40,7 +44,14 @@ use self::{
     state::State,
 };
 pub(crate) use self::{key::Lease, state::nanos};
-use crate::{clock::Clock, hosts::Hosts, inject::Inject, secret::KeyId, store::Recovered};
+use crate::{
+    clock::Clock,
+    hosts::Hosts,
+    inject::Inject,
+    secret::KeyId,
+    store::Recovered,
+    sync::{Mutex, atomic::Ordering::Relaxed},
+};
 
 /// The keys of one service, and what is known about each of them.
 ///

@@ -2,10 +2,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
-    },
+    sync::{Arc, PoisonError},
 };
 
 use tokio::sync::{Notify, mpsc};
@@ -14,6 +11,10 @@ use super::{KeyPool, key::Key, reload::Complaints, usage::Account};
 use crate::{
     secret::{KeyId, Secret},
     store::{Changed, KeyStore, Recovered, StoreError},
+    sync::{
+        Mutex, MutexGuard,
+        atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
+    },
 };
 
 pub(super) struct Persistence {

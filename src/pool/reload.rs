@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, PoisonError},
     time::Duration,
 };
 
@@ -17,6 +17,7 @@ use super::{
 use crate::{
     secret::KeyId,
     store::{Changed, KeyRecord, Loaded, StoreError, Unreadable},
+    sync::Mutex,
 };
 
 /// A reload that finds a cooldown shorter than memory has it believes the store only where it differs by

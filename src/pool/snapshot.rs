@@ -5,13 +5,7 @@
 
 use std::{
     hash::{BuildHasher, RandomState},
-    sync::{
-        Arc,
-        atomic::{
-            AtomicU64, AtomicUsize,
-            Ordering::{Relaxed, SeqCst},
-        },
-    },
+    sync::Arc,
 };
 
 use hashbrown::HashTable;
@@ -22,7 +16,13 @@ use super::{
     key::Key,
     state::State,
 };
-use crate::secret::KeyId;
+use crate::{
+    secret::KeyId,
+    sync::atomic::{
+        AtomicU64, AtomicUsize,
+        Ordering::{Relaxed, SeqCst},
+    },
+};
 
 /// The most keys that one pick returns to service: bounds the time a single request can spend on it.
 const EXPIRED_PER_PICK: usize = 16;
@@ -154,7 +154,8 @@ impl Snapshot {
     }
 
     /// The same for those who would otherwise give up; zero where a key is available after all. It looks at
-    /// every key's state where another thread is just bringing the indexes in line with one.
+    /// every key's state where another thread is just bringing the indexes in line with one, and does so itself
+    /// with the first key: who looks again needs not wait for that thread, which may have been stopped.
     pub(crate) fn earliest_for_certain(&self) -> u64 {
         let ended = self.ended.load(SeqCst);
         if self.has_available() {
@@ -164,11 +165,15 @@ impl Snapshot {
         if self.begun.load(SeqCst) == ended {
             return earliest;
         }
-        let due = |key: &Arc<Key>| match key.state.load() {
+        let due = |slot: usize| match self.keys[slot].state.load() {
             State::HEALTHY => 0,
             state => state.deadline(),
         };
-        self.keys.iter().map(due).min().unwrap_or(NEVER)
+        let Some((first, slot)) = (0..self.keys.len()).map(|slot| (due(slot), slot)).min() else {
+            return NEVER;
+        };
+        self.refresh_slot(slot);
+        first
     }
 
     /// Returns a bounded number of keys whose cooldown has ended, and says which.
@@ -236,6 +241,28 @@ impl Snapshot {
 
     pub(crate) fn count_unwritten(&self) -> usize {
         self.keys.iter().filter(|key| key.written.waits()).count()
+    }
+
+    /// Fails where an index does not say what the states say, while nobody changes one.
+    #[cfg(all(test, any(schedules = "loom", schedules = "shuttle")))]
+    pub(crate) fn assert_in_line(&self) {
+        let slots_of = |next: &dyn Fn(usize) -> Option<usize>| {
+            std::iter::successors(next(0), |slot| next(slot + 1)).collect::<Vec<_>>()
+        };
+        let slots_where = |holds: &dyn Fn(&Key) -> bool| {
+            (0..self.keys.len()).filter(|slot| holds(&self.keys[*slot])).collect::<Vec<_>>()
+        };
+        let deadline = |key: &Key| key.state.load().deadline();
+        for time in self.keys.iter().map(|key| deadline(key)).chain([NEVER - 1]) {
+            let due = slots_where(&|key| deadline(key) <= time);
+            assert_eq!(slots_of(&|slot| self.cooling.next_due(slot, time)), due, "due at {time}");
+        }
+        assert!(self.keys.iter().all(|key| self.earliest() <= deadline(key)), "a deadline is overlooked");
+        let healthy = slots_where(&|key| key.state.load() == State::HEALTHY);
+        assert_eq!(slots_of(&|slot| self.available.next_from(slot)), healthy, "available");
+        let waiting = slots_where(&|key| key.written.waits());
+        let unwritten = slots_of(&|slot| self.unwritten.next_from(slot));
+        assert!(waiting.iter().all(|slot| unwritten.contains(slot)), "a mark waits, and nobody knows");
     }
 }
 

@@ -3,12 +3,10 @@
 //! Zero is healthy. Otherwise the word says until when the key is not used, and why; the highest bit says
 //! that an operator disabled it, whatever else holds. Deadlines compare as numbers do.
 
-use std::{
-    sync::atomic::{AtomicU64, Ordering::SeqCst},
-    time::Duration,
-};
+use std::time::Duration;
 
 use super::deadlines::NEVER;
+use crate::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
 const DISABLED: u64 = 1 << 63;
 const REST_BITS: u32 = 2;

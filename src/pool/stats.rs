@@ -1,9 +1,9 @@
 //! What a pool looks like at one moment.
 
-use std::{sync::atomic::Ordering::Relaxed, time::Duration};
+use std::time::Duration;
 
 use super::{KeyPool, Status, key::Key};
-use crate::secret::KeyId;
+use crate::{secret::KeyId, sync::atomic::Ordering::Relaxed};
 
 /// The totals of a pool, and each key: see [`KeyPool::stats`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -6,15 +6,15 @@
 
 use std::{
     hash::{BuildHasher, Hasher, RandomState},
-    sync::{
-        Arc,
-        atomic::{Ordering::Acquire, fence},
-    },
+    sync::Arc,
     time::Duration,
 };
 
 use super::{KeyPool, key::Key};
-use crate::store::{KeyStore, StoreError, Usage, UsageBatch};
+use crate::{
+    store::{KeyStore, StoreError, Usage, UsageBatch},
+    sync::atomic::{Ordering::Acquire, fence},
+};
 
 #[derive(Debug)]
 pub(super) struct Account {

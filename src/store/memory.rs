@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     future::ready,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, PoisonError},
     time::Duration,
 };
 
@@ -12,6 +12,7 @@ use crate::{
     clock::{Clock, SystemClock},
     pool::Rest,
     secret::{KeyId, Secret},
+    sync::{Mutex, MutexGuard},
 };
 
 /// Keys and their state in this process's memory. Clones share them.

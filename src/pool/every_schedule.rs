@@ -1,0 +1,368 @@
+//! What holds in every order in which threads may run, and whatever they may see of each other: `loom` tries them
+//! all, up to its bound of preemptions. CONTRIBUTING.md says how to run it.
+//!
+//! An index has two slots to a word or node here, so that a few keys are spread over three levels.
+
+use std::{sync::Arc, time::Duration};
+
+use futures_util::FutureExt;
+use loom::{model, thread};
+
+use super::{
+    KeyPool, Lease, NEVER, Rest, Snapshot,
+    bitset::AtomicBitSet,
+    deadlines::Deadlines,
+    state::{AtomicState, State},
+};
+use crate::clock::ManualClock;
+
+const SECOND: Duration = Duration::from_secs(1);
+const COOLDOWN: Duration = Duration::from_secs(120);
+
+/// Runs both at once, until both are done.
+fn at_once<T, R>(shared: &T, other: impl FnOnce(&T) + Send + 'static, here: impl FnOnce(&T) -> R) -> R
+where
+    T: Clone + Send + 'static,
+{
+    let theirs = shared.clone();
+    let other = thread::spawn(move || other(&theirs));
+    let result = here(shared);
+    other.join().unwrap();
+    result
+}
+
+// ---- the set of available slots ----
+
+#[derive(Clone, Copy, Debug)]
+enum Change {
+    Insert(usize),
+    Remove(usize),
+}
+
+impl Change {
+    fn make(self, set: &AtomicBitSet) {
+        match self {
+            Self::Insert(slot) => set.insert(slot),
+            Self::Remove(slot) => set.remove(slot),
+        }
+    }
+}
+
+/// Fails where a summary says that there is nothing although there is something.
+fn assert_members(set: &AtomicBitSet, members: &[usize]) {
+    for from in 0..8 {
+        let next = members.iter().copied().find(|slot| *slot >= from);
+        assert_eq!((set.next_from(from), set.scan_from(from)), (next, next), "from {from}");
+    }
+}
+
+fn set_of(members: &[usize]) -> Arc<AtomicBitSet> {
+    let set = AtomicBitSet::new(8);
+    members.iter().for_each(|slot| set.insert(*slot));
+    Arc::new(set)
+}
+
+/// Slots of one word, of two words below one summary, and of two summaries.
+#[test]
+fn no_summary_is_lost_between_two_changes() {
+    use Change::{Insert, Remove};
+    for (before, one, other, after) in [
+        (&[1][..], Insert(0), Remove(1), &[0][..]),
+        (&[1], Insert(2), Remove(1), &[2]),
+        (&[1], Insert(4), Remove(1), &[4]),
+        (&[], Insert(0), Insert(1), &[0, 1]),
+        (&[], Insert(0), Insert(2), &[0, 2]),
+        (&[0, 1], Remove(0), Remove(1), &[]),
+        (&[0, 2], Remove(0), Remove(2), &[]),
+        (&[0, 2, 4], Remove(0), Remove(2), &[4]),
+    ] {
+        model(move || {
+            let set = set_of(before);
+            at_once(&set, move |set| one.make(set), |set| other.make(set));
+            assert_members(&set, after);
+        });
+    }
+}
+
+#[test]
+fn a_set_that_three_threads_change_at_once_loses_none() {
+    model(|| {
+        let set = set_of(&[1]);
+        let remove_and_insert = |set: &Arc<AtomicBitSet>| {
+            set.remove(1);
+            set.insert(2);
+        };
+        at_once(&set, |set| set.insert(0), |set| at_once(set, remove_and_insert, |set| set.insert(4)));
+        assert_members(&set, &[0, 2, 4]);
+    });
+}
+
+/// While a summary is wrong, too.
+#[test]
+fn a_slot_that_was_inserted_is_found_by_a_scan_whatever_changes_beside_it() {
+    model(|| {
+        let set = set_of(&[1]);
+        let go_and_come = |set: &Arc<AtomicBitSet>| {
+            set.remove(1);
+            set.insert(1);
+        };
+        let found = |set: &Arc<AtomicBitSet>| {
+            set.insert(0);
+            assert_eq!(set.scan_from(0), Some(0));
+            assert!(set.next_from(0).is_none_or(|slot| slot < 2));
+        };
+        at_once(&set, go_and_come, found);
+    });
+}
+
+// ---- the tree of deadlines ----
+
+fn tree_of(deadlines: &[u64]) -> Arc<Deadlines> {
+    let tree = Deadlines::new(8);
+    deadlines.iter().enumerate().for_each(|(slot, deadline)| tree.set(slot, *deadline));
+    Arc::new(tree)
+}
+
+/// Fails where the tree doesn't lead to each deadline in its time, or can't be brought to know the earliest.
+fn assert_deadlines(tree: &Deadlines, deadlines: &[u64]) {
+    let earliest = deadlines.iter().copied().min().unwrap_or(NEVER);
+    assert!(tree.earliest() <= earliest, "a deadline is overlooked");
+    assert!(tree.earliest_for_certain() <= earliest, "a deadline is overlooked for certain");
+    for now in 0..9 {
+        let due = deadlines.iter().position(|deadline| *deadline <= now);
+        assert_eq!(tree.next_due(0, now), due, "at {now}");
+        if due.is_none() {
+            tree.put_first_path_right(now);
+            assert!(tree.earliest() > now, "nothing is due at {now}, and everybody looks");
+        }
+    }
+}
+
+/// Slots of one node, of two nodes below one, and of two of those.
+#[test]
+fn no_deadline_is_overlooked_between_two_changes() {
+    const SOON: u64 = 3;
+    const LATER: u64 = 5;
+    for (before, one, other, after) in [
+        (&[SOON, NEVER][..], (0, NEVER), (1, LATER), &[NEVER, LATER][..]),
+        (&[SOON, NEVER, NEVER], (0, NEVER), (2, LATER), &[NEVER, NEVER, LATER]),
+        (&[SOON, NEVER, NEVER, NEVER, NEVER], (0, NEVER), (4, LATER), &[NEVER, NEVER, NEVER, NEVER, LATER]),
+        (&[SOON, LATER], (0, NEVER), (1, NEVER), &[NEVER, NEVER]),
+        (&[SOON, NEVER, LATER], (0, NEVER), (2, NEVER), &[NEVER, NEVER, NEVER]),
+        (&[SOON, SOON, LATER], (0, LATER), (1, NEVER), &[LATER, NEVER, LATER]),
+        (&[NEVER, NEVER], (0, LATER), (1, SOON), &[LATER, SOON]),
+    ] {
+        model(move || {
+            let tree = tree_of(before);
+            at_once(&tree, move |tree| tree.set(one.0, one.1), |tree| tree.set(other.0, other.1));
+            assert_deadlines(&tree, after);
+        });
+    }
+}
+
+#[test]
+fn who_would_give_up_knows_of_a_deadline_that_others_are_just_moving_around() {
+    for slot in [1, 2] {
+        model(move || {
+            let tree = tree_of(&[3, NEVER, NEVER]);
+            let clear = |tree: &Arc<Deadlines>| tree.set(0, NEVER);
+            let set = |tree: &Arc<Deadlines>| {
+                tree.set(slot, 5);
+                assert!(tree.earliest_for_certain() <= 5);
+            };
+            at_once(&tree, clear, set);
+        });
+    }
+}
+
+#[test]
+fn who_looks_for_what_is_due_finds_it_while_another_thread_moves_a_deadline_back() {
+    model(|| {
+        let tree = tree_of(&[3, 3, 5]);
+        at_once(
+            &tree,
+            |tree| tree.set(0, 7),
+            |tree| assert!(tree.next_due(0, 5).is_some_and(|slot| slot < 3)),
+        );
+        assert_deadlines(&tree, &[7, 3, 5]);
+    });
+}
+
+// ---- a key's state ----
+
+fn limited(seconds: u32) -> State {
+    State::resting(Rest::RateLimited, Some(SECOND * seconds))
+}
+
+#[test]
+fn f10_of_marks_at_once_the_longest_holds_and_an_operators_word_stands() {
+    model(|| {
+        let state = Arc::new(AtomicState::new(State::HEALTHY));
+        let mark = |state: &Arc<AtomicState>, mark: State| _ = state.update(|before| before.later(mark));
+        let longer = move |state: &Arc<AtomicState>| mark(state, limited(9));
+        let shorter = |state: &Arc<AtomicState>| {
+            mark(state, limited(5));
+            state.update(|before| before.disabled(true));
+        };
+        at_once(&state, longer, shorter);
+        assert_eq!(state.load(), limited(9).disabled(true));
+    });
+}
+
+#[test]
+fn f07_the_end_of_a_rest_takes_no_mark_with_it_that_came_just_before() {
+    model(|| {
+        let state = Arc::new(AtomicState::new(limited(1)));
+        let end = |state: &Arc<AtomicState>| {
+            let now = super::nanos(SECOND);
+            state.update(|state| if state.is_over(now) { State::HEALTHY } else { state });
+        };
+        let mark = |state: &Arc<AtomicState>| _ = state.update(|before| before.later(limited(5)));
+        at_once(&state, end, mark);
+        assert_eq!(state.load(), limited(5));
+    });
+}
+
+// ---- the pool ----
+
+fn pool_of(keys: usize) -> (KeyPool, ManualClock) {
+    let clock = ManualClock::new();
+    let keys = (0..keys).map(|key| (format!("key-{key}"), format!("sk-{key}")));
+    let pool = KeyPool::builder().keys(keys).cooldown(COOLDOWN).clock(clock.clone()).build().unwrap();
+    clock.advance(SECOND);
+    (pool, clock)
+}
+
+fn lease(pool: &KeyPool, key: usize) -> Lease {
+    Lease(pool.inner.snapshot.load().keys()[key].clone())
+}
+
+fn mark(pool: &KeyPool, key: usize) {
+    pool.mark(&lease(pool, key), Rest::RateLimited, None, 429);
+}
+
+/// Whatever the key's state was.
+fn set_state(pool: &KeyPool, key: usize, state: State) {
+    let key = lease(pool, key).0;
+    key.state.update(|_| state);
+    pool.refresh(&key);
+}
+
+/// A rest that has ended, and that nobody has noticed yet.
+fn over() -> State {
+    limited(1)
+}
+
+fn picked(pool: &KeyPool) -> Option<usize> {
+    let lease = pool.pick()?;
+    Some(pool.inner.snapshot.load().slot(lease.id()).unwrap())
+}
+
+fn assert_in_line(pool: &KeyPool) {
+    let snapshot: Arc<Snapshot> = pool.inner.snapshot.load_full();
+    snapshot.assert_in_line();
+}
+
+#[test]
+fn picks_at_once_give_each_key_one_turn_in_a_round() {
+    for resting in [None, Some(1)] {
+        model(move || {
+            let (pool, _) = pool_of(5);
+            resting.into_iter().for_each(|key| mark(&pool, key));
+            let two = |pool: &KeyPool| [picked(pool).unwrap(), picked(pool).unwrap()];
+            let (sender, theirs) = std::sync::mpsc::channel();
+            let ours = at_once(&pool, move |pool| sender.send(two(pool)).unwrap(), two);
+            let mut all = [ours, theirs.recv().unwrap()].concat();
+            assert!(ours[0] < ours[1], "a thread's own picks are in turn: {ours:?}");
+            all.sort();
+            assert_eq!(all, (0..5).filter(|key| Some(*key) != resting).take(4).collect::<Vec<_>>());
+            assert_eq!(picked(&pool), Some(if resting.is_some() { 0 } else { 4 }));
+        });
+    }
+}
+
+#[test]
+fn a_mark_beside_the_return_of_an_ended_rest_holds_and_the_indexes_agree() {
+    model(|| {
+        let (pool, _) = pool_of(1);
+        set_state(&pool, 0, over());
+        at_once(&pool, |pool| mark(pool, 0), |pool| drop(pool.pick()));
+        assert_in_line(&pool);
+        assert_eq!(picked(&pool), None);
+        assert_eq!(pool.next_return(), Some(COOLDOWN));
+    });
+}
+
+#[test]
+fn marks_resets_and_returns_of_one_key_at_once_leave_indexes_that_agree() {
+    model(|| {
+        let (pool, _) = pool_of(2);
+        set_state(&pool, 1, over());
+        let reset = |pool: &KeyPool| pool.reset("key-1").now_or_never().unwrap().unwrap();
+        at_once(&pool, |pool| mark(pool, 1), reset);
+        assert_in_line(&pool);
+    });
+}
+
+#[test]
+fn a_key_that_rested_before_a_pick_began_is_not_handed_out() {
+    model(|| {
+        let (pool, _) = pool_of(3);
+        set_state(&pool, 1, over());
+        let mark_and_pick = |pool: &KeyPool| {
+            mark(pool, 1);
+            assert_ne!(picked(pool), Some(1));
+        };
+        at_once(&pool, |pool| drop(pool.pick()), mark_and_pick);
+    });
+}
+
+/// Of one word with the other key, and of another one.
+#[test]
+fn nobody_says_no_key_while_one_is_healthy_all_the_time() {
+    for healthy in [1, 2] {
+        model(move || {
+            let (pool, clock) = pool_of(3);
+            set_state(&pool, 3 - healthy, limited(1_000));
+            let rest_and_return = move |pool: &KeyPool| {
+                mark(pool, 0);
+                clock.advance(COOLDOWN);
+                pool.pick();
+            };
+            let ask = |pool: &KeyPool| {
+                assert!(pool.pick().is_some());
+                assert_eq!(pool.next_return(), Some(Duration::ZERO));
+            };
+            at_once(&pool, rest_and_return, ask);
+            assert_in_line(&pool);
+        });
+    }
+}
+
+/// The key is healthy or due at each moment, and in an index all the while.
+#[test]
+fn nobody_says_no_key_while_the_only_one_rests_and_is_due_again() {
+    model(|| {
+        let (pool, _) = pool_of(1);
+        let rest = |pool: &KeyPool| set_state(pool, 0, over());
+        at_once(&pool, rest, |pool| assert!(pool.pick().is_some(), "while it goes"));
+        at_once(&pool, |pool| drop(pool.pick()), |pool| assert!(pool.pick().is_some(), "while it comes"));
+        assert_in_line(&pool);
+    });
+}
+
+#[test]
+fn who_finds_every_key_resting_knows_when_one_is_back() {
+    model(|| {
+        let (pool, _) = pool_of(2);
+        mark(&pool, 1);
+        let ask = |pool: &KeyPool| {
+            if pool.pick().is_none() {
+                assert_eq!(pool.next_return(), Some(COOLDOWN));
+            }
+        };
+        at_once(&pool, |pool| mark(pool, 0), ask);
+        assert_eq!(pool.next_return(), Some(COOLDOWN));
+        assert_in_line(&pool);
+    });
+}

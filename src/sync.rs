@@ -1,0 +1,48 @@
+//! What the pool's threads and tasks share state by: what the standard library and tokio have for it. In tests that
+//! try the orders in which threads may run, what `loom` or `shuttle` has in its place.
+//!
+//! `loom` knows nothing of `arc_swap` and of tokio's locks, `shuttle` neither: they work, and their own steps are
+//! not taken apart.
+
+#[cfg(all(test, schedules = "loom"))]
+pub(crate) use loom::sync::{Mutex, MutexGuard, atomic};
+#[cfg(all(test, schedules = "shuttle"))]
+pub(crate) use shuttle::sync::{Mutex, MutexGuard, atomic};
+#[cfg(not(all(test, any(schedules = "loom", schedules = "shuttle"))))]
+pub(crate) use std::sync::{Mutex, MutexGuard, atomic};
+
+#[cfg(not(all(test, schedules = "shuttle")))]
+pub(crate) use tokio::task::{JoinError, JoinSet};
+
+#[cfg(all(test, schedules = "shuttle"))]
+pub(crate) use self::without_tokio::{JoinError, JoinSet};
+
+#[cfg(all(test, schedules = "shuttle"))]
+mod without_tokio {
+    use std::collections::VecDeque;
+
+    pub(crate) use shuttle::future::JoinError;
+    use shuttle::future::{JoinHandle, spawn};
+
+    pub(crate) struct JoinSet<T>(VecDeque<JoinHandle<T>>);
+
+    impl<T> Default for JoinSet<T> {
+        fn default() -> Self {
+            Self(VecDeque::new())
+        }
+    }
+
+    impl<T: Send + 'static> JoinSet<T> {
+        pub(crate) fn spawn(&mut self, task: impl Future<Output = T> + Send + 'static) {
+            self.0.push_back(spawn(task));
+        }
+
+        pub(crate) fn len(&self) -> usize {
+            self.0.len()
+        }
+
+        pub(crate) async fn join_next(&mut self) -> Option<Result<T, JoinError>> {
+            Some(self.0.pop_front()?.await)
+        }
+    }
+}
