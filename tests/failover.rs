@@ -586,6 +586,29 @@ async fn f22_1_000_callers_that_wait_for_one_key_are_let_through_a_few_at_first_
     assert_eq!(server.count(), 1 + CALLERS);
 }
 
+/// Broken once: with the available keys counted as one, it failed.
+#[tokio::test]
+async fn f22_where_several_keys_come_back_at_once_each_is_tried_at_once() {
+    let clock = ManualClock::new();
+    let pool = pool(["alpha", "beta", "gamma"], &clock);
+    let (permits, held) = (Arc::new(Semaphore::new(0)), Arc::new(AtomicUsize::new(0)));
+    let server = holding(permits.clone(), held.clone()).await;
+    let client = failing_over(&pool, failover(&pool).wait_up_to(5 * MINUTE));
+    for _ in 0..3 {
+        assert_eq!(status(&rotating(&pool), &format!("{}/limited", server.url())).await, 429);
+    }
+    let callers: Vec<_> = (0..5).map(|_| spawn_get(&client, &server.url())).collect();
+    settle().await;
+    clock.advance(2 * MINUTE);
+    eventually("one request for each key is at the server", || held.load(SeqCst) == 3).await;
+    settle().await;
+    assert_eq!(held.load(SeqCst), 3);
+    permits.add_permits(5);
+    for caller in in_time(join_all(callers)).await {
+        assert_eq!(caller.unwrap().unwrap(), 200);
+    }
+}
+
 #[tokio::test]
 async fn f22_callers_that_were_limited_themselves_are_let_through_again_in_the_same_way() {
     const CALLERS: usize = 1 + 2 + 4;

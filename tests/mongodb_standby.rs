@@ -13,7 +13,7 @@ use mongodb::bson::{Bson, DateTime, Document, doc, oid::ObjectId};
 use support::{mongo::*, *};
 use tower::Layer;
 use tower_key_rotation::{
-    KeyPool, KeyRotation, KeyRotationLayer, RecoveryHandle, Status, classify::LlmGateway,
+    KeyPool, KeyRotation, KeyRotationLayer, RecoveryHandle, Status, classify::LlmGateway, store::KeyStore,
 };
 
 const COLLECTION: &str = "ohmygpt_backup_keys";
@@ -402,6 +402,17 @@ async fn a_standby_key_that_was_inserted_is_left_as_it_is_and_the_failed_key_ret
     assert_eq!(bench.claims().await.len(), 1);
 }
 
+/// Broken once: with its status not looked at, it failed.
+#[tokio::test]
+async fn a_standby_key_that_was_inserted_and_has_failed_itself_is_not_counted_on() {
+    let bench = crashed(planned("one"), [claimed("one", "alpha"), created("two", 1)]).await;
+    let mut inserted = healthy("one");
+    inserted.extend(doc! { "replacedKey": "alpha", "status": "error" });
+    bench.mongo.keys().insert_one(&inserted).await.unwrap();
+    assert_finished(&bench, "two").await;
+    assert_eq!(bench.mongo.document("one").await, inserted);
+}
+
 #[tokio::test]
 async fn a_planned_standby_key_that_another_program_has_taken_is_left_to_it() {
     let taken = claimed("one", "somebody");
@@ -515,6 +526,20 @@ async fn what_the_server_refuses_of_one_key_keeps_no_other_from_being_replaced()
     }
     bench.assert_replaced("beta", "one").await;
     assert_eq!(bench.key_ids().await, ["alpha", "beta", "one"]);
+}
+
+/// Broken once: with the refusal always an error, and never one, it failed.
+#[tokio::test]
+async fn what_the_server_refuses_is_an_error_where_no_other_key_was_replaced() {
+    let bench = Bench::new(&[], &["a-refused-one", "one"]).await;
+    bench.mongo.keys().insert_many([failed("alpha"), failed("beta")]).await.unwrap();
+    let validator = doc! { "collMod": "ohmygpt_keys", "validator": { "_id": { "$ne": "a-refused-one" } } };
+    bench.mongo.database.run_command(validator).await.unwrap();
+    let store = bench.mongo.builder().standby_collection(COLLECTION);
+    let store = store.connect(&bench.mongo.uri).await.unwrap();
+    let replaced = store.replace_failed().await.unwrap();
+    assert_eq!(replaced.iter().map(|replaced| replaced.by.as_str()).collect::<Vec<_>>(), ["one"]);
+    assert!(store.replace_failed().await.is_err());
 }
 
 #[tokio::test]

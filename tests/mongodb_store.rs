@@ -1346,3 +1346,48 @@ async fn a_pool_without_a_key_to_use_says_when_the_first_one_in_the_store_is_bac
     let Error::NoKeyAvailable(refused) = refused else { panic!("{refused:?}") };
     assert!(is_about(refused.retry_in().unwrap(), 90 * SECOND));
 }
+
+/// Broken once: with four asked for, it failed.
+#[tokio::test]
+async fn a_sweep_names_the_keys_that_it_reset_where_they_are_5_or_fewer() {
+    let mongo = Mongo::standalone().await;
+    let store = mongo.store().await;
+    for keys in [5, 6] {
+        let ids: Vec<_> = (0..keys).map(|number| format!("{keys}-{number}")).collect();
+        for id in &ids {
+            mongo.insert(id).await;
+            mongo.set(id, doc! { "status": "rate_limited", "cooldownUntil": DateTime::from_millis(0) }).await;
+        }
+        let recovered = store.recover().await.unwrap();
+        assert_eq!(recovered.count, keys);
+        let mut named: Vec<_> = recovered.ids.iter().map(KeyId::to_string).collect();
+        named.sort();
+        assert_eq!(named, if keys == 5 { ids } else { Vec::new() });
+    }
+}
+
+/// Broken once: with the answer of `remove` turned round, it failed.
+#[tokio::test]
+async fn a_store_says_whether_a_key_was_inserted_and_whether_one_was_removed() {
+    let mongo = Mongo::standalone().await;
+    let store = mongo.store().await;
+    let id = |name: &str| KeyId::new(name).unwrap();
+    assert!(store.insert(id("alpha"), "sk-alpha".into()).await.unwrap());
+    assert!(!store.insert(id("alpha"), "sk-other".into()).await.unwrap());
+    assert!(store.remove(&id("alpha")).await.unwrap());
+    assert!(!store.remove(&id("alpha")).await.unwrap());
+}
+
+/// Broken once: without the look for the id, it failed.
+#[tokio::test]
+async fn a_key_that_a_unique_index_of_somebody_elses_refuses_is_not_said_to_be_there() {
+    let mongo = Mongo::standalone().await;
+    mongo.insert("alpha").await;
+    let unique = doc! { "key": { "apiKey": 1 }, "name": "secrets", "unique": true };
+    let command = doc! { "createIndexes": "ohmygpt_keys", "indexes": [unique] };
+    mongo.database.run_command(command).await.unwrap();
+    let pool = KeyPool::builder().open(mongo.store().await).await.unwrap();
+    let error = pool.insert("beta", "sk-alpha").await.unwrap_err();
+    assert!(matches!(error, OperateError::Store(_)), "{error:?}");
+    assert_eq!(mongo.find("beta").await, None);
+}

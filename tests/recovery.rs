@@ -14,7 +14,7 @@ use support::*;
 use tower_key_rotation::{
     KeyId, KeyPool, MarksNotWritten, OperateError, PassError, RecoveryConfig, RecoveryHandle, Rest, Status,
     clock::ManualClock,
-    store::{Changed, KeyStore, MemoryStore, UsageBatch},
+    store::{Changed, KeyStore, Mark, MemoryStore, UsageBatch},
 };
 
 const INTERVAL: Duration = Duration::from_secs(30);
@@ -360,6 +360,8 @@ async fn f01_while_the_store_is_not_there_it_is_tried_at_growing_and_random_inte
     }
     let gaps: Vec<_> = at.windows(2).map(|pass| pass[1] - pass[0]).collect();
     assert!(at[0] == 0 && gaps[0] <= 4 && gaps.len() >= 5, "{at:?}");
+    // At most one and a half times 1, 2, 4 and 8 seconds, in whole ones as the test sees them.
+    assert!(gaps.iter().zip([2, 3, 6, 12]).all(|(gap, most)| *gap <= most), "{at:?}");
     assert!(gaps.iter().all(|gap| *gap <= 31) && *gaps.last().unwrap() >= 15, "{at:?}");
 }
 
@@ -415,6 +417,31 @@ async fn what_the_store_says_has_changed_is_loaded_without_waiting_for_a_pass() 
     assert_eq!(passes(&recovery), 1);
 }
 
+/// Broken once: with the pause after a load of some keys instead of all, it failed.
+#[tokio::test]
+async fn after_all_was_loaded_the_store_is_left_alone_for_ten_times_as_long_as_that_took() {
+    let bench = Bench::new(["alpha"]).await;
+    let recovery = recovery(&bench.pool).await;
+    let loads = bench.store.loads.begun();
+    bench.store.tell(Changed::Keys(vec![id("alpha")])).await;
+    bench.store.tell(Changed::Keys(vec![id("alpha")])).await;
+    eventually("some keys are loaded one after another", || bench.store.loads.begun() == loads + 2).await;
+
+    bench.store.loads.set(Mode::Hangs);
+    bench.store.tell(Changed::Anything).await;
+    eventually("all are being loaded", || bench.store.loads.begun() == loads + 3).await;
+    bench.clock.advance(SECOND);
+    bench.store.loads.set(Mode::Works);
+    bench.store.tell(Changed::Keys(vec![id("alpha")])).await;
+    settle().await;
+    bench.clock.advance(10 * SECOND - INSTANT);
+    settle().await;
+    assert_eq!(bench.store.loads.begun(), loads + 3);
+    bench.clock.advance(INSTANT);
+    eventually("the next change is loaded", || bench.store.loads.begun() == loads + 4).await;
+    drop(recovery);
+}
+
 #[tokio::test]
 async fn a_change_that_could_not_be_loaded_is_not_missed() {
     let bench = Bench::new(["alpha"]).await;
@@ -454,6 +481,28 @@ async fn of_a_store_that_takes_no_mark_it_is_asked_eight_times_and_not_for_every
     drop(recovery);
 }
 
+/// Broken once: with one write at a time, it failed.
+#[tokio::test]
+async fn marks_are_written_eight_at_a_time() {
+    let clock = ManualClock::new();
+    let store = FaultyStore::new(&clock);
+    let pool = builder(0..20, &clock).open(store.clone()).await.unwrap();
+    let server = Server::answering(|| answer(429, "")).await;
+    let client = rotating(&pool);
+    for _ in 0..20 {
+        assert_eq!(status(&client, &server.url()).await, 429);
+    }
+    store.writes.set(Mode::Hangs);
+    let recovery = RecoveryHandle::spawn_with(&pool, passes_by_hand());
+    eventually("eight are under way", || store.writes.begun() == 8).await;
+    settle().await;
+    assert_eq!(store.writes.begun(), 8);
+    store.writes.set(Mode::Works);
+    eventually("all are written", || pool.stats().marks_waiting == 0).await;
+    assert_eq!((store.writes.begun(), store.writes.most_at_once()), (20, 8));
+    drop(recovery);
+}
+
 #[tokio::test]
 async fn f01_what_an_operator_does_to_a_seed_key_holds_also_if_it_comes_first() {
     let clock = ManualClock::new();
@@ -470,8 +519,12 @@ async fn f01_what_an_operator_does_to_a_seed_key_holds_also_if_it_comes_first() 
 async fn a_key_that_the_store_has_under_another_id_is_not_there_twice() {
     let clock = ManualClock::new();
     let store = FaultyStore::new(&clock);
+    let (logs, _guard) = Logs::capture();
     assert!(store.memory.insert(id("theirs"), "sk-alpha".into()).await.unwrap());
+    assert!(store.memory.insert(id("beta"), "sk-beta".into()).await.unwrap());
     let pool = builder(["alpha", "beta"], &clock).open(store).await.unwrap();
+    // That it has one under the same id is nothing to be told.
+    assert_eq!((logs.count("under its own id"), logs.count("key=theirs given_as=alpha")), (1, 1));
     let ids: Vec<_> = pool.stats().keys.iter().map(|key| key.id.to_string()).collect();
     assert_eq!(ids, ["beta", "theirs"]);
 }
@@ -522,6 +575,11 @@ async fn an_operator_is_told_of_a_key_that_is_unknown_or_there_already() {
     assert!(matches!(&error, OperateError::UnknownKey(id) if id == "nobody"), "{error:?}");
     let error = bench.pool.insert("alpha", "sk-other").await.unwrap_err();
     assert!(matches!(&error, OperateError::KeyExists(id) if id.as_str() == "alpha"), "{error:?}");
+
+    let alone = pool(["alpha"], &bench.clock);
+    let error = alone.insert("alpha", "sk-other").await.unwrap_err();
+    assert!(matches!(&error, OperateError::KeyExists(id) if id.as_str() == "alpha"), "{error:?}");
+    assert_eq!(alone.stats().keys.len(), 1);
 }
 
 #[tokio::test]
@@ -908,6 +966,57 @@ async fn f09_a_reset_here_forgets_a_mark_that_waits() {
     recovery.sweep_now().await.outcome.unwrap();
     assert_eq!(bench.store.record("alpha").await.rest, None);
     assert_eq!((bench.pool.stats().healthy, bench.pool.stats().marks_waiting), (1, 0));
+}
+
+/// Broken once: with reloads numbered one lower than they are, it failed.
+#[tokio::test]
+async fn a_reset_by_another_process_is_honoured_by_the_first_reload_after_it() {
+    let bench = Bench::new(["alpha"]).await;
+    let other = bench.another().await;
+    let recovery = RecoveryHandle::spawn_with(&bench.pool, passes_by_hand());
+    assert_eq!(bench.get().await, 429);
+    eventually("the mark is written", || bench.pool.stats().marks_waiting == 0).await;
+    other.reset("alpha").await.unwrap();
+    bench.pool.reload().await.unwrap();
+    assert_eq!(stats_of(&bench.pool, "alpha").status, Status::Healthy);
+    drop(recovery);
+}
+
+/// Broken once: with the store always believed, and with a word of an operator below that not heard, it failed.
+#[tokio::test]
+async fn a_store_that_has_a_cooldown_shorter_is_believed_where_that_is_a_tenth_of_a_second_or_more() {
+    for (less, expected) in [(99, 0), (100, 100)] {
+        let [less, expected] = [less, expected].map(Duration::from_millis);
+        let bench = Bench::new(["alpha"]).await;
+        let recovery = RecoveryHandle::spawn_with(&bench.pool, passes_by_hand());
+        assert_eq!(bench.get().await, 429);
+        eventually("the mark is written", || bench.pool.stats().marks_waiting == 0).await;
+        let mark = |left| Mark::new(id("alpha"), "sk-alpha".into(), Rest::RateLimited, Some(left));
+        assert!(bench.store.memory.reset(&id("alpha")).await.unwrap());
+        bench.store.memory.write(mark(2 * MINUTE - less)).await.unwrap();
+        bench.pool.reload().await.unwrap();
+        assert_eq!(time_left(&bench.pool, "alpha"), Some(2 * MINUTE - expected));
+
+        // That does not keep an operator's word from being heard.
+        assert!(bench.store.memory.set_disabled(&id("alpha"), true).await.unwrap());
+        bench.pool.reload().await.unwrap();
+        assert_eq!(stats_of(&bench.pool, "alpha").status, Status::Disabled);
+        drop(recovery);
+    }
+}
+
+/// Broken once: with what is over loaded as a rest, it failed.
+#[tokio::test]
+async fn a_rest_that_was_over_before_it_was_loaded_is_no_return_here() {
+    let bench = Bench::new(["alpha"]).await;
+    let recovery = RecoveryHandle::spawn_with(&bench.pool, passes_by_hand());
+    assert_eq!(bench.get().await, 429);
+    eventually("the mark is written", || bench.pool.stats().marks_waiting == 0).await;
+    bench.clock.advance(2 * MINUTE);
+    let other = bench.another().await;
+    let alpha = stats_of(&other, "alpha");
+    assert_eq!((alpha.status, alpha.recovered), (Status::Healthy, 0));
+    drop(recovery);
 }
 
 #[tokio::test]

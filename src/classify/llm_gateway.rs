@@ -126,6 +126,17 @@ mod tests {
     }
 
     #[test]
+    fn no_body_is_wanted_where_the_status_tells_all() {
+        let wants_body = |status: &u16| {
+            let headers = HeaderMap::new();
+            let head = ResponseHead::new(StatusCode::from_u16(*status).unwrap(), &headers);
+            LlmGateway::new().wants_body(&head)
+        };
+        let wanted: Vec<_> = (400..600).filter(wants_body).collect();
+        assert_eq!(wanted, [400, 429]);
+    }
+
+    #[test]
     fn a_429_is_read_for_why() {
         assert_eq!(classify(429, r#"{"error":"slow down"}"#), LIMITED);
         for word in ["banned", "Blocked", "SUSPENDED", "disabled"] {

@@ -129,3 +129,31 @@ impl<'a> ResponseHead<'a> {
         hint::from_headers(self.headers, SystemTime::now())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use http::HeaderValue;
+
+    use super::*;
+
+    fn by_header(response: &ResponseHead<'_>) -> Verdict {
+        if response.headers().contains_key("x-quota-exceeded") {
+            Verdict::Exhausted { wait: None }
+        } else {
+            Verdict::Nothing
+        }
+    }
+
+    #[test]
+    fn a_function_that_goes_by_the_headers_is_a_classifier_and_wants_no_body() {
+        let mut headers = HeaderMap::new();
+        let verdict = |headers: &HeaderMap| {
+            let head = ResponseHead::new(StatusCode::SERVICE_UNAVAILABLE, headers);
+            assert!(!by_header.wants_body(&head));
+            by_header.classify(&head)
+        };
+        assert_eq!(verdict(&headers), Verdict::Nothing);
+        headers.insert("x-quota-exceeded", HeaderValue::from_static("monthly"));
+        assert_eq!(verdict(&headers), Verdict::Exhausted { wait: None });
+    }
+}

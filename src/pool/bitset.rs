@@ -166,6 +166,8 @@ mod tests {
             let expected = model.range(asked..).next().copied();
             prop_assert_eq!(set.next_from(asked), expected);
             prop_assert_eq!(set.scan_from(asked), expected);
+            let is_close_by = |slot: &usize| slot / BITS == asked / BITS;
+            prop_assert_eq!(set.next_close_by(asked), expected.filter(is_close_by));
             prop_assert_eq!(set.count(), model.len());
         }
     }
@@ -178,6 +180,70 @@ mod tests {
         assert_eq!(set.next_from(0), Some(262_143));
         set.remove(262_143);
         assert_eq!(set.next_from(0), None);
+    }
+
+    #[test]
+    fn close_by_is_what_stands_in_the_same_word() {
+        let set = AtomicBitSet::new(256);
+        for slot in [70, 100, 127, 128] {
+            set.insert(slot);
+        }
+        let found = [0, 63, 64, 71, 101, 127, 128, 129, 256].map(|slot| set.next_close_by(slot));
+        assert_eq!(found, [None, None, Some(70), Some(100), Some(127), Some(127), Some(128), None, None]);
+    }
+
+    #[test]
+    fn a_search_is_not_led_to_words_that_have_been_emptied() {
+        let set = AtomicBitSet::new(262_144);
+        for slot in [0, 1, 64, 70_000, 262_143] {
+            set.insert(slot);
+        }
+        for slot in [1, 0, 64, 70_000, 262_143] {
+            set.remove(slot);
+        }
+        let summaries = set.levels[1..].iter().flatten();
+        assert!(summaries.map(|word| word.load(SeqCst)).all(|word| word == 0));
+    }
+
+    #[test]
+    fn a_summary_that_is_out_of_date_hides_nothing_behind_it() {
+        let set = AtomicBitSet::new(262_144);
+        for slot in [3 * 64, 5 * 64, 64 * 64 * 2, 64 * 64 * 3] {
+            set.insert(slot);
+        }
+        // What another thread sees in the middle of a removal.
+        set.levels[0][3].store(0, SeqCst);
+        assert_eq!(set.next_from(0), Some(5 * 64));
+        set.levels[1][2].store(0, SeqCst);
+        assert_eq!(set.next_from(5 * 64 + 1), Some(64 * 64 * 3));
+    }
+
+    #[test]
+    fn a_summary_that_was_cleared_too_soon_is_put_back_on_every_level() {
+        let set = AtomicBitSet::new(262_144);
+        set.insert(70_001);
+        for level in &set.levels[1..] {
+            level.iter().for_each(|word| word.store(0, SeqCst));
+        }
+        set.summarise(1, 70_001 / 64);
+        assert_eq!(set.next_from(0), Some(70_001));
+    }
+
+    /// Broken once: without the second look at the word below, it failed.
+    #[test]
+    fn slots_that_are_inserted_while_the_last_ones_beside_them_are_removed_are_found() {
+        const WORDS: usize = 1_000;
+        let set = AtomicBitSet::new(WORDS * BITS);
+        for _ in 0..200 {
+            (0..WORDS).for_each(|word| set.insert(word * BITS + 1));
+            std::thread::scope(|scope| {
+                scope.spawn(|| (0..WORDS).rev().for_each(|word| set.remove(word * BITS + 1)));
+                (0..WORDS).for_each(|word| set.insert(word * BITS));
+            });
+            let found = std::iter::successors(set.next_from(0), |slot| set.next_from(slot + 1));
+            assert!(found.eq((0..WORDS).map(|word| word * BITS)));
+            (0..WORDS).for_each(|word| set.remove(word * BITS));
+        }
     }
 
     #[test]

@@ -195,7 +195,8 @@ mod tests {
                 let (slot, deadline) = (slot.index(slots), deadline.unwrap_or(NEVER));
                 deadlines.set(slot, deadline);
                 model[slot] = deadline;
-                prop_assert_eq!(deadlines.earliest(), model.iter().copied().min().unwrap_or(NEVER));
+                let earliest = model.iter().copied().min().unwrap_or(NEVER);
+                prop_assert_eq!((deadlines.earliest(), deadlines.earliest_for_certain()), (earliest, earliest));
             }
             let asked = asked.index(slots + 1);
             let due = (asked..slots).find(|slot| model[*slot] <= now);
@@ -217,6 +218,16 @@ mod tests {
         assert_eq!((deadlines.earliest(), deadlines.next_due(0, 9)), (5, None));
         deadlines.put_first_path_right(9);
         assert_eq!(deadlines.earliest(), NEVER);
+    }
+
+    #[test]
+    fn who_would_give_up_finds_a_deadline_that_is_not_in_the_nodes_yet() {
+        let deadlines = Deadlines::new(24);
+        deadlines.set(5, 7);
+        // What another thread sees while the root is being put right.
+        deadlines.begun.fetch_add(1, SeqCst);
+        deadlines.root.store(NEVER, SeqCst);
+        assert_eq!((deadlines.earliest(), deadlines.earliest_for_certain()), (NEVER, 7));
     }
 
     #[test]

@@ -400,3 +400,18 @@ impl fmt::Display for NoKeyAvailable {
 }
 
 impl std::error::Error for NoKeyAvailable {}
+
+#[cfg(all(test, feature = "failover"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_one_key_that_was_not_tried_is_found_behind_all_that_were() {
+        let keys = ["alpha", "beta", "gamma", "delta"].map(|id| (id, format!("sk-{id}")));
+        let pool = KeyPool::builder().keys(keys).build().unwrap();
+        let turn: Vec<_> = std::iter::repeat_with(|| pool.pick().unwrap()).take(4).collect();
+        let found = pool.pick_besides(&turn[..3]).unwrap();
+        assert_eq!(found.id().as_str(), "delta");
+        assert_eq!(pool.pick_besides(&turn), None);
+    }
+}

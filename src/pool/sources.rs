@@ -211,6 +211,18 @@ mod tests {
     }
 
     #[test]
+    fn a_name_whose_secret_is_missing_is_not_taken_for_a_secret_with_padding() {
+        assert_eq!(
+            shown(&env("KEYS", "one=,the-key-of-accounting=,alpha=sk-1234567")),
+            [
+                row("KEYS, entry 1", Some("one"), ""),
+                row("KEYS, entry 2", Some("the-key-of-accounting"), ""),
+                row("KEYS, entry 3", Some("alpha"), "sk-1234567"),
+            ]
+        );
+    }
+
+    #[test]
     fn a_file_holds_a_key_a_line_with_comments_and_either_kind_of_line_end() {
         let text = "\u{feff}# ours\r\nalpha|sk-1\r\n\r\n  # theirs\nbeta |sk|2 \nsk-3";
         assert_eq!(
@@ -236,6 +248,17 @@ mod tests {
             shown(&read(r#"{"id":"a","secret":"sk-1"}"#)),
             [row("k.json, entry 1", Some("a"), "sk-1")]
         );
+    }
+
+    #[test]
+    fn keys_may_be_called_id_or_secret() {
+        for [one, other] in [["a", "b"], ["id", "other"], ["other", "secret"]] {
+            let read = json(Path::new("k.json"), &format!(r#"{{"{one}":"sk-1","{other}":"sk-2"}}"#)).unwrap();
+            assert_eq!(
+                shown(&read),
+                [row("k.json, entry 1", Some(one), "sk-1"), row("k.json, entry 2", Some(other), "sk-2")]
+            );
+        }
     }
 
     #[test]

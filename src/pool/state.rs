@@ -169,6 +169,13 @@ mod tests {
     }
 
     #[test]
+    fn of_two_rests_that_end_together_the_first_one_stays() {
+        let exhausted = State::resting(Rest::Exhausted, Some(SECOND));
+        assert_eq!(limited(1).later(exhausted), limited(1));
+        assert_eq!(exhausted.later(limited(1)), exhausted);
+    }
+
+    #[test]
     fn a_revoked_key_stays_revoked_whatever_is_marked_later() {
         let revoked = State::resting(Rest::Revoked, None);
         assert_eq!(revoked.later(limited(u32::MAX)), revoked);
@@ -182,6 +189,7 @@ mod tests {
         assert_eq!(disabled.deadline(), NEVER);
         assert_eq!(disabled.disabled(false), limited(5));
         assert!(disabled.later(limited(9)).is_disabled());
+        assert_eq!(disabled.disabled(true), disabled);
     }
 
     #[test]
@@ -197,5 +205,6 @@ mod tests {
     fn an_endless_cooldown_does_not_overflow() {
         let state = State::resting(Rest::Exhausted, Some(Duration::MAX));
         assert_eq!(state.status(0), Status::Exhausted);
+        assert_ne!(state, State::resting(Rest::Exhausted, None));
     }
 }

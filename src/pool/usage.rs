@@ -117,4 +117,11 @@ mod tests {
         assert_eq!(pool.take_usage(), [Usage::new(id, 1, 5)]);
         assert!(pool.inner.persistence.predecessors().is_empty());
     }
+
+    #[test]
+    fn what_a_key_and_its_predecessor_were_used_is_told_as_one() {
+        let used = |name, requests, tokens| Usage::new(crate::KeyId::new(name).unwrap(), requests, tokens);
+        let used_up = add_up(vec![used("beta", 1, 4), used("alpha", 2, 5), used("beta", 3, 6)]);
+        assert_eq!(used_up, [used("alpha", 2, 5), used("beta", 4, 10)]);
+    }
 }

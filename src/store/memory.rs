@@ -253,4 +253,12 @@ mod tests {
         clock.advance(1_000_000 * MINUTE);
         assert_eq!(store.recover().await.unwrap().count, 0);
     }
+
+    #[tokio::test]
+    async fn of_two_marks_that_end_together_the_first_one_stays() {
+        let (store, _, id) = store();
+        store.write(limited(&id, MINUTE)).await.unwrap();
+        store.write(Mark { rest: Rest::Exhausted, ..limited(&id, MINUTE) }).await.unwrap();
+        assert_eq!(rest(&store), Some((Rest::RateLimited, Some(MINUTE))));
+    }
 }

@@ -342,3 +342,64 @@ impl Error for StoreError {
         Some(&*self.0)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::future::ready;
+
+    use super::*;
+
+    /// A store of somebody's own, which has no better way to load some of its keys than to load all.
+    #[derive(Debug)]
+    struct Fixed(Loaded);
+
+    impl KeyStore for Fixed {
+        fn load(&self) -> StoreFuture<'_, Loaded> {
+            Box::pin(ready(Ok(self.0.clone())))
+        }
+
+        fn write(&self, _: Mark) -> StoreFuture<'_, ()> {
+            Box::pin(ready(Ok(())))
+        }
+
+        fn recover(&self) -> StoreFuture<'_, Recovered> {
+            Box::pin(ready(Ok(Recovered::default())))
+        }
+
+        fn insert(&self, _: KeyId, _: Secret) -> StoreFuture<'_, bool> {
+            Box::pin(ready(Ok(false)))
+        }
+
+        fn remove<'a>(&'a self, _: &'a KeyId) -> StoreFuture<'a, bool> {
+            Box::pin(ready(Ok(false)))
+        }
+
+        fn reset<'a>(&'a self, _: &'a KeyId) -> StoreFuture<'a, bool> {
+            Box::pin(ready(Ok(false)))
+        }
+
+        fn set_disabled<'a>(&'a self, _: &'a KeyId, _: bool) -> StoreFuture<'a, bool> {
+            Box::pin(ready(Ok(false)))
+        }
+    }
+
+    #[tokio::test]
+    async fn some_keys_of_a_store_are_those_asked_for_readable_or_not() {
+        let record = |name: &str| KeyRecord::new(KeyId::new(name).unwrap(), "sk".into());
+        let unreadable = |name: &str| Unreadable::new(name, "no secret");
+        let store = Fixed(Loaded {
+            records: vec![record("alpha"), record("beta")],
+            unreadable: vec![unreadable("gamma"), unreadable("delta")],
+        });
+        let asked = ["beta", "gamma", "epsilon"].map(|name| KeyId::new(name).unwrap());
+        let some = Loaded { records: vec![record("beta")], unreadable: vec![unreadable("gamma")] };
+        assert_eq!(store.load_some(&asked).await.unwrap(), some);
+    }
+
+    #[test]
+    fn an_error_of_a_store_leaves_the_cause_to_its_source() {
+        let error = StoreError::new("connection reset");
+        assert_eq!(error.to_string(), "the key store failed");
+        assert_eq!(error.source().unwrap().to_string(), "connection reset");
+    }
+}

@@ -299,3 +299,29 @@ fn names_hosts_alone(uri: &str) -> bool {
             !name.contains(':') && !name.contains('%') && port.parse::<u16>().is_ok()
         })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_driver_says_is_passed_on_only_of_a_uri_in_which_nothing_can_be_a_password() {
+        for uri in
+            ["localhost", "mongodb://a", "mongodb://a:27017,b:27018/gateway", "mongodb+srv://a.example.com"]
+        {
+            assert!(names_hosts_alone(uri), "{uri}");
+        }
+        for uri in [
+            "user@host",
+            "user:secret",
+            "mongodb://user:secret@host",
+            "mongodb://host/?password=secret",
+            "mongodb://user:secret",
+            "mongodb://user:secret:27017",
+            "mongodb://a:27017,user:secret",
+            "mongodb://user%3Asecret",
+        ] {
+            assert!(!names_hosts_alone(uri), "{uri}");
+        }
+    }
+}

@@ -365,3 +365,16 @@ fn millis(duration: Duration) -> i64 {
 fn long(number: u64) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rest_of_a_thousand_years_is_written_as_it_is_and_an_endless_one_as_ten_thousand() {
+        let millis = 1_000_i64 * 365 * 24 * 60 * 60 * 1_000;
+        let thousand_years = Duration::from_millis(millis as u64);
+        assert_eq!(from_now(thousand_years), doc! { "$add": [NOW, millis + 1] });
+        assert_eq!(from_now(Duration::MAX), doc! { "$add": [NOW, 10 * millis] });
+    }
+}

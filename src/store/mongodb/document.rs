@@ -116,3 +116,41 @@ pub(super) fn shown_id(document: &RawDocument) -> String {
     let printable = id.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c });
     printable.take(LONGEST).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use ::mongodb::bson::{Bson, Document, RawDocumentBuf, doc, oid::ObjectId};
+
+    use super::*;
+
+    fn left_of_a_limited_key(left: impl Into<Bson>) -> Option<Duration> {
+        let document = doc! { "_id": "alpha", "apiKey": "sk-1", "status": RATE_LIMITED, LEFT: left.into() };
+        let document = RawDocumentBuf::try_from(&document).unwrap();
+        let record = decode(&document, &Fields::default(), &AtRest::new("apiKey".into(), None)).unwrap();
+        record.rest.and_then(|(_, left)| left)
+    }
+
+    #[test]
+    fn an_id_is_shown_whatever_it_is() {
+        let shown = |document: Document| shown_id(&RawDocumentBuf::try_from(&document).unwrap());
+        let object = ObjectId::from_bytes([0xab; 12]);
+        assert_eq!(shown(doc! { "_id": object }), "ab".repeat(12));
+        assert_eq!(shown(doc! { "_id": 7_i32 }), "7");
+        assert_eq!(shown(doc! { "_id": -8_i64 }), "-8");
+        assert_eq!(shown(doc! { "_id": true }), "an id of the type Boolean");
+        assert_eq!(shown(doc! {}), "without an id");
+        assert_eq!(
+            shown(doc! { "_id": format!("a\n{}", "b".repeat(300)) }),
+            format!("a\u{fffd}{}", "b".repeat(254))
+        );
+    }
+
+    #[test]
+    fn what_is_left_may_be_a_number_of_either_width_and_is_never_below_zero() {
+        let second = Some(Duration::from_secs(1));
+        assert_eq!((left_of_a_limited_key(1_000_i64), left_of_a_limited_key(1_000_i32)), (second, second));
+        let zero = Some(Duration::ZERO);
+        assert_eq!((left_of_a_limited_key(-1_i64), left_of_a_limited_key(-1_i32)), (zero, zero));
+        assert_eq!(left_of_a_limited_key("soon"), Some(WITHOUT_A_DATE));
+    }
+}

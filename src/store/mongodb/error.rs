@@ -107,3 +107,34 @@ fn without_answers(text: &str) -> String {
         _ => text.to_owned(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use ::mongodb::{
+        bson::{deserialize_from_document, doc},
+        options::ClientOptions,
+    };
+
+    use super::*;
+
+    #[test]
+    fn of_what_the_server_says_only_the_code_and_its_name_are_passed_on() {
+        let answer =
+            doc! { "code": 11_600, "codeName": "InterruptedAtShutdown", "errmsg": "update with sk-1" };
+        let command = ErrorKind::Command(deserialize_from_document(answer.clone()).unwrap());
+        let concern = WriteFailure::WriteConcernError(deserialize_from_document(answer).unwrap());
+        for kind in [command, ErrorKind::Write(concern)] {
+            let failure = Failure::from(Error::from(kind));
+            assert!(failure.is_from_server() && !failure.is_about_the_document());
+            let said = "MongoDB refused it with code 11600 (InterruptedAtShutdown)";
+            assert_eq!(failure.to_string(), said);
+        }
+    }
+
+    #[tokio::test]
+    async fn of_an_argument_that_the_driver_refuses_nothing_is_quoted() {
+        let error = ClientOptions::parse("mongodb://user:pass word@/").await.unwrap_err();
+        assert!(matches!(&*error.kind, ErrorKind::InvalidArgument { .. }), "{error:?}");
+        assert_eq!(Failure::from(error).to_string(), "the driver was given an invalid argument");
+    }
+}
