@@ -313,12 +313,12 @@ pub enum UnusableSecret {
     /// It begins or ends with a space.
     #[error("the secret begins or ends with a space")]
     EdgeSpace,
-    /// It is one that is encrypted, as it stands in a store.
-    #[error("the secret is encrypted: it is what a store holds, not a key")]
-    Encrypted,
     /// A function given to [`Inject::custom`] could make nothing of it.
     #[error("the secret does not have the form that is expected")]
     Form,
+    /// It is one that is encrypted, as it stands in a store.
+    #[error("the secret is encrypted: it is what a store holds, not a key")]
+    Encrypted,
 }
 
 #[cfg(test)]
