@@ -1,12 +1,13 @@
 //! What holds in every order in which threads may run, and whatever they may see of each other: `loom` tries them
-//! all, up to its bound of preemptions. CONTRIBUTING.md says how to run it.
+//! all, as long as no more than three times a thread is stopped where it could go on. CONTRIBUTING.md says how to
+//! run it.
 //!
 //! An index has two slots to a word or node here, so that a few keys are spread over three levels.
 
 use std::{sync::Arc, time::Duration};
 
 use futures_util::FutureExt;
-use loom::{model, thread};
+use loom::{model::Builder, thread};
 
 use super::{
     KeyPool, Lease, NEVER, Rest, Snapshot,
@@ -14,21 +15,32 @@ use super::{
     deadlines::Deadlines,
     state::{AtomicState, State},
 };
-use crate::clock::ManualClock;
+use crate::{clock::ManualClock, store::MemoryStore};
 
 const SECOND: Duration = Duration::from_secs(1);
 const COOLDOWN: Duration = Duration::from_secs(120);
 
+fn model(test: impl Fn() + Send + Sync + 'static) {
+    let mut builder = Builder::new();
+    // `LOOM_MAX_PREEMPTIONS` says otherwise.
+    builder.preemption_bound.get_or_insert(3);
+    builder.check(test);
+}
+
 /// Runs both at once, until both are done.
-fn at_once<T, R>(shared: &T, other: impl FnOnce(&T) + Send + 'static, here: impl FnOnce(&T) -> R) -> R
+fn at_once<T, A, B>(
+    shared: &T,
+    one: impl FnOnce(&T) -> A + 'static,
+    other: impl FnOnce(&T) -> B + 'static,
+) -> (A, B)
 where
-    T: Clone + Send + 'static,
+    T: Clone + 'static,
+    A: 'static,
+    B: 'static,
 {
-    let theirs = shared.clone();
-    let other = thread::spawn(move || other(&theirs));
-    let result = here(shared);
-    other.join().unwrap();
-    result
+    let (its, others) = (shared.clone(), shared.clone());
+    let (one, other) = (thread::spawn(move || one(&its)), thread::spawn(move || other(&others)));
+    (one.join().unwrap(), other.join().unwrap())
 }
 
 // ---- the set of available slots ----
@@ -62,23 +74,25 @@ fn set_of(members: &[usize]) -> Arc<AtomicBitSet> {
     Arc::new(set)
 }
 
-/// Slots of one word, of two words below one summary, and of two summaries.
+/// Slots of one word, of two words below one summary, and of two summaries; none of them in the first word, which a
+/// search looks at whatever a summary says.
 #[test]
 fn no_summary_is_lost_between_two_changes() {
     use Change::{Insert, Remove};
     for (before, one, other, after) in [
-        (&[1][..], Insert(0), Remove(1), &[0][..]),
-        (&[1], Insert(2), Remove(1), &[2]),
-        (&[1], Insert(4), Remove(1), &[4]),
-        (&[], Insert(0), Insert(1), &[0, 1]),
-        (&[], Insert(0), Insert(2), &[0, 2]),
-        (&[0, 1], Remove(0), Remove(1), &[]),
-        (&[0, 2], Remove(0), Remove(2), &[]),
-        (&[0, 2, 4], Remove(0), Remove(2), &[4]),
+        (&[3][..], Insert(2), Remove(3), &[2][..]),
+        (&[5], Insert(4), Remove(5), &[4]),
+        (&[5], Insert(6), Remove(5), &[6]),
+        (&[3], Insert(6), Remove(3), &[6]),
+        (&[], Insert(4), Insert(5), &[4, 5]),
+        (&[], Insert(4), Insert(6), &[4, 6]),
+        (&[4, 5], Remove(4), Remove(5), &[]),
+        (&[4, 6], Remove(4), Remove(6), &[]),
+        (&[4, 6, 7], Remove(4), Remove(6), &[7]),
     ] {
         model(move || {
             let set = set_of(before);
-            at_once(&set, move |set| one.make(set), |set| other.make(set));
+            at_once(&set, move |set| one.make(set), move |set| other.make(set));
             assert_members(&set, after);
         });
     }
@@ -87,13 +101,14 @@ fn no_summary_is_lost_between_two_changes() {
 #[test]
 fn a_set_that_three_threads_change_at_once_loses_none() {
     model(|| {
-        let set = set_of(&[1]);
-        let remove_and_insert = |set: &Arc<AtomicBitSet>| {
-            set.remove(1);
-            set.insert(2);
-        };
-        at_once(&set, |set| set.insert(0), |set| at_once(set, remove_and_insert, |set| set.insert(4)));
-        assert_members(&set, &[0, 2, 4]);
+        let set = set_of(&[5]);
+        let remove = thread::spawn({
+            let set = set.clone();
+            move || set.remove(5)
+        });
+        at_once(&set, |set| set.insert(4), |set| set.insert(6));
+        remove.join().unwrap();
+        assert_members(&set, &[4, 6]);
     });
 }
 
@@ -101,17 +116,17 @@ fn a_set_that_three_threads_change_at_once_loses_none() {
 #[test]
 fn a_slot_that_was_inserted_is_found_by_a_scan_whatever_changes_beside_it() {
     model(|| {
-        let set = set_of(&[1]);
+        let set = set_of(&[5]);
         let go_and_come = |set: &Arc<AtomicBitSet>| {
-            set.remove(1);
-            set.insert(1);
+            set.remove(5);
+            set.insert(5);
         };
-        let found = |set: &Arc<AtomicBitSet>| {
-            set.insert(0);
-            assert_eq!(set.scan_from(0), Some(0));
-            assert!(set.next_from(0).is_none_or(|slot| slot < 2));
+        let insert = |set: &Arc<AtomicBitSet>| {
+            set.insert(4);
+            assert_eq!(set.scan_from(0), Some(4));
         };
-        at_once(&set, go_and_come, found);
+        at_once(&set, go_and_come, insert);
+        assert_members(&set, &[4, 5]);
     });
 }
 
@@ -154,7 +169,7 @@ fn no_deadline_is_overlooked_between_two_changes() {
     ] {
         model(move || {
             let tree = tree_of(before);
-            at_once(&tree, move |tree| tree.set(one.0, one.1), |tree| tree.set(other.0, other.1));
+            at_once(&tree, move |tree| tree.set(one.0, one.1), move |tree| tree.set(other.0, other.1));
             assert_deadlines(&tree, after);
         });
     }
@@ -166,7 +181,7 @@ fn who_would_give_up_knows_of_a_deadline_that_others_are_just_moving_around() {
         model(move || {
             let tree = tree_of(&[3, NEVER, NEVER]);
             let clear = |tree: &Arc<Deadlines>| tree.set(0, NEVER);
-            let set = |tree: &Arc<Deadlines>| {
+            let set = move |tree: &Arc<Deadlines>| {
                 tree.set(slot, 5);
                 assert!(tree.earliest_for_certain() <= 5);
             };
@@ -200,26 +215,12 @@ fn f10_of_marks_at_once_the_longest_holds_and_an_operators_word_stands() {
         let state = Arc::new(AtomicState::new(State::HEALTHY));
         let mark = |state: &Arc<AtomicState>, mark: State| _ = state.update(|before| before.later(mark));
         let longer = move |state: &Arc<AtomicState>| mark(state, limited(9));
-        let shorter = |state: &Arc<AtomicState>| {
+        let shorter = move |state: &Arc<AtomicState>| {
             mark(state, limited(5));
             state.update(|before| before.disabled(true));
         };
         at_once(&state, longer, shorter);
         assert_eq!(state.load(), limited(9).disabled(true));
-    });
-}
-
-#[test]
-fn f07_the_end_of_a_rest_takes_no_mark_with_it_that_came_just_before() {
-    model(|| {
-        let state = Arc::new(AtomicState::new(limited(1)));
-        let end = |state: &Arc<AtomicState>| {
-            let now = super::nanos(SECOND);
-            state.update(|state| if state.is_over(now) { State::HEALTHY } else { state });
-        };
-        let mark = |state: &Arc<AtomicState>| _ = state.update(|before| before.later(limited(5)));
-        at_once(&state, end, mark);
-        assert_eq!(state.load(), limited(5));
     });
 }
 
@@ -239,6 +240,15 @@ fn lease(pool: &KeyPool, key: usize) -> Lease {
 
 fn mark(pool: &KeyPool, key: usize) {
     pool.mark(&lease(pool, key), Rest::RateLimited, None, 429);
+}
+
+fn reset(pool: &KeyPool, key: usize) {
+    done(pool.reset(format!("key-{key}")));
+}
+
+/// What has nothing to wait for.
+fn done<T, E: std::fmt::Debug>(future: impl Future<Output = Result<T, E>>) -> T {
+    future.now_or_never().unwrap().unwrap()
 }
 
 /// Whatever the key's state was.
@@ -270,10 +280,9 @@ fn picks_at_once_give_each_key_one_turn_in_a_round() {
             let (pool, _) = pool_of(5);
             resting.into_iter().for_each(|key| mark(&pool, key));
             let two = |pool: &KeyPool| [picked(pool).unwrap(), picked(pool).unwrap()];
-            let (sender, theirs) = std::sync::mpsc::channel();
-            let ours = at_once(&pool, move |pool| sender.send(two(pool)).unwrap(), two);
-            let mut all = [ours, theirs.recv().unwrap()].concat();
-            assert!(ours[0] < ours[1], "a thread's own picks are in turn: {ours:?}");
+            let (ours, theirs) = at_once(&pool, two, two);
+            assert!(ours.is_sorted() && theirs.is_sorted(), "out of turn: {ours:?} {theirs:?}");
+            let mut all = [ours, theirs].concat();
             all.sort();
             assert_eq!(all, (0..5).filter(|key| Some(*key) != resting).take(4).collect::<Vec<_>>());
             assert_eq!(picked(&pool), Some(if resting.is_some() { 0 } else { 4 }));
@@ -282,7 +291,7 @@ fn picks_at_once_give_each_key_one_turn_in_a_round() {
 }
 
 #[test]
-fn a_mark_beside_the_return_of_an_ended_rest_holds_and_the_indexes_agree() {
+fn f07_a_mark_beside_the_return_of_an_ended_rest_holds_and_the_indexes_agree() {
     model(|| {
         let (pool, _) = pool_of(1);
         set_state(&pool, 0, over());
@@ -294,61 +303,92 @@ fn a_mark_beside_the_return_of_an_ended_rest_holds_and_the_indexes_agree() {
 }
 
 #[test]
-fn marks_resets_and_returns_of_one_key_at_once_leave_indexes_that_agree() {
+fn a_mark_beside_a_reset_leaves_indexes_that_agree() {
     model(|| {
         let (pool, _) = pool_of(2);
         set_state(&pool, 1, over());
-        let reset = |pool: &KeyPool| pool.reset("key-1").now_or_never().unwrap().unwrap();
-        at_once(&pool, |pool| mark(pool, 1), reset);
+        at_once(&pool, |pool| mark(pool, 1), |pool| reset(pool, 1));
         assert_in_line(&pool);
     });
 }
 
+/// What takes it back has not yet noticed the mark.
 #[test]
 fn a_key_that_rested_before_a_pick_began_is_not_handed_out() {
     model(|| {
-        let (pool, _) = pool_of(3);
-        set_state(&pool, 1, over());
+        let (pool, _) = pool_of(1);
+        set_state(&pool, 0, over());
         let mark_and_pick = |pool: &KeyPool| {
-            mark(pool, 1);
-            assert_ne!(picked(pool), Some(1));
+            mark(pool, 0);
+            assert_eq!(picked(pool), None);
         };
         at_once(&pool, |pool| drop(pool.pick()), mark_and_pick);
     });
 }
 
-/// Of one word with the other key, and of another one.
 #[test]
 fn nobody_says_no_key_while_one_is_healthy_all_the_time() {
-    for healthy in [1, 2] {
+    model(|| {
+        let (pool, clock) = pool_of(2);
+        let rest_and_return = move |pool: &KeyPool| {
+            mark(pool, 0);
+            clock.advance(COOLDOWN);
+            pool.pick();
+        };
+        let ask = |pool: &KeyPool| {
+            assert!(pool.pick().is_some());
+            assert_eq!(pool.next_return(), Some(Duration::ZERO));
+        };
+        at_once(&pool, rest_and_return, ask);
+        assert_in_line(&pool);
+    });
+}
+
+/// The mark takes the last key out of a word of the index, and tells the summary only when another one is there.
+#[test]
+fn nobody_says_no_key_after_one_came_back_beside_one_that_goes() {
+    model(|| {
+        let (pool, _) = pool_of(4);
+        [0, 1, 3].into_iter().for_each(|key| mark(&pool, key));
+        let come = |pool: &KeyPool| {
+            reset(pool, 3);
+            assert!(pool.pick().is_some());
+        };
+        at_once(&pool, |pool| mark(pool, 2), come);
+        assert_in_line(&pool);
+    });
+}
+
+/// An index says that it rests until whoever wrote that has looked at the state again.
+#[test]
+fn nobody_says_no_key_after_the_only_one_came_back() {
+    model(|| {
+        let (pool, _) = pool_of(1);
+        let come = |pool: &KeyPool| {
+            reset(pool, 0);
+            let key = pool.pick();
+            let still_healthy = lease(pool, 0).0.state.load() == State::HEALTHY;
+            assert!(key.is_some() || !still_healthy);
+        };
+        at_once(&pool, |pool| mark(pool, 0), come);
+    });
+}
+
+/// It is healthy or due at each moment, and in an index all the while.
+#[test]
+fn nobody_says_no_key_while_the_only_one_rests_and_is_due_again() {
+    for before in [State::HEALTHY, over()] {
         model(move || {
-            let (pool, clock) = pool_of(3);
-            set_state(&pool, 3 - healthy, limited(1_000));
-            let rest_and_return = move |pool: &KeyPool| {
-                mark(pool, 0);
-                clock.advance(COOLDOWN);
-                pool.pick();
+            let (pool, _) = pool_of(1);
+            set_state(&pool, 0, before);
+            let rest_or_return = move |pool: &KeyPool| match before {
+                State::HEALTHY => set_state(pool, 0, over()),
+                _ => drop(pool.pick()),
             };
-            let ask = |pool: &KeyPool| {
-                assert!(pool.pick().is_some());
-                assert_eq!(pool.next_return(), Some(Duration::ZERO));
-            };
-            at_once(&pool, rest_and_return, ask);
+            at_once(&pool, rest_or_return, |pool| assert!(pool.pick().is_some()));
             assert_in_line(&pool);
         });
     }
-}
-
-/// The key is healthy or due at each moment, and in an index all the while.
-#[test]
-fn nobody_says_no_key_while_the_only_one_rests_and_is_due_again() {
-    model(|| {
-        let (pool, _) = pool_of(1);
-        let rest = |pool: &KeyPool| set_state(pool, 0, over());
-        at_once(&pool, rest, |pool| assert!(pool.pick().is_some(), "while it goes"));
-        at_once(&pool, |pool| drop(pool.pick()), |pool| assert!(pool.pick().is_some(), "while it comes"));
-        assert_in_line(&pool);
-    });
 }
 
 #[test]
@@ -364,5 +404,35 @@ fn who_finds_every_key_resting_knows_when_one_is_back() {
         at_once(&pool, |pool| mark(pool, 0), ask);
         assert_eq!(pool.next_return(), Some(COOLDOWN));
         assert_in_line(&pool);
+    });
+}
+
+/// Twice, since it takes a mark that waits for a write to begin while another one is made.
+#[test]
+fn f08_a_mark_beside_a_write_and_a_reload_is_not_lost() {
+    model(|| {
+        let clock = ManualClock::new();
+        let store = MemoryStore::with_clock(Arc::new(clock.clone()));
+        let builder = KeyPool::builder().key("key-0", "sk-0").cooldown(COOLDOWN).clock(clock);
+        let pool = done(builder.open(store.clone()));
+        mark(&pool, 0);
+        let write = move |pool: &KeyPool| {
+            let store = Arc::new(store.clone());
+            done(pool.clone().write_mark(lease(pool, 0).0, store));
+        };
+        let write_and_reload = {
+            let write = write.clone();
+            move |pool: &KeyPool| {
+                write(pool);
+                done(pool.reload());
+            }
+        };
+        let exhaust = |pool: &KeyPool| pool.mark(&lease(pool, 0), Rest::Exhausted, None, 402);
+        at_once(&pool, write_and_reload, exhaust);
+        assert_eq!(pool.stats().exhausted, 1, "in memory");
+        assert_in_line(&pool);
+        write(&pool);
+        done(pool.reload());
+        assert_eq!(pool.stats().exhausted, 1, "in the store");
     });
 }

@@ -33,7 +33,7 @@ impl KeyPool {
         writes.finish().await
     }
 
-    async fn write_mark(self, key: Arc<Key>, store: Arc<dyn KeyStore>) -> Result<(), StoreError> {
+    pub(super) async fn write_mark(self, key: Arc<Key>, store: Arc<dyn KeyStore>) -> Result<(), StoreError> {
         if !key.written.waits() {
             return Ok(());
         }

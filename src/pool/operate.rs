@@ -130,10 +130,12 @@ impl KeyPool {
         let asked = self.now();
         let reset = || {
             let key = self.known(id.as_ref())?;
-            // What a response has said since then is news.
-            if key.written.marked_at() <= asked {
-                self.change(&key, |state| State::HEALTHY.disabled(state.is_disabled()));
-            }
+            self.change(&key, |state| {
+                // What a response has said since then is news. To be asked with each look at the state: a mark may
+                // come just now.
+                let is_news = key.written.marked_at() > asked;
+                if is_news { state } else { State::HEALTHY.disabled(state.is_disabled()) }
+            });
             Ok::<_, OperateError>(key)
         };
         reset()?;

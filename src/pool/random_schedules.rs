@@ -22,7 +22,7 @@ const COOLDOWN: Duration = Duration::from_secs(120);
 const LONGER: Duration = Duration::from_secs(600);
 
 /// How many schedules of either kind each test goes through; `SCHEDULES` says otherwise.
-const SCHEDULES: usize = 1_000;
+const SCHEDULES: usize = 500;
 
 /// Steps at which priorities change.
 const DEPTH: usize = 4;
@@ -88,6 +88,13 @@ impl Process {
         let clock = ManualClock::new();
         let store = Slow(MemoryStore::with_clock(Arc::new(clock.clone())));
         Self::join(store, clock)
+    }
+
+    /// One with alpha alone.
+    fn without_store() -> Self {
+        let clock = ManualClock::new();
+        let pool = KeyPool::builder().key("alpha", "sk-1").cooldown(COOLDOWN).clock(clock.clone());
+        Self { pool: pool.build().unwrap(), store: Slow(MemoryStore::new()), clock }
     }
 
     fn join(store: Slow, clock: ManualClock) -> Self {
@@ -349,6 +356,22 @@ fn keys_come_and_go_while_others_are_marked_and_reloaded() {
     });
 }
 
+/// Few steps, so that priorities change at the right ones.
+#[test]
+fn a_mark_beside_a_change_of_the_set_is_in_the_indexes_of_the_new_one() {
+    in_many_schedules(|| {
+        let process = Process::without_store();
+        at_once(
+            &process,
+            [
+                |process| process.mark("alpha", COOLDOWN),
+                |process| block_on(process.pool.insert("beta", "sk-2")).unwrap(),
+            ],
+        );
+        process.assert_in_line();
+    });
+}
+
 #[test]
 fn a_key_that_is_healthy_all_the_time_is_found_whatever_becomes_of_the_others() {
     in_many_schedules(|| {
@@ -380,10 +403,7 @@ fn a_key_that_is_healthy_all_the_time_is_found_whatever_becomes_of_the_others() 
 #[test]
 fn a_return_is_counted_once_whoever_notices_it() {
     in_many_schedules(|| {
-        let clock = ManualClock::new();
-        let pool = KeyPool::builder().key("alpha", "sk-1").cooldown(COOLDOWN).clock(clock.clone());
-        let pool = pool.build().unwrap();
-        let process = Process { pool, store: Slow(MemoryStore::new()), clock };
+        let process = Process::without_store();
         process.mark("alpha", COOLDOWN);
         process.clock.advance(COOLDOWN);
         at_once(
