@@ -41,7 +41,10 @@ pub enum InjectError {
     },
     /// With the key in it, the URI would be longer than one can be.
     #[error(transparent)]
-    UriTooLong(UriTooLong),
+    UriTooLong(#[from] UriTooLong),
+    /// The key goes into the query, and the URI is one that has none: that of a `CONNECT`, or `*`.
+    #[error("the request's URI is one that can't have a query, where the key would go")]
+    NoQuery,
 }
 
 /// The rotation's own part of [`Error`].

@@ -12,6 +12,7 @@ use http_body::Body;
 
 use crate::{
     clock::Sleep,
+    error::InjectError,
     query::{self, Parameter},
     replay::Replay,
 };
@@ -31,7 +32,7 @@ pub trait RequestMessage: sealed::Sealed {
     #[doc(hidden)]
     fn headers_mut(&mut self) -> &mut HeaderMap;
     #[doc(hidden)]
-    fn set_query(&mut self, parameters: &[Parameter]) -> Result<(), UriTooLong>;
+    fn set_query(&mut self, parameters: &[Parameter]) -> Result<(), InjectError>;
 }
 
 /// A response that is read for what it says of a key: `http::Response<B>` of any `B` or, with the feature
@@ -115,9 +116,12 @@ impl<B> RequestMessage for Request<B> {
         self.headers_mut()
     }
 
-    fn set_query(&mut self, parameters: &[Parameter]) -> Result<(), UriTooLong> {
-        let query = query::with(self.uri().query(), parameters);
+    fn set_query(&mut self, parameters: &[Parameter]) -> Result<(), InjectError> {
         let path = self.uri().path();
+        if !path.starts_with('/') {
+            return Err(InjectError::NoQuery);
+        }
+        let query = query::with(self.uri().query(), parameters);
         let path_and_query = PathAndQuery::try_from(format!("{path}?{query}")).map_err(|_| UriTooLong)?;
         let mut parts = self.uri().clone().into_parts();
         parts.path_and_query = Some(path_and_query);
@@ -221,7 +225,7 @@ mod for_reqwest {
             self.headers_mut()
         }
 
-        fn set_query(&mut self, parameters: &[Parameter]) -> Result<(), UriTooLong> {
+        fn set_query(&mut self, parameters: &[Parameter]) -> Result<(), InjectError> {
             let query = query::with(self.url().query(), parameters);
             self.url_mut().set_query(Some(&query));
             Ok(())

@@ -11,7 +11,7 @@ use crate::{
     classify::{ClassifyResponse, ResponseHead, TooManyRequests, Verdict},
     error::{Error, InjectError, Refused},
     hosts::Ruling,
-    message::{self, ReadableResponse, RequestMessage, ResponseMessage, UriTooLong},
+    message::{self, ReadableResponse, RequestMessage, ResponseMessage},
     pool::{KeyPool, Lease, Rest},
     query::Parameter,
     secret::KeyId,
@@ -85,7 +85,7 @@ impl<C> Rotation<C> {
         credentials.insert_into(request.headers_mut());
         let parameters = credentials.query_parameters();
         if !parameters.is_empty() {
-            request.set_query(parameters).map_err(uri_too_long)?;
+            request.set_query(parameters).map_err(refuse)?;
         }
         Ok(Some(lease))
     }
@@ -142,14 +142,14 @@ fn note_for_failover<R: ResponseMessage>(lease: &Lease, response: &mut R) {
 }
 
 #[cold]
-fn uri_too_long(error: UriTooLong) -> Box<Refused> {
-    Box::new(Refused::Inject(InjectError::UriTooLong(error)))
+fn refuse(error: InjectError) -> Box<Refused> {
+    Box::new(Refused::Inject(error))
 }
 
 #[cold]
 fn refuse_cleartext<R: RequestMessage>(request: &R) -> Box<Refused> {
     let host = request.destination().host.unwrap_or_default().to_owned();
-    Box::new(Refused::Inject(InjectError::Cleartext { host }))
+    refuse(InjectError::Cleartext { host })
 }
 
 impl<C: ClassifyResponse> Observer<C> {

@@ -25,8 +25,8 @@ use tower::{
     service_fn, util::BoxCloneService,
 };
 use tower_key_rotation::{
-    Error, FailoverLayer, Inject, KeyPool, KeyRotationLayer, Replay, Status, classify::ResponseHead,
-    clock::ManualClock,
+    Error, FailoverLayer, Inject, InjectError, KeyPool, KeyRotationLayer, Replay, Status,
+    classify::ResponseHead, clock::ManualClock,
 };
 use tower_test::mock;
 
@@ -937,6 +937,23 @@ fn nothing_of_a_request_is_changed_but_the_header_that_carries_the_key() {
         assert_eq!(seen.extensions().get(), Some(&Trace(7)));
         assert!(seen.headers()[header::AUTHORIZATION].is_sensitive());
     }
+}
+
+/// Broken once: as long as nobody looked whether there is a path, all three were said to be too long.
+#[tokio::test]
+async fn a_uri_that_can_have_no_query_with_a_key_in_it_is_an_error_which_says_why() {
+    let pool = KeyPool::builder().key("key-0", "sk-0").inject(Inject::query("key")).build().unwrap();
+    let refused = async |uri: &str| {
+        let service = service_fn(async |_: Req| -> Result<Res, Infallible> { unreachable!() });
+        let request = Request::builder().uri(uri).body(String::new()).unwrap();
+        let error = KeyRotationLayer::new(&pool).layer(service).oneshot(request).await.unwrap_err();
+        let Error::Inject(error) = error else { panic!("{error}") };
+        error
+    };
+    assert_eq!(refused("*").await, InjectError::NoQuery);
+    assert_eq!(refused("127.0.0.1:443").await, InjectError::NoQuery);
+    let long = format!("/v1?{}", "a".repeat(65_525));
+    assert!(matches!(refused(&long).await, InjectError::UriTooLong(_)));
 }
 
 #[tokio::test]
