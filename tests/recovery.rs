@@ -11,8 +11,11 @@ use std::{
 };
 
 use support::*;
+use tower::Layer;
 use tower_key_rotation::{
-    KeyId, KeyPool, MarksNotWritten, OperateError, PassError, RecoveryConfig, RecoveryHandle, Rest, Status,
+    KeyId, KeyPool, KeyRotationLayer, MarksNotWritten, OperateError, PassError, RecoveryConfig,
+    RecoveryHandle, Rest, Status,
+    classify::LlmGateway,
     clock::ManualClock,
     store::{Changed, KeyStore, Mark, MemoryStore, UsageBatch},
 };
@@ -478,6 +481,21 @@ async fn of_a_store_that_takes_no_mark_it_is_asked_eight_times_and_not_for_every
     store.set(Mode::Works);
     clock.advance(SECOND);
     eventually("all are written", || pool.stats().marks_waiting == 0).await;
+    drop(recovery);
+}
+
+/// Broken once: with a load after every look for standby keys, it failed.
+#[tokio::test]
+async fn where_no_standby_key_takes_the_place_of_one_that_failed_nothing_is_loaded() {
+    let bench = Bench::new(["alpha"]).await;
+    let recovery = RecoveryHandle::spawn_with(&bench.pool, passes_by_hand());
+    let loads = bench.store.loads.begun();
+    let refusing = Server::answering(|| answer(401, "")).await;
+    let client = KeyRotationLayer::new(&bench.pool).classify(LlmGateway::new()).layer(http());
+    assert_eq!(status(&client, &refusing.url()).await, 401);
+    eventually("the mark is written", || bench.pool.stats().marks_waiting == 0).await;
+    settle().await;
+    assert_eq!((bench.store.marks().len(), bench.store.loads.begun()), (1, loads));
     drop(recovery);
 }
 

@@ -214,6 +214,7 @@ mod tests {
         // What another thread sees in the middle of a removal.
         set.levels[0][3].store(0, SeqCst);
         assert_eq!(set.next_from(0), Some(5 * 64));
+        set.levels[0][2 * 64].store(0, SeqCst);
         set.levels[1][2].store(0, SeqCst);
         assert_eq!(set.next_from(5 * 64 + 1), Some(64 * 64 * 3));
     }

@@ -320,6 +320,20 @@ mod tests {
     }
 
     #[test]
+    fn who_would_give_up_goes_by_the_states_of_keys_while_one_is_being_refreshed() {
+        let snapshot = snapshot(&["alpha"]);
+        let resting = State::resting(Rest::RateLimited, Some(Duration::from_secs(120)));
+        snapshot.keys()[0].state.update(|_| resting);
+        // What another thread sees that comes between the two indexes.
+        snapshot.available.remove(0);
+        assert_eq!(snapshot.earliest_for_certain(), NEVER);
+        snapshot.begun.fetch_add(1, SeqCst);
+        assert_eq!(snapshot.earliest_for_certain(), resting.deadline());
+        snapshot.keys()[0].state.update(|_| State::HEALTHY);
+        assert_eq!(snapshot.earliest_for_certain(), 0);
+    }
+
+    #[test]
     fn a_key_is_found_by_its_id_and_no_other_is() {
         let snapshot = snapshot(&["alpha", "beta"]);
         assert_eq!(snapshot.get("beta").unwrap().id.as_str(), "beta");

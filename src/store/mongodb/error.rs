@@ -137,4 +137,14 @@ mod tests {
         assert!(matches!(&*error.kind, ErrorKind::InvalidArgument { .. }), "{error:?}");
         assert_eq!(Failure::from(error).to_string(), "the driver was given an invalid argument");
     }
+
+    #[test]
+    fn what_the_driver_says_of_a_server_is_cut_where_it_quotes_an_answer() {
+        let said = |state: &str| format!("No available servers. Topology: {{ Address: a:27017, {state} }}");
+        let quoting = said("Error: Command failed: sk-1");
+        assert_eq!(without_answers(&quoting), "No available servers. A server answers with an error.");
+        assert_eq!(without_answers("Command failed: sk-1"), "a server answers with an error");
+        let plain = said("Error: Connection refused");
+        assert_eq!(without_answers(&plain), plain);
+    }
 }

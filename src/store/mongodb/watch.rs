@@ -134,3 +134,53 @@ impl Waiting {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use ::mongodb::bson::{Document, doc};
+
+    use super::*;
+
+    fn waiting(events: impl IntoIterator<Item = Document>) -> Waiting {
+        let mut waiting = Waiting::default();
+        for event in events {
+            waiting.add(&RawDocumentBuf::try_from(&event).unwrap());
+        }
+        waiting
+    }
+
+    fn of_key(number: usize) -> Document {
+        doc! { "documentKey": { "_id": format!("{number:04}") } }
+    }
+
+    #[test]
+    fn changes_wait_until_they_are_taken() {
+        let mut changed = waiting([of_key(1), of_key(2), of_key(1)]);
+        assert!(!changed.is_empty());
+        let ids = ["0001", "0002"].map(|id| KeyId::new(id).unwrap());
+        assert_eq!(changed.take(), Some(Changed::Keys(ids.to_vec())));
+        assert!(changed.is_empty());
+        assert_eq!(changed.take(), None);
+    }
+
+    #[test]
+    fn what_is_about_the_collection_changes_anything() {
+        for events in [vec![doc! {}], vec![doc! {}, of_key(1)]] {
+            let mut changed = waiting(events);
+            assert!(!changed.is_empty());
+            assert_eq!(changed.take(), Some(Changed::Anything));
+        }
+    }
+
+    #[test]
+    fn up_to_a_thousand_keys_are_named() {
+        let taken = |keys| waiting((0..keys).map(of_key)).take();
+        assert!(matches!(taken(1_000), Some(Changed::Keys(ids)) if ids.len() == 1_000));
+        assert_eq!(taken(1_001), Some(Changed::Anything));
+    }
+
+    #[test]
+    fn what_can_be_no_key_changes_nothing() {
+        assert!(waiting([doc! { "documentKey": { "_id": 7 } }]).is_empty());
+    }
+}
