@@ -2,70 +2,21 @@
 
 mod support;
 
-use std::{
-    collections::HashMap,
-    error::Error,
-    sync::{Arc, Mutex},
-};
+use std::sync::{Arc, Mutex};
 
 use mongodb::{
-    Client, IndexModel,
+    Client,
     bson::{DateTime, Document, doc},
     event::{EventHandler, command::CommandEvent},
-    options::{ClientOptions, IndexOptions},
+    options::ClientOptions,
 };
 use support::{mongo::*, *};
-use tower::Layer;
 use tower_key_rotation::{
-    KeyId, KeyPool, KeyRotation, KeyRotationLayer, OperateError, RecoveryHandle, Status,
-    classify::LlmGateway,
+    KeyId, OperateError, Status,
     store::mongodb::{ConnectError, Fields, MongoStore},
 };
 
 const STANDBY: &str = "ohmygpt_backup_keys";
-
-/// A process that makes no pass but those that it is asked for, and a service that answers as it is told.
-struct Process {
-    pool: KeyPool,
-    recovery: RecoveryHandle,
-    client: KeyRotation<reqwest::Client, LlmGateway>,
-    server: Server,
-    answers: Arc<Mutex<HashMap<String, u16>>>,
-}
-
-impl Process {
-    async fn over(store: MongoStore) -> Self {
-        let pool = KeyPool::builder().open(store).await.unwrap();
-        let answers: Arc<Mutex<HashMap<String, u16>>> = Arc::default();
-        let server = Server::by_key(&answers).await;
-        Self {
-            recovery: RecoveryHandle::spawn_with(&pool, passes_by_hand()),
-            client: KeyRotationLayer::new(&pool).classify(LlmGateway::new()).layer(http()),
-            server,
-            answers,
-            pool,
-        }
-    }
-
-    /// The service answers that to requests with this secret, after `sk-`, and one is sent.
-    async fn sees(&self, secret: &str, answer: u16) {
-        self.answers.lock().unwrap().insert(secret.into(), answer);
-        for _ in 0..10 {
-            if status(&self.client, &self.server.url()).await == answer {
-                return;
-            }
-        }
-        panic!("no request went out with {secret}");
-    }
-
-    async fn pass(&self) {
-        self.recovery.sweep_now().await.outcome.unwrap();
-    }
-
-    fn status(&self, key: &str) -> Option<Status> {
-        self.pool.stats().keys.into_iter().find(|stats| stats.id.as_str() == key).map(|stats| stats.status)
-    }
-}
 
 /// Where a mongod of these tests listens.
 fn address(mongo: &Mongo) -> String {
@@ -284,24 +235,6 @@ async fn f01_a_connection_that_is_refused_names_the_cause_and_no_password() {
     assert!(!said.contains("hunter2"), "{said}");
 }
 
-#[tokio::test]
-async fn s01_what_a_server_says_in_an_error_is_not_quoted() {
-    let mongod = own(Kind::Standalone).await;
-    let mongo = Mongo::at(&mongod.uri()).await;
-    mongo.insert("alpha").await;
-    let store = mongo.store_through(&format!("{}&serverSelectionTimeoutMS=200", mongo.uri)).await;
-    let process = Process::over(store).await;
-    // An ordinary error, and one after which the driver takes the server for unknown and says why.
-    for code in [121, 11_602] {
-        let fault = doc! { "failCommands": ["update", "findAndModify"], "errorCode": code };
-        fail_command(&mongod, "alwaysOn", fault).await;
-        for _ in 0..2 {
-            let said = said_by(process.pool.reset("alpha").await);
-            assert!(!said.contains("failpoint") && !said.contains("server response"), "{said}");
-        }
-    }
-}
-
 /// A client as a user may have it, and the commands that it sends.
 async fn own_client(uri: String) -> (Client, Arc<Mutex<Vec<Document>>>) {
     let commands: Arc<Mutex<Vec<Document>>> = Arc::default();
@@ -412,79 +345,4 @@ async fn indexes_are_made_where_they_are_asked_for_and_nowhere_else() {
     mongo.standby().drop().await.unwrap();
     mongo.store().await.ensure_indexes().await.unwrap();
     assert_eq!(mongo.database.list_collection_names().await.unwrap(), ["ohmygpt_keys"]);
-}
-
-/// A secret that shows wherever it appears, as it is or in base64.
-fn canary(id: &str) -> String {
-    format!("sk-canary-{id}")
-}
-
-fn assert_no_canary(said: &str) {
-    for sign in ["canary", "Y2FuYXJ5"] {
-        let line = said.lines().find(|line| line.contains(sign));
-        assert_eq!(line, None, "there is a secret");
-    }
-}
-
-fn said_by<T: std::fmt::Debug, E: Error + 'static>(result: Result<T, E>) -> String {
-    all_that_it_says(&result.unwrap_err())
-}
-
-#[tokio::test]
-async fn s01_no_secret_is_logged_or_said_whatever_happens() {
-    let (logs, _guard) = Logs::capture();
-    let mongo = Mongo::standalone().await;
-    for id in ["alpha", "beta", "refused"] {
-        mongo.insert(id).await;
-        mongo.set(id, doc! { "apiKey": canary(id) }).await;
-    }
-    mongo.set("beta", doc! { "note": canary("note") }).await;
-    for (id, secret) in [("spare", canary("spare")), ("alpha", canary("other"))] {
-        let mut document = standby(id);
-        document.insert("apiKey", secret);
-        mongo.standby().insert_one(document).await.unwrap();
-    }
-    let unique = IndexOptions::builder().unique(true).build();
-    let unique = IndexModel::builder().keys(doc! { "apiKey": 1 }).options(unique).build();
-    mongo.keys().create_index(unique).await.unwrap();
-    // The server quotes the whole document where it refuses one.
-    let validator = doc! { "$nor": [{ "_id": "refused", "status": { "$ne": "healthy" } }] };
-    let refuse = doc! { "collMod": "ohmygpt_keys", "validator": validator };
-    mongo.database.run_command(refuse).await.unwrap();
-    for (id, secret) in [("broken", format!("{}\n", canary("broken"))), ("ä\nid", canary("id"))] {
-        mongo.keys().insert_one(doc! { "_id": id, "apiKey": secret, "status": "healthy" }).await.unwrap();
-    }
-
-    let proxy = Proxy::to(address(&mongo).parse().unwrap()).await;
-    let builder = mongo.builder().standby_collection(STANDBY).operation_limit(SECOND / 2);
-    let store = builder.poll_interval(SECOND / 5).connect(proxy.uri()).await.unwrap();
-    let process = Process::over(store.clone()).await;
-    let mut said = format!("{store:?} {:?} {:?}", process.pool, process.recovery);
-    process.sees("canary-alpha", 429).await;
-    process.pass().await;
-    process.sees("canary-beta", 402).await;
-    process.pass().await;
-    assert_eq!(process.status("spare"), Some(Status::Healthy));
-    said += &said_by(process.pool.insert("beta", canary("another")).await);
-    said += &said_by(process.pool.insert("new", canary("spare")).await);
-    said += &said_by(process.pool.insert("new", format!("{}\n", canary("new"))).await);
-    said += &said_by(process.pool.disable("refused").await);
-    process.pool.enable("refused").await.unwrap();
-    process.sees("canary-refused", 429).await;
-    said += &said_by(process.recovery.sweep_now().await.outcome);
-    process.pool.reset("alpha").await.unwrap();
-
-    proxy.set(Fault::Cut);
-    process.sees("canary-spare", 401).await;
-    said += &said_by(process.pool.reload().await);
-    said += &said_by(process.pool.reset("alpha").await);
-    said += &said_by(process.recovery.sweep_now().await.outcome);
-    said += &format!("{:?} {:?}", process.recovery, process.pool.stats());
-    said += &format!("{:?}", process.recovery.shutdown().await);
-    assert_no_canary(&said);
-    let ours = logs.ours();
-    for what in ["not used as a key", "not used as a standby key", "replaced by", "could not be written"] {
-        assert!(ours.iter().any(|line| line.contains(what)), "{what}: {ours:#?}");
-    }
-    assert_no_canary(&logs.text());
 }

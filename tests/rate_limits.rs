@@ -567,66 +567,6 @@ async fn a_key_in_the_query_goes_out_with_an_http_request_too() {
     }
 }
 
-#[tokio::test]
-async fn s01_nothing_that_is_logged_or_shown_holds_a_secret() {
-    let (logs, _guard) = Logs::capture();
-    let clock = ManualClock::new();
-    let store = FaultyStore::new(&clock);
-    for inject in [Inject::bearer(), Inject::header("x-api-key"), Inject::query("key")] {
-        let pool = KeyPool::builder()
-            .key("alpha", SECRET)
-            .key("broken", format!("{SECRET}\n"))
-            .inject(inject)
-            .clock(clock.clone())
-            .open(store.clone())
-            .await
-            .unwrap();
-        let recovery = RecoveryHandle::spawn_with(&pool, RecoveryConfig::new().start_jitter(Duration::ZERO));
-        eventually("the first pass", || recovery.last_report().is_some()).await;
-
-        let limited = Arc::new(AtomicBool::new(false));
-        let server = Server::start({
-            let limited = limited.clone();
-            move |_| std::future::ready(answer(if limited.load(SeqCst) { 429 } else { 200 }, "body"))
-        })
-        .await;
-        let failover = FailoverLayer::new(&pool).wait_up_to(SECOND);
-        let rotation = KeyRotationLayer::new(&pool).expose_key().read_error_bodies(100);
-        assert_no_secret(&format!("{failover:?} {rotation:?} {pool:?} {recovery:?}"));
-        let client = failover.layer(rotation.layer(http()));
-        assert_no_secret(&format!("{client:?}"));
-
-        let response = get(&client, &server.url()).await.unwrap();
-        assert_no_secret(&format!("{response:?} {:?}", response.extensions()));
-        limited.store(true, SeqCst);
-        store.set(Mode::Fails);
-        assert_eq!(status(&client, &server.url()).await, 429);
-        let error = get(&client, &server.url()).await.unwrap_err();
-        assert_no_secret(&all_that_it_says(&error));
-        eventually("a write has failed", || logs.count("marks could not be written") > 0).await;
-        let report = recovery.sweep_now().await;
-        assert_no_secret(&format!("{report:?}"));
-        assert_no_secret(&all_that_it_says(&report.outcome.unwrap_err()));
-
-        store.set(Mode::Works);
-        let exists = pool.insert("alpha", SECRET).await.unwrap_err();
-        let unusable = pool.insert("beta", format!("{SECRET}\t")).await.unwrap_err();
-        assert_no_secret(&(all_that_it_says(&exists) + &all_that_it_says(&unusable)));
-        recovery.sweep_now().await.outcome.unwrap();
-        assert_no_secret(&format!("{:?} {:?} {:?}", store, store.marks(), store.record("alpha").await));
-        clock.advance(2 * MINUTE);
-        recovery.sweep_now().await.outcome.unwrap();
-        assert_no_secret(&format!("{:?} {:?}", pool.stats(), pool.rejected()));
-        assert_no_secret(&serde_json::to_string(&pool.stats()).unwrap());
-        recovery.shutdown().await.unwrap();
-    }
-    for said in ["key rests", "key rejected", "recovered", "recovery stopped"] {
-        assert!(logs.count(said) > 0, "not logged, so not tested: {said}");
-    }
-    assert!(logs.text().contains("hyper"), "the client's own logs are not captured");
-    assert_no_secret(&logs.text());
-}
-
 /// How a key stands after an answer that [`LlmGateway`] has looked at.
 async fn llm_gateway(status: u16, body: &'static str, read_bodies: bool) -> (Status, Option<Duration>) {
     let clock = ManualClock::new();

@@ -3,6 +3,7 @@
 
 #![allow(dead_code, unreachable_pub)] // Each test file is a crate of its own and uses a part of this.
 
+pub mod canary;
 mod logs;
 pub mod mongo;
 #[path = "../../examples/local/mongod.rs"]

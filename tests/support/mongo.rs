@@ -1,8 +1,12 @@
 //! MongoDB for the tests: a database of its own for each, and documents as other programs write them.
 
 use std::{
+    collections::HashMap,
     env,
-    sync::atomic::{AtomicU32, Ordering::Relaxed},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU32, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
@@ -11,9 +15,15 @@ use mongodb::{
     bson::{Bson, DateTime, Document, doc},
 };
 use tokio::sync::OnceCell;
-use tower_key_rotation::store::mongodb::{MongoStore, MongoStoreBuilder};
+use tower::Layer;
+use tower_key_rotation::{
+    KeyPool, KeyRotation, KeyRotationLayer, RecoveryHandle, Status,
+    classify::LlmGateway,
+    store::mongodb::{MongoStore, MongoStoreBuilder},
+};
 
 pub use super::mongod::{Kind, Mongod};
+use super::{Server, http, passes_by_hand, status};
 
 static STANDALONE: OnceCell<Mongod> = OnceCell::const_new();
 static REPLICA_SET: OnceCell<Mongod> = OnceCell::const_new();
@@ -213,5 +223,48 @@ where
     while !holds().await {
         assert!(tokio::time::Instant::now() < deadline, "this did not come about in {limit:?}: {what}");
         tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// A process that makes no pass but those that it is asked for, and a service that answers as it is told.
+pub struct Process {
+    pub pool: KeyPool,
+    pub recovery: RecoveryHandle,
+    pub client: KeyRotation<reqwest::Client, LlmGateway>,
+    pub server: Server,
+    pub answers: Arc<Mutex<HashMap<String, u16>>>,
+}
+
+impl Process {
+    pub async fn over(store: MongoStore) -> Self {
+        let pool = KeyPool::builder().open(store).await.unwrap();
+        let answers: Arc<Mutex<HashMap<String, u16>>> = Arc::default();
+        let server = Server::by_key(&answers).await;
+        Self {
+            recovery: RecoveryHandle::spawn_with(&pool, passes_by_hand()),
+            client: KeyRotationLayer::new(&pool).classify(LlmGateway::new()).layer(http()),
+            server,
+            answers,
+            pool,
+        }
+    }
+
+    /// The service answers that to requests with this secret, after `sk-`, and one is sent.
+    pub async fn sees(&self, secret: &str, answer: u16) {
+        self.answers.lock().unwrap().insert(secret.into(), answer);
+        for _ in 0..10 {
+            if status(&self.client, &self.server.url()).await == answer {
+                return;
+            }
+        }
+        panic!("no request went out with {secret}");
+    }
+
+    pub async fn pass(&self) {
+        self.recovery.sweep_now().await.outcome.unwrap();
+    }
+
+    pub fn status(&self, key: &str) -> Option<Status> {
+        self.pool.stats().keys.into_iter().find(|stats| stats.id.as_str() == key).map(|stats| stats.status)
     }
 }

@@ -30,6 +30,9 @@ pub enum Fault {
     Silence,
     /// Of the next answer on each connection so many bytes arrive, then it is cut.
     Truncate(usize),
+    /// Where MongoDB says that it fails a command because it was told to, it says this instead, or as much of it as
+    /// that has bytes.
+    Quote(&'static str),
 }
 
 /// A TCP proxy between a client and a server on this machine.
@@ -113,8 +116,17 @@ async fn pass(
                 to.write_all(&buffer[..bytes.min(count)]).await?;
                 return Ok(());
             }
+            Fault::Quote(text) if answers => quote(text, &mut buffer[..count]),
             _ => {}
         }
         to.write_all(&buffer[..count]).await?;
+    }
+}
+
+fn quote(text: &str, answer: &mut [u8]) {
+    const TOLD_TO: &[u8] = b"Failing command via 'failCommand' failpoint";
+    let found = answer.windows(TOLD_TO.len()).position(|window| window == TOLD_TO);
+    if let Some(at) = found {
+        answer[at..at + TOLD_TO.len()].copy_from_slice(&text.as_bytes()[..TOLD_TO.len()]);
     }
 }

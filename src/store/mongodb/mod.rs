@@ -131,6 +131,11 @@ const ALL_KEYS_LIMIT: Duration = Duration::from_secs(60);
 ///
 /// Writes are acknowledged by a majority, and reads go to the primary and see what a majority has, whatever the
 /// client is set to: an election loses no cooldown.
+///
+/// # Logs
+///
+/// No key is in them, as long as nobody turns on the driver's feature `tracing-unstable`: it logs, at the level debug,
+/// all that is sent and received, keys included.
 #[derive(Clone)]
 pub struct MongoStore {
     inner: Arc<Inner>,
