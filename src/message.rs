@@ -200,9 +200,12 @@ where
 
 #[cfg(feature = "reqwest")]
 mod for_reqwest {
+    use std::any::Any;
+
     use reqwest::{Request, Response, ResponseBuilderExt, Url};
 
     use super::*;
+    use crate::error::Error;
 
     impl sealed::Sealed for Request {}
 
@@ -293,9 +296,44 @@ mod for_reqwest {
     fn forget(url: &mut Url, parameters: &[Parameter]) {
         let left = query::without(url.query(), parameters);
         url.set_query(left.as_deref());
+        // A redirect may have put it elsewhere.
+        let elsewhere = |url: &Url| parameters.iter().any(|own| own.is_in(url.as_str()));
+        if elsewhere(url) {
+            url.set_query(None);
+            url.set_fragment(None);
+        }
+        if elsewhere(url) {
+            url.set_path("");
+        }
     }
 
-    pub(crate) fn redact(error: &mut reqwest::Error, parameters: &[Parameter]) {
+    /// Whatever is around it: this crate's own error, where another pool is further in, or `reqwest-middleware`'s.
+    macro_rules! redact_any {
+        ($error:expr, $parameters:expr) => {{
+            if let Some(error) = $error.downcast_mut() {
+                redact_url(error, $parameters);
+            } else if let Some(Error::Inner(error)) = $error.downcast_mut() {
+                redact_url(error, $parameters);
+            }
+            #[cfg(feature = "reqwest-middleware")]
+            if let Some(reqwest_middleware::Error::Reqwest(error)) = $error.downcast_mut() {
+                redact_url(error, $parameters);
+            } else if let Some(Error::Inner(reqwest_middleware::Error::Reqwest(error))) =
+                $error.downcast_mut()
+            {
+                redact_url(error, $parameters);
+            }
+        }};
+    }
+
+    pub(crate) fn redact(error: &mut dyn Any, parameters: &[Parameter]) {
+        match error.downcast_mut::<Box<dyn StdError + Send + Sync>>() {
+            Some(error) => redact_any!(error, parameters),
+            None => redact_any!(error, parameters),
+        }
+    }
+
+    fn redact_url(error: &mut reqwest::Error, parameters: &[Parameter]) {
         if let Some(url) = error.url_mut() {
             forget(url, parameters);
         }
@@ -305,22 +343,7 @@ mod for_reqwest {
 /// Takes a key out of the URL that an error of `reqwest` remembers, and prints.
 pub(crate) fn redact<E: 'static>(error: &mut E, parameters: &[Parameter]) {
     #[cfg(feature = "reqwest")]
-    {
-        use std::any::Any;
-
-        let error: &mut dyn Any = error;
-        if let Some(error) = error.downcast_mut::<reqwest::Error>() {
-            for_reqwest::redact(error, parameters);
-        } else if let Some(error) = error.downcast_mut::<Box<dyn StdError + Send + Sync>>()
-            && let Some(error) = error.downcast_mut::<reqwest::Error>()
-        {
-            for_reqwest::redact(error, parameters);
-        }
-        #[cfg(feature = "reqwest-middleware")]
-        if let Some(reqwest_middleware::Error::Reqwest(error)) = error.downcast_mut() {
-            for_reqwest::redact(error, parameters);
-        }
-    }
+    for_reqwest::redact(error, parameters);
     #[cfg(not(feature = "reqwest"))]
     let _ = (error, parameters);
 }

@@ -26,7 +26,7 @@ impl Parameter {
     }
 
     /// Whether it stands in that text, which may be encoded once, or once more as a part of a URL in a URL.
-    fn is_in(&self, text: &str) -> bool {
+    pub(crate) fn is_in(&self, text: &str) -> bool {
         const DEEPEST: usize = 3;
         let decoded = |text: &str| percent_decode_str(text).decode_utf8_lossy().into_owned();
         let own = decoded(&self.encoded);

@@ -26,7 +26,10 @@ mod hint;
 mod llm_gateway;
 mod too_many_requests;
 
-use std::time::{Duration, SystemTime};
+use std::{
+    fmt,
+    time::{Duration, SystemTime},
+};
 
 use http::{HeaderMap, StatusCode};
 
@@ -76,7 +79,7 @@ where
 }
 
 /// What a classifier sees of a response.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub struct ResponseHead<'a> {
     status: StatusCode,
     headers: &'a HeaderMap,
@@ -127,6 +130,13 @@ impl<'a> ResponseHead<'a> {
 
     pub(crate) fn wait_by_headers(&self) -> Option<Duration> {
         hint::from_headers(self.headers, SystemTime::now())
+    }
+}
+
+impl fmt::Debug for ResponseHead<'_> {
+    /// Without headers and body: a service may quote the key in them.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ResponseHead").field("status", &self.status).finish_non_exhaustive()
     }
 }
 

@@ -104,9 +104,10 @@ fn is_padding(rest: &str) -> bool {
     matches!(rest, "" | "=")
 }
 
-/// Long enough and of the right length. Anything shorter is rather a name whose secret is missing.
+/// Long enough for a secret, of which something may stand before the base64. Anything shorter is rather a name whose
+/// secret is missing.
 fn is_padded(entry: &str) -> bool {
-    entry.len() >= 16 && entry.len().is_multiple_of(4)
+    entry.len() >= 16
 }
 
 /// `id|secret` or a bare secret a line; empty lines and those that begin with `#` are skipped.
@@ -198,7 +199,10 @@ mod tests {
     #[test]
     fn a_variable_holds_named_and_bare_keys() {
         assert_eq!(
-            shown(&env("KEYS", "alpha=sk-1, beta=sk=2,,sk-3,c2VjcmV0c2VjcmV=,c2VjcmV0c2Vjcg==,gamma=,")),
+            shown(&env(
+                "KEYS",
+                "alpha=sk-1, beta=sk=2,,sk-3,c2VjcmV0c2VjcmV=,c2VjcmV0c2Vjcg==,gamma=,sk-c2VjcmV0c2VjcmU=,"
+            )),
             [
                 row("KEYS, entry 1", Some("alpha"), "sk-1"),
                 row("KEYS, entry 2", Some("beta"), "sk=2"),
@@ -206,18 +210,21 @@ mod tests {
                 row("KEYS, entry 5", None, "c2VjcmV0c2VjcmV="),
                 row("KEYS, entry 6", None, "c2VjcmV0c2Vjcg=="),
                 row("KEYS, entry 7", Some("gamma"), ""),
+                row("KEYS, entry 8", None, "sk-c2VjcmV0c2VjcmU="),
             ]
         );
     }
 
     #[test]
-    fn a_name_whose_secret_is_missing_is_not_taken_for_a_secret_with_padding() {
+    fn a_name_whose_secret_is_missing_is_not_taken_for_a_secret_with_padding_unless_it_is_as_long_as_one() {
         assert_eq!(
-            shown(&env("KEYS", "one=,the-key-of-accounting=,alpha=sk-1234567")),
+            shown(&env("KEYS", "one=,of-accounting=,the-key-of-accounting=,alpha=sk-1234567")),
             [
                 row("KEYS, entry 1", Some("one"), ""),
-                row("KEYS, entry 2", Some("the-key-of-accounting"), ""),
-                row("KEYS, entry 3", Some("alpha"), "sk-1234567"),
+                row("KEYS, entry 2", Some("of-accounting"), ""),
+                // As an id, it would be shown if it is a secret after all.
+                row("KEYS, entry 3", None, "the-key-of-accounting="),
+                row("KEYS, entry 4", Some("alpha"), "sk-1234567"),
             ]
         );
     }
