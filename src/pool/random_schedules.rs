@@ -266,6 +266,21 @@ fn f09_a_reset_wins_over_an_older_mark_that_another_process_still_holds() {
     });
 }
 
+/// All of it in one instant, so that no time says what came first.
+#[test]
+fn f09_a_reset_wins_over_a_mark_that_is_just_being_written() {
+    in_many_schedules(|| {
+        let process = Process::start();
+        process.mark("alpha", LONGER);
+        at_once(
+            &process,
+            [|process| process.write_marks(), |process| block_on(process.pool.reset("alpha")).unwrap()],
+        );
+        process.come_to_rest();
+        assert_eq!(process.rests()["alpha"], None);
+    });
+}
+
 #[test]
 fn f09_a_mark_that_is_news_to_a_reset_outlives_it() {
     in_many_schedules(|| {
