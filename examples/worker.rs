@@ -18,7 +18,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, SystemTimeError, UNIX_EPOCH},
 };
 
 use clap::Parser;
@@ -79,10 +79,12 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let pool = KeyPool::builder().cooldown(Duration::from_millis(options.cooldown_ms)).open(store).await?;
     let config = RecoveryConfig::new().interval(Duration::from_millis(options.interval_ms));
     let recovery = RecoveryHandle::spawn_with(&pool, config);
-    let wall_clock = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
-    say(
-        json!({ "event": "started", "name": options.name, "keys": pool.stats().keys.len(), "wall_clock": wall_clock }),
-    );
+    say(json!({
+        "event": "started",
+        "name": options.name,
+        "keys": pool.stats().keys.len(),
+        "wall_clock": wall_clock()?,
+    }));
 
     // A redirect that reqwest follows by itself would take a key along.
     let client = same_origin_redirects(reqwest::Client::builder()).build()?;
@@ -99,6 +101,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     say(json!({
         "event": "stopped",
         "name": options.name,
+        "wall_clock": wall_clock()?,
         "sent": counts.sent.load(Relaxed),
         "succeeded": counts.succeeded.load(Relaxed),
         "limited": counts.limited.load(Relaxed),
@@ -109,6 +112,11 @@ async fn main() -> Result<(), Box<dyn Error>> {
         "marks_not_written": written.map_or_else(|error| error.0, |()| 0),
     }));
     Ok(())
+}
+
+/// In seconds.
+fn wall_clock() -> Result<u64, SystemTimeError> {
+    Ok(SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs())
 }
 
 #[allow(clippy::print_stdout)]

@@ -1,6 +1,7 @@
 //! Each key in its turn: how evenly requests are shared, whatever rests, and from however many threads.
 
 use std::{
+    collections::BTreeSet,
     convert::Infallible,
     future::{Ready, ready},
     sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
@@ -12,7 +13,11 @@ use futures_util::FutureExt;
 use http::{Request, Response};
 use proptest::prelude::*;
 use tower::{Layer, Service, service_fn};
-use tower_key_rotation::{KeyPool, KeyRotation, KeyRotationLayer, Status, clock::ManualClock};
+use tower_key_rotation::{
+    KeyId, KeyPool, KeyRotation, KeyRotationLayer, Status,
+    clock::ManualClock,
+    store::{KeyStore, MemoryStore},
+};
 
 const COOLDOWN: Duration = Duration::from_secs(120);
 
@@ -239,20 +244,29 @@ fn no_pick_returns_a_disabled_key_and_none_is_lost_while_keys_rest_and_come_back
     }
 }
 
+/// Broken once: with a search that goes through every word of the index, it failed.
 #[test]
 fn f29_of_a_hundred_thousand_keys_the_one_that_does_not_rest_is_found_and_quickly() {
     const KEYS: usize = 100_000;
-    const PICKS: usize = 10_000;
+    let few = quickest_requests(10, 9);
     for awake in [0, 77_777, KEYS - 1] {
-        let (pool, _clock) = pool_with_resting(KEYS, |number| number != awake);
-        let mut client = client(&pool);
+        let took = quickest_requests(KEYS, awake);
+        assert!(took < 2 * few, "{took:?} among {KEYS} keys, {few:?} among 10");
+    }
+}
+
+/// How long 100 requests take where all keys rest but that one: on a machine that has nothing else to do.
+fn quickest_requests(keys: usize, awake: usize) -> Duration {
+    let (pool, _clock) = pool_with_resting(keys, |number| number != awake);
+    let mut client = client(&pool);
+    let batch = |_| {
         let start = Instant::now();
-        for _ in 0..PICKS {
+        for _ in 0..100 {
             assert_eq!(send(&mut client, 200), awake);
         }
-        let took = start.elapsed();
-        assert!(took < Duration::from_secs(1), "{PICKS} picks took {took:?}");
-    }
+        start.elapsed()
+    };
+    (0..100).map(batch).min().expect("some batches")
 }
 
 #[test]
@@ -261,22 +275,74 @@ fn f29_when_the_last_of_a_hundred_thousand_keys_rests_too_the_time_until_the_fir
     let (pool, clock) = pool_with_resting(KEYS, |_| true);
     clock.advance(Duration::from_secs(20));
     let mut client = client(&pool);
-    let start = Instant::now();
+    let mut quickest = Duration::MAX;
     for _ in 0..1_000 {
+        let start = Instant::now();
         let request = Request::get("https://api.example.com").body(200).expect("a request");
         let error = client.call(request).now_or_never().expect("at once").expect_err("no key");
         let no_key = error.no_key_available().expect("an error about keys");
         assert_eq!(no_key.retry_in(), Some(Duration::from_secs(100)));
+        quickest = quickest.min(start.elapsed());
     }
-    assert!(start.elapsed() < Duration::from_secs(3), "took {:?}", start.elapsed());
+    assert!(quickest < Duration::from_millis(3), "took {quickest:?}");
 
     // And when all of them come back at once, no single request pays for it.
     clock.advance(Duration::from_secs(100));
     let mut longest = Duration::ZERO;
-    for _ in 0..1_000 {
+    for _ in 0..20 {
         let start = Instant::now();
         send(&mut client, 200);
         longest = longest.max(start.elapsed());
     }
     assert!(longest < Duration::from_millis(100), "one request took {longest:?}");
+}
+
+/// Broken once: with keys put in place on the runtime's own thread, and again in two steps, it failed.
+#[tokio::test]
+async fn f29_requests_go_on_while_a_hundred_thousand_keys_are_reloaded_and_find_the_old_ones_or_the_new_ones()
+{
+    const KEYS: usize = 100_000;
+    let store = MemoryStore::new();
+    let name = |number| KeyId::new(id(number)).expect("an id");
+    let insert = async |number: usize| {
+        assert!(store.insert(name(number), format!("sk-{number}").into()).await.expect("memory"));
+    };
+    for number in 0..KEYS {
+        insert(number).await;
+    }
+    let pool = KeyPool::builder().open(store.clone()).await.expect("a store in memory");
+    // Every second one goes, and as many come.
+    for number in (0..KEYS).step_by(2) {
+        assert!(store.remove(&name(number)).await.expect("memory"));
+        insert(KEYS + number).await;
+    }
+
+    let start = Instant::now();
+    let reload = tokio::spawn({
+        let pool = pool.clone();
+        async move { pool.reload().await }
+    });
+    let (mut client, mut longest) = (client(&pool), Duration::ZERO);
+    let (mut found, mut sizes) = (Vec::new(), BTreeSet::new());
+    while !reload.is_finished() {
+        let start = Instant::now();
+        found.push(send(&mut client, 200));
+        sizes.insert(format!("{pool:?}"));
+        tokio::task::yield_now().await;
+        longest = longest.max(start.elapsed());
+    }
+    let took = start.elapsed();
+    reload.await.expect("no panic").expect("a store in memory");
+
+    // On the runtime's only thread, and never for as long as the keys take to be put in place.
+    assert!(longest < took / 3, "a request took {longest:?} of {took:?}");
+    assert!(found.len() > 1_000, "{} requests in {took:?}", found.len());
+    assert!(sizes.len() == 1 && sizes.first().is_some_and(|size| size.contains("100000")), "{sizes:?}");
+    let is_new = |key: &usize| *key >= KEYS;
+    let is_old = |key: &usize| *key < KEYS && key.is_multiple_of(2);
+    let swap = found.iter().position(is_new).unwrap_or(found.len());
+    assert!(!found[swap..].iter().any(is_old), "a key that is gone was used after one that had come");
+    let of_the_new = (0..KEYS / 10).map(|_| send(&mut client, 200));
+    assert!(!of_the_new.into_iter().any(|key| is_old(&key)));
+    assert_eq!(pool.stats().healthy, KEYS);
 }

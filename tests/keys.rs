@@ -1,8 +1,16 @@
 //! Keys as people write them down, and what they are told of those that can't be used.
 
-use std::{fs, path::PathBuf};
+mod support;
 
-use tower_key_rotation::{BuildError, KeyPool};
+use std::{fs, io, path::PathBuf};
+
+use http::{Request, Response};
+use support::{Logs, all_that_it_says};
+use tower::{Layer, ServiceExt, service_fn};
+use tower_key_rotation::{
+    BuildError, KeyId, KeyPool, KeyPoolBuilder, KeyRotationLayer, OperateError,
+    store::{KeyStore, MemoryStore},
+};
 
 /// A file of that name and text, for one test.
 fn file(name: &str, text: &str) -> PathBuf {
@@ -70,4 +78,58 @@ fn an_environment_variable_gives_its_keys() {
     // Cargo sets this one; to set one of its own would not be safe beside other tests.
     let pool = KeyPool::builder().key("alpha", "sk-1").keys_from_env("CARGO_PKG_NAME").build().unwrap();
     assert_eq!(ids(&pool), ["alpha", "key-2"]);
+}
+
+/// Secrets that no request should carry. Each but the empty one has a part that shows where it is echoed.
+const UNUSABLE: [&str; 8] =
+    ["canary\nkey", "canary\r\n", "canary\tkey", "canary\u{7f}", " canary", "canary ", "canäry-canary", ""];
+
+fn ninety_nine() -> KeyPoolBuilder {
+    KeyPool::builder().keys((0..99).map(|number| (format!("key-{number}"), format!("sk-{number}"))))
+}
+
+/// That each of the 99 is sent with a request, and nothing else is.
+async fn the_others_serve(pool: &KeyPool) {
+    let echo = service_fn(|request: Request<()>| async move {
+        Ok::<_, io::Error>(Response::new(request.headers()["authorization"].clone()))
+    });
+    let client = KeyRotationLayer::new(pool).layer(echo);
+    for number in 0..99 {
+        let request = Request::get("https://api.example.com").body(()).unwrap();
+        let sent = client.clone().oneshot(request).await.unwrap().into_body();
+        assert_eq!(sent, format!("Bearer sk-{number}"));
+    }
+    assert_eq!(pool.stats().healthy, 99);
+}
+
+/// Broken once: without the check of secrets, and without each part of it, it failed.
+#[tokio::test]
+async fn f30_a_key_that_no_request_can_carry_is_refused_by_id_and_the_other_99_serve() {
+    let (logs, _guard) = Logs::capture();
+    let id = || KeyId::new("unusable").unwrap();
+    for (number, secret) in (1..).zip(UNUSABLE) {
+        let in_code = ninety_nine().key("unusable", secret).build().unwrap();
+        let entry = serde_json::json!([{ "id": "unusable", "secret": secret }]);
+        let path = file(&format!("unusable-{number}.json"), &entry.to_string());
+        let in_a_file = ninety_nine().keys_from_file(path).build().unwrap();
+        for pool in [&in_code, &in_a_file] {
+            let [rejected] = pool.rejected() else { panic!("{:?}", pool.rejected()) };
+            assert_eq!(rejected.id, Some(id()));
+            assert!(!format!("{rejected} {rejected:?}").contains("canary"), "{rejected}");
+            the_others_serve(pool).await;
+        }
+
+        let refused = in_code.insert("unusable", secret).await.unwrap_err();
+        assert!(matches!(&refused, OperateError::UnusableSecret { id: refused, .. } if *refused == id()));
+        assert!(!all_that_it_says(&refused).contains("canary"), "{refused}");
+        the_others_serve(&in_code).await;
+
+        let store = MemoryStore::new();
+        assert!(store.insert(id(), secret.into()).await.unwrap());
+        let in_a_store = ninety_nine().open(store).await.unwrap();
+        assert_eq!(in_a_store.stats().unreadable, 1);
+        assert_eq!(logs.count("key=unusable"), number, "{:?}", logs.ours());
+    }
+    assert_eq!(logs.count("key unusable: the secret"), 2 * UNUSABLE.len());
+    assert!(!logs.text().contains("canary"));
 }

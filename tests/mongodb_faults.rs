@@ -209,6 +209,8 @@ async fn f01_connecting_to_a_closed_port_fails_in_time_and_names_the_cause_witho
     assert!(begun.elapsed() < 3 * SECOND, "{:?}", begun.elapsed());
 }
 
+/// Broken once: with the time that the driver looks for a server left as it comes, there was no cause, and it
+/// failed.
 #[tokio::test]
 async fn f01_the_cause_is_named_however_short_the_limit_of_connecting_is() {
     let (_closed, address) = closed_port();
@@ -230,6 +232,18 @@ async fn f01_connecting_to_a_server_that_says_nothing_fails_within_the_limit() {
     assert!(begun.elapsed() < 2 * SECOND, "{:?}", begun.elapsed());
 }
 
+/// Broken once: without a limit on connecting as a whole, it failed.
+#[tokio::test]
+async fn f01_connecting_to_a_server_that_lets_us_in_and_says_no_more_fails_within_the_limit() {
+    let server = own(Kind::Standalone).await;
+    block(&server, &["ping"], 5 * SECOND).await;
+    let begun = Instant::now();
+    let connecting = MongoStore::builder().connect_limit(SECOND).connect(server.uri());
+    let error = connecting.await.unwrap_err();
+    assert!(matches!(error, ConnectError::NoAnswer(SECOND)), "{error:?}");
+    assert!(begun.elapsed() < 3 * SECOND, "{:?}", begun.elapsed());
+}
+
 #[tokio::test]
 async fn f01_opening_a_pool_over_a_store_that_has_gone_fails_in_time_and_names_the_cause() {
     let (_closed, address) = closed_port();
@@ -241,6 +255,7 @@ async fn f01_opening_a_pool_over_a_store_that_has_gone_fails_in_time_and_names_t
     assert!(begun.elapsed() < 3 * SECOND, "{:?}", begun.elapsed());
 }
 
+/// Broken once: with the usual interval between tries, it failed.
 #[tokio::test]
 async fn f01_seed_keys_serve_until_mongodb_is_there_and_then_its_keys_do() {
     let mongo = Mongo::standalone().await;
@@ -280,6 +295,7 @@ async fn f01_seed_keys_serve_until_mongodb_is_there_and_then_its_keys_do() {
     assert_eq!(used, ["beta-of-mongodb", "delta"].map(String::from).into());
 }
 
+/// Broken once: with nothing random in the interval, it failed.
 #[tokio::test]
 async fn f01_processes_that_wait_for_mongodb_try_again_soon_and_not_in_step() {
     let (_closed, address) = closed_port();
@@ -298,6 +314,7 @@ async fn f01_processes_that_wait_for_mongodb_try_again_soon_and_not_in_step() {
     assert!(*last - *first > Duration::from_millis(200), "in step: {tries:?}");
 }
 
+/// Broken once: with a mark taken for written although the store had failed, it failed.
 #[tokio::test]
 async fn f02_requests_go_on_while_mongodb_is_cut_off_and_it_gets_the_marks_when_it_is_back() {
     let mongo = Mongo::standalone().await;
@@ -334,6 +351,7 @@ async fn f02_requests_go_on_while_mongodb_is_cut_off_and_it_gets_the_marks_when_
     assert_eq!(mongo.status("gamma").await, "healthy");
 }
 
+/// Broken once: with cooldowns that only a sweep of the store ends, it failed.
 #[tokio::test]
 async fn f02_a_cooldown_ends_on_time_while_mongodb_is_cut_off() {
     const COOLDOWN: Duration = Duration::from_millis(400);
@@ -389,6 +407,8 @@ async fn f02_a_cooldown_outlives_mongod_and_a_mark_made_while_it_was_dead_is_wri
     assert_eq!((pool.stats().healthy, pool.stats().rate_limited), (1, 2));
 }
 
+/// Broken once: with requests that wait for a reload to end, and again with passes that forget the one
+/// before, it failed.
 #[tokio::test]
 async fn f03_requests_do_not_notice_that_mongodb_answers_late_and_passes_do_not_overlap() {
     const LATE: Duration = Duration::from_millis(800);
@@ -439,6 +459,7 @@ async fn f03_requests_do_not_notice_that_mongodb_answers_late_and_passes_do_not_
     a_pass_succeeds(&recovery).await;
 }
 
+/// Broken once: with a lane that holds nobody up, it failed.
 #[tokio::test]
 async fn f03_what_takes_longer_than_its_limit_is_reported_so_and_is_not_begun_again_beside_itself() {
     const LATE: Duration = Duration::from_secs(3);
@@ -537,6 +558,7 @@ async fn times_set(mongo: &Mongo, id: &str, status: &str) -> u64 {
     oplog.count_documents(set).await.unwrap()
 }
 
+/// Broken once: with a sweep that resets whatever rests, it failed.
 #[tokio::test]
 async fn f04_a_primary_that_steps_down_in_the_middle_of_a_pass_and_a_write_does_not_change_the_outcome() {
     let server = own(Kind::ReplicaSet).await;
@@ -606,6 +628,7 @@ async fn a_reload_works(pool: &KeyPool) {
     assert_eq!((stats.keys.len(), stats.healthy, stats.rate_limited, stats.disabled), (300, 298, 1, 1));
 }
 
+/// Broken once: with what had been read until then taken for all, it failed.
 #[tokio::test]
 async fn f05_a_cursor_that_dies_half_way_leaves_the_keys_as_they_were() {
     let server = own(Kind::Standalone).await;
@@ -634,6 +657,32 @@ async fn f05_an_answer_that_breaks_off_half_way_leaves_the_keys_as_they_were() {
     a_reload_works(&pool).await;
 }
 
+/// How much a reload has to do is not known beforehand, so only its parts have a limit: it takes each as it comes.
+/// Broken once: with keys that are passed on when all have been read, it failed.
+#[tokio::test]
+async fn f29_a_reload_of_very_many_keys_may_take_longer_than_one_of_its_parts() {
+    const PAUSE: Duration = Duration::from_millis(800);
+    let server = own(Kind::Standalone).await;
+    let mongo = Mongo::at(&server.uri()).await;
+    // The server gives at most 16 MB at once.
+    let large = |number: usize| {
+        let id = format!("key-{number:04}");
+        let secret = format!("sk-{id}-{}", "x".repeat(15_000));
+        doc! { "_id": id, "apiKey": secret, "status": "healthy" }
+    };
+    for from in (0..4_000).step_by(500) {
+        mongo.keys().insert_many((from..from + 500).map(large)).await.unwrap();
+    }
+    let limit = 3 * PAUSE;
+    let store = connect(&mongo, limit, &mongo.uri).await;
+    fail_command(&server, "alwaysOn", held_up(&["getMore"], PAUSE)).await;
+    let began = Instant::now();
+    let pool = open(store, MINUTE).await;
+    assert!(began.elapsed() > limit, "{:?}", began.elapsed());
+    assert_eq!(pool.stats().healthy, 4_000);
+}
+
+/// Broken once: with keys that begin healthy in a new pool, it failed.
 #[tokio::test]
 async fn f14_a_new_pool_honours_what_is_left_of_a_cooldown_in_the_store() {
     let mongo = Mongo::standalone().await;
@@ -656,6 +705,7 @@ async fn f14_a_new_pool_honours_what_is_left_of_a_cooldown_in_the_store() {
     assert!(server.keys()[1..].iter().all(|key| key == "beta"));
 }
 
+/// Broken once: with keys that begin healthy, and again with cooldowns that only a sweep ends, it failed.
 #[tokio::test]
 async fn f14_a_key_is_used_again_when_its_cooldown_in_the_store_ends_and_no_sooner_without_any_sweep() {
     const LEFT: Duration = Duration::from_millis(700);

@@ -40,11 +40,22 @@ struct Worker {
 
 impl Worker {
     fn start(name: &str, mongo: &Mongo, upstream: &str, rate: u32, environment: &[(&str, &str)]) -> Self {
+        Self::start_with(name, mongo, upstream, rate, INTERVAL, environment)
+    }
+
+    fn start_with(
+        name: &str,
+        mongo: &Mongo,
+        upstream: &str,
+        rate: u32,
+        interval: Duration,
+        environment: &[(&str, &str)],
+    ) -> Self {
         let mut command = Command::new(program());
         command.args(["--name", name, "--upstream", upstream, "--rate", &rate.to_string()]);
         command.args(["--database", mongo.database.name()]);
         command.args(["--cooldown-ms", &COOLDOWN.as_millis().to_string()]);
-        command.args(["--interval-ms", &INTERVAL.as_millis().to_string()]);
+        command.args(["--interval-ms", &interval.as_millis().to_string()]);
         command.env("MONGODB_URI", &mongo.uri).env("NO_PROXY", "127.0.0.1").env("RUST_LOG", "warn");
         command.envs(environment.iter().copied());
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
@@ -86,9 +97,14 @@ impl Worker {
         let _ = self.ended.recv_timeout(10 * SECOND);
     }
 
+    /// Ends its input: it makes one more pass, and stops.
+    fn end(&mut self) {
+        drop(self.child.stdin.take());
+    }
+
     /// Ends its input, and gives its summary.
     fn stop(mut self) -> Value {
-        drop(self.child.stdin.take());
+        self.end();
         self.ended.recv_timeout(30 * SECOND).unwrap_or_else(|_| panic!("{} does not stop", self.name));
         assert!(self.child.wait().unwrap().success(), "{}", self.name);
         self.said("stopped").remove(0)
@@ -292,11 +308,13 @@ async fn resting_until(mongo: &Mongo) -> BTreeMap<String, mongodb::bson::DateTim
     resting
 }
 
+/// Broken once: with a sweep that reads who has expired and then resets those, 2,000 cooldowns were reset
+/// 10,159 times.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn f06_of_eight_processes_that_sweep_at_once_one_resets_each_expired_key() {
     let mongo = Mongo::standalone().await;
     let names: Vec<_> = (0..8).map(|number| format!("sweeper-{number}")).collect();
-    let workers: Vec<_> =
+    let mut workers: Vec<_> =
         names.iter().map(|name| Worker::start(name, &mongo, "http://127.0.0.1:1/", 0, &[])).collect();
     for worker in &workers {
         worker.started().await;
@@ -314,19 +332,33 @@ async fn f06_of_eight_processes_that_sweep_at_once_one_resets_each_expired_key()
     for worker in &workers {
         worker.passes_again().await;
     }
+
+    // Each in its own time so far, and now all of them at once.
+    let expired = doc! {
+        "status": "rate_limited",
+        "cooldownUntil": mongodb::bson::DateTime::from_millis(1_700_000_000_000),
+    };
+    mongo.keys().update_many(doc! {}, doc! { "$set": expired }).await.unwrap();
+    workers.iter_mut().for_each(Worker::end);
     let resets: Vec<_> =
         workers.into_iter().map(|worker| worker.stop()["recovered"].as_u64().unwrap()).collect();
-    assert_eq!(resets.iter().sum::<u64>(), 1_000, "{resets:?}");
+    assert_eq!(mongo.count(doc! { "status": "healthy" }).await, 1_000);
+    assert_eq!(resets.iter().sum::<u64>(), 2_000, "{resets:?}");
 }
 
-/// A library that makes a program's wall clock wrong by `CLOCK_SHIFT` seconds and leaves its monotonic one alone.
+/// A library that makes a program's wall clock wrong by `CLOCK_SHIFT` seconds and leaves its monotonic one alone:
+/// from the beginning or, where `CLOCK_SHIFT_ONCE` names a file, from when that is there.
 const SHIFTED_CLOCK: &str = r#"
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdlib.h>
 #include <time.h>
 #include <sys/time.h>
-static long shift(void) { const char *by = getenv("CLOCK_SHIFT"); return by ? atol(by) : 0; }
+#include <unistd.h>
+static long shift(void) {
+    const char *by = getenv("CLOCK_SHIFT"), *once = getenv("CLOCK_SHIFT_ONCE");
+    return by && (!once || access(once, F_OK) == 0) ? atol(by) : 0;
+}
 int clock_gettime(clockid_t clock, struct timespec *time) {
     int (*real)(clockid_t, struct timespec *) = dlsym(RTLD_NEXT, "clock_gettime");
     int result = real(clock, time);
@@ -346,6 +378,51 @@ fn shifted_clock() -> PathBuf {
     library
 }
 
+/// Broken once: with a pool that reads the wall clock, it failed.
+#[cfg(target_os = "linux")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn f13_a_wall_clock_that_jumps_while_keys_rest_changes_nothing() {
+    let mongo = Mongo::replica_set().await;
+    mongo.insert_all(["alpha", "beta", "gamma"]).await;
+    let service = Service::default();
+    let url = service.start().await.url();
+    let library = shifted_clock();
+    let jump = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("jump-{}", std::process::id()));
+    let [library, once] = [&library, &jump].map(|path| path.to_str().unwrap());
+    // Without a pass, and with a change stream: from the jump on, each is left to its own memory.
+    let worker = |name, shift| {
+        let environment = [("LD_PRELOAD", library), ("CLOCK_SHIFT", shift), ("CLOCK_SHIFT_ONCE", once)];
+        Worker::start_with(name, &mongo, &url, 20, 10 * MINUTE, &environment)
+    };
+    let workers = [worker("back", "-600"), worker("forth", "600")];
+    let mut clocks = Vec::new();
+    for worker in &workers {
+        clocks.push(worker.started().await["wall_clock"].as_i64().unwrap());
+    }
+    for (key, name) in [("alpha", "back"), ("beta", "forth")] {
+        service.limit_for(key, name).await;
+    }
+    sleep(PROPAGATION / 2).await;
+    std::fs::write(&jump, "").unwrap();
+    sleep(COOLDOWN + PROPAGATION).await;
+
+    let seen = service.seen();
+    let summaries = workers.map(Worker::stop);
+    std::fs::remove_file(&jump).unwrap();
+    let jumped = |number: usize| summaries[number]["wall_clock"].as_i64().unwrap() - clocks[number];
+    assert!(jumped(0) < -500 && jumped(1) > 600, "the clocks have not jumped: {summaries:?}");
+    assert_eq!(hits_while_resting(&seen, None), Vec::<String>::new());
+    for limit in limits(&seen) {
+        for name in ["back", "forth"] {
+            let is_back =
+                |seen: &Seen| seen.key == limit.key && seen.worker == name && seen.at > limit.at + COOLDOWN;
+            assert!(seen.iter().any(is_back), "{} does not come back for {name}", limit.key);
+        }
+    }
+    all_healthy(&mongo).await;
+}
+
+/// Broken once: with deadlines reckoned from the client's clock, it failed.
 #[cfg(target_os = "linux")]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn f12_client_clocks_that_are_wrong_by_10_minutes_change_nothing() {

@@ -542,6 +542,7 @@ async fn what_the_server_refuses_is_an_error_where_no_other_key_was_replaced() {
     assert!(store.replace_failed().await.is_err());
 }
 
+/// Broken once: with what is planned put into a filter as it is, it failed.
 #[tokio::test]
 async fn s04_a_plan_that_looks_like_an_operator_takes_no_standby_key() {
     let bench = Bench::new(&["alpha"], &["one"]).await;

@@ -148,8 +148,9 @@ async fn before_the_first_pass_there_is_no_report() {
     assert!(recovery.last_report().is_none());
 }
 
+/// Broken once: with a first pass at once, it failed.
 #[tokio::test]
-async fn the_first_pass_begins_at_random_within_the_interval_or_what_is_set() {
+async fn f06_the_first_pass_begins_at_random_within_the_interval_or_what_is_set() {
     for (jitter, config) in [(30, RecoveryConfig::new()), (5, RecoveryConfig::new().start_jitter(5 * SECOND))]
     {
         let clock = ManualClock::new();
@@ -301,6 +302,7 @@ async fn f02_local_expiry_frees_keys_while_the_store_is_gone_and_its_old_word_do
     assert_eq!(bench.get().await, 200);
 }
 
+/// Broken once: with a failed load taken for an empty one, it failed.
 #[tokio::test]
 async fn f05_a_reload_that_fails_leaves_the_keys_as_they_were() {
     let bench = Bench::new(["alpha", "beta"]).await;
@@ -600,6 +602,56 @@ async fn an_operator_is_told_of_a_key_that_is_unknown_or_there_already() {
     assert_eq!(alone.stats().keys.len(), 1);
 }
 
+/// What would break a log's lines, colour them, or fill a disk.
+const HOSTILE: &str = "\n INFO tower_key_rotation: all is well\r\u{1b}[2J\u{9b}31m\u{7}\0";
+
+/// Broken once: with an unknown id repeated at whatever length, it failed.
+#[tokio::test]
+async fn s04_what_an_operator_is_told_of_an_id_is_on_one_line_of_bounded_length() {
+    let bench = Bench::new(["alpha"]).await;
+    for id in [HOSTILE.to_owned(), "long ".repeat(100_000)] {
+        let (pool, id) = (&bench.pool, id.as_str());
+        let told = [
+            pool.reset(id).await,
+            pool.disable(id).await,
+            pool.enable(id).await,
+            pool.remove(id).await,
+            pool.insert(id, "sk-new").await,
+        ];
+        for error in told {
+            let error = error.unwrap_err();
+            for said in [error.to_string(), format!("{error:?}")] {
+                assert!(said.len() < 2_000 && !said.chars().any(char::is_control), "{said:?}");
+            }
+        }
+    }
+}
+
+/// Broken once: with errors logged as they come, it failed.
+#[tokio::test]
+async fn s04_what_a_store_says_is_logged_on_one_line_of_bounded_length() {
+    let (logs, _guard) = Logs::capture();
+    let bench = Bench::new(["alpha"]).await;
+    let recovery = recovery(&bench.pool).await;
+    for text in [HOSTILE, "long ".repeat(100_000).leak()] {
+        bench.store.set(Mode::FailsSaying(text));
+        bench.clock.advance(2 * MINUTE);
+        assert_eq!(bench.get().await, 429);
+        assert!(recovery.sweep_now().await.outcome.is_err());
+    }
+    assert_eq!(in_time(recovery.shutdown()).await, Err(MarksNotWritten(1)));
+    for said in
+        ["recovery pass failed", "marks could not be written,", "marks could not be written ", "usage"]
+    {
+        assert!(logs.count(said) > 0, "not logged, so not tested: {said}: {:?}", logs.ours());
+    }
+    for line in logs.text().lines() {
+        assert!(line.len() < 600 && !line.chars().any(char::is_control), "{line:?}");
+        assert!(!line.trim_start().starts_with("INFO tower_key_rotation: all is well"), "{line:?}");
+    }
+}
+
+/// Broken once: with passes that have no task of their own, it failed.
 #[tokio::test]
 async fn f32_a_pass_that_panics_is_counted_and_logged_and_the_next_one_runs() {
     let (logs, _guard) = Logs::capture();
@@ -702,6 +754,7 @@ async fn f03_a_write_that_hangs_holds_up_no_request_and_is_the_only_one_for_its_
     recovery.shutdown().await.unwrap();
 }
 
+/// Broken once: with the next pass reckoned from when the last was due, it failed.
 #[tokio::test]
 async fn f13_a_clock_that_stood_still_for_10_minutes_leads_to_one_pass_not_to_20() {
     let bench = Bench::new(["alpha"]).await;
@@ -716,6 +769,7 @@ async fn f13_a_clock_that_stood_still_for_10_minutes_leads_to_one_pass_not_to_20
     passed(&recovery, 3).await;
 }
 
+/// Broken once: with a shutdown that writes nothing, it failed.
 #[tokio::test]
 async fn f31_a_shutdown_writes_the_marks_that_wait() {
     let bench = Bench::new(["alpha", "beta"]).await;
@@ -747,6 +801,7 @@ async fn f31_a_shutdown_says_how_many_marks_could_not_be_written() {
     assert_eq!(bench.store.record("beta").await.rest.unwrap().1, Some(2 * MINUTE));
 }
 
+/// Broken once: without the limit of the last writes, it failed.
 #[tokio::test]
 async fn f31_a_shutdown_over_a_store_that_hangs_gives_up_after_its_limits() {
     let bench = Bench::new(["alpha"]).await;
@@ -779,6 +834,7 @@ async fn f31_a_shutdown_finishes_the_pass_that_is_under_way() {
     assert_eq!(bench.store.recovers.begun(), begun);
 }
 
+/// Broken once: with a writer that is not told to stop, it failed.
 #[tokio::test]
 async fn f31_dropping_the_handle_stops_the_passes_and_the_writes() {
     let bench = Bench::new(["alpha", "beta"]).await;
@@ -813,11 +869,12 @@ fn after_its_runtime(mode: Mode) -> RecoveryHandle {
         let _ = done.send(());
         recovery
     });
-    let ended = ended.recv_timeout(10 * SECOND);
+    let ended = ended.recv_timeout(30 * SECOND);
     assert!(ended != Err(mpsc::RecvTimeoutError::Timeout), "{mode:?}: it hangs");
     thread.join().unwrap()
 }
 
+/// Broken once: with the answer of a task that is gone unwrapped, it failed.
 #[tokio::test]
 async fn f31_a_runtime_that_shuts_down_does_not_hang_nor_panic_whatever_the_store_does() {
     for mode in [Mode::Works, Mode::Hangs, Mode::Fails] {
@@ -909,6 +966,7 @@ async fn recovered_keys_are_named_where_they_are_5_or_fewer_and_counted_where_th
     }
 }
 
+/// Broken once: without the look at when the reload had begun, it failed.
 #[tokio::test]
 async fn f08_a_reload_that_began_to_read_before_a_mark_does_not_clear_it() {
     for written_meanwhile in [false, true] {
@@ -950,6 +1008,7 @@ async fn f08_a_reload_does_not_clear_a_mark_whose_write_has_not_ended() {
     drop(recovery);
 }
 
+/// Broken once: with a store that keeps no time of the reset, it failed.
 #[tokio::test]
 async fn f09_an_operators_reset_wins_over_an_older_mark_that_another_process_still_holds() {
     let bench = Bench::new(["alpha"]).await;
@@ -1037,6 +1096,7 @@ async fn a_rest_that_was_over_before_it_was_loaded_is_no_return_here() {
     drop(recovery);
 }
 
+/// Broken once: with a store that keeps the last deadline and not the latest, it failed.
 #[tokio::test]
 async fn f10_of_two_pools_marks_on_one_key_the_later_deadline_stays_in_the_store() {
     let bench = Bench::new(["alpha"]).await;

@@ -15,9 +15,13 @@ use std::{
 };
 
 use bytes::Bytes;
-use futures_util::{FutureExt, future::join_all};
-use http::{HeaderValue, Method, Request, Response, Version, header};
-use http_body_util::{BodyExt, Full, channel::Channel};
+use futures_util::{FutureExt, future::join_all, stream};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, Version, header};
+use http_body::Frame;
+use http_body_util::{
+    BodyExt, Full, StreamBody,
+    channel::{Channel, Sender},
+};
 use proptest::{prelude::*, sample::Index};
 use tokio_test::{assert_pending, assert_ready, task};
 use tower::{
@@ -128,6 +132,7 @@ fn f25_a_service_that_fails_to_become_ready_fails_as_the_inner_one() {
     assert_eq!(statuses(&pool), [Status::Healthy]);
 }
 
+/// Broken once: with a second attempt that does not ask, it failed.
 #[test]
 fn f25_a_second_attempt_waits_until_the_service_is_ready_for_it() {
     let (pool, _) = pool(2);
@@ -212,6 +217,8 @@ impl<S: Service<Req>> Service<Req> for Strict<S> {
     }
 }
 
+/// Broken once: with a second attempt that does not ask, and again with a clone called in place of who is
+/// ready, it failed.
 #[tokio::test]
 async fn f25_a_service_that_panics_when_called_unready_never_does() {
     let (pool, _) = pool(4);
@@ -326,6 +333,7 @@ async fn f25_one_at_a_time_over_the_layers_is_one_request_at_a_time() {
     assert_eq!(most.load(SeqCst), 1);
 }
 
+/// Broken once: with a second attempt that does not ask, it panicked.
 #[tokio::test]
 async fn f25_a_buffer_of_one_under_the_layers_is_asked_for_room_for_every_attempt() {
     let (pool, _) = pool(9);
@@ -417,36 +425,64 @@ fn f23_a_response_that_is_dropped_before_its_second_attempt_is_ready_leaves_noth
     assert_eq!(Arc::strong_count(&token), 1);
 }
 
-#[test]
-fn f23_a_response_that_is_dropped_while_a_limited_one_is_drained_leaves_nothing_behind() {
-    let (token, pool, _) = watched_pool(2);
-    let (body_sender, body) = Channel::<Bytes, Infallible>::new(1);
-    let body = Mutex::new(Some(body));
+type Sent = Response<Channel<Bytes, Infallible>>;
+
+/// A service of which the first answer is a 429 with a body that the test sends, and the others are 200.
+fn limits_slowly() -> (
+    Sender<Bytes, Infallible>,
+    impl Service<Req, Response = Sent, Error = Infallible, Future: Send> + Clone + Send + 'static,
+) {
+    let (sender, body) = Channel::new(1);
+    let body = Arc::new(Mutex::new(Some(body)));
     let inner = service_fn(move |_: Req| {
         let body = body.lock().unwrap().take();
         let status = if body.is_some() { 429 } else { 200 };
         let body = body.unwrap_or_else(|| Channel::new(1).1);
         ready(Ok::<_, Infallible>(Response::builder().status(status).body(body).unwrap()))
     });
-    let inner = Arc::new(Mutex::new(inner));
-    let inner = service_fn(move |request: Req| inner.lock().unwrap().call(request));
+    (sender, inner)
+}
+
+/// Drops a response of which a part of the body has been read on its way.
+fn dropped_while_its_body_is_read<S>(client: &mut S, mut body: Sender<Bytes, Infallible>)
+where
+    S: Service<Req, Response: std::fmt::Debug, Error: std::fmt::Debug>,
+{
+    let mut answer = call(client);
+    assert_pending!(answer.poll());
+    assert!(body.try_send(Frame::data(Bytes::from("slow"))).is_ok());
+    assert!(answer.is_woken());
+    assert_pending!(answer.poll());
+    drop(answer);
+    assert!(body.try_send(Frame::data(Bytes::from("down"))).is_err(), "the body is kept");
+    assert!(assert_ready!(call(client).poll()).is_ok());
+}
+
+#[test]
+fn f23_a_response_that_is_dropped_while_a_limited_one_is_drained_leaves_nothing_behind() {
+    let (token, pool, _) = watched_pool(2);
+    let (body, inner) = limits_slowly();
     let mut client = ServiceBuilder::new()
         .layer(FailoverLayer::new(&pool))
         .layer(KeyRotationLayer::new(&pool))
         .layer(ConcurrencyLimitLayer::new(1))
         .service(inner);
-
-    let mut answer = call(&mut client);
-    assert_pending!(answer.poll());
-    let mut body_sender = body_sender;
-    assert!(body_sender.try_send(http_body::Frame::data(Bytes::from("slow"))).is_ok());
-    assert!(answer.is_woken());
-    assert_pending!(answer.poll());
-    drop(answer);
-
-    assert!(body_sender.try_send(http_body::Frame::data(Bytes::from("down"))).is_err(), "the body is kept");
+    dropped_while_its_body_is_read(&mut client, body);
     assert_eq!(statuses(&pool), [Status::RateLimited, Status::Healthy]);
-    assert_eq!(assert_ready!(call(&mut client).poll()).unwrap().status(), 200);
+    assert_eq!(requests(&pool), [1, 1]);
+    drop((client, pool));
+    assert_eq!(Arc::strong_count(&token), 1);
+}
+
+#[test]
+fn f23_a_response_that_is_dropped_while_its_error_is_read_leaves_nothing_behind() {
+    let (token, pool, _) = watched_pool(2);
+    let (body, inner) = limits_slowly();
+    let mut client = ServiceBuilder::new()
+        .layer(KeyRotationLayer::new(&pool).read_error_bodies(100))
+        .layer(ConcurrencyLimitLayer::new(1))
+        .service(inner);
+    dropped_while_its_body_is_read(&mut client, body);
     assert_eq!(requests(&pool), [1, 1]);
     drop((client, pool));
     assert_eq!(Arc::strong_count(&token), 1);
@@ -475,6 +511,7 @@ fn a_request_that_waits_for_a_key_holds_no_permit_meanwhile() {
     assert_eq!(assert_ready!(waiting.poll()).unwrap().status(), 200);
 }
 
+/// Broken once: with a waiter that stays counted, it failed.
 #[test]
 fn f23_a_request_that_is_dropped_while_it_waits_for_a_key_leaves_its_place_in_the_queue() {
     const PERMITS: usize = 20;
@@ -569,6 +606,8 @@ fn happens() -> impl Strategy<Value = Happens> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
 
+    /// Broken once: with a turn given back by an answer alone, and again with a waiter that stays counted, it
+    /// failed.
     #[test]
     fn f23_whenever_responses_are_dropped_permits_turns_and_the_pool_come_back(
         keys in 1usize..4,
@@ -624,19 +663,30 @@ proptest! {
 
         // All permits are there, and nobody stands in the queue: each request reaches the service at once.
         let mut clients = vec![client.clone(); PERMITS];
-        let mut answers: Vec<_> = clients.iter_mut().map(call).collect();
+        let mut at_once: Vec<_> = clients.iter_mut().map(call).collect();
         let mut replies = Vec::new();
-        for answer in &mut answers {
+        for answer in &mut at_once {
             assert_pending!(answer.poll());
             replies.push(assert_ready!(handle.poll_request()).unwrap().1);
         }
-        for (answer, reply) in answers.iter_mut().zip(replies) {
+        for (answer, reply) in at_once.iter_mut().zip(replies) {
             reply.send_response(response(200));
             prop_assert_eq!(assert_ready!(answer.poll()).unwrap().status(), 200);
         }
-        drop(answers);
+        drop(at_once);
         prop_assert!(clients.iter_mut().all(|client| poll_ready(client).is_ready()), "a permit is lost");
-        drop((clients, client, pool));
+
+        // Nor is any turn lost: as many that wait go at once as keys are back.
+        let mut limited = KeyRotationLayer::new(&pool).layer(answers(&[429; 3]));
+        (0..keys).for_each(|_| assert!(assert_ready!(call(&mut limited).poll()).is_ok()));
+        let mut waiting: Vec<_> = clients.iter_mut().take(keys).map(call).collect();
+        waiting.iter_mut().for_each(|waiting| assert_pending!(waiting.poll()));
+        clock.advance(COOLDOWN);
+        waiting.iter_mut().for_each(|waiting| assert_pending!(waiting.poll()));
+        for _ in 0..keys {
+            prop_assert!(handle.poll_request().is_ready(), "a turn is lost");
+        }
+        drop((waiting, limited, clients, client, pool));
         prop_assert_eq!(Arc::strong_count(&token), 1);
     }
 }
@@ -707,6 +757,7 @@ fn panics<S: Service<Req>>(client: &mut S) {
     assert!(catch_unwind(sent).is_err(), "it did not panic");
 }
 
+/// Broken once: with a panic counted against the key, it failed.
 #[test]
 fn f24_a_service_that_panics_marks_no_key_and_the_next_request_is_fine() {
     for panic in [Does::PanicInCall, Does::PanicInFuture] {
@@ -754,6 +805,7 @@ fn f24_a_service_that_panics_poisons_nothing_an_operator_or_another_thread_needs
     }
 }
 
+/// Broken once: with a turn given back by an answer alone, it failed.
 #[test]
 fn f24_a_request_that_panics_after_a_wait_for_its_key_lets_the_next_one_go() {
     for panic in [Does::PanicInCall, Does::PanicInFuture] {
@@ -823,6 +875,7 @@ fn an_error_of_a_second_attempt_passes_through_too() {
     assert_eq!(statuses(&pool), [Status::RateLimited, Status::Healthy]);
 }
 
+/// Broken once: with the first key used where none is available, it failed.
 #[test]
 fn f20_without_an_available_key_the_service_is_not_called() {
     let (pool, _) = pool(1);
@@ -980,6 +1033,31 @@ async fn nothing_of_a_response_is_changed() {
     assert_eq!(answer.into_body().collect().await.unwrap().to_bytes(), "an answer");
 }
 
+/// Broken once: with data alone passed on, it failed.
+#[tokio::test]
+async fn f27_the_frames_and_trailers_of_a_body_come_as_they_were_sent() {
+    for status in [200, 404, 503] {
+        let (pool, _) = pool(2);
+        let inner = service_fn(move |_: Req| {
+            let sum = HeaderMap::from_iter([("x-sum".parse().unwrap(), HeaderValue::from_static("1"))]);
+            let data = |text: &'static str| Frame::data(Bytes::from(text));
+            let frames = [data("one"), data(""), data("three"), Frame::trailers(sum)];
+            let body = StreamBody::new(stream::iter(frames.map(Ok::<_, Infallible>)));
+            ready(Ok::<_, Infallible>(Response::builder().status(status).body(body).unwrap()))
+        });
+        let mut client = ServiceBuilder::new()
+            .layer(FailoverLayer::new(&pool))
+            .layer(KeyRotationLayer::new(&pool).read_error_bodies(100))
+            .service(inner);
+        let mut body = client.ready().await.unwrap().call(request()).await.unwrap().into_body();
+        for text in ["one", "", "three"] {
+            assert_eq!(body.frame().await.unwrap().unwrap().into_data().unwrap(), text, "{status}");
+        }
+        assert_eq!(body.frame().await.unwrap().unwrap().into_trailers().unwrap()["x-sum"], "1", "{status}");
+        assert!(body.frame().await.is_none());
+    }
+}
+
 // ---- bodies that are not Clone ----
 
 /// A request body that is not `Clone`.
@@ -1049,6 +1127,7 @@ fn a_request_that_its_caller_can_clone_is_sent_again() {
     );
 }
 
+/// Broken once: with "no key" for a 429 that can't be sent again, it failed.
 #[test]
 fn f26_a_request_that_cannot_be_cloned_is_sent_once_and_its_key_rests() {
     let (pool, _) = pool(2);

@@ -485,17 +485,17 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_headers_panic(lines in vec((name(), value()), 0..6)) {
+        fn f28_no_headers_panic(lines in vec((name(), value()), 0..6)) {
             hint(&lines);
         }
 
         #[test]
-        fn no_body_panics(body in vec(any::<u8>(), 0..200)) {
+        fn f28_no_body_panics(body in vec(any::<u8>(), 0..200)) {
             from_body(&body);
         }
 
         #[test]
-        fn no_retry_info_panics(delay in any::<String>(), number in "[0-9]{1,25}[.]?[0-9]{0,12}s") {
+        fn f28_no_retry_info_panics(delay in any::<String>(), number in "[0-9]{1,25}[.]?[0-9]{0,12}s") {
             from_body(error(&Value::from(delay).to_string()).as_bytes());
             from_body(error(&Value::from(number).to_string()).as_bytes());
         }

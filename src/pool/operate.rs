@@ -210,7 +210,8 @@ impl KeyPool {
 
     fn known(&self, id: &str) -> Result<Arc<Key>, OperateError> {
         let snapshot = self.inner.snapshot.load();
-        snapshot.get(id).cloned().ok_or_else(|| OperateError::UnknownKey(id.to_owned()))
+        // As much of it as a key's name can have: it may be anything.
+        snapshot.get(id).cloned().ok_or_else(|| OperateError::UnknownKey(id.chars().take(256).collect()))
     }
 
     fn change(&self, key: &Arc<Key>, next: impl Fn(State) -> State) {

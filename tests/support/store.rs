@@ -17,6 +17,7 @@ use tower_key_rotation::{
 pub enum Mode {
     Works,
     Fails,
+    FailsSaying(&'static str),
     Panics,
     /// Until the mode is another one.
     Hangs,
@@ -57,6 +58,7 @@ impl Operation {
         self.under_way.fetch_sub(1, SeqCst);
         match mode {
             Mode::Fails => Err(StoreError::new("connection reset by mongod")),
+            Mode::FailsSaying(text) => Err(StoreError::new(text)),
             Mode::Panics => panic!("the store panics, as the test has it"),
             Mode::Works | Mode::Hangs => Ok(()),
         }
