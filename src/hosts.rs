@@ -96,7 +96,7 @@ impl Host {
         if authority.port_u16().is_none() && authority.as_str() != name {
             return Err(invalid());
         }
-        if name.is_empty()
+        if name.trim_end_matches('.').is_empty()
             || name.contains('*')
             || authority.as_str().contains('@')
             || authority.as_str().ends_with(':')
@@ -187,6 +187,8 @@ mod tests {
             "https://api.example.com",
             "api.example.com/v1",
             "*",
+            ".",
+            "*..",
             "*.*.com",
             "me@host",
             "host:",

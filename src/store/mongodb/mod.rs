@@ -11,6 +11,9 @@ mod document;
 mod encrypt;
 mod error;
 mod fields;
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzzing;
 mod lane;
 mod standby;
 mod watch;

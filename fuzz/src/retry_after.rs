@@ -1,0 +1,183 @@
+//! How long a response has its key rest. An input is the response:
+//!
+//! ```text
+//! 429 exact 120 86400 1 3600 1
+//! retry-after: 30
+//!
+//! {"error": "slow down"}
+//! ```
+//!
+//! Behind the status stands how the pool is set: whether hints are exact, and in seconds its `cooldown`, its
+//! `exhausted_for`, its two `hint_limits`, and what its clock shows.
+
+use std::{convert::Infallible, future::ready, time::Duration};
+
+use bytes::Bytes;
+use http::{
+    HeaderMap, HeaderValue, Request, Response, StatusCode,
+    header::{DATE, RETRY_AFTER},
+};
+use http_body_util::{BodyExt, Full};
+use tower::{Layer, ServiceExt, service_fn};
+use tower_key_rotation::{
+    KeyPool, KeyRotationLayer, Status,
+    classify::{ClassifyResponse, LlmGateway, ResponseHead, TooManyRequests, Verdict},
+    clock::ManualClock,
+};
+
+use crate::{now, text};
+
+/// A key's state has room for 73 years of the pool's clock.
+const LAST_DEADLINE: Duration = Duration::from_nanos((1 << 61) - 2);
+
+struct Rules {
+    exact: bool,
+    cooldown: Duration,
+    exhausted_for: Duration,
+    least: Duration,
+    most: Duration,
+    clock: Duration,
+}
+
+pub fn check(input: &[u8]) {
+    let (head, body) = text::divided(input);
+    let mut lines = text::lines(head);
+    let Some((status, rules)) = lines.next().and_then(first_line) else { return };
+    let mut headers = text::headers(lines);
+
+    let _by_the_local_clock = ResponseHead::new(status, &headers).with_body(body).wait();
+    // A response says the same at any time where it has a date, and this is one if it has no other.
+    headers.append(DATE, HeaderValue::from_static("Mon, 23 Nov 2026 20:40:02 GMT"));
+
+    let head = ResponseHead::new(status, &headers);
+    let with_body = head.with_body(body);
+    for head in [head, with_body] {
+        assert_eq!(head.wait(), head.wait());
+        if let Some(wait) = plain_wait(&headers) {
+            assert_eq!(head.wait(), Some(wait));
+        }
+        assert_as_documented(&head);
+    }
+    rules.assert_rest(&headers, &with_body);
+}
+
+fn first_line(line: &[u8]) -> Option<(StatusCode, Rules)> {
+    let mut words = std::str::from_utf8(line).ok()?.split(' ').peekable();
+    let status = words.next()?.parse().ok()?;
+    let exact = words.next_if_eq(&"exact").is_some();
+    let mut seconds = words.map_while(|word| word.parse().ok());
+    let mut next_or = |usual| Duration::from_secs(seconds.next().unwrap_or(usual));
+    let rules = Rules {
+        exact,
+        cooldown: next_or(120),
+        exhausted_for: next_or(24 * 60 * 60),
+        least: next_or(1),
+        most: next_or(60 * 60),
+        // A deadline of zero would be no deadline.
+        clock: next_or(1).max(Duration::from_nanos(1)),
+    };
+    Some((status, rules))
+}
+
+/// What is asked for by the header that outranks the others, where it says so in plain digits or as a date.
+fn plain_wait(headers: &HeaderMap) -> Option<Duration> {
+    let ranked = ["retry-after-ms", "x-ms-retry-after-ms", RETRY_AFTER.as_str()];
+    let (name, value) = ranked.iter().find_map(|name| Some((*name, headers.get(*name)?)))?;
+    let value = value.to_str().ok()?;
+    if value.bytes().all(|byte| byte.is_ascii_digit()) {
+        let number = value.parse().ok()?;
+        return Some(if name == RETRY_AFTER {
+            Duration::from_secs(number)
+        } else {
+            Duration::from_millis(number)
+        });
+    }
+    let date = |text: &str| httpdate::parse_http_date(text).ok();
+    let received = date(headers.get(DATE)?.to_str().ok()?)?;
+    if name == RETRY_AFTER { date(value)?.duration_since(received).ok() } else { None }
+}
+
+/// By the tables in the documentation of the classifiers.
+fn assert_as_documented(head: &ResponseHead<'_>) {
+    let limited = Verdict::RateLimited { wait: head.wait() };
+    let exhausted = Verdict::Exhausted { wait: None };
+    let has_body = head.body().is_some_and(|body| !body.is_empty());
+    let status = head.status().as_u16();
+
+    let verdict = TooManyRequests::new().classify(head);
+    assert_eq!(verdict, if status == 429 { limited } else { Verdict::Nothing });
+
+    let verdict = TooManyRequests::new().or_with_a_hint([StatusCode::SERVICE_UNAVAILABLE]).classify(head);
+    let counts = status == 429 || (status == 503 && head.wait().is_some());
+    assert_eq!(verdict, if counts { limited } else { Verdict::Nothing });
+
+    let verdict = LlmGateway::new().classify(head);
+    let is_documented = match status {
+        401 | 403 => verdict == Verdict::Revoked,
+        402 => verdict == exhausted,
+        429 => verdict == limited || (has_body && [Verdict::Revoked, exhausted].contains(&verdict)),
+        400 => verdict == Verdict::Nothing || (has_body && verdict == exhausted),
+        _ => verdict == Verdict::Nothing,
+    };
+    assert!(is_documented, "{status}: {verdict:?}");
+}
+
+impl Rules {
+    fn pool(&self) -> KeyPool {
+        let clock = ManualClock::new();
+        clock.advance(self.clock);
+        let builder = KeyPool::builder()
+            .key("alpha", "sk-1")
+            .clock(clock)
+            .cooldown(self.cooldown)
+            .exhausted_for(self.exhausted_for)
+            .hint_limits(self.least, self.most);
+        let builder = if self.exact { builder.exact_hints() } else { builder };
+        builder.build().unwrap()
+    }
+
+    /// Sends a request that is answered with that response, and looks at what became of the key.
+    fn assert_rest(&self, headers: &HeaderMap, head: &ResponseHead<'_>) {
+        let body = Bytes::copy_from_slice(head.body().unwrap_or_default());
+        let client = service_fn(|_: Request<()>| {
+            let mut response = Response::new(Full::new(body.clone()));
+            *response.status_mut() = head.status();
+            *response.headers_mut() = headers.clone();
+            ready(Ok::<_, Infallible>(response))
+        });
+        let request = || Request::get("https://api.example.com").body(()).unwrap();
+
+        let pool = self.pool();
+        let layer = KeyRotationLayer::new(&pool);
+        now(layer.layer(client).oneshot(request())).unwrap();
+        self.assert_rests_after(
+            TooManyRequests::new().classify(&ResponseHead::new(head.status(), headers)),
+            &pool,
+        );
+
+        let pool = self.pool();
+        let layer = KeyRotationLayer::new(&pool).classify(LlmGateway::new()).read_error_bodies(usize::MAX);
+        let response = now(layer.layer(client).oneshot(request())).unwrap();
+        self.assert_rests_after(LlmGateway::new().classify(head), &pool);
+        assert_eq!(response.status(), head.status());
+        assert_eq!(response.headers(), headers);
+        assert_eq!(now(response.into_body().collect()).unwrap().to_bytes(), body);
+    }
+
+    fn assert_rests_after(&self, verdict: Verdict, pool: &KeyPool) {
+        let key = &pool.stats().keys[0];
+        let (status, by_default, wait) = match verdict {
+            Verdict::RateLimited { wait } => (Status::RateLimited, self.cooldown, wait),
+            Verdict::Exhausted { wait } => (Status::Exhausted, self.exhausted_for, wait),
+            Verdict::Revoked => return assert_eq!((key.status, key.time_left), (Status::Revoked, None)),
+            _ => return assert_eq!((key.status, key.time_left), (Status::Healthy, None)),
+        };
+        // Where the limits cross, the most holds, and that is never less than what a key rests without a hint.
+        let most = self.most.max(by_default);
+        let least = if self.exact { self.least.min(most) } else { self.least.clamp(by_default, most) };
+        let rest = wait.map_or(by_default, |wait| wait.clamp(least, most));
+        let rest = rest.min(LAST_DEADLINE.saturating_sub(self.clock));
+        let status = if rest.is_zero() { Status::Healthy } else { status };
+        assert_eq!((key.status, key.time_left.unwrap_or_default()), (status, rest), "after {verdict:?}");
+    }
+}

@@ -1,0 +1,34 @@
+//! What is kept in `corpus` goes through each target once, without a fuzzer.
+
+use std::{fs, path::Path};
+
+use tower_key_rotation_fuzz::{inject, key_file, mongodb_document, retry_after};
+
+fn check_corpus(target: &str, check: impl Fn(&[u8])) {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(target);
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        println!("{}", path.display());
+        check(&fs::read(path).unwrap());
+    }
+}
+
+#[test]
+fn a_key_goes_where_it_should_in_every_request() {
+    check_corpus("inject", inject::check);
+}
+
+#[test]
+fn every_key_file_is_read() {
+    check_corpus("key_file", key_file::check);
+}
+
+#[test]
+fn every_document_is_read() {
+    check_corpus("mongodb_document", mongodb_document::check);
+}
+
+#[test]
+fn every_wait_is_read() {
+    check_corpus("retry_after", retry_after::check);
+}
