@@ -2,7 +2,10 @@
 
 mod support;
 
-use std::sync::{Arc, Mutex};
+use std::{
+    io,
+    sync::{Arc, Mutex},
+};
 
 use mongodb::{
     Client,
@@ -11,8 +14,12 @@ use mongodb::{
     options::ClientOptions,
 };
 use support::{mongo::*, *};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+};
 use tower_key_rotation::{
-    KeyId, OperateError, Status,
+    KeyId, KeyPool, OperateError, RecoveryHandle, Status,
     store::mongodb::{ConnectError, Fields, MongoStore},
 };
 
@@ -233,6 +240,78 @@ async fn f01_a_connection_that_is_refused_names_the_cause_and_no_password() {
     assert!(matches!(refused, ConnectError::Unreachable(_)), "{said}");
     assert!(said.to_lowercase().contains("auth"), "{said}");
     assert!(!said.contains("hunter2"), "{said}");
+}
+
+/// A server of nobody's make: it lets everybody in, and whatever it is asked then is an error that it calls so.
+async fn refusing(code_name: &'static str) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let uri = format!("mongodb://{}/?directConnection=true", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        while let Ok((client, _)) = listener.accept().await {
+            // It ends when the client goes.
+            tokio::spawn(refuse(client, code_name));
+        }
+    });
+    uri
+}
+
+async fn refuse(mut client: TcpStream, code_name: &str) -> io::Result<()> {
+    const HEADER: usize = 16;
+    const FLAGS_AND_KIND: usize = 5;
+    loop {
+        let length = client.read_i32_le().await? as usize;
+        let mut asked = vec![0; length - 4];
+        client.read_exact(&mut asked).await?;
+        let request = i32::from_le_bytes(asked[..4].try_into().unwrap());
+        let command = Document::from_reader(&asked[HEADER - 4 + FLAGS_AND_KIND..]).unwrap();
+        let answer = match command.keys().next().unwrap().as_str() {
+            "hello" | "isMaster" | "ismaster" => doc! {
+                "ok": 1, "helloOk": true, "isWritablePrimary": true, "ismaster": true,
+                "minWireVersion": 0, "maxWireVersion": 17, "maxBsonObjectSize": 16_777_216,
+                "maxMessageSizeBytes": 48_000_000, "maxWriteBatchSize": 100_000,
+            },
+            _ => doc! { "ok": 0, "code": 13, "codeName": code_name, "errmsg": code_name },
+        };
+        let answer = answer.to_vec().unwrap();
+        let length = HEADER + FLAGS_AND_KIND + answer.len();
+        for number in [length as i32, 0, request, 2013, 0] {
+            client.write_i32_le(number).await?;
+        }
+        client.write_u8(0).await?;
+        client.write_all(&answer).await?;
+    }
+}
+
+/// Broken once: with the name of an error as the server gives it, it failed.
+#[tokio::test]
+async fn s04_what_a_server_calls_an_error_is_said_on_one_line_of_bounded_length() {
+    let (logs, _guard) = Logs::capture();
+    let names =
+        ["Up\n INFO tower_key_rotation: all is well\r\u{1b}[2J\u{9b}31m\0", "long ".repeat(20_000).leak()];
+    for (number, name) in (1..).zip(names) {
+        let uri = refusing(name).await;
+        let mut said = all_that_it_says(&error(MongoStore::builder().connect(&uri).await));
+        let store = MongoStore::builder().poll_interval(SECOND / 20).connect_later(&uri).await.unwrap();
+        let pool = KeyPool::builder().key("alpha", "sk-alpha").open_when_ready(store).unwrap();
+        let recovery = RecoveryHandle::spawn_with(&pool, passes_by_hand());
+        said += &all_that_it_says(&pool.reload().await.unwrap_err());
+        said += &all_that_it_says(&pool.reset("alpha").await.unwrap_err());
+        said += &all_that_it_says(&recovery.sweep_now().await.outcome.unwrap_err());
+        assert!(said.contains("code 13") && !said.contains("Up\n"), "{said}");
+        for line in said.lines() {
+            assert!(line.len() < 2_000 && !line.chars().any(char::is_control), "{line:?}");
+        }
+        eventually("it is logged", || logs.count("no change stream: the keys") == number).await;
+    }
+    for line in logs.ours() {
+        assert!(line.len() < 1_000 && !line.chars().any(char::is_control), "{line:?}");
+    }
+    assert!(
+        !logs
+            .text()
+            .lines()
+            .any(|line| line.trim_start().starts_with("INFO tower_key_rotation: all is well"))
+    );
 }
 
 /// A client as a user may have it, and the commands that it sends.

@@ -32,7 +32,17 @@ fn named(name: &str) -> String {
     if name.is_empty() { String::new() } else { format!(" ({name})") }
 }
 
+/// On one line, and no longer than one: a server may call its errors anything.
+fn printable(text: &str) -> String {
+    const LONGEST: usize = 400;
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(LONGEST).collect()
+}
+
 impl Failure {
+    pub(super) fn server(code: i32, name: &str) -> Self {
+        Self::Server { code, name: printable(name) }
+    }
+
     pub(super) fn is_duplicate(&self) -> bool {
         matches!(self, Self::Server { code: 11_000, .. })
     }
@@ -74,7 +84,7 @@ impl From<Failure> for StoreError {
 
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
-        let server = |code, name: &str| Self::Server { code, name: name.to_owned() };
+        let server = Self::server;
         match &*error.kind {
             ErrorKind::Command(error) => server(error.code, &error.code_name),
             ErrorKind::Write(WriteFailure::WriteError(error)) => {
@@ -88,7 +98,7 @@ impl From<Error> for Failure {
             | ErrorKind::InvalidTlsConfig { .. }
             | ErrorKind::Io(_)
             | ErrorKind::ServerSelection { .. }
-            | ErrorKind::Shutdown => Self::Driver(without_answers(&error.kind.to_string())),
+            | ErrorKind::Shutdown => Self::Driver(printable(&without_answers(&error.kind.to_string()))),
             ErrorKind::InvalidArgument { .. } => {
                 Self::Driver("the driver was given an invalid argument".into())
             }

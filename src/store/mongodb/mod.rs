@@ -384,8 +384,8 @@ impl Inner {
         let errors = answer.get_array("writeErrors").into_iter().flatten();
         let refused = errors.filter_map(Bson::as_document).map(Refused::read).collect::<Result<_, _>>()?;
         if let Ok(error) = answer.get_document("writeConcernError") {
-            let name = error.get_str("codeName").unwrap_or_default().to_owned();
-            return Err(Failure::Server { code: error.get_i32("code").unwrap_or_default(), name });
+            let code = error.get_i32("code").unwrap_or_default();
+            return Err(Failure::server(code, error.get_str("codeName").unwrap_or_default()));
         }
         #[cfg(feature = "encryption")]
         let modified = answer.get_i32("nModified").unwrap_or_default().max(0).unsigned_abs().into();
@@ -414,7 +414,7 @@ struct Refused {
 impl Refused {
     fn read(error: &Document) -> Result<Self, Failure> {
         let code = error.get_i32("code").unwrap_or_default();
-        let failure = Failure::Server { code, name: String::new() };
+        let failure = Failure::server(code, "");
         match error.get_i32("index").map(usize::try_from) {
             Ok(Ok(index)) if failure.is_about_the_document() => Ok(Self { index, code }),
             _ => Err(failure),
