@@ -110,15 +110,16 @@ fn note(ledger: &Ledger, witness: Witness, before_pick: Duration, response: &Res
     let marked_by = ledger.now();
     let Some(ServedBy(key)) = response.extensions().get() else { return };
     let on_the_wire: Option<&OnTheWire> = response.extensions().get();
-    let answered_at = match witness {
+    let limited_at = match witness {
         Witness::Service => stamped(response.headers(), &ANSWERED),
+        Witness::Client if response.status() != StatusCode::TOO_MANY_REQUESTS => None,
         Witness::Client => on_the_wire.map(|wire| wire.answered_at),
     };
     if let (Witness::Client, Some(wire)) = (witness, on_the_wire) {
         ledger.arrived(key, before_pick, wire.sent_at);
     }
-    if let (StatusCode::TOO_MANY_REQUESTS, Some(answered_at)) = (response.status(), answered_at) {
-        ledger.limited(key, answered_at, marked_by);
+    if let Some(limited_at) = limited_at {
+        ledger.limited(key, limited_at, marked_by);
     }
 }
 

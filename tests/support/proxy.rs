@@ -102,7 +102,7 @@ async fn pass(
     mut fault: watch::Receiver<Fault>,
     answers: bool,
 ) -> io::Result<()> {
-    let mut buffer = vec![0; 64 * 1024];
+    let mut buffer = vec![0; 16 * 1024];
     loop {
         let count = from.read(&mut buffer).await?;
         if count == 0 {
