@@ -74,8 +74,10 @@ fn set_of(members: &[usize]) -> Arc<AtomicBitSet> {
     Arc::new(set)
 }
 
-/// Slots of one word, of two words below one summary, and of two summaries; none of them in the first word, which a
+/// Slots of one word, of two words below one summary, and of two summaries; none of them in the first word,
+/// which a
 /// search looks at whatever a summary says.
+/// Broken once: where `remove` did not look at the word below again, it failed.
 #[test]
 fn no_summary_is_lost_between_two_changes() {
     use Change::{Insert, Remove};
@@ -98,6 +100,7 @@ fn no_summary_is_lost_between_two_changes() {
     }
 }
 
+/// Broken once: like the one before.
 #[test]
 fn a_set_that_three_threads_change_at_once_loses_none() {
     model(|| {
@@ -113,6 +116,7 @@ fn a_set_that_three_threads_change_at_once_loses_none() {
 }
 
 /// While a summary is wrong, too.
+/// Broken once: where the scan went by summaries, it failed.
 #[test]
 fn a_slot_that_was_inserted_is_found_by_a_scan_whatever_changes_beside_it() {
     model(|| {
@@ -154,6 +158,7 @@ fn assert_deadlines(tree: &Deadlines, deadlines: &[u64]) {
 }
 
 /// Slots of one node, of two nodes below one, and of two of those.
+/// Broken once: without the last `fetch_min` of `raise`, it failed.
 #[test]
 fn no_deadline_is_overlooked_between_two_changes() {
     const SOON: u64 = 3;
@@ -175,6 +180,8 @@ fn no_deadline_is_overlooked_between_two_changes() {
     }
 }
 
+/// Broken once: where the root was believed, it failed; where nodes were not told what was found, it went round
+/// for ever.
 #[test]
 fn who_would_give_up_knows_of_a_deadline_that_others_are_just_moving_around() {
     for slot in [1, 2] {
@@ -193,25 +200,13 @@ fn who_would_give_up_knows_of_a_deadline_that_others_are_just_moving_around() {
     }
 }
 
-#[test]
-fn who_looks_for_what_is_due_finds_it_while_another_thread_moves_a_deadline_back() {
-    model(|| {
-        let tree = tree_of(&[3, 3, 5]);
-        at_once(
-            &tree,
-            |tree| tree.set(0, 7),
-            |tree| assert!(tree.next_due(0, 5).is_some_and(|slot| slot < 3)),
-        );
-        assert_deadlines(&tree, &[7, 3, 5]);
-    });
-}
-
 // ---- a key's state ----
 
 fn limited(seconds: u32) -> State {
     State::resting(Rest::RateLimited, Some(SECOND * seconds))
 }
 
+/// Broken once: with a load and a store in `update`, it failed.
 #[test]
 fn f10_of_marks_at_once_the_longest_holds_and_an_operators_word_stands() {
     model(|| {
@@ -276,6 +271,7 @@ fn assert_in_line(pool: &KeyPool) {
     snapshot.assert_in_line();
 }
 
+/// Broken once: with a plain store of the cursor, two threads had the same two keys.
 #[test]
 fn picks_at_once_give_each_key_one_turn_in_a_round() {
     for resting in [None, Some(1)] {
@@ -293,6 +289,8 @@ fn picks_at_once_give_each_key_one_turn_in_a_round() {
     }
 }
 
+/// Broken once: without the second look at the state, and where every due key was returned whatever its state,
+/// it failed.
 #[test]
 fn f07_a_mark_beside_the_return_of_an_ended_rest_holds_and_the_indexes_agree() {
     model(|| {
@@ -305,6 +303,7 @@ fn f07_a_mark_beside_the_return_of_an_ended_rest_holds_and_the_indexes_agree() {
     });
 }
 
+/// Broken once: without the second look at the state, it failed.
 #[test]
 fn a_mark_beside_a_reset_leaves_indexes_that_agree() {
     model(|| {
@@ -316,6 +315,7 @@ fn a_mark_beside_a_reset_leaves_indexes_that_agree() {
 }
 
 /// What takes it back has not yet noticed the mark.
+/// Broken once: where a pick trusted the index, it failed.
 #[test]
 fn a_key_that_rested_before_a_pick_began_is_not_handed_out() {
     model(|| {
@@ -347,7 +347,9 @@ fn nobody_says_no_key_while_one_is_healthy_all_the_time() {
     });
 }
 
-/// The mark takes the last key out of a word of the index, and tells the summary only when another one is there.
+/// The mark takes the last key out of a word of the index, and tells the summary only when another one is
+/// there.
+/// Broken once: without `scan_from`, it went round for ever.
 #[test]
 fn nobody_says_no_key_after_one_came_back_beside_one_that_goes() {
     model(|| {
@@ -363,6 +365,8 @@ fn nobody_says_no_key_after_one_came_back_beside_one_that_goes() {
 }
 
 /// An index says that it rests until whoever wrote that has looked at the state again.
+/// Broken once: without a look at the states, it failed; where the key that was found was not put into the
+/// index, it went round for ever.
 #[test]
 fn nobody_says_no_key_after_the_only_one_came_back() {
     model(|| {
@@ -378,6 +382,8 @@ fn nobody_says_no_key_after_the_only_one_came_back() {
 }
 
 /// It is healthy or due at each moment, and in an index all the while.
+/// Broken once: with the two indexes written in the other order, it failed, and only where no refreshes were
+/// counted: either is enough.
 #[test]
 fn nobody_says_no_key_while_the_only_one_rests_and_is_due_again() {
     for before in [State::HEALTHY, over()] {
@@ -394,6 +400,7 @@ fn nobody_says_no_key_while_the_only_one_rests_and_is_due_again() {
     }
 }
 
+/// Broken once: like the one before.
 #[test]
 fn who_finds_no_key_knows_when_one_is_back() {
     model(|| {
@@ -426,6 +433,8 @@ fn reload(pool: &KeyPool) {
 }
 
 /// The first mark is what makes a write begin while the second one is made.
+/// Broken once: without the second `changing()`, without the last `extend()`, and with changes counted after a
+/// write, it failed.
 #[test]
 fn f08_a_mark_beside_a_write_and_a_reload_is_not_lost() {
     model(|| {
@@ -448,6 +457,7 @@ fn f08_a_mark_beside_a_write_and_a_reload_is_not_lost() {
     });
 }
 
+/// Broken once: where reloads were not numbered, and where every one was believed, it failed.
 #[test]
 fn f08_a_reload_beside_a_mark_and_its_write_leaves_it() {
     model(|| {
