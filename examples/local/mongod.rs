@@ -12,6 +12,7 @@ use std::{
     net::{SocketAddr, TcpListener, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    sync::Mutex,
     thread::sleep,
     time::{Duration, Instant},
 };
@@ -192,6 +193,9 @@ fn find() -> Result<PathBuf, String> {
     {
         return Ok(program);
     }
+    // Another thread may be fetching it.
+    static FETCHING: Mutex<()> = Mutex::new(());
+    let _one_at_a_time = FETCHING.lock();
     let fetched = target_folder().join("mongod-6.0.5");
     let program = fetched.join("mongod");
     if program.is_file() {
