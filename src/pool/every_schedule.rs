@@ -329,6 +329,7 @@ fn a_key_that_rested_before_a_pick_began_is_not_handed_out() {
     });
 }
 
+/// Broken once: where a pick gave up as another thread took its turn, it failed.
 #[test]
 fn nobody_says_no_key_while_one_is_healthy_all_the_time() {
     model(|| {
