@@ -249,7 +249,8 @@ pub enum PassError {
 #[error("{0} marks could not be written to the store before the shutdown")]
 pub struct MarksNotWritten(pub usize);
 
-type Pass = JoinHandle<Result<Recovered, StoreError>>;
+/// What it has reset, and whether nothing in it failed.
+type Pass = JoinHandle<(Recovered, Result<(), StoreError>)>;
 
 struct Recovery {
     pool: KeyPool,
@@ -313,29 +314,37 @@ impl Recovery {
 
     async fn pass(&mut self, clock: &dyn Clock) -> Report {
         let started = clock.now();
-        let outcome = self.make_pass(clock, started.saturating_add(self.config.limit)).await;
+        let (recovered, done) = self.make_pass(clock, started.saturating_add(self.config.limit)).await;
         self.passes += 1;
-        self.failures += u64::from(outcome.is_err());
-        self.recovered += outcome.as_ref().map_or(0, |recovered| recovered.count);
+        self.failures += u64::from(done.is_err());
+        self.recovered += recovered.count;
+        let duration = clock.now().saturating_sub(started);
+        log(&recovered, &done, duration);
         let report = Report {
             pass: self.passes,
             failures: self.failures,
             recovered: self.recovered,
-            duration: clock.now().saturating_sub(started),
-            outcome,
+            duration,
+            outcome: done.map(|()| recovered),
         };
-        report.log();
         self.reports.send_replace(Some(report.clone()));
         report
     }
 
-    async fn make_pass(&mut self, clock: &dyn Clock, deadline: Duration) -> Result<Recovered, PassError> {
-        let too_long = PassError::TookTooLong(self.config.limit);
+    async fn make_pass(
+        &mut self,
+        clock: &dyn Clock,
+        deadline: Duration,
+    ) -> (Recovered, Result<(), PassError>) {
+        let too_long = Err(PassError::TookTooLong(self.config.limit));
         if let Some(overdue) = &mut self.overdue {
             tokio::select! {
                 biased;
-                _ = overdue => self.overdue = None,
-                () = clock.sleep_until(deadline) => return Err(too_long),
+                pass = overdue => {
+                    self.overdue = None;
+                    self.recovered += pass.map_or(0, |(recovered, _)| recovered.count);
+                }
+                () = clock.sleep_until(deadline) => return (Recovered::default(), too_long),
             }
         }
         // Spawned and awaited, rather than run here: so a limit doesn't drop a driver's future half-way, and a
@@ -344,13 +353,14 @@ impl Recovery {
         tokio::select! {
             biased;
             result = &mut pass => match result {
-                Ok(Ok(recovered)) => Ok(recovered),
-                Ok(Err(error)) => Err(PassError::Store(Arc::new(error))),
-                Err(_) => Err(PassError::Panicked),
+                Ok((recovered, done)) => {
+                    (recovered, done.map_err(|error| PassError::Store(Arc::new(error))))
+                }
+                Err(_) => (Recovered::default(), Err(PassError::Panicked)),
             },
             () = clock.sleep_until(deadline) => {
                 self.overdue = Some(pass);
-                Err(too_long)
+                (Recovered::default(), too_long)
             }
         }
     }
@@ -388,28 +398,28 @@ fn all_written(pool: &KeyPool) -> Result<(), MarksNotWritten> {
     }
 }
 
-impl Report {
-    fn log(&self) {
-        let duration_ms = millis(self.duration);
-        match &self.outcome {
-            Ok(recovered) if recovered.count == 0 => {}
-            Ok(recovered) => {
-                let (count, ids) = (recovered.count, &recovered.ids);
-                tracing::info!(count, ?ids, duration_ms, "keys recovered");
-            }
-            Err(error) => tracing::warn!(error = %Chain(error), duration_ms, "recovery pass failed"),
-        }
+fn log(recovered: &Recovered, done: &Result<(), PassError>, duration: Duration) {
+    let duration_ms = millis(duration);
+    if recovered.count > 0 {
+        let Recovered { count, ids } = recovered;
+        tracing::info!(count, ?ids, duration_ms, "keys recovered");
+    }
+    if let Err(error) = done {
+        tracing::warn!(error = %Chain(error), duration_ms, "recovery pass failed");
     }
 }
 
-async fn write_sweep_reload(pool: KeyPool) -> Result<Recovered, StoreError> {
+async fn write_sweep_reload(pool: KeyPool) -> (Recovered, Result<(), StoreError>) {
     // What the store doesn't do must not keep it from doing the rest.
     let marks = pool.write_marks().await;
     let usage = pool.write_usage().await;
-    let recovered = pool.sweep().await;
+    let (recovered, swept) = match pool.sweep().await {
+        Ok(recovered) => (recovered, Ok(())),
+        Err(error) => (Recovered::default(), Err(error)),
+    };
     let replaced = pool.replace_failed().await;
     let reloaded = pool.reload().await;
-    marks.and(usage).and(replaced).and(reloaded).and(recovered)
+    (recovered, marks.and(usage).and(replaced).and(reloaded).and(swept))
 }
 
 /// Follows what changes in the store, until the sender of `stop` is gone. It never stops in the middle of a read.

@@ -3,38 +3,21 @@
 //! Random sequences of requests, answers, time and operators' changes are played to both. After each step,
 //! both have to have picked the same key and to say the same of all of them.
 
-use std::{
-    collections::BTreeMap,
-    convert::Infallible,
-    sync::{Arc, Mutex},
-    time::Duration,
-};
+mod support;
 
-use futures_util::FutureExt;
-use http::{Request, Response};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
 use proptest::{
     prelude::*,
     sample::Index,
     test_runner::{TestCaseError, TestCaseResult},
 };
-use tokio::sync::oneshot;
-use tower::{Layer, Service, service_fn, util::BoxService};
+use support::model::*;
 use tower_key_rotation::{
-    Error, KeyId, KeyPool, KeyRotationLayer, KeyStats, ServedBy, Status,
-    classify::LlmGateway,
+    KeyPool, KeyStats, ServedBy, Status,
     clock::ManualClock,
     store::{KeyStore, MemoryStore},
 };
-
-const COOLDOWN: Duration = Duration::from_secs(120);
-const EXHAUSTED: Duration = Duration::from_secs(24 * 60 * 60);
-const LONGEST_HINT: Duration = Duration::from_secs(60 * 60);
-
-#[derive(Clone, Copy, Debug)]
-struct Answer {
-    status: u16,
-    retry_after: Option<u64>,
-}
 
 #[derive(Clone, Debug)]
 enum Step {
@@ -111,16 +94,11 @@ fn steps(most: usize) -> impl Strategy<Value = Vec<Step>> {
 
 // ---- the model ----
 
-type Instance = u32;
-
 #[derive(Clone, Debug)]
 struct ModelKey {
     id: String,
-    /// Which secret: a key of the same name with another secret is another key.
-    instance: Instance,
-    /// Until when it rests, and as what; `None` is for good.
-    rest: Option<(Status, Option<Duration>)>,
-    disabled: bool,
+    secret: SecretNumber,
+    condition: Condition,
     requests: u64,
     limited: u64,
     last_reason: Option<u16>,
@@ -128,67 +106,23 @@ struct ModelKey {
 }
 
 impl ModelKey {
-    fn new(id: &str, instance: Instance, disabled: bool) -> Self {
-        Self {
-            id: id.to_owned(),
-            instance,
-            rest: None,
-            disabled,
-            requests: 0,
-            limited: 0,
-            last_reason: None,
-            unwritten: false,
-        }
-    }
-
-    fn rests(&self, now: Duration) -> bool {
-        matches!(self.rest, Some((_, until)) if until.is_none_or(|until| until > now))
-    }
-
-    fn is_available(&self, now: Duration) -> bool {
-        !self.disabled && !self.rests(now)
+    fn new(id: &str, secret: SecretNumber, disabled: bool) -> Self {
+        let condition = Condition { disabled, ..Condition::default() };
+        let (requests, limited, last_reason, unwritten) = Default::default();
+        Self { id: id.to_owned(), secret, condition, requests, limited, last_reason, unwritten }
     }
 
     fn mark(&mut self, answer: Answer, now: Duration) {
-        let (status, until) = match answer.status {
-            401 => (Status::Revoked, None),
-            402 => (Status::Exhausted, Some(now + EXHAUSTED)),
-            429 => {
-                let hint = answer.retry_after.map_or(Duration::ZERO, Duration::from_secs).min(LONGEST_HINT);
-                (Status::RateLimited, Some(now + hint.max(COOLDOWN)))
-            }
-            _ => return,
-        };
+        let Some(rest) = answer.rest(now) else { return };
         self.limited += 1;
         self.last_reason = Some(answer.status);
-        let later = match (self.rest, until) {
-            (None, _) => true,
-            (Some((_, None)), _) => false,
-            (Some(_), None) => true,
-            (Some((_, Some(before))), Some(until)) => until > before,
-        };
-        if later {
-            self.rest = Some((status, until));
-            self.unwritten = true;
-        }
-    }
-
-    fn time_left(&self, now: Duration) -> Option<Duration> {
-        self.rest.and_then(|(_, until)| until).filter(|until| *until > now).map(|until| until - now)
-    }
-
-    fn status(&self, now: Duration) -> Status {
-        match self.rest {
-            _ if self.disabled => Status::Disabled,
-            Some((status, _)) if self.rests(now) => status,
-            _ => Status::Healthy,
-        }
+        self.unwritten |= self.condition.extend(rest);
     }
 
     fn differs_from(&self, stats: &KeyStats, now: Duration) -> bool {
         self.id != stats.id.as_str()
-            || self.status(now) != stats.status
-            || self.time_left(now) != stats.time_left
+            || self.condition.status(now) != stats.status
+            || self.condition.time_left(now) != stats.time_left
             || self.requests != stats.requests
             || self.limited != stats.limited
             || self.last_reason != stats.last_reason
@@ -201,35 +135,35 @@ struct Model {
     keys: Vec<ModelKey>,
     /// The place behind the key that was picked last.
     cursor: usize,
-    store: BTreeMap<String, (Instance, bool)>,
-    instances: Instance,
+    store: BTreeMap<String, (SecretNumber, bool)>,
+    secrets: SecretNumber,
 }
 
 impl Model {
-    fn pick(&mut self) -> Option<Instance> {
+    fn pick(&mut self) -> Option<SecretNumber> {
         let count = self.keys.len();
         let place = (self.cursor..count)
             .chain(0..self.cursor.min(count))
-            .find(|place| self.keys[*place].is_available(self.now))?;
+            .find(|place| self.keys[*place].condition.is_available(self.now))?;
         self.cursor = place + 1;
         self.keys[place].requests += 1;
-        Some(self.keys[place].instance)
+        Some(self.keys[place].secret)
     }
 
     fn retry_in(&self) -> Option<Duration> {
-        self.keys.iter().filter(|key| !key.disabled).filter_map(|key| key.time_left(self.now)).min()
+        retry_in(self.keys.iter().map(|key| &key.condition), self.now)
     }
 
-    fn mark(&mut self, instance: Instance, answer: Answer) {
+    fn mark(&mut self, secret: SecretNumber, answer: Answer) {
         let now = self.now;
-        if let Some(key) = self.keys.iter_mut().find(|key| key.instance == instance) {
+        if let Some(key) = self.keys.iter_mut().find(|key| key.secret == secret) {
             key.mark(answer, now);
         }
     }
 
-    fn new_instance(&mut self) -> Instance {
-        self.instances += 1;
-        self.instances
+    fn new_secret(&mut self) -> SecretNumber {
+        self.secrets += 1;
+        self.secrets
     }
 
     fn take_out(&mut self, place: usize) {
@@ -246,11 +180,11 @@ impl Model {
                 self.take_out(place);
             }
         }
-        for (id, (instance, disabled)) in &self.store {
+        for (id, (secret, disabled)) in &self.store {
             match self.keys.iter_mut().find(|key| key.id == *id) {
-                Some(key) if key.instance == *instance => {}
-                Some(key) => *key = ModelKey::new(id, *instance, *disabled),
-                None => self.keys.push(ModelKey::new(id, *instance, *disabled)),
+                Some(key) if key.secret == *secret => {}
+                Some(key) => *key = ModelKey::new(id, *secret, *disabled),
+                None => self.keys.push(ModelKey::new(id, *secret, *disabled)),
             }
         }
     }
@@ -258,37 +192,13 @@ impl Model {
 
 // ---- the pool, driven through the layer ----
 
-type Client = BoxService<Request<()>, Response<()>, Error<Infallible>>;
-
-struct Flight {
-    instance: Instance,
-    reply: oneshot::Sender<Answer>,
-    response: futures_util::future::BoxFuture<'static, Result<Response<()>, Error<Infallible>>>,
-}
-
-/// The secret that the inner service last saw, and where it waits for its answer.
-type Sent = Arc<Mutex<Option<(Instance, oneshot::Sender<Answer>)>>>;
-
 struct Pair {
     model: Model,
     pool: KeyPool,
     clock: ManualClock,
     store: MemoryStore,
-    client: Client,
-    sent: Sent,
+    caller: Caller,
     under_way: Vec<Flight>,
-}
-
-fn secret(instance: Instance) -> String {
-    format!("sk-{instance}")
-}
-
-fn immediately<T>(future: impl Future<Output = T>) -> T {
-    future.now_or_never().expect("nothing here waits")
-}
-
-fn key_id(id: &str) -> KeyId {
-    KeyId::new(id).expect("a valid id")
 }
 
 impl Pair {
@@ -298,76 +208,53 @@ impl Pair {
         let mut model = Model::default();
         let mut builder = KeyPool::builder().clock(clock.clone());
         for number in 0..keys {
-            let (id, instance) = (format!("key-{number:06}"), model.new_instance());
-            builder = builder.key(id.clone(), secret(instance));
-            model.store.insert(id.clone(), (instance, false));
-            model.keys.push(ModelKey::new(&id, instance, false));
+            let (id, own) = (format!("key-{number:06}"), model.new_secret());
+            builder = builder.key(id.clone(), secret(own));
+            model.store.insert(id.clone(), (own, false));
+            model.keys.push(ModelKey::new(&id, own, false));
         }
         let pool = immediately(builder.open(store.clone())).expect("a pool");
         assert_eq!(pool.rejected(), []);
 
-        let sent = Arc::new(Mutex::new(None));
-        let seen = sent.clone();
-        let inner = service_fn(move |request: Request<()>| {
-            let header = request.headers()["authorization"].to_str().expect("text").to_owned();
-            let instance = header.strip_prefix("Bearer sk-").and_then(|number| number.parse().ok());
-            let (reply, answered) = oneshot::channel::<Answer>();
-            *seen.lock().expect("not poisoned") = Some((instance.expect("one of our secrets"), reply));
-            async move {
-                let answer = answered.await.expect("an answer");
-                let mut response = Response::builder().status(answer.status);
-                if let Some(seconds) = answer.retry_after {
-                    response = response.header("retry-after", seconds);
-                }
-                Ok(response.body(()).expect("a response"))
-            }
-        });
-        let layer = KeyRotationLayer::new(&pool).classify(LlmGateway::new()).expose_key();
-        let client = BoxService::new(layer.layer(inner));
-        Self { model, pool, clock, store, client, sent, under_way: Vec::new() }
+        let caller = Caller::new(&pool);
+        Self { model, pool, clock, store, caller, under_way: Vec::new() }
     }
 
     /// Sends a request with both, and compares which key it went out with.
     fn begin(&mut self) -> Result<Option<Flight>, TestCaseError> {
-        let expected = self.model.pick();
-        let request = Request::get("https://api.example.com/v1").body(()).expect("a request");
-        let mut response = self.client.call(request);
-        match (self.sent.lock().expect("not poisoned").take(), expected) {
-            (Some((instance, reply)), Some(expected)) => {
+        match (self.caller.send(), self.model.pick()) {
+            (Ok(flight), Some(expected)) => {
                 prop_assert!(
-                    instance == expected,
+                    flight.secret() == expected,
                     "{:?} was picked, but {:?} is next",
-                    self.name(instance),
+                    self.name(flight.secret()),
                     self.name(expected)
                 );
-                Ok(Some(Flight { instance, reply, response }))
+                Ok(Some(flight))
             }
-            (None, None) => {
-                let error = response.as_mut().now_or_never().expect("an error").expect_err("no key");
-                let error = *error.no_key_available().expect("an error about keys");
+            (Err(error), None) => {
                 prop_assert_eq!(error.retry_in(), self.model.retry_in());
                 prop_assert_eq!(error.is_empty_pool(), self.model.keys.is_empty());
                 Ok(None)
             }
-            (Some((instance, _)), None) => {
-                Err(TestCaseError::fail(format!("{:?} was used, but none is available", self.name(instance))))
+            (Ok(flight), None) => {
+                let name = self.name(flight.secret());
+                Err(TestCaseError::fail(format!("{name:?} was used, but none is available")))
             }
-            (None, Some(expected)) => {
+            (Err(_), Some(expected)) => {
                 Err(TestCaseError::fail(format!("no key was found, but {:?} is there", self.name(expected))))
             }
         }
     }
 
     fn finish(&mut self, flight: Flight, answer: Answer) -> TestCaseResult {
-        let Flight { instance, reply, response } = flight;
-        let id = self.name(instance);
-        reply.send(answer).expect("the request is under way");
-        let response = immediately(response).expect("a response");
-        prop_assert_eq!(response.status().as_u16(), answer.status);
+        let secret = flight.secret();
+        let id = self.name(secret);
+        let response = flight.answer(answer);
         if let Some(id) = id {
             prop_assert_eq!(response.extensions().get(), Some(&ServedBy(key_id(&id))));
         }
-        self.model.mark(instance, answer);
+        self.model.mark(secret, answer);
         Ok(())
     }
 
@@ -378,8 +265,8 @@ impl Pair {
         }
     }
 
-    fn name(&self, instance: Instance) -> Option<String> {
-        self.model.keys.iter().find(|key| key.instance == instance).map(|key| key.id.clone())
+    fn name(&self, number: SecretNumber) -> Option<String> {
+        self.model.keys.iter().find(|key| key.secret == number).map(|key| key.id.clone())
     }
 
     fn some_id(&self, which: Index) -> String {
@@ -426,19 +313,19 @@ impl Pair {
             Step::Reset(which) => {
                 let id = self.some_id(which);
                 let done = immediately(self.pool.reset(&id)).is_ok();
-                self.operate(&id, done, |key| key.rest = None)?;
+                self.operate(&id, done, |key| key.condition.rest = None)?;
             }
             Step::Disable(which) => self.set_disabled(which, true)?,
             Step::Enable(which) => self.set_disabled(which, false)?,
             Step::Insert(number) => {
-                let (id, instance) = (format!("new-{:02}", number % 50), self.model.new_instance());
-                let done = immediately(self.pool.insert(&id, secret(instance))).is_ok();
+                let (id, own) = (format!("new-{:02}", number % 50), self.model.new_secret());
+                let done = immediately(self.pool.insert(&id, secret(own))).is_ok();
                 let taken =
                     self.model.store.contains_key(&id) || self.model.keys.iter().any(|key| key.id == id);
                 prop_assert_eq!(done, !taken);
                 if done {
-                    self.model.keys.push(ModelKey::new(&id, instance, false));
-                    self.model.store.insert(id, (instance, false));
+                    self.model.keys.push(ModelKey::new(&id, own, false));
+                    self.model.store.insert(id, (own, false));
                 }
             }
             Step::Remove(which) => {
@@ -457,10 +344,10 @@ impl Pair {
             }
             Step::Look => self.look()?,
             Step::StoreInsert(number) => {
-                let (id, instance) = (format!("new-{:02}", number % 50), self.model.new_instance());
-                let free = immediately(self.store.insert(key_id(&id), secret(instance).into()));
+                let (id, own) = (format!("new-{:02}", number % 50), self.model.new_secret());
+                let free = immediately(self.store.insert(key_id(&id), secret(own).into()));
                 prop_assert_eq!(free.expect("memory"), !self.model.store.contains_key(&id));
-                self.model.store.entry(id).or_insert((instance, false));
+                self.model.store.entry(id).or_insert((own, false));
             }
             Step::StoreRemove(which) => {
                 let id = self.some_id(which);
@@ -468,11 +355,11 @@ impl Pair {
                 prop_assert_eq!(was_there.expect("memory"), self.model.store.remove(&id).is_some());
             }
             Step::StoreReplace(which) => {
-                let (id, instance) = (self.some_id(which), self.model.new_instance());
+                let (id, own) = (self.some_id(which), self.model.new_secret());
                 if immediately(self.store.remove(&key_id(&id))).expect("memory") {
-                    let free = immediately(self.store.insert(key_id(&id), secret(instance).into()));
+                    let free = immediately(self.store.insert(key_id(&id), secret(own).into()));
                     prop_assert!(free.expect("memory"));
-                    self.model.store.insert(id, (instance, false));
+                    self.model.store.insert(id, (own, false));
                 }
             }
         }
@@ -485,7 +372,7 @@ impl Pair {
             true => immediately(self.pool.disable(&id)),
             false => immediately(self.pool.enable(&id)),
         };
-        self.operate(&id, done.is_ok(), |key| key.disabled = disabled)?;
+        self.operate(&id, done.is_ok(), |key| key.condition.disabled = disabled)?;
         if let Some((_, stored)) = self.model.store.get_mut(&id).filter(|_| done.is_ok()) {
             *stored = disabled;
         }
@@ -500,7 +387,7 @@ impl Pair {
     fn compare(&self) -> TestCaseResult {
         let (model, stats) = (&self.model, self.pool.stats());
         let now = model.now;
-        let count = |status| model.keys.iter().filter(|key| key.status(now) == status).count();
+        let count = |status| model.keys.iter().filter(|key| key.condition.status(now) == status).count();
         prop_assert_eq!(stats.keys.len(), model.keys.len());
         for (expected, key) in model.keys.iter().zip(&stats.keys) {
             prop_assert!(!expected.differs_from(key, now), "{expected:?} at {now:?}, but {key:?}");
@@ -515,7 +402,7 @@ impl Pair {
     }
 
     fn look(&self) -> TestCaseResult {
-        let available = self.model.keys.iter().any(|key| key.is_available(self.model.now));
+        let available = self.model.keys.iter().any(|key| key.condition.is_available(self.model.now));
         let next = if available { Some(Duration::ZERO) } else { self.model.retry_in() };
         prop_assert_eq!(self.pool.next_return(), next);
         Ok(())
@@ -606,9 +493,6 @@ proptest! {
 
 // ---- what the model found, and what it leaves out, one by one ----
 
-const FINE: Answer = Answer { status: 200, retry_after: None };
-const LIMITED: Answer = Answer { status: 429, retry_after: None };
-
 #[test]
 fn removing_a_key_takes_nobodys_turn() {
     let mut pair = Pair::new(4);
@@ -681,11 +565,7 @@ fn a_crowd_that_comes_back_at_once_is_served_evenly() {
     let before: Vec<_> = pair.pool.stats().keys.iter().map(|key| key.requests).collect();
     pair.clock.advance(COOLDOWN);
     for _ in 0..10 * 200 {
-        let request = Request::get("https://api.example.com/v1").body(()).unwrap();
-        let response = pair.client.call(request);
-        let (_, reply) = pair.sent.lock().unwrap().take().expect("a key is available");
-        reply.send(FINE).unwrap();
-        immediately(response).unwrap();
+        pair.caller.send().expect("a key is available").answer(FINE);
     }
     for (key, before) in pair.pool.stats().keys.iter().zip(before) {
         let served = key.requests - before;

@@ -46,6 +46,7 @@ impl UsableKey {
             last_status: AtomicU16::new(0),
             slot: AtomicU32::new(0),
             written: Written::default(),
+            resets: AtomicU32::new(0),
             pool,
             id: self.id,
             credentials: self.credentials,
@@ -65,6 +66,8 @@ pub(crate) struct Key {
     /// Where the newest snapshot holds it. A hint: the reader checks who is there.
     slot: AtomicU32,
     pub(crate) written: Written,
+    /// How many resets of it are on their way to the store.
+    resets: AtomicU32,
     /// A request under way holds no more than its key, and marks it through this.
     pool: Weak<Inner>,
     pub(crate) id: KeyId,
@@ -72,6 +75,16 @@ pub(crate) struct Key {
 }
 
 impl Key {
+    /// What the store says of the key's rest is old until the guard is dropped.
+    pub(crate) fn reset_on_its_way(self: Arc<Self>) -> ResetOnItsWay {
+        self.resets.fetch_add(1, SeqCst);
+        ResetOnItsWay(self)
+    }
+
+    pub(crate) fn is_being_reset(&self) -> bool {
+        self.resets.load(SeqCst) != 0
+    }
+
     pub(crate) fn slot(&self) -> usize {
         self.slot.load(Relaxed) as usize
     }
@@ -90,6 +103,14 @@ impl Key {
 
     pub(crate) fn set_last_status(&self, status: u16) {
         self.last_status.store(status, Relaxed);
+    }
+}
+
+pub(crate) struct ResetOnItsWay(Arc<Key>);
+
+impl Drop for ResetOnItsWay {
+    fn drop(&mut self) {
+        self.0.resets.fetch_sub(1, SeqCst);
     }
 }
 

@@ -128,6 +128,7 @@ impl KeyPool {
     /// Where there is no such key, or the store fails.
     pub async fn reset(&self, id: impl AsRef<str>) -> Result<(), OperateError> {
         let asked = self.now();
+        let _on_its_way = self.known(id.as_ref())?.reset_on_its_way();
         let reset = || {
             let key = self.known(id.as_ref())?;
             self.change(&key, |state| {

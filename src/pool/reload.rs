@@ -146,7 +146,10 @@ impl KeyPool {
     /// already had this process's last mark when it was read.
     fn reconcile(&self, key: &Arc<Key>, stored: State, reload: u64) {
         let changed = key.state.update(|state| {
-            if !key.written.was_read_by(reload) {
+            if key.is_being_reset() {
+                // It may be what the reset is about to end.
+                state.disabled(stored.is_disabled())
+            } else if !key.written.was_read_by(reload) {
                 // What an operator did is not overruled by a mark.
                 state.later(stored).disabled(stored.is_disabled())
             } else if stored.is_disabled() == state.is_disabled()

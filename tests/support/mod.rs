@@ -5,6 +5,7 @@
 
 pub mod canary;
 mod logs;
+pub mod model;
 pub mod mongo;
 #[path = "../../examples/local/mongod.rs"]
 mod mongod;

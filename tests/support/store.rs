@@ -6,7 +6,7 @@ use std::sync::{
 use tokio::sync::{mpsc, watch};
 use tower_key_rotation::{
     KeyId, Secret,
-    clock::ManualClock,
+    clock::{Clock, ManualClock},
     store::{
         Changed, KeyRecord, KeyStore, Loaded, Mark, MemoryStore, Recovered, StoreError, StoreFuture,
         UsageBatch,
@@ -66,6 +66,7 @@ impl Operation {
 }
 
 /// What operators do, passed on to the store in that field.
+#[allow(unused_macros)] // Not every test has a store of its own.
 macro_rules! operators_of {
     ($inner:ident) => {
         fn insert(&self, id: KeyId, secret: Secret) -> StoreFuture<'_, bool> {
@@ -85,17 +86,22 @@ macro_rules! operators_of {
         }
     };
 }
-#[allow(unused_imports)] // Not every test has a store of its own.
+#[allow(unused_imports)] // For the same reason.
 pub(crate) use operators_of;
 
 /// A [`MemoryStore`] that fails, panics or hangs as it is told, and counts what it is asked. Clones share all.
 #[derive(Clone, Debug)]
 pub struct FaultyStore {
     pub memory: MemoryStore,
+    clock: ManualClock,
     pub loads: Operation,
     pub writes: Operation,
+    /// Of writes: the store has done them by then.
+    pub replies: Operation,
     pub recovers: Operation,
     pub usage: Operation,
+    /// What operators do.
+    pub operators: Operation,
     marks: Arc<Mutex<Vec<Mark>>>,
     batches: Arc<Mutex<Vec<UsageBatch>>>,
     watchers: Arc<Mutex<Vec<mpsc::Sender<Changed>>>>,
@@ -103,12 +109,20 @@ pub struct FaultyStore {
 
 impl FaultyStore {
     pub fn new(clock: &ManualClock) -> Self {
+        Self::over(MemoryStore::with_clock(Arc::new(clock.clone())), clock)
+    }
+
+    /// One more way to that store, whose clock this is, with faults of its own.
+    pub fn over(memory: MemoryStore, clock: &ManualClock) -> Self {
         Self {
-            memory: MemoryStore::with_clock(Arc::new(clock.clone())),
+            memory,
+            clock: clock.clone(),
             loads: Operation::new(),
             writes: Operation::new(),
+            replies: Operation::new(),
             recovers: Operation::new(),
             usage: Operation::new(),
+            operators: Operation::new(),
             marks: Arc::default(),
             batches: Arc::default(),
             watchers: Arc::default(),
@@ -148,20 +162,31 @@ impl FaultyStore {
 }
 
 impl KeyStore for FaultyStore {
-    /// It is held up after the read: what it comes back with is as old as that.
+    /// It is held up after the read: what it comes back with is as old as that, and it knows how old that is.
     fn load(&self) -> StoreFuture<'_, Loaded> {
         Box::pin(async {
-            let records = self.memory.load().await?;
+            let mut loaded = self.memory.load().await?;
+            let read_at = self.clock.now();
             self.loads.run().await?;
-            Ok(records)
+            let held_up = self.clock.now() - read_at;
+            for (_, left) in loaded.records.iter_mut().filter_map(|record| record.rest.as_mut()) {
+                *left = left.map(|left| left.saturating_sub(held_up));
+            }
+            Ok(loaded)
         })
     }
 
-    fn write(&self, mark: Mark) -> StoreFuture<'_, ()> {
+    /// It is held up before or after it is done, and knows for how long.
+    fn write(&self, mut mark: Mark) -> StoreFuture<'_, ()> {
         Box::pin(async move {
+            let asked_at = self.clock.now();
             self.writes.run().await?;
+            let held_up = self.clock.now() - asked_at;
+            mark.age += held_up;
+            mark.left = mark.left.map(|left| left.saturating_sub(held_up));
             self.marks.lock().unwrap().push(mark.clone());
-            self.memory.write(mark).await
+            self.memory.write(mark).await?;
+            self.replies.run().await
         })
     }
 
@@ -183,5 +208,31 @@ impl KeyStore for FaultyStore {
         Some(changes)
     }
 
-    operators_of!(memory);
+    fn insert(&self, id: KeyId, secret: Secret) -> StoreFuture<'_, bool> {
+        Box::pin(async {
+            self.operators.run().await?;
+            self.memory.insert(id, secret).await
+        })
+    }
+
+    fn remove<'a>(&'a self, id: &'a KeyId) -> StoreFuture<'a, bool> {
+        Box::pin(async {
+            self.operators.run().await?;
+            self.memory.remove(id).await
+        })
+    }
+
+    fn reset<'a>(&'a self, id: &'a KeyId) -> StoreFuture<'a, bool> {
+        Box::pin(async {
+            self.operators.run().await?;
+            self.memory.reset(id).await
+        })
+    }
+
+    fn set_disabled<'a>(&'a self, id: &'a KeyId, disabled: bool) -> StoreFuture<'a, bool> {
+        Box::pin(async move {
+            self.operators.run().await?;
+            self.memory.set_disabled(id, disabled).await
+        })
+    }
 }
