@@ -178,8 +178,9 @@ fn no_pick_returns_a_disabled_key_and_none_is_lost_while_keys_rest_and_come_back
     (0..KEYS).filter(|key| is_out(*key)).for_each(|key| operate(pool.disable(id(key))));
     let board = Board((0..KEYS).map(|_| AtomicU64::new(0)).collect());
     let stop = AtomicBool::new(false);
+    let picked = AtomicU64::new(0);
 
-    let picked: u64 = thread::scope(|scope| {
+    thread::scope(|scope| {
         scope.spawn(|| {
             while !stop.load(SeqCst) {
                 clock.advance(Duration::from_secs(7));
@@ -197,36 +198,35 @@ fn no_pick_returns_a_disabled_key_and_none_is_lost_while_keys_rest_and_come_back
                 }
             }
         });
-        let pickers: Vec<_> = (0..4)
-            .map(|thread: u64| {
-                let (pool, board, stop) = (&pool, &board, &stop);
-                scope.spawn(move || {
-                    let mut client = client(pool);
-                    let mut picked = 0;
-                    while !stop.load(SeqCst) {
-                        let before = board.read();
-                        let limited = (picked + thread).is_multiple_of(3);
-                        let request = Request::get("https://api.example.com");
-                        let request = request.body(if limited { 429 } else { 200 }).expect("a request");
-                        let Ok(response) = client.call(request).now_or_never().expect("at once") else {
-                            continue;
-                        };
-                        let key = *response.body();
-                        picked += 1;
-                        assert!(!is_out(key), "key {key} is disabled for good");
-                        let after = board.0[key].load(SeqCst);
-                        let was_disabled_throughout = before[key] == after && after % 2 == 1;
-                        assert!(!was_disabled_throughout, "key {key} was disabled, and was picked");
-                    }
-                    picked
-                })
-            })
-            .collect();
+        for _ in 0..4 {
+            scope.spawn(|| {
+                let mut client = client(&pool);
+                while !stop.load(SeqCst) {
+                    let before = board.read();
+                    let limited = picked.load(SeqCst).is_multiple_of(3);
+                    let request = Request::get("https://api.example.com");
+                    let request = request.body(if limited { 429 } else { 200 }).expect("a request");
+                    let Ok(response) = client.call(request).now_or_never().expect("at once") else {
+                        continue;
+                    };
+                    let key = *response.body();
+                    picked.fetch_add(1, SeqCst);
+                    assert!(!is_out(key), "key {key} is disabled for good");
+                    let after = board.0[key].load(SeqCst);
+                    let was_disabled_throughout = before[key] == after && after % 2 == 1;
+                    assert!(!was_disabled_throughout, "key {key} was disabled, and was picked");
+                }
+            });
+        }
         thread::sleep(RUN);
+        // On a machine that has much else to do, it takes longer.
+        let began = Instant::now();
+        while picked.load(SeqCst) < 1_000 && began.elapsed() < Duration::from_secs(60) {
+            thread::yield_now();
+        }
         stop.store(true, SeqCst);
-        pickers.into_iter().map(|picker| picker.join().expect("no panic")).sum()
     });
-    assert!(picked > 1_000, "only {picked} requests were sent");
+    assert!(picked.into_inner() >= 1_000, "requests are sent");
 
     // All is quiet now: every key is back in its turn, and has exactly its share.
     clock.advance(COOLDOWN);

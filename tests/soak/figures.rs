@@ -87,7 +87,7 @@ impl Soak {
     }
 
     /// How it went, as a table.
-    pub(crate) fn show(&self, time: Duration, samples: &[Held], before: Held, left: Held) {
+    pub(crate) fn show(&self, time: Duration, samples: &[Held]) {
         let Self { books, figures, service } = self;
         let get = |count: &AtomicU64| count.load(Relaxed);
         let row = |what: &str, figure: &dyn fmt::Display| println!("| {what} | {figure} |");
@@ -108,17 +108,17 @@ impl Soak {
             row(what, count);
         }
         row("requests with a key that their process knew to rest, or to be gone", &books.hits().len());
-        let elsewhere = |counts: &[AtomicU64; 2]| show(counts.each_ref().map(get));
-        let (while_well, in_trouble) = (&books.elsewhere.while_well, &books.elsewhere.in_trouble);
-        row("that only the other one knew, the store well: within 1 s, later", &elsewhere(while_well));
-        row("how late at the most", &format_args!("{:.0?}", books.elsewhere.latest()));
-        row("the same, the store in trouble: within 1 s, later", &elsewhere(in_trouble));
+        row("that only the other process knew, within 1 s", &get(&books.elsewhere.soon));
+        row(
+            "of these, how long after the mark at the most",
+            &format_args!("{:.0?}", books.elsewhere.latest()),
+        );
+        row("later, the store well", &books.late(Duration::ZERO).len());
+        row("later, the store in trouble", &get(&books.elsewhere.late_in_trouble));
         row("p50, p99 of a success, the store well", &figures.times[0]);
         row("p50, p99 of a success, the store in trouble", &figures.times[1]);
         row("held after a third", &third);
         row("held at the end", &end);
-        row("held before", &before);
-        row("held when all was over", &left);
     }
 }
 

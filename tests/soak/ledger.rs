@@ -8,6 +8,7 @@
 use std::{
     collections::HashMap,
     iter,
+    ops::RangeInclusive,
     sync::{
         Arc, Mutex, MutexGuard,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -24,6 +25,12 @@ pub(crate) const PROPAGATION: Duration = Duration::from_secs(1);
 /// the latest, and what was under way when the fault began ends within another one.
 const SETTLING: Duration = Duration::from_secs(3);
 
+/// So long afterwards it is known whether the store was in trouble.
+pub(crate) const HINDSIGHT: Duration = Duration::from_secs(5);
+
+/// No key is used for longer after another process was told that it rests, and so no trouble is to be remembered.
+const REMEMBERED_FOR: Duration = Duration::from_secs(120);
+
 /// Who learns that a key is not to be used: one of the two pools, or somebody who removes it behind their backs.
 pub(crate) const SOMEBODY_ELSE: usize = 2;
 
@@ -37,23 +44,28 @@ pub(crate) struct Books {
     pub(crate) elsewhere: Elsewhere,
 }
 
-/// The store's.
+/// When the store was in trouble.
 #[derive(Default)]
 struct Troubles {
-    now: usize,
-    until: Duration,
+    under_way: usize,
+    since: Duration,
+    past: Vec<RangeInclusive<Duration>>,
 }
 
-/// The store is in trouble for as long as this lives, and for [`SETTLING`] after.
+/// The store is in trouble for as long as this lives, and until it has settled.
 pub(crate) struct Trouble<'a>(&'a Books);
 
-/// Requests on keys that rested by what only the other pool knew, or somebody else: within [`PROPAGATION`], and later.
+/// Requests with keys that rested by what only the other pool knew, or somebody else.
 #[derive(Default)]
 pub(crate) struct Elsewhere {
-    pub(crate) while_well: [AtomicU64; 2],
-    pub(crate) in_trouble: [AtomicU64; 2],
-    /// How late, while the store was well, in nanoseconds.
+    /// Within [`PROPAGATION`].
+    pub(crate) soon: AtomicU64,
+    /// By how many nanoseconds, at the most.
     latest: AtomicU64,
+    /// Later: from when it was known until the key was picked.
+    late: Mutex<Vec<(KeyId, RangeInclusive<Duration>)>>,
+    pub(crate) late_in_trouble: AtomicU64,
+    late_while_well: Mutex<Vec<String>>,
 }
 
 /// One pool's, for the layer of `watch.rs` and for the service.
@@ -115,17 +127,22 @@ impl Books {
     }
 
     pub(crate) fn trouble(&self) -> Trouble<'_> {
-        self.troubles.lock().unwrap().now += 1;
+        let mut troubles = self.troubles.lock().unwrap();
+        if troubles.under_way == 0 {
+            troubles.since = self.now();
+        }
+        troubles.under_way += 1;
         Trouble(self)
     }
 
-    pub(crate) fn is_in_trouble(&self) -> bool {
-        self.troubled_until() > self.now()
+    /// It turns out that the store has been in trouble since then.
+    pub(crate) fn was_in_trouble(&self, since: Duration) {
+        self.troubles.lock().unwrap().add(since, self.now());
     }
 
-    fn troubled_until(&self) -> Duration {
-        let troubles = self.troubles.lock().unwrap();
-        if troubles.now > 0 { Duration::MAX } else { troubles.until }
+    pub(crate) fn is_in_trouble(&self) -> bool {
+        let now = self.now();
+        self.troubles.lock().unwrap().overlap(&(now..=now))
     }
 
     pub(crate) fn marks(&self) -> u64 {
@@ -152,30 +169,69 @@ impl Books {
         self.hits.lock().unwrap().clone()
     }
 
+    /// Requests that came with a key of which the other pool had known for longer than [`PROPAGATION`] that it rests,
+    /// or somebody else that it is gone, although the store was well; those are judged that are older than `age`.
+    pub(crate) fn late(&self, age: Duration) -> Vec<String> {
+        let Elsewhere { late, late_in_trouble, late_while_well, .. } = &self.elsewhere;
+        let now = self.now();
+        let mut late_while_well = late_while_well.lock().unwrap();
+        for (key, unheard) in late.lock().unwrap().extract_if(.., |(_, unheard)| *unheard.end() + age <= now)
+        {
+            if self.troubles.lock().unwrap().overlap(&unheard) {
+                late_in_trouble.fetch_add(1, Relaxed);
+            } else {
+                late_while_well.push(format!("{key}, {:?} late", *unheard.end() - *unheard.start()));
+            }
+        }
+        late_while_well.clone()
+    }
+
     fn pages(&self) -> MutexGuard<'_, HashMap<KeyId, Page>> {
         self.pages.lock().unwrap()
+    }
+}
+
+impl Elsewhere {
+    /// How late at the most those were that were [`soon`](Self::soon).
+    pub(crate) fn latest(&self) -> Duration {
+        Duration::from_nanos(self.latest.load(Relaxed))
+    }
+
+    fn note(&self, key: &KeyId, unheard: RangeInclusive<Duration>) {
+        let after = *unheard.end() - *unheard.start();
+        if after > PROPAGATION {
+            return self.late.lock().unwrap().push((key.clone(), unheard));
+        }
+        self.soon.fetch_add(1, Relaxed);
+        self.latest.fetch_max(u64::try_from(after.as_nanos()).unwrap_or(u64::MAX), Relaxed);
     }
 }
 
 impl Drop for Trouble<'_> {
     fn drop(&mut self) {
         let mut troubles = self.0.troubles.lock().unwrap();
-        troubles.now -= 1;
-        troubles.until = self.0.now() + SETTLING;
+        troubles.under_way -= 1;
+        if troubles.under_way == 0 {
+            let since = troubles.since;
+            troubles.add(since, self.0.now() + SETTLING);
+        }
     }
 }
 
-impl Elsewhere {
-    fn note(&self, since_known: Duration, was_well: bool) {
-        let counts = if was_well { &self.while_well } else { &self.in_trouble };
-        counts[usize::from(since_known > PROPAGATION)].fetch_add(1, Relaxed);
-        if was_well {
-            self.latest.fetch_max(nanos(since_known), Relaxed);
+impl Troubles {
+    fn add(&mut self, since: Duration, until: Duration) {
+        match self.past.last_mut() {
+            Some(last) if since <= *last.end() => {
+                *last = since.min(*last.start())..=until.max(*last.end());
+            }
+            _ => self.past.push(since..=until),
         }
+        self.past.retain(|past| *past.end() + REMEMBERED_FOR > until);
     }
 
-    pub(crate) fn latest(&self) -> Duration {
-        Duration::from_nanos(self.latest.load(Relaxed))
+    fn overlap(&self, time: &RangeInclusive<Duration>) -> bool {
+        let goes_on = self.under_way > 0 && self.since <= *time.end();
+        goes_on || self.past.iter().any(|past| past.start() <= time.end() && time.start() <= past.end())
     }
 }
 
@@ -213,7 +269,7 @@ impl Ledger {
         }
         let elsewhere = (0..=SOMEBODY_ELSE).filter(|who| *who != self.pool).flat_map(known_before);
         if let Some(known) = elsewhere.min() {
-            self.books.elsewhere.note(before_pick - known, self.books.troubled_until() <= known);
+            self.books.elsewhere.note(key, known..=before_pick);
         }
     }
 }
@@ -241,8 +297,4 @@ impl Limit {
     fn until(&self) -> Duration {
         self.answered_at.saturating_add(self.rest)
     }
-}
-
-fn nanos(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }

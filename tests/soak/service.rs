@@ -48,6 +48,7 @@ const FIRST_STORM_AFTER: Duration = Duration::from_secs(4);
 pub(crate) struct Service {
     accounts: Mutex<HashMap<String, Account>>,
     is_closing: AtomicBool,
+    is_closed: AtomicBool,
     pub(crate) answers: Answers,
 }
 
@@ -67,6 +68,8 @@ struct Account {
     number: usize,
     /// When its time began: in the first part of which it is good, in the second one limited.
     began: Option<Duration>,
+    /// Which process was told so first.
+    told: Option<usize>,
 }
 
 /// What is said against a key.
@@ -81,24 +84,26 @@ enum Trouble {
 #[derive(Clone)]
 struct Door {
     service: Arc<Service>,
+    pool: usize,
     ledger: Arc<Ledger>,
 }
 
 impl Service {
     /// Starts it, and says where it is for each pool.
     pub(crate) async fn start(books: &Arc<Books>) -> (Arc<Self>, [String; 2]) {
-        let (accounts, is_closing, answers) = Default::default();
-        let service = Arc::new(Self { accounts, is_closing, answers });
+        let (accounts, is_closing, is_closed, answers) = Default::default();
+        let service = Arc::new(Self { accounts, is_closing, is_closed, answers });
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
-        let door = |pool| post(answer).with_state(Door { service: service.clone(), ledger: books.of(pool) });
+        let door =
+            |pool| post(answer).with_state(Door { service: service.clone(), pool, ledger: books.of(pool) });
         let router = Router::new().route("/0", door(0)).route("/1", door(1));
         tokio::spawn(async move { axum::serve(listener, router).await });
         (service, [0, 1].map(|pool| format!("http://{address}/{pool}")))
     }
 
     pub(crate) fn open_account(&self, number: usize, id: &KeyId) {
-        let account = Account { id: id.clone(), number, began: None };
+        let account = Account { id: id.clone(), number, began: None, told: None };
         self.accounts().insert(format!("Bearer sk-{id}"), account);
     }
 
@@ -107,8 +112,23 @@ impl Service {
     }
 
     /// From now on, limited keys are to rest for very long.
-    pub(crate) fn close(&self) {
+    pub(crate) fn begin_to_close(&self) {
         self.is_closing.store(true, SeqCst);
+    }
+
+    /// From now on, every key is limited.
+    pub(crate) fn close(&self) {
+        self.is_closed.store(true, SeqCst);
+    }
+
+    fn trouble(&self, account: &mut Account, pool: usize, now: Duration) -> Option<Trouble> {
+        if self.is_closed.load(SeqCst) {
+            return Some(Trouble::Limited(LONGEST));
+        }
+        match account.trouble(pool, now) {
+            Some(Trouble::Limited(_)) if self.is_closing.load(SeqCst) => Some(Trouble::Limited(LONGEST)),
+            trouble => trouble,
+        }
     }
 
     fn accounts(&self) -> MutexGuard<'_, HashMap<String, Account>> {
@@ -117,32 +137,36 @@ impl Service {
 }
 
 impl Account {
-    /// What there is to be said against a request that comes now.
-    fn trouble(&mut self, now: Duration) -> Option<Trouble> {
+    /// What there is to be said against a request of that process that comes now.
+    fn trouble(&mut self, pool: usize, now: Duration) -> Option<Trouble> {
         let trouble = self.kind_of_trouble();
-        let good_for = SECOND / 2 + SECOND / 4 * (self.number as u32 % 7);
+        let good_for = SECOND / 2 * (1 + self.number as u32 % 7);
         let since = now.saturating_sub(*self.began.get_or_insert(now));
-        let is_storm =
-            (now + STORMS_EVERY - FIRST_STORM_AFTER).as_nanos() % STORMS_EVERY.as_nanos() < STORM.as_nanos();
         if since < good_for {
-            return is_storm.then_some(Trouble::Limited(SECOND));
+            return is_storm(now).then_some(Trouble::Limited(SECOND));
         }
         if since - good_for > trouble.rest() {
             // It begins anew with this request.
-            self.began = Some(now);
+            (self.began, self.told) = (Some(now), None);
             return None;
         }
-        Some(trouble)
+        // Of half of the keys, the other process can know only from the store that they are limited.
+        let is_told = *self.told.get_or_insert(pool) == pool || self.number % 4 < 2;
+        is_told.then_some(trouble)
     }
 
     fn kind_of_trouble(&self) -> Trouble {
         match self.number % 16 {
             5 => Trouble::Revoked,
             9 | 14 => Trouble::Exhausted,
-            3 | 11 => Trouble::Limited(LONG),
+            3 | 12 => Trouble::Limited(LONG),
             _ => Trouble::Limited(SECOND * (1 + self.number as u32 % 3)),
         }
     }
+}
+
+fn is_storm(now: Duration) -> bool {
+    (now + STORMS_EVERY - FIRST_STORM_AFTER).as_millis() % STORMS_EVERY.as_millis() < STORM.as_millis()
 }
 
 impl Trouble {
@@ -175,7 +199,8 @@ impl Answers {
     }
 }
 
-async fn answer(State(Door { service, ledger }): State<Door>, headers: HeaderMap, _body: Bytes) -> Response {
+async fn answer(State(door): State<Door>, headers: HeaderMap, _body: Bytes) -> Response {
+    let Door { service, pool, ledger } = door;
     let arrived_at = ledger.now();
     let mut accounts = service.accounts();
     let account = headers.get(AUTHORIZATION).and_then(|key| accounts.get_mut(key.to_str().ok()?));
@@ -185,12 +210,7 @@ async fn answer(State(Door { service, ledger }): State<Door>, headers: HeaderMap
     };
     let before_pick = watch::stamped(&headers, &watch::BEFORE_PICK).expect("the time is in each request");
     ledger.arrived(&account.id, before_pick, arrived_at);
-    let mut trouble = account.trouble(arrived_at);
-    if let Some(Trouble::Limited(rest)) = &mut trouble
-        && service.is_closing.load(SeqCst)
-    {
-        *rest = LONGEST;
-    }
+    let trouble = service.trouble(account, pool, arrived_at);
     service.answers.count(trouble);
     let Some(trouble) = trouble else {
         return r#"{"choices":[{"message":{"role":"assistant","content":"Hello!"}}]}"#.into_response();
