@@ -216,6 +216,8 @@ struct Asked {
     /// Which key that is, when it has its turn.
     born: Option<u64>,
     holds_back_writes: bool,
+    /// Of a removal: the key that has been taken out, for the case that the store fails.
+    leaving: Option<Known>,
 }
 
 /// What has come of what was asked of a process, in the order of it.
@@ -396,9 +398,9 @@ impl World {
 
     /// A process that has what the store has, in the place of one that is gone.
     fn start(&mut self, process: usize) {
-        for key in std::mem::take(&mut self.processes[process]).keys.into_values() {
-            self.log.forget(key.born, self.now);
-        }
+        let Process { keys, queue, .. } = std::mem::take(&mut self.processes[process]);
+        let leaving = queue.into_iter().filter_map(|asked| asked.leaving);
+        keys.into_values().chain(leaving).for_each(|key| self.log.forget(key.born, self.now));
         self.flights.retain(|sent| sent.process != process);
         self.read(process, IDS.to_vec(), Load::Other);
     }
@@ -429,7 +431,9 @@ impl World {
     fn tell(&mut self, Sent { process, id, born }: Sent, answer: Answer) {
         let now = self.now;
         let Some(rest) = answer.rest(now) else { return };
-        let known = self.processes[process].keys.get_mut(id).filter(|key| key.born == born);
+        let Process { keys, queue, .. } = &mut self.processes[process];
+        let leaving = queue.iter_mut().filter_map(|asked| asked.leaving.as_mut());
+        let known = keys.get_mut(id).into_iter().chain(leaving).find(|key| key.born == born);
         if let Some(key) = known
             && key.condition.extend(rest)
         {
@@ -539,16 +543,20 @@ impl World {
     }
 
     fn learn(&mut self, process: usize, reading: &Reading) {
-        // What the store had before a reset that is still on its way there is no news.
-        let on_their_way = self.processes[process].queue.iter();
-        let resets: Vec<_> =
-            on_their_way.filter(|asked| asked.change == Change::Reset).map(|asked| asked.id).collect();
+        // What the store had before a change that is still on its way there is no news.
+        let queue = self.processes[process].queue.iter();
+        let on_their_way: Vec<_> = queue.map(|asked| (asked.change, asked.id)).collect();
+        let is_on_its_way =
+            |id: Id, changes: &[Change]| changes.iter().any(|change| on_their_way.contains(&(*change, id)));
         for id in &reading.ids {
             let Some(found) = reading.found.get(id) else {
                 self.take_out(process, id);
                 continue;
             };
             let condition = Condition { rest: found.condition.rest(self.now), ..found.condition };
+            if is_on_its_way(id, &[Change::Remove]) && !self.processes[process].keys.contains_key(id) {
+                continue;
+            }
             let known = self.processes[process].keys.get_mut(id);
             let Some(key) = known.filter(|key| key.secret == found.secret) else {
                 self.take_out(process, id);
@@ -556,10 +564,12 @@ impl World {
                 self.processes[process].keys.insert(id, key);
                 continue;
             };
-            key.condition.disabled = condition.disabled;
+            if !is_on_its_way(id, &[Change::Disable, Change::Enable]) {
+                key.condition.disabled = condition.disabled;
+            }
             let had_all = !key.waits && key.acknowledged < reading.began;
             match condition.rest {
-                _ if resets.contains(id) => {}
+                _ if is_on_its_way(id, &[Change::Reset]) => {}
                 rest if had_all => key.condition.rest = rest,
                 Some(rest) => _ = key.condition.extend(rest),
                 None => {}
@@ -580,18 +590,27 @@ impl World {
 
     fn operate(&mut self, process: usize, change: Change, id: Id) {
         let secret = self.new_secret_for(change);
-        let asked =
-            Asked { change, id, secret, at: self.now, has_turn: false, born: None, holds_back_writes: false };
+        let asked = Asked {
+            change,
+            id,
+            secret,
+            at: self.now,
+            has_turn: false,
+            born: None,
+            holds_back_writes: false,
+            leaving: None,
+        };
         if change != Change::Insert && !self.processes[process].keys.contains_key(id) {
             return self.processes[process].done.changes.push(Changing::UnknownKey);
         }
-        self.change_in_memory(process, &asked);
-        self.processes[process].queue.push_back(asked);
+        let leaving = self.change_in_memory(process, &asked);
+        self.processes[process].queue.push_back(Asked { leaving, ..asked });
         self.give_turns(process);
     }
 
-    fn change_in_memory(&mut self, process: usize, Asked { change, id, at, .. }: &Asked) {
-        let Some(key) = self.processes[process].keys.get_mut(id) else { return };
+    /// The key that is to be removed.
+    fn change_in_memory(&mut self, process: usize, Asked { change, id, at, .. }: &Asked) -> Option<Known> {
+        let key = self.processes[process].keys.get_mut(id)?;
         match change {
             Change::Reset => {
                 key.reset_at = key.reset_at.max(*at);
@@ -599,9 +618,10 @@ impl World {
                 self.log.forget(key.born, key.reset_at);
             }
             Change::Disable | Change::Enable => key.condition.disabled = *change == Change::Disable,
-            Change::Remove => self.take_out(process, id),
+            Change::Remove => return self.processes[process].keys.remove(id),
             Change::Insert => {}
         }
+        None
     }
 
     /// Operators' changes come to the store one after the other, and not while a load or, for a reset, a write hangs.
@@ -623,6 +643,12 @@ impl World {
                 asked.holds_back_writes = is_reset;
                 return self.processes[process].queue.push_front(asked);
             };
+            if let Some(key) = asked.leaving {
+                match came {
+                    Changing::Done => self.log.forget(key.born, self.now),
+                    _ => _ = self.processes[process].keys.insert(asked.id, key),
+                }
+            }
             self.processes[process].done.changes.push(came);
             if asked.holds_back_writes {
                 self.write_marks(process);
@@ -654,7 +680,7 @@ impl World {
                 self.processes[process].keys.insert(id, key);
             }
             (Change::Insert, _) => return Some(Changing::KeyExists),
-            (Change::Remove, _) => self.take_out(process, id),
+            (Change::Remove, _) => {}
             _ if !changed => return Some(Changing::UnknownKey),
             // That is news, and the store has forgotten it, if it had it.
             (Change::Reset, Some(key)) if key.told_at > at => (key.told_at, key.waits) = (self.now, true),
@@ -698,9 +724,11 @@ impl World {
         let (from, to) = (self.now + waited, self.now + waited + SECOND);
         self.processes.iter().any(|process| {
             let may_be_written = |key: &&Known| key.waits || !process.queue.is_empty();
+            let leaving = process.queue.iter().filter_map(|asked| asked.leaving.as_ref());
             process
                 .keys
                 .values()
+                .chain(leaving)
                 .filter(may_be_written)
                 .any(|key| key.condition.rest(from).is_some_and(|rest| rest.is_over(to)))
         })

@@ -47,6 +47,7 @@ impl UsableKey {
             slot: AtomicU32::new(0),
             written: Written::default(),
             resets: AtomicU32::new(0),
+            switches: AtomicU32::new(0),
             pool,
             id: self.id,
             credentials: self.credentials,
@@ -66,8 +67,9 @@ pub(crate) struct Key {
     /// Where the newest snapshot holds it. A hint: the reader checks who is there.
     slot: AtomicU32,
     pub(crate) written: Written,
-    /// How many resets of it are on their way to the store.
+    /// How many of an operator's changes to it are on their way to the store: resets, and disables and enables.
     resets: AtomicU32,
+    switches: AtomicU32,
     /// A request under way holds no more than its key, and marks it through this.
     pool: Weak<Inner>,
     pub(crate) id: KeyId,
@@ -75,14 +77,22 @@ pub(crate) struct Key {
 }
 
 impl Key {
-    /// What the store says of the key's rest is old until the guard is dropped.
-    pub(crate) fn reset_on_its_way(self: Arc<Self>) -> ResetOnItsWay {
-        self.resets.fetch_add(1, SeqCst);
-        ResetOnItsWay(self)
+    /// Until the guard is dropped, what the store says of the key's rest may be old.
+    pub(crate) fn reset_on_its_way(self: Arc<Self>) -> OnItsWay {
+        OnItsWay::of(self, |key| &key.resets)
+    }
+
+    /// Until the guard is dropped, what the store says of the key being disabled may be old.
+    pub(crate) fn switch_on_its_way(self: Arc<Self>) -> OnItsWay {
+        OnItsWay::of(self, |key| &key.switches)
     }
 
     pub(crate) fn is_being_reset(&self) -> bool {
         self.resets.load(SeqCst) != 0
+    }
+
+    pub(crate) fn is_being_switched(&self) -> bool {
+        self.switches.load(SeqCst) != 0
     }
 
     pub(crate) fn slot(&self) -> usize {
@@ -106,11 +116,22 @@ impl Key {
     }
 }
 
-pub(crate) struct ResetOnItsWay(Arc<Key>);
+/// An operator's change that the store does not have yet.
+pub(crate) struct OnItsWay {
+    key: Arc<Key>,
+    count: fn(&Key) -> &AtomicU32,
+}
 
-impl Drop for ResetOnItsWay {
+impl OnItsWay {
+    fn of(key: Arc<Key>, count: fn(&Key) -> &AtomicU32) -> Self {
+        count(&key).fetch_add(1, SeqCst);
+        Self { key, count }
+    }
+}
+
+impl Drop for OnItsWay {
     fn drop(&mut self) {
-        self.0.resets.fetch_sub(1, SeqCst);
+        (self.count)(&self.key).fetch_sub(1, SeqCst);
     }
 }
 

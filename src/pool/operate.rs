@@ -1,6 +1,7 @@
 //! What an operator does to keys. Each takes effect in this pool at once, then in the store; a new key goes
-//! into the store first, which may know one of that name. One that is dropped before the store was asked is not
-//! done there, and the next reload takes it back here.
+//! into the store first, which may know one of that name. What is on its way to the store is not overruled by a reload
+//! that has read it before. A change that is dropped before the store was asked is not done there, and the next reload
+//! takes it back here; a removal is taken back at once.
 
 use std::sync::Arc;
 
@@ -36,9 +37,9 @@ pub enum OperateError {
         /// What is wrong with its secret.
         reason: UnusableSecret,
     },
-    /// The store failed, or gave no answer in time. A key that was to be inserted is not in this pool, but comes
-    /// with the next reload if the store has it after all; what else was done in this pool holds until then, when
-    /// the store has the last word.
+    /// The store failed, or gave no answer in time. A key that was to be inserted is not in this pool, one that was to
+    /// be removed is in it again, and what else was done in this pool holds, until the next reload: then the store
+    /// has the last word.
     #[error("the store does not know of it")]
     Store(#[from] StoreError),
 }
@@ -92,17 +93,16 @@ impl KeyPool {
     ///
     /// # Errors
     ///
-    /// Where there is no such key, or the store fails.
+    /// Where there is no such key; and where the store fails, in which case the pool has the key again.
     pub async fn remove(&self, id: impl AsRef<str>) -> Result<(), OperateError> {
-        let id = self.known(id.as_ref())?.id.clone();
-        self.take_out(&id);
+        let leaving = Leaving::out_of(self, self.known(id.as_ref())?.id.clone())?;
         let persistence = &self.inner.persistence;
         let _turn = persistence.turn.lock().await;
         persistence.plant_seeds_in_turn().await?;
         if let Some(store) = &persistence.store {
-            store.remove(&id).await?;
+            store.remove(&leaving.id).await?;
         }
-        self.take_out(&id);
+        leaving.for_good();
         Ok(())
     }
 
@@ -143,7 +143,7 @@ impl KeyPool {
         let persistence = &self.inner.persistence;
         let _turn = persistence.turn.lock().await;
         persistence.plant_seeds_in_turn().await?;
-        // A reload that had read the store before may have undone it.
+        // It may be another one of that name by now.
         let key = reset()?;
         // A mark that is on its way arrives before the reset, not after it.
         let _no_write_under_way = persistence.writing.lock().await;
@@ -192,6 +192,7 @@ impl KeyPool {
     }
 
     async fn set_disabled(&self, id: &str, disabled: bool) -> Result<(), OperateError> {
+        let _on_its_way = self.known(id)?.switch_on_its_way();
         let set = || {
             let key = self.known(id)?;
             self.change(&key, |state| state.disabled(disabled));
@@ -201,7 +202,7 @@ impl KeyPool {
         let persistence = &self.inner.persistence;
         let _turn = persistence.turn.lock().await;
         persistence.plant_seeds_in_turn().await?;
-        // A reload that had read the store before may have undone it.
+        // It may be another one of that name by now.
         let key = set()?;
         match &persistence.store {
             Some(store) => found(&key, store.set_disabled(&key.id, disabled).await?),
@@ -221,11 +222,46 @@ impl KeyPool {
         self.inner.returned.notify_waiters();
     }
 
-    fn take_out(&self, id: &KeyId) {
+    /// The key that was taken out.
+    fn take_out(&self, id: &KeyId) -> Option<Arc<Key>> {
+        let mut taken = None;
         self.edit(|before| {
-            let left: Vec<_> = before.keys().iter().filter(|key| key.id != *id).cloned().collect();
-            (left.len() < before.keys().len()).then_some(left)
+            taken = before.get(id.as_str()).cloned();
+            taken.as_ref()?;
+            Some(before.keys().iter().filter(|key| key.id != *id).cloned().collect())
         });
+        taken
+    }
+}
+
+/// A key whose removal is on its way to the store. Dropped before [`for_good`](Self::for_good), it is in the pool
+/// again, with all that is known of it; meanwhile a reload does not bring it in.
+struct Leaving<'a> {
+    pool: &'a KeyPool,
+    id: KeyId,
+    key: Option<Arc<Key>>,
+}
+
+impl<'a> Leaving<'a> {
+    fn out_of(pool: &'a KeyPool, id: KeyId) -> Result<Self, OperateError> {
+        if !pool.inner.persistence.leaving().insert(id.clone()) {
+            return Err(OperateError::UnknownKey(id.to_string()));
+        }
+        let key = pool.take_out(&id);
+        Ok(Self { pool, id, key })
+    }
+
+    fn for_good(mut self) {
+        self.key = None;
+    }
+}
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        if let Some(key) = self.key.take() {
+            self.pool.edit(|before| Some(before.keys().iter().cloned().chain([key]).collect()));
+        }
+        self.pool.inner.persistence.leaving().remove(&self.id);
     }
 }
 

@@ -28,6 +28,8 @@ pub(super) struct Persistence {
     pub(super) usage: tokio::sync::Mutex<Account>,
     /// Keys that a reload took out, as long as they may have usage that is not written.
     predecessors: Mutex<Vec<Arc<Key>>>,
+    /// Keys whose removal is on its way to the store, which may still have them.
+    leaving: Mutex<HashSet<KeyId>>,
     pub(super) complaints: Complaints,
     /// Keys that the store is to have before anything else is done with it.
     seeds: Mutex<Vec<(KeyId, Secret)>>,
@@ -55,6 +57,7 @@ impl Persistence {
             writing: tokio::sync::Mutex::default(),
             usage: tokio::sync::Mutex::default(),
             predecessors: Mutex::default(),
+            leaving: Mutex::default(),
             complaints: Complaints::default(),
             seeds: Mutex::new(seeds),
             open: AtomicBool::new(false),
@@ -87,6 +90,10 @@ impl Persistence {
 
     pub(super) fn predecessors(&self) -> MutexGuard<'_, Vec<Arc<Key>>> {
         self.predecessors.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn leaving(&self) -> MutexGuard<'_, HashSet<KeyId>> {
+        self.leaving.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn opened(&self) {

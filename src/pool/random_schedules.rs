@@ -351,7 +351,7 @@ fn what_an_operator_said_of_a_key_is_not_undone_by_a_reload_that_had_read_the_st
     });
 }
 
-/// Broken once: without the second `take_out` of a removal, it failed.
+/// Broken once: where a reload brought in what it found of a key that is leaving, it failed.
 #[test]
 fn keys_come_and_go_while_others_are_marked_and_reloaded() {
     in_many_schedules(|| {

@@ -111,11 +111,15 @@ impl KeyPool {
         let Reading { loaded, only, number } = reading;
         let mut unreadable = loaded.unreadable;
         self.edit(|before| {
+            let leaving = self.inner.persistence.leaving();
             let mut changes = Changes::default();
             for record in loaded.records {
                 let slot = before.slot(&record.id);
                 let known = slot.map(|slot| &before.keys()[slot]);
                 if !changes.found.insert(record.id.clone()) {
+                    continue;
+                }
+                if known.is_none() && leaving.contains(&record.id) {
                     continue;
                 }
                 let state = record.state(now);
@@ -146,6 +150,7 @@ impl KeyPool {
     /// already had this process's last mark when it was read.
     fn reconcile(&self, key: &Arc<Key>, stored: State, reload: u64) {
         let changed = key.state.update(|state| {
+            let stored = if key.is_being_switched() { stored.disabled(state.is_disabled()) } else { stored };
             if key.is_being_reset() {
                 // It may be what the reset is about to end.
                 state.disabled(stored.is_disabled())

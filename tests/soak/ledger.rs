@@ -74,13 +74,14 @@ pub(crate) struct Ledger {
     pool: usize,
 }
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Page {
     limits: [Vec<Limit>; 2],
     removed: [Option<Duration>; 3],
 }
 
 /// A response that spoke against the key.
+#[derive(Debug)]
 struct Limit {
     answered_at: Duration,
     rest: Duration,
@@ -264,7 +265,10 @@ impl Ledger {
         let known_before = |who| page.reasons(who, arrived_at).filter(|known| *known <= before_pick);
         if let Some(known) = known_before(self.pool).next() {
             let (pool, after) = (self.pool, before_pick - known);
-            let hit = format!("{key} was picked by pool {pool}, {after:?} after it knew that it must not be");
+            let hit = format!(
+                "{key} was picked by pool {pool}, {after:?} after it knew that it must not be: at {before_pick:?}, it \
+                 arrived at {arrived_at:?}; {page:?}"
+            );
             self.books.hits.lock().unwrap().push(hit);
         }
         let elsewhere = (0..=SOMEBODY_ELSE).filter(|who| *who != self.pool).flat_map(known_before);

@@ -139,6 +139,7 @@ mod tests {
             let said = "MongoDB refused it with code 11600 (InterruptedAtShutdown)";
             assert_eq!(failure.to_string(), said);
         }
+        assert!(!Failure::BrokenOff.is_from_server());
     }
 
     #[tokio::test]
