@@ -10,7 +10,7 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering::SeqCst},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use http::{Request, Response, header::RETRY_AFTER};
@@ -741,6 +741,43 @@ async fn ill_treated() -> (Mongod, Mongo, Process) {
     let uri = format!("{}&appName=slow", mongo.uri);
     let process = Process::start_with(quiet(&mongo), &uri, KeyPool::builder()).await;
     (server, mongo, process)
+}
+
+/// Broken once: with what was left of the rest, or with its age, as it was before the wait, it failed.
+#[tokio::test]
+async fn a_mark_that_waits_for_another_of_its_key_counts_from_when_it_was_made() {
+    let server = own(Kind::Standalone).await;
+    let mongo = Mongo::at(&server.uri()).await;
+    mongo.insert("alpha").await;
+    let store = quiet(&mongo).connect(format!("{}&appName=slow", mongo.uri)).await.unwrap();
+    store.load().await.unwrap();
+    let alpha = KeyId::new("alpha").unwrap();
+    let mark = |left| Mark::new(alpha.clone(), "sk-alpha".into(), Rest::RateLimited, Some(left));
+    let block =
+        doc! { "failCommands": ["update"], "blockConnection": true, "blockTimeMS": 1_000, "appName": "slow" };
+    for reset_meanwhile in [false, true] {
+        fail_command(&server, doc! { "times": 1 }, block.clone()).await;
+        let reset = async {
+            if reset_meanwhile {
+                sleep(400 * MS).await;
+                mongo.store().await.reset(&alpha).await.unwrap();
+            }
+        };
+        let second = async {
+            sleep(100 * MS).await;
+            let made = Instant::now();
+            store.write(mark(MINUTE)).await.unwrap();
+            made
+        };
+        let (first, made, ()) = tokio::join!(store.write(mark(SECOND)), second, reset);
+        first.unwrap();
+        let age = made.elapsed();
+        assert!(age > 700 * MS, "it waited for the first one");
+        match (reset_meanwhile, store.load().await.unwrap().records[0].rest) {
+            (true, rest) => assert_eq!(rest, None),
+            (false, rest) => assert!(is_about(rest.unwrap().1.unwrap(), MINUTE - age), "{rest:?}, {age:?}"),
+        }
+    }
 }
 
 async fn reset_by_an_admin_page(mongo: &Mongo, id: &str) {

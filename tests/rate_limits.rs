@@ -25,7 +25,7 @@ use tower_key_rotation::{
     Error, FailoverLayer, Inject, InjectError, KeyId, KeyPool, KeyRotationLayer, RecoveryConfig,
     RecoveryHandle, ServedBy, Status,
     classify::LlmGateway,
-    clock::{Clock, ManualClock},
+    clock::{Clock, ManualClock, Sleep},
     store::MemoryStore,
 };
 
@@ -51,6 +51,49 @@ async fn after_a_429_a_key_rests_for_exactly_2_minutes_while_the_others_carry_on
         assert_eq!(status(&client, &server.url()).await, 200);
     }
     assert_eq!(server.keys()[5..], ["alpha", "beta", "gamma"]);
+}
+
+/// A clock that counts how often it is read.
+#[derive(Clone, Debug, Default)]
+struct CountedClock {
+    clock: ManualClock,
+    reads: Arc<AtomicUsize>,
+}
+
+impl Clock for CountedClock {
+    fn now(&self) -> Duration {
+        self.reads.fetch_add(1, SeqCst);
+        self.clock.now()
+    }
+
+    fn sleep_until(&self, deadline: Duration) -> Sleep {
+        self.clock.sleep_until(deadline)
+    }
+}
+
+/// Broken once: with "something may be due" for an answer of the deadlines, it failed.
+#[tokio::test]
+async fn while_no_key_rests_no_request_reads_the_clock() {
+    let clock = CountedClock::default();
+    let pool = KeyPool::builder().keys([("alpha", "sk-1"), ("beta", "sk-2")]).clock(clock.clone());
+    let pool = pool.build().unwrap();
+    let answer = |request: Request<u16>| {
+        ready(Ok::<_, io::Error>(Response::builder().status(*request.body()).body(()).unwrap()))
+    };
+    let mut client = KeyRotationLayer::new(&pool).layer(service_fn(answer));
+    let mut send = |status| {
+        let request = Request::get("https://api.example.com").body(status).unwrap();
+        let response = client.call(request).now_or_never().unwrap();
+        assert_eq!(response.unwrap().status(), status);
+        clock.reads.swap(0, SeqCst)
+    };
+    send(200);
+    assert_eq!((send(200), send(200)), (0, 0));
+    assert_ne!(send(429), 0);
+    assert_ne!(send(200), 0);
+    clock.clock.advance(2 * MINUTE);
+    send(200);
+    assert_eq!(send(200), 0);
 }
 
 #[tokio::test]
