@@ -29,6 +29,7 @@ use crate::{can_be_sent, now, text};
 /// What a secret holds that is looked for where it must not be.
 const CANARY: &str = "canary";
 
+/// Broken once: names in the query that were compared without being decoded were found within a minute.
 pub fn check(input: &[u8]) {
     let (head, setup) = text::divided(input);
     let (Ok(setup), mut lines) = (str::from_utf8(setup), text::lines(head)) else { return };
@@ -62,7 +63,7 @@ fn first_line(line: &[u8]) -> Option<(Method, &str)> {
 }
 
 /// A request of either client.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Debug, PartialEq)]
 struct Seen {
     method: Method,
     /// All of the URI but the query.
@@ -209,9 +210,9 @@ impl<'a> Setup<'a> {
         self.places.iter().copied().filter(|place| place.kind != "query" && place.kind != "custom-query")
     }
 
-    fn query(&self, secret: &str) -> Vec<(&'a str, String)> {
+    fn query(&self, secret: &str) -> Vec<(String, String)> {
         let query = self.places.iter().filter(|place| ["query", "custom-query"].contains(&place.kind));
-        query.map(|place| (place.name, place.filled(secret))).collect()
+        query.map(|place| (place.name.to_owned(), place.filled(secret))).collect()
     }
 
     fn assert_hidden(&self, what: &(impl Debug + ?Sized)) {
@@ -246,12 +247,9 @@ impl<'a> Setup<'a> {
                 }
                 (Ruling::PassThrough, Ok(response)) => assert_eq!(response.body(), &before),
                 (Ruling::Refused, Err(Error::Inject(error @ InjectError::Cleartext { .. }))) => {
+                    let host_is_canary = before.host.as_ref().is_some_and(|host| host.contains(CANARY));
                     let shown = format!("{error} {error:?}").to_ascii_lowercase();
-                    assert!(
-                        before.host.as_ref().is_some_and(|host| host.contains(CANARY))
-                            || !shown.contains(CANARY),
-                        "{shown}"
-                    );
+                    assert!(host_is_canary || !shown.contains(CANARY), "{shown}");
                 }
                 (Ruling::Key, Err(Error::Inject(InjectError::NoQuery))) => {
                     assert!(!self.query(secret).is_empty() && !before.has_path, "{before:?}");
@@ -288,12 +286,7 @@ impl<'a> Setup<'a> {
         let (others, added) = sent.split_at(kept.len());
         assert_eq!(others, kept);
         let added: Vec<_> = added.iter().map(|pair| decoded(pair)).collect();
-        assert!(
-            added
-                .iter()
-                .map(|(name, value)| (&**name, value))
-                .eq(own.iter().map(|(name, value)| (*name, value)))
-        );
+        assert_eq!(added, own);
     }
 
     fn ruling(&self, request: &Seen) -> Ruling {

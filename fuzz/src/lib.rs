@@ -1,5 +1,5 @@
-//! What each target does with an input. `fuzz_targets` gives it what the fuzzer makes up, `tests/corpus.rs` what is
-//! kept in `corpus`.
+//! What each target does with an input. `fuzz_targets` gives it what the fuzzer makes up, `tests/corpus.rs` what
+//! is kept in `corpus`.
 
 pub mod inject;
 pub mod key_file;
@@ -18,5 +18,8 @@ fn now<F: Future>(future: F) -> F::Output {
 
 /// Whether a secret is one that a request can carry in any of its places.
 fn can_be_sent(secret: &str) -> bool {
-    !secret.is_empty() && secret.bytes().all(|byte| matches!(byte, b' '..=b'~')) && secret.trim() == secret
+    !secret.is_empty()
+        && !secret.starts_with("encrypted.v")
+        && secret.bytes().all(|byte| matches!(byte, b' '..=b'~'))
+        && secret.trim() == secret
 }

@@ -1,5 +1,5 @@
-//! A document of MongoDB, made into a key. An input is read twice: as the document itself, with a length that is put
-//! right, and as what to make one from, with the fields that matter and values of every type.
+//! A document of MongoDB, made into a key. An input is read twice: as the document itself, with a length that is
+//! put right, and as what to make one from, with the fields that matter and values of every type.
 
 use std::future::ready;
 
@@ -14,7 +14,10 @@ use mongodb::bson::{
 use tower_key_rotation::{
     KeyId, KeyPool, Secret,
     clock::ManualClock,
-    store::{KeyStore, Loaded, Mark, Recovered, StoreFuture, mongodb::fuzzing::decode},
+    store::{
+        KeyStore, Loaded, Mark, Recovered, StoreFuture,
+        mongodb::{DataKeys, fuzzing::Documents},
+    },
 };
 
 use crate::{can_be_sent, now};
@@ -22,6 +25,7 @@ use crate::{can_be_sent, now};
 /// What every secret holds that is made here, and those of the seeds.
 const CANARY: &str = "canary";
 
+/// Broken once: a value of the wrong type that was shown with its reason was found at once.
 pub fn check(input: &[u8]) {
     if let Some(document) = as_it_is(input) {
         check_document(&document);
@@ -39,18 +43,42 @@ fn as_it_is(input: &[u8]) -> Option<RawDocumentBuf> {
     RawDocumentBuf::from_bytes(bytes).ok()
 }
 
+/// What encrypted values begin with.
+const ENCRYPTED: &str = "encrypted.v";
+
+/// Those that the encrypted seeds were made with: 64 zero bytes, in base64.
+fn data_keys() -> DataKeys {
+    DataKeys::parse(format!("2026a={}==", "A".repeat(86))).unwrap()
+}
+
 fn check_document(document: &RawDocument) {
+    check_in_the_clear(document);
+    check_decrypted(document);
+}
+
+/// With data keys, an encrypted secret is what it was made from, or none.
+fn check_decrypted(document: &RawDocument) {
+    let documents = Documents::of(Some(data_keys()));
+    let Ok(record) = documents.decode(document) else { return };
+    let stored = document.get_str("apiKey").unwrap();
+    let is_encrypted = stored.starts_with(ENCRYPTED);
+    assert!(is_encrypted || stored == record.secret.expose());
+    assert!(!is_encrypted || Some(stored) == documents.stored(&record.id, &record.secret).as_deref());
+}
+
+fn check_in_the_clear(document: &RawDocument) {
     let text = |field: &str| document.get_str(field).ok();
     let id = text("_id").and_then(|id| KeyId::new(id).ok());
     let mut loaded = Loaded::default();
-    match decode(document) {
+    match Documents::of(None).decode(document) {
         Ok(record) => {
             assert_eq!(Some(&record.id), id.as_ref());
             assert_eq!(Some(record.secret.expose()), text("apiKey"));
             loaded.records.push(record);
         }
         Err(unreadable) => {
-            assert!(id.is_none() || text("apiKey").is_none() || text("status").is_none(), "{unreadable:?}");
+            let secret = text("apiKey").filter(|secret| !secret.starts_with(ENCRYPTED));
+            assert!(id.is_none() || secret.is_none() || text("status").is_none(), "{unreadable:?}");
             assert!(unreadable.id.chars().count() <= 256 && is_one_line(&unreadable.id), "{unreadable:?}");
             assert!(unreadable.reason.len() <= 100 && is_one_line(&unreadable.reason), "{unreadable:?}");
             assert!(!unreadable.reason.contains(CANARY), "{unreadable:?}");

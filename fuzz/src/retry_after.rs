@@ -39,6 +39,8 @@ struct Rules {
     clock: Duration,
 }
 
+/// Broken once: a date in the past subtracted without a look, and a deadline added up without saturating, were
+/// found within a minute.
 pub fn check(input: &[u8]) {
     let (head, body) = text::divided(input);
     let mut lines = text::lines(head);

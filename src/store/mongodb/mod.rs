@@ -11,7 +11,7 @@ mod document;
 mod encrypt;
 mod error;
 mod fields;
-#[cfg(fuzzing)]
+#[cfg(all(fuzzing, feature = "encryption"))]
 #[doc(hidden)]
 pub mod fuzzing;
 mod lane;
