@@ -57,6 +57,7 @@
 //! |---|---|
 //! | `encryption` | `DataKeys`: secrets are encrypted in MongoDB; brings `mongodb` |
 //! | `failover` | [`failover`]: a limited request is sent again with another key |
+//! | `metrics` | `KeyPool::record_metrics`: for the recorder of the `metrics` crate |
 //! | `mongodb` | `MongoStore`: keys and their state shared by many processes |
 //! | `reqwest` | the layers over `reqwest::Request` |
 //! | `reqwest-middleware` | `KeyRotationMiddleware`; brings `reqwest` and `failover` |
@@ -77,6 +78,7 @@ mod hosts;
 mod inject;
 pub mod layer;
 mod message;
+mod metrics;
 mod pool;
 mod query;
 mod recovery;

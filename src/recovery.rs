@@ -320,6 +320,9 @@ impl Recovery {
         self.recovered += recovered.count;
         let duration = clock.now().saturating_sub(started);
         log(&recovered, &done, duration);
+        self.pool.meter().passed(duration, done.is_ok(), recovered.count);
+        #[cfg(feature = "metrics")]
+        self.pool.record_metrics();
         let report = Report {
             pass: self.passes,
             failures: self.failures,

@@ -102,6 +102,7 @@ impl<C> Rotation<C> {
 
     #[cold]
     fn no_key(&self) -> Box<Refused> {
+        self.pool.meter().no_key();
         Box::new(Refused::NoKeyAvailable(self.pool.no_key()))
     }
 }

@@ -39,7 +39,9 @@ impl History {
         let before = clock.now();
         let limit = shared.wait.saturating_sub(self.waited);
         let turn = shared.gate.clone().enter(&shared.pool, limit).await;
-        self.waited += clock.now().saturating_sub(before);
+        let waited = clock.now().saturating_sub(before);
+        self.waited += waited;
+        shared.pool.meter().waited(waited);
         // Who has waited may go with any key whose cooldown is over.
         self.tried.clear();
         self.pass = Some(turn?);
@@ -106,6 +108,7 @@ where
             continue;
         }
         again = policy.clone.clone_request(&request);
+        shared.pool.meter().failed_over();
         result = client.send(request, history.tried.clone()).await;
         history.answered(&result);
     }

@@ -86,6 +86,7 @@ impl Shared {
             return Next::Stop;
         }
         if !self.budget.withdraw() {
+            self.pool.meter().budget_is_used_up();
             tracing::debug!("failover budget used up, the limited response is passed on");
             return Next::Stop;
         }

@@ -1,6 +1,7 @@
 //! From keys, wherever they are written down, to a pool.
 
 use std::{
+    borrow::Cow,
     collections::{HashMap, HashSet},
     env, fs, io,
     path::{Path, PathBuf},
@@ -16,6 +17,7 @@ use crate::{
     clock::{Clock, SystemClock},
     hosts::{Host, Hosts, InvalidHost},
     inject::Inject,
+    metrics::Meter,
     secret::{KeyId, Secret},
     store::{KeyStore, StoreError},
 };
@@ -69,6 +71,7 @@ pub(super) struct Config {
     pub(super) inject: Inject,
     pub(super) hosts: Hosts,
     pub(super) cooldowns: Cooldowns,
+    pub(super) meter: Arc<Meter>,
 }
 
 impl Default for KeyPoolBuilder {
@@ -82,12 +85,19 @@ impl Default for KeyPoolBuilder {
                 inject: Inject::default(),
                 hosts: Hosts::default(),
                 cooldowns: Cooldowns::default(),
+                meter: Arc::new(Meter::of(Cow::Borrowed("default"))),
             },
         }
     }
 }
 
 impl KeyPoolBuilder {
+    /// What the pool is called in metrics, where a program has several; `default` otherwise.
+    pub fn name(mut self, name: impl Into<Cow<'static, str>>) -> Self {
+        self.config.meter = Arc::new(Meter::of(name.into()));
+        self
+    }
+
     /// Adds a key.
     pub fn key(mut self, id: impl Into<String>, secret: impl Into<Secret>) -> Self {
         self.given.push(Given::Key(id.into(), secret.into()));
@@ -241,7 +251,7 @@ impl KeyPoolBuilder {
     /// As for [`build`](Self::build), and where the store fails.
     pub async fn open(self, store: impl KeyStore) -> Result<KeyPool, OpenError> {
         let (keys, rejected) = self.read()?;
-        let persistence = Persistence::over(Arc::new(store), seeds(&keys));
+        let persistence = Persistence::over(metered(store, &self.config.meter), seeds(&keys));
         let pool = KeyPool::new(Vec::new(), rejected, self.config, persistence);
         pool.reload().await?;
         Ok(pool)
@@ -259,7 +269,7 @@ impl KeyPoolBuilder {
     /// As for [`build`](Self::build).
     pub fn open_when_ready(self, store: impl KeyStore) -> Result<KeyPool, BuildError> {
         let (keys, rejected) = self.read()?;
-        let persistence = Persistence::over(Arc::new(store), seeds(&keys));
+        let persistence = Persistence::over(metered(store, &self.config.meter), seeds(&keys));
         Ok(KeyPool::new(keys, rejected, self.config, persistence))
     }
 
@@ -317,6 +327,16 @@ fn read_file(path: &Path) -> Result<Vec<Candidate>, BuildError> {
     } else {
         Ok(sources::lines(path, &text))
     }
+}
+
+#[cfg(feature = "metrics")]
+fn metered(store: impl KeyStore, meter: &Arc<Meter>) -> Arc<dyn KeyStore> {
+    Arc::new(crate::store::metered::Metered::new(store, meter.clone()))
+}
+
+#[cfg(not(feature = "metrics"))]
+fn metered(store: impl KeyStore, _: &Arc<Meter>) -> Arc<dyn KeyStore> {
+    Arc::new(store)
 }
 
 fn seeds(keys: &[UsableKey]) -> Vec<(KeyId, Secret)> {

@@ -48,6 +48,7 @@ use crate::{
     clock::Clock,
     hosts::Hosts,
     inject::Inject,
+    metrics::Meter,
     secret::KeyId,
     store::Recovered,
     sync::{Mutex, atomic::Ordering::Relaxed},
@@ -87,6 +88,10 @@ pub(crate) struct Inner {
     /// Wakes who waits for a key, where one comes back otherwise than by the end of its cooldown.
     returned: Notify,
     persistence: Persistence,
+    meter: Arc<Meter>,
+    /// How often keys were picked that are in the pool no more.
+    #[cfg(feature = "metrics")]
+    gone_picks: crate::sync::atomic::AtomicU64,
 }
 
 impl KeyPool {
@@ -112,6 +117,9 @@ impl KeyPool {
             rejected,
             returned: Notify::new(),
             persistence,
+            meter: config.meter,
+            #[cfg(feature = "metrics")]
+            gone_picks: Default::default(),
         });
         Self { inner }
     }
@@ -162,6 +170,10 @@ impl KeyPool {
 
     pub(crate) fn hosts(&self) -> &Hosts {
         &self.inner.hosts
+    }
+
+    pub(crate) fn meter(&self) -> &Meter {
+        &self.inner.meter
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -239,6 +251,7 @@ impl KeyPool {
         if before.later(state) == before {
             return;
         }
+        self.meter().marked(rest);
         key.written.set_marked_at(nanos(now));
         let extend = || key.state.update(|before| before.later(state));
         if self.inner.persistence.store.is_some() {

@@ -248,6 +248,7 @@ impl<'a> Leaving<'a> {
             return Err(OperateError::UnknownKey(id.to_string()));
         }
         let key = pool.take_out(&id);
+        key.iter().for_each(|key| pool.count_out(key));
         Ok(Self { pool, id, key })
     }
 
@@ -259,6 +260,7 @@ impl<'a> Leaving<'a> {
 impl Drop for Leaving<'_> {
     fn drop(&mut self) {
         if let Some(key) = self.key.take() {
+            self.pool.count_in(&key);
             self.pool.edit(|before| Some(before.keys().iter().cloned().chain([key]).collect()));
         }
         self.pool.inner.persistence.leaving().remove(&self.id);

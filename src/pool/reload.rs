@@ -140,6 +140,7 @@ impl KeyPool {
             }
             changes.take_out_the_others(before, only.as_deref());
             let gone = changes.replaced.keys().map(|slot| before.keys()[*slot].clone());
+            let gone = gone.inspect(|key| self.count_out(key));
             self.inner.persistence.predecessors().extend(gone);
             changes.applied_to(before)
         });

@@ -11,6 +11,8 @@ use std::{
 };
 
 use super::{KeyPool, key::Key};
+#[cfg(feature = "metrics")]
+use crate::sync::atomic::Ordering::Relaxed;
 use crate::{
     store::{KeyStore, StoreError, Usage, UsageBatch},
     sync::atomic::{Ordering::Acquire, fence},
@@ -57,6 +59,28 @@ impl KeyPool {
             account.unsettled = None;
         }
         Ok(())
+    }
+
+    /// How often keys were picked, those among them that are in the pool no more.
+    #[cfg(feature = "metrics")]
+    pub(crate) fn picks(&self) -> u64 {
+        let snapshot = self.inner.snapshot.load();
+        let here: u64 = snapshot.keys().iter().map(|key| key.counts.requests.sum()).sum();
+        here.wrapping_add(self.inner.gone_picks.load(Relaxed))
+    }
+
+    /// A key has left the pool.
+    pub(super) fn count_out(&self, key: &Key) {
+        #[cfg(feature = "metrics")]
+        self.inner.gone_picks.fetch_add(key.counts.requests.sum(), Relaxed);
+        let _ = key;
+    }
+
+    /// It is there again.
+    pub(super) fn count_in(&self, key: &Key) {
+        #[cfg(feature = "metrics")]
+        self.inner.gone_picks.fetch_sub(key.counts.requests.sum(), Relaxed);
+        let _ = key;
     }
 
     fn take_usage(&self) -> Vec<Usage> {

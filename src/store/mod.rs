@@ -7,6 +7,8 @@
 //! processes, and for those that shall outlive a restart.
 
 mod memory;
+#[cfg(feature = "metrics")]
+pub(crate) mod metered;
 #[cfg(feature = "mongodb")]
 pub mod mongodb;
 

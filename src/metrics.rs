@@ -1,0 +1,247 @@
+//! What has happened to a pool, for the recorder of the `metrics` crate. It is counted here and told when somebody asks:
+//! so nothing on the way of a request allocates, or calls what is not ours.
+
+use std::{borrow::Cow, time::Duration};
+
+use crate::{
+    pool::Rest,
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+};
+
+/// Counts what is rare; what each request adds to is counted by its key.
+#[cfg_attr(not(feature = "metrics"), allow(dead_code))]
+#[derive(Debug)]
+pub(crate) struct Meter {
+    pool: Cow<'static, str>,
+    marks: [AtomicU64; REASONS.len()],
+    no_key: AtomicU64,
+    failovers: AtomicU64,
+    budget_used_up: AtomicU64,
+    pass_failures: AtomicU64,
+    recovered: AtomicU64,
+    store_errors: [AtomicU64; OPERATIONS.len()],
+}
+
+const REASONS: [&str; 3] = ["rate_limited", "exhausted", "revoked"];
+
+/// What a store is asked for.
+#[cfg_attr(not(feature = "metrics"), allow(dead_code))]
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Operation {
+    Load,
+    Write,
+    Recover,
+    Usage,
+    Operate,
+    Replace,
+}
+
+const OPERATIONS: [&str; 6] = ["load", "write", "recover", "usage", "operate", "replace"];
+
+impl Meter {
+    pub(crate) fn of(pool: Cow<'static, str>) -> Self {
+        let (marks, store_errors) = Default::default();
+        let (no_key, failovers, budget_used_up, pass_failures, recovered) = Default::default();
+        Self { pool, marks, no_key, failovers, budget_used_up, pass_failures, recovered, store_errors }
+    }
+
+    pub(crate) fn marked(&self, rest: Rest) {
+        let reason = match rest {
+            Rest::RateLimited => 0,
+            Rest::Exhausted => 1,
+            Rest::Revoked => 2,
+        };
+        self.marks[reason].fetch_add(1, Relaxed);
+    }
+
+    pub(crate) fn no_key(&self) {
+        self.no_key.fetch_add(1, Relaxed);
+    }
+
+    #[cfg(feature = "failover")]
+    pub(crate) fn failed_over(&self) {
+        self.failovers.fetch_add(1, Relaxed);
+    }
+
+    #[cfg(feature = "failover")]
+    pub(crate) fn budget_is_used_up(&self) {
+        self.budget_used_up.fetch_add(1, Relaxed);
+    }
+
+    #[cfg(feature = "failover")]
+    pub(crate) fn waited(&self, time: Duration) {
+        self.observe("key_rotation_wait_seconds", time);
+    }
+
+    pub(crate) fn passed(&self, time: Duration, is_ok: bool, recovered: u64) {
+        self.observe("key_rotation_pass_seconds", time);
+        self.pass_failures.fetch_add((!is_ok).into(), Relaxed);
+        self.recovered.fetch_add(recovered, Relaxed);
+    }
+
+    #[cfg(feature = "metrics")]
+    pub(crate) fn store_failed(&self, operation: Operation) {
+        self.store_errors[operation as usize].fetch_add(1, Relaxed);
+    }
+
+    #[cfg(not(feature = "metrics"))]
+    fn observe(&self, _: &'static str, _: Duration) {}
+}
+
+#[cfg(feature = "metrics")]
+mod recorded {
+    use std::{iter, time::Duration};
+
+    use ::metrics::{
+        Label, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
+    };
+
+    use super::{Meter, OPERATIONS, REASONS};
+    use crate::{
+        pool::{KeyPool, PoolStats},
+        sync::atomic::{AtomicU64, Ordering::Relaxed},
+    };
+
+    impl KeyPool {
+        /// Tells the recorder of the [`metrics`](https://docs.rs/metrics) crate how things stand: to be called before
+        /// its metrics are read. A [`RecoveryHandle`](crate::RecoveryHandle) does so after each pass, too. Takes a
+        /// time that grows with the number of keys; requests don't notice.
+        ///
+        /// The recorder is the one of the calling thread,
+        /// or the global one; without one, nothing happens. Each metric has the label `pool`, which is
+        /// [the pool's name](crate::KeyPoolBuilder::name); none has a label for each key.
+        ///
+        /// | metric | type | what |
+        /// |---|---|---|
+        /// | `key_rotation_keys` | gauge | keys by `status`: `healthy`, `rate_limited`, `exhausted`, `revoked`, `disabled` |
+        /// | `key_rotation_unreadable_keys` | gauge | what the store holds that can't be used as a key |
+        /// | `key_rotation_marks_waiting` | gauge | marks that the store does not have yet |
+        /// | `key_rotation_next_return_seconds` | gauge | time until a key can be picked: 0 where one can be now, infinite where none comes back by itself |
+        /// | `key_rotation_picks_total` | counter | requests that were given a key |
+        /// | `key_rotation_marks_total` | counter | responses that had a key rest, or rest longer, by `reason`: `rate_limited`, `exhausted`, `revoked` |
+        /// | `key_rotation_no_key_total` | counter | attempts that found no key, those among them that waited for one afterwards |
+        /// | `key_rotation_failovers_total` | counter | further attempts |
+        /// | `key_rotation_failover_budget_used_up_total` | counter | further attempts that the budget did not allow |
+        /// | `key_rotation_wait_seconds` | histogram | how long requests waited for a key |
+        /// | `key_rotation_pass_seconds` | histogram | how long the recovery's passes took |
+        /// | `key_rotation_pass_failures_total` | counter | passes that failed |
+        /// | `key_rotation_recovered_total` | counter | keys that passes have reset |
+        /// | `key_rotation_store_errors_total` | counter | what the store failed at, by `operation`: `load`, `write`, `recover`, `usage`, `operate`, `replace` |
+        ///
+        /// ```
+        /// use tower_key_rotation::KeyPool;
+        ///
+        /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+        /// let pool = KeyPool::builder().name("openai").key("alpha", "sk-1").build()?;
+        /// // a Prometheus exporter's handler:
+        /// pool.record_metrics();
+        /// # Ok(())
+        /// # }
+        /// ```
+        pub fn record_metrics(&self) {
+            describe();
+            self.meter().record(&self.stats(), self.picks());
+            let next = self.next_return().map_or(f64::INFINITY, |time| time.as_secs_f64());
+            self.meter().set("key_rotation_next_return_seconds", next);
+        }
+    }
+
+    impl Meter {
+        pub(super) fn observe(&self, name: &'static str, time: Duration) {
+            histogram!(name, self.labels(None)).record(time);
+        }
+
+        fn record(&self, stats: &PoolStats, picks: u64) {
+            let keys = [
+                ("healthy", stats.healthy),
+                ("rate_limited", stats.rate_limited),
+                ("exhausted", stats.exhausted),
+                ("revoked", stats.revoked),
+                ("disabled", stats.disabled),
+            ];
+            for (status, count) in keys {
+                gauge!("key_rotation_keys", self.labels(Some(("status", status)))).set(count as f64);
+            }
+            self.set("key_rotation_unreadable_keys", stats.unreadable as f64);
+            self.set("key_rotation_marks_waiting", stats.marks_waiting as f64);
+            counter!("key_rotation_picks_total", self.labels(None)).absolute(picks);
+            self.counted("key_rotation_no_key_total", &self.no_key);
+            self.counted("key_rotation_failovers_total", &self.failovers);
+            self.counted("key_rotation_failover_budget_used_up_total", &self.budget_used_up);
+            self.counted("key_rotation_pass_failures_total", &self.pass_failures);
+            self.counted("key_rotation_recovered_total", &self.recovered);
+            self.counted_by("key_rotation_marks_total", "reason", &REASONS, &self.marks);
+            self.counted_by("key_rotation_store_errors_total", "operation", &OPERATIONS, &self.store_errors);
+        }
+
+        fn set(&self, name: &'static str, value: f64) {
+            gauge!(name, self.labels(None)).set(value);
+        }
+
+        fn counted(&self, name: &'static str, count: &AtomicU64) {
+            counter!(name, self.labels(None)).absolute(count.load(Relaxed));
+        }
+
+        fn counted_by(
+            &self,
+            name: &'static str,
+            label: &'static str,
+            by: &[&'static str],
+            counts: &[AtomicU64],
+        ) {
+            for (value, count) in by.iter().zip(counts) {
+                counter!(name, self.labels(Some((label, value)))).absolute(count.load(Relaxed));
+            }
+        }
+
+        fn labels(&self, more: Option<(&'static str, &'static str)>) -> Vec<Label> {
+            let more = more.map(|(name, value)| Label::from_static_parts(name, value));
+            iter::once(Label::new("pool", self.pool.clone())).chain(more).collect()
+        }
+    }
+
+    fn describe() {
+        describe_gauge!("key_rotation_keys", Unit::Count, "Keys by status.");
+        describe_gauge!(
+            "key_rotation_unreadable_keys",
+            Unit::Count,
+            "What the store holds that can't be used as a key."
+        );
+        describe_gauge!("key_rotation_marks_waiting", Unit::Count, "Marks that the store does not have yet.");
+        describe_gauge!(
+            "key_rotation_next_return_seconds",
+            Unit::Seconds,
+            "Time until a key can be picked; infinite where none comes back by itself."
+        );
+        describe_counter!("key_rotation_picks_total", Unit::Count, "Requests that were given a key.");
+        describe_counter!(
+            "key_rotation_marks_total",
+            Unit::Count,
+            "Responses that had a key rest, by reason."
+        );
+        describe_counter!("key_rotation_no_key_total", Unit::Count, "Attempts that found no key.");
+        describe_counter!("key_rotation_failovers_total", Unit::Count, "Further attempts.");
+        describe_counter!(
+            "key_rotation_failover_budget_used_up_total",
+            Unit::Count,
+            "Further attempts that the budget did not allow."
+        );
+        describe_histogram!(
+            "key_rotation_wait_seconds",
+            Unit::Seconds,
+            "How long requests waited for a key."
+        );
+        describe_histogram!(
+            "key_rotation_pass_seconds",
+            Unit::Seconds,
+            "How long the recovery's passes took."
+        );
+        describe_counter!("key_rotation_pass_failures_total", Unit::Count, "Passes that failed.");
+        describe_counter!("key_rotation_recovered_total", Unit::Count, "Keys that passes have reset.");
+        describe_counter!(
+            "key_rotation_store_errors_total",
+            Unit::Count,
+            "What the store failed at, by operation."
+        );
+    }
+}
