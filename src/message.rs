@@ -48,8 +48,7 @@ pub trait ResponseMessage: sealed::Sealed + Sized {
     fn extensions_mut(&mut self) -> &mut http::Extensions;
     /// Takes a key out of `Location`, and of the URL that the response remembers, if it does.
     #[doc(hidden)]
-    #[must_use]
-    fn without_query(self, parameters: &[Parameter]) -> Self;
+    fn forget_query(&mut self, parameters: &[Parameter]);
 }
 
 /// A response whose body can be read in part and still be passed on whole.
@@ -161,9 +160,8 @@ impl<B> ResponseMessage for Response<B> {
         self.extensions_mut()
     }
 
-    fn without_query(mut self, parameters: &[Parameter]) -> Self {
+    fn forget_query(&mut self, parameters: &[Parameter]) {
         forget_in_location(self.headers_mut(), parameters);
-        self
     }
 }
 
@@ -258,11 +256,13 @@ mod for_reqwest {
             self.extensions_mut()
         }
 
-        fn without_query(self, parameters: &[Parameter]) -> Self {
+        fn forget_query(&mut self, parameters: &[Parameter]) {
             let mut url = self.url().clone();
             forget(&mut url, parameters);
-            let response = http::Response::<reqwest::Body>::from(self);
-            from_http(response.without_query(parameters), url)
+            let nothing = Self::from(http::Response::new(reqwest::Body::default()));
+            let mut response = http::Response::<reqwest::Body>::from(std::mem::replace(self, nothing));
+            response.forget_query(parameters);
+            *self = from_http(response, url);
         }
     }
 

@@ -108,18 +108,15 @@ impl<C> Rotation<C> {
 }
 
 #[cold]
-fn without_query<R, E>(result: Result<R, Error<E>>, parameters: &[Parameter]) -> Result<R, Error<E>>
+fn forget_query<R, E>(result: &mut Result<R, Error<E>>, parameters: &[Parameter])
 where
     R: ResponseMessage,
     E: 'static,
 {
     match result {
-        Ok(response) => Ok(response.without_query(parameters)),
-        Err(Error::Inner(mut error)) => {
-            message::redact(&mut error, parameters);
-            Err(Error::Inner(error))
-        }
-        refused => refused,
+        Ok(response) => response.forget_query(parameters),
+        Err(Error::Inner(error)) => message::redact(error, parameters),
+        Err(_) => {}
     }
 }
 
@@ -172,10 +169,11 @@ impl<C: ClassifyResponse> Observer<C> {
                 expose(lease, response);
             }
         }
-        match lease.credentials().query_parameters() {
-            [] => result,
-            parameters => without_query(result, parameters),
+        let parameters = lease.credentials().query_parameters();
+        if !parameters.is_empty() {
+            forget_query(&mut result, parameters);
         }
+        result
     }
 
     #[inline]
