@@ -32,6 +32,7 @@ use tower::{
 };
 use tower_key_rotation::{
     FailoverLayer, KeyPool, KeyRotationLayer, Status, classify::LlmGateway, clock::ManualClock,
+    failover::CloneRequest,
 };
 
 fn failover(pool: &KeyPool) -> FailoverLayer {
@@ -251,6 +252,61 @@ async fn f26_a_body_that_streams_is_sent_once_its_key_rests_and_the_429_comes_ba
     assert_eq!(server.keys(), ["alpha"]);
     assert_eq!(server.requests()[0].body(), "one two three");
     assert_eq!(stats_of(&pool, "alpha").status, Status::RateLimited);
+}
+
+/// Clones every request, and says only when a clone would be sent whether it can be. Counts how often it is asked,
+/// and is a budget that counts what is spent.
+#[derive(Clone, Default)]
+struct KeptWhileSent {
+    can_be_sent: bool,
+    asked: Arc<AtomicUsize>,
+    spent: Arc<AtomicUsize>,
+}
+
+impl CloneRequest<reqwest::Request> for KeptWhileSent {
+    fn clone_request(&self, request: &reqwest::Request) -> Option<reqwest::Request> {
+        request.try_clone()
+    }
+
+    fn can_send_again(&self, _: &reqwest::Request) -> bool {
+        self.asked.fetch_add(1, Relaxed);
+        self.can_be_sent
+    }
+}
+
+impl Budget for KeptWhileSent {
+    fn deposit(&self) {}
+
+    fn withdraw(&self) -> bool {
+        self.spent.fetch_add(1, Relaxed);
+        true
+    }
+}
+
+/// What keys a request was sent with that is limited on `alpha`, the status it got, and how often it was asked
+/// whether it can be sent again and paid for that.
+async fn sent_while_kept(keys: &[&str], can_be_sent: bool) -> (Vec<String>, u16, usize, usize) {
+    let pool = builder(keys, &ManualClock::new()).build().unwrap();
+    let server = Server::limiting(["alpha"]).await;
+    let kept = KeptWhileSent { can_be_sent, ..KeptWhileSent::default() };
+    // To wait would be in vain, too; and it would never end, since nobody turns the clock.
+    let failover = failover(&pool).budget(kept.clone()).wait_up_to(10 * MINUTE).clone_with(kept.clone());
+    let client = failover.layer(rotating(&pool));
+    let response = in_time(send(&client, get_request(&server.url()))).await.unwrap();
+    let status = response.status().as_u16();
+    let expected = if status == 429 { "too many requests" } else { "fine" };
+    assert_eq!(response.text().await.unwrap(), expected);
+    (server.keys(), status, kept.asked.load(Relaxed), kept.spent.load(Relaxed))
+}
+
+/// Broken once: without the question, and with the question after the budget was asked, it failed.
+#[tokio::test]
+async fn f26_a_clone_that_turns_out_not_to_be_sendable_is_not_sent_costs_nothing_and_the_429_comes_back() {
+    let sent = |keys: &[&str]| keys.iter().map(ToString::to_string).collect::<Vec<_>>();
+    assert_eq!(sent_while_kept(&["alpha", "beta"], false).await, (sent(&["alpha"]), 429, 1, 0));
+    assert_eq!(sent_while_kept(&["alpha"], false).await, (sent(&["alpha"]), 429, 1, 0));
+    assert_eq!(sent_while_kept(&["alpha", "beta"], true).await, (sent(&["alpha", "beta"]), 200, 1, 1));
+    assert_eq!(sent_while_kept(&["beta"], false).await, (sent(&["beta"]), 200, 0, 0));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -6,9 +6,8 @@ mod ledger;
 mod support;
 
 use std::{
-    fs,
     path::PathBuf,
-    process::{self, Output, Stdio},
+    process::{Output, Stdio},
     sync::{
         Arc, Mutex, OnceLock,
         atomic::{AtomicU32, Ordering::Relaxed},
@@ -26,7 +25,7 @@ use serde_json::Value;
 use tokio::{net::TcpListener, process::Command, sync::Notify};
 use tower_key_rotation::KeyId;
 
-use self::ledger::Ledger;
+use self::{ledger::Ledger, support::keys_file};
 
 #[tokio::test]
 async fn the_quickstart_succeeds_with_all_requests_and_hits_no_resting_key() {
@@ -320,29 +319,6 @@ fn program() -> &'static PathBuf {
 async fn interrupt(child: &tokio::process::Child) {
     let id = child.id().unwrap().to_string();
     assert!(Command::new("kill").args(["-INT", &id]).status().await.unwrap().success());
-}
-
-/// A file that is gone at the end of its test.
-struct KeysFile(PathBuf);
-
-impl KeysFile {
-    fn path(&self) -> &str {
-        self.0.to_str().unwrap()
-    }
-}
-
-impl Drop for KeysFile {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.0);
-    }
-}
-
-fn keys_file(text: &str) -> KeysFile {
-    static FILES: AtomicU32 = AtomicU32::new(0);
-    let name = format!("quickstart-{}-{}.txt", process::id(), FILES.fetch_add(1, Relaxed));
-    let path = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name);
-    fs::write(&path, text).unwrap();
-    KeysFile(path)
 }
 
 fn summary(output: &Output) -> Value {

@@ -25,6 +25,8 @@
 //! `keys.txt` has one `id|secret` a line. `RUST_LOG=tower_key_rotation=debug` shows what the layers do, and
 //! `--help` what else there is. To begin a program of your own, start from `client.rs`.
 
+#[path = "../local/arguments.rs"]
+mod arguments;
 mod bucket;
 mod client;
 mod drive;

@@ -1,15 +1,18 @@
 //! The command line.
 
-use std::{num::NonZeroUsize, path::PathBuf, str::FromStr, time::Duration};
+use std::{num::NonZeroUsize, path::PathBuf, time::Duration};
 
 use clap::Parser;
 use reqwest::{
     Method, Url,
     header::{HeaderName, HeaderValue},
 };
-use tower_key_rotation::{BuildError, Inject, KeyPool};
+use tower_key_rotation::{BuildError, KeyPool};
 
-use crate::service;
+use crate::{
+    arguments::{KeyPlace, Seconds},
+    service,
+};
 
 /// How long a key rests after a 429 where nobody says otherwise: the crate's own default.
 pub(crate) const USUAL_COOLDOWN: Duration = Duration::from_secs(120);
@@ -102,7 +105,7 @@ impl Options {
     /// They go to the upstream's host and to no other.
     pub(crate) fn keys_of_the_upstream(&self, url: &Url) -> Result<KeyPool, BuildError> {
         let mut builder = KeyPool::builder()
-            .inject(self.inject.0.clone())
+            .inject(self.inject.inject())
             .cooldown(self.cooldown())
             .allowed_hosts(url.host_str());
         if self.allow_cleartext {
@@ -113,42 +116,6 @@ impl Options {
 
     pub(crate) fn keys_of_the_service(&self) -> Result<KeyPool, BuildError> {
         KeyPool::builder().keys(service::KEYS).cooldown(self.cooldown()).build()
-    }
-}
-
-/// A time on the command line, in seconds, with or without a fraction.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Seconds(Duration);
-
-impl From<Seconds> for Duration {
-    fn from(seconds: Seconds) -> Self {
-        seconds.0
-    }
-}
-
-impl FromStr for Seconds {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let seconds = text.parse().map_err(|_| "not a number of seconds".to_owned())?;
-        Duration::try_from_secs_f64(seconds).map(Self).map_err(|error| error.to_string())
-    }
-}
-
-#[derive(Clone, Debug)]
-struct KeyPlace(Inject);
-
-impl FromStr for KeyPlace {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let inject = match text.split_once(':') {
-            None if text == "bearer" => Inject::bearer(),
-            Some(("header", name)) if HeaderName::from_str(name).is_ok() => Inject::header(name),
-            Some(("query", name)) if !name.is_empty() => Inject::query(name),
-            _ => return Err("it is bearer, header:NAME or query:NAME".to_owned()),
-        };
-        Ok(Self(inject))
     }
 }
 

@@ -93,6 +93,9 @@ where
     // The last limited response, for the caller where no further attempt can be made.
     let mut kept = None;
     while let Some(request) = again {
+        if shared.settles(&result) || !policy.clone.can_send_again(&request) {
+            break;
+        }
         let next = shared.after(&mut history, &result);
         if next == Next::Stop {
             break;

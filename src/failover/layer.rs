@@ -86,7 +86,8 @@ impl<K> FailoverLayer<K> {
         self
     }
 
-    /// Clones requests in a way of its own: for bodies that are not `Clone`, of which some can be sent again.
+    /// Clones requests in a way of its own: for bodies that are not `Clone`, of which some can be sent again. Where
+    /// that turns out only while a body streams, see [`CloneRequest::can_send_again`](super::CloneRequest::can_send_again).
     ///
     /// ```
     /// use bytes::Bytes;

@@ -46,15 +46,12 @@ impl Shared {
         self.is_closed() && self.pool.hosts().rule(request) == Ruling::Key
     }
 
-    /// What to do after an attempt of a request that can be sent again.
+    /// What to do after an attempt that [settled](Self::settles) nothing, of a request that can be sent again.
     pub(super) fn after<R: ReadableResponse, E>(
         &self,
         history: &mut History,
         result: &Result<R, Error<E>>,
     ) -> Next {
-        if self.settles(result) {
-            return Next::Stop;
-        }
         match result.as_ref().ok().and_then(spoke_against) {
             Some(limited) => self.after_a_limit(history, limited),
             None if self.can_wait(history.waited) => Next::AfterWaiting,

@@ -4,6 +4,8 @@
 #![allow(dead_code, unreachable_pub)] // Each test file is a crate of its own and uses a part of this.
 
 pub mod canary;
+mod files;
+pub mod gateway;
 mod logs;
 pub mod model;
 pub mod mongo;
@@ -28,6 +30,7 @@ use tower_key_rotation::{
 pub(crate) use self::store::operators_of;
 #[allow(unused_imports)] // For the same reason.
 pub use self::{
+    files::{TestFile, file, keys_file},
     logs::Logs,
     program::example,
     proxy::{Fault, Proxy},

@@ -1,0 +1,281 @@
+//! A request's body on its way to the upstream: it is streamed as it comes, and kept beside that up to a limit, so
+//! that it can be sent again with another key.
+
+use std::{
+    fmt,
+    pin::Pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll, Waker, ready},
+    time::Duration,
+};
+
+use axum::body::{Body, Bytes, HttpBody};
+use bytes::BytesMut;
+use http_body_util::BodyExt;
+use hyper::body::{Frame, SizeHint};
+use tokio::{runtime::Handle, time::timeout};
+use tower::BoxError;
+
+/// For how long the rest of a body is read that nobody wants any more. A caller that is still sending may not see
+/// the answer otherwise: the connection would be closed on it.
+const DISCARD_FOR: Duration = Duration::from_secs(5);
+
+#[derive(Clone, Copy)]
+pub(super) struct BodyLimits {
+    /// How much is kept.
+    pub(super) keep: usize,
+    /// How much there may be.
+    pub(super) most: usize,
+}
+
+/// A caller's body, as one attempt sends it. A clone is for another attempt, and begins at the beginning; of all of
+/// them only one reads what is still to come: the last that was begun to be sent.
+pub(super) struct KeptBody {
+    shared: Arc<Mutex<Shared>>,
+    attempt: u32,
+    /// How much of what is kept this attempt has sent.
+    sent: usize,
+}
+
+struct Shared {
+    /// `None` once it has ended or failed.
+    source: Option<Body>,
+    received: usize,
+    limits: BodyLimits,
+    /// All that was received; `None` where that was too much.
+    kept: Option<BytesMut>,
+    /// The attempt that reads.
+    reader: u32,
+    /// The attempt that may follow it, and for which nothing more is read until then.
+    held_for: Option<u32>,
+    /// The last attempt that was made.
+    last: u32,
+    /// Of the reader, where it waits.
+    waker: Option<Waker>,
+}
+
+impl KeptBody {
+    pub(super) fn new(body: Body, limits: BodyLimits) -> Self {
+        let shared = Shared {
+            source: Some(body),
+            received: 0,
+            limits,
+            kept: Some(BytesMut::new()),
+            reader: 0,
+            held_for: None,
+            last: 0,
+            waker: None,
+        };
+        Self { shared: Arc::new(Mutex::new(shared)), attempt: 0, sent: 0 }
+    }
+
+    /// Whether this attempt could send all of the body. If so, nothing more is read for the one before, until either
+    /// this one is sent, or it is dropped.
+    pub(super) fn hold(&self) -> bool {
+        let mut shared = self.shared();
+        let can_be_sent = shared.kept.is_some();
+        shared.held_for = can_be_sent.then_some(self.attempt);
+        can_be_sent
+    }
+
+    fn shared(&self) -> MutexGuard<'_, Shared> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Clone for KeptBody {
+    fn clone(&self) -> Self {
+        let mut shared = self.shared();
+        shared.last += 1;
+        Self { shared: self.shared.clone(), attempt: shared.last, sent: 0 }
+    }
+}
+
+impl Drop for KeptBody {
+    fn drop(&mut self) {
+        let mut shared = self.shared();
+        if shared.held_for == Some(self.attempt) {
+            shared.held_for = None;
+            wake(shared);
+        }
+    }
+}
+
+fn wake(mut shared: MutexGuard<'_, Shared>) {
+    let waker = shared.waker.take();
+    drop(shared);
+    if let Some(waker) = waker {
+        waker.wake();
+    }
+}
+
+impl HttpBody for KeptBody {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        let (attempt, sent) = (self.attempt, self.sent);
+        let mut shared = self.shared();
+        if attempt > shared.reader {
+            shared.reader = attempt;
+            shared.held_for = None;
+            // So that the one before sees that it is over.
+            wake(shared);
+            shared = self.shared();
+        }
+        let frame = ready!(shared.poll_for(attempt, sent, cx));
+        drop(shared);
+        if let Some(Ok(data)) = &frame {
+            self.sent += data.len();
+        }
+        Poll::Ready(frame.map(|frame| frame.map(Frame::data)))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        let shared = self.shared();
+        shared.unsent(self.sent).is_empty() && shared.source.as_ref().is_none_or(HttpBody::is_end_stream)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let shared = self.shared();
+        let unsent = shared.unsent(self.sent).len() as u64;
+        let rest = shared.source.as_ref().map_or(SizeHint::with_exact(0), HttpBody::size_hint);
+        let mut hint = SizeHint::new();
+        if let Some(upper) = rest.upper() {
+            hint.set_upper(upper.saturating_add(unsent));
+        }
+        hint.set_lower(rest.lower().saturating_add(unsent));
+        hint
+    }
+}
+
+impl Shared {
+    fn unsent(&self, sent: usize) -> &[u8] {
+        self.kept.as_ref().and_then(|kept| kept.get(sent..)).unwrap_or_default()
+    }
+
+    fn poll_for(
+        &mut self,
+        attempt: u32,
+        sent: usize,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Bytes, BoxError>>> {
+        if attempt < self.reader || (sent < self.received && self.kept.is_none()) {
+            return Poll::Ready(Some(Err(SentByAnother.into())));
+        }
+        if self.held_for.is_some() {
+            self.waker = Some(cx.waker().clone());
+            return Poll::Pending;
+        }
+        let unsent = self.unsent(sent);
+        if !unsent.is_empty() {
+            return Poll::Ready(Some(Ok(Bytes::copy_from_slice(unsent))));
+        }
+        let frame = self.poll_source(cx);
+        if frame.is_pending() {
+            self.waker = Some(cx.waker().clone());
+        }
+        frame
+    }
+
+    fn poll_source(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, BoxError>>> {
+        loop {
+            let Some(source) = &mut self.source else { return Poll::Ready(None) };
+            let frame = match ready!(Pin::new(source).poll_frame(cx)) {
+                Some(Ok(frame)) => frame,
+                Some(Err(error)) => return Poll::Ready(Some(Err(self.fail(CutOff(error))))),
+                None => {
+                    self.source = None;
+                    return Poll::Ready(None);
+                }
+            };
+            // Trailers are left out, as a proxy may.
+            let Ok(data) = frame.into_data() else { continue };
+            self.received = self.received.saturating_add(data.len());
+            if self.received > self.limits.most {
+                self.discard_rest();
+                return Poll::Ready(Some(Err(self.fail(TooLarge))));
+            }
+            self.keep(&data);
+            return Poll::Ready(Some(Ok(data)));
+        }
+    }
+
+    fn keep(&mut self, data: &[u8]) {
+        match &mut self.kept {
+            Some(kept) if self.received <= self.limits.keep => kept.extend_from_slice(data),
+            kept => *kept = None,
+        }
+    }
+
+    fn fail(&mut self, error: impl Into<BoxError>) -> BoxError {
+        self.source = None;
+        self.kept = None;
+        error.into()
+    }
+
+    fn discard_rest(&mut self) {
+        if let Some(source) = self.source.take() {
+            discard(source);
+        }
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        self.discard_rest();
+    }
+}
+
+/// Reads a body that nobody wants, for a while.
+pub(super) fn discard(mut body: Body) {
+    if body.is_end_stream() {
+        return;
+    }
+    if let Ok(runtime) = Handle::try_current() {
+        runtime.spawn(timeout(DISCARD_FOR, async move { while let Some(Ok(_)) = body.frame().await {} }));
+    }
+}
+
+/// The body is larger than one may be.
+#[derive(Debug)]
+pub(super) struct TooLarge;
+
+/// The caller's connection broke, or it sent something that is no body.
+#[derive(Debug)]
+pub(super) struct CutOff(axum::Error);
+
+/// The request is on its way with another key.
+#[derive(Debug)]
+struct SentByAnother;
+
+impl fmt::Display for TooLarge {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the request's body is too large")
+    }
+}
+
+impl fmt::Display for CutOff {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the request's body broke off")
+    }
+}
+
+impl fmt::Display for SentByAnother {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the request was sent again")
+    }
+}
+
+impl std::error::Error for TooLarge {}
+
+impl std::error::Error for CutOff {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.0)
+    }
+}
+
+impl std::error::Error for SentByAnother {}

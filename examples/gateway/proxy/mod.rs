@@ -1,0 +1,202 @@
+//! One request, from the caller to the upstream and back.
+
+mod api;
+mod body;
+mod headers;
+mod tokens;
+mod upstream;
+
+use std::{
+    error::Error as StdError,
+    io, iter,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use axum::{
+    Router,
+    body::{Body, HttpBody},
+    extract::{Request, State},
+    http::{
+        HeaderValue, StatusCode, Uri, Version,
+        header::{EXPECT, RETRY_AFTER},
+        request::Parts,
+    },
+    response::Response,
+};
+use hyper_util::client::legacy;
+use tower::{BoxError, ServiceExt, timeout::error::Elapsed};
+use tower_key_rotation::{Error, KeyPool, NoKeyAvailable, ServedBy};
+
+pub(crate) use self::upstream::Upstream;
+use self::{
+    api::{Api, Refusal},
+    body::{BodyLimits, CutOff, KeptBody, TooLarge},
+    upstream::Client,
+};
+use crate::{callers::Callers, settings::Settings, with_sources};
+
+#[derive(Clone)]
+pub(crate) struct Proxy {
+    pool: KeyPool,
+    client: Client,
+    upstream: Arc<Upstream>,
+    callers: Arc<Callers>,
+    limits: BodyLimits,
+    sanitize_errors: bool,
+}
+
+impl Proxy {
+    pub(crate) fn new(pool: &KeyPool, settings: &Settings) -> io::Result<Self> {
+        Ok(Self {
+            pool: pool.clone(),
+            client: upstream::client(pool, settings)?,
+            upstream: Arc::new(settings.upstream.clone()),
+            callers: Arc::new(Callers::with(settings.client_token.clone())),
+            limits: BodyLimits { keep: settings.keep_body, most: settings.max_body },
+            sanitize_errors: settings.sanitize_errors,
+        })
+    }
+
+    /// Takes every request.
+    pub(crate) fn router(self) -> Router {
+        Router::new().fallback(answer).with_state(self)
+    }
+
+    async fn forward(&self, api: Api, request: Request) -> Result<Response, Refusal> {
+        let (head, body) = request.into_parts();
+        let (uri, limits) = match self.admit(&head, &body) {
+            Ok(uri) => (uri, self.limits),
+            Err(refusal) => {
+                // Who waits to be told to go on has sent nothing, and to read would be to tell him so.
+                if !head.headers.contains_key(EXPECT) {
+                    body::discard(body);
+                }
+                return Err(refusal);
+            }
+        };
+        let mut request = Request::new(KeptBody::new(body, limits));
+        *request.method_mut() = head.method;
+        *request.uri_mut() = uri;
+        *request.headers_mut() = head.headers;
+        headers::to_upstream(request.headers_mut());
+
+        let response = self.client.clone().oneshot(request).await.map_err(refuse)?;
+        Ok(self.pass_on(api, response))
+    }
+
+    /// Where a request goes, if it may go anywhere.
+    fn admit(&self, head: &Parts, body: &Body) -> Result<Uri, Refusal> {
+        if !self.callers.admit(&head.headers) {
+            return Err(Refusal::new(
+                StatusCode::UNAUTHORIZED,
+                "this gateway wants one of its own tokens as the API key",
+            ));
+        }
+        if body.size_hint().lower() > self.limits.most as u64 {
+            return Err(too_large());
+        }
+        self.upstream
+            .uri_of(&head.uri)
+            .ok_or_else(|| Refusal::new(StatusCode::BAD_REQUEST, "this gateway passes on no such path"))
+    }
+
+    fn pass_on(&self, api: Api, mut response: Response) -> Response {
+        headers::to_caller(response.headers_mut());
+        *response.version_mut() = Version::default();
+        let status = response.status();
+        if status == StatusCode::TOO_MANY_REQUESTS {
+            self.correct_retry_after(&mut response);
+        }
+        if self.sanitize_errors && (status.is_client_error() || status.is_server_error()) {
+            let refusal = Refusal {
+                status,
+                message: format!("the upstream answered {status}"),
+                retry_after: response.headers_mut().remove(RETRY_AFTER),
+            };
+            return api.error(refusal);
+        }
+        tokens::count(&self.pool, response)
+    }
+
+    /// A limited response speaks of one key. Where all rest, the caller hears when the first of them is back.
+    fn correct_retry_after(&self, response: &mut Response) {
+        let Some(wait) = self.pool.next_return().filter(|wait| !wait.is_zero()) else { return };
+        response.headers_mut().remove("retry-after-ms");
+        response.headers_mut().insert(RETRY_AFTER, whole_seconds(wait));
+    }
+}
+
+async fn answer(State(proxy): State<Proxy>, request: Request) -> Response {
+    let began = Instant::now();
+    let (head, body) = request.into_parts();
+    let api = Api::of(&head);
+    let (method, path) = (head.method.clone(), head.uri.path().to_owned());
+    let request = Request::from_parts(head, body);
+    let response = proxy.forward(api, request).await.unwrap_or_else(|refusal| api.error(refusal));
+    let key = response.extensions().get().map(|ServedBy(key)| key.as_str());
+    tracing::debug!(%method, path, status = response.status().as_u16(), key, took = ?began.elapsed());
+    response
+}
+
+/// What to tell the caller where there is no response.
+fn refuse(error: Error<BoxError>) -> Refusal {
+    match error {
+        Error::NoKeyAvailable(no_key) => no_key_available(&no_key),
+        Error::Inner(error) => not_answered(&*error),
+        other => Refusal::new(StatusCode::BAD_GATEWAY, other.to_string()),
+    }
+}
+
+fn no_key_available(no_key: &NoKeyAvailable) -> Refusal {
+    match no_key.retry_in() {
+        Some(wait) => Refusal {
+            status: StatusCode::TOO_MANY_REQUESTS,
+            message: format!("all keys of this gateway rest; the first is back in {} s", seconds_up(wait)),
+            retry_after: Some(whole_seconds(wait)),
+        },
+        None if no_key.is_empty_pool() => {
+            Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "this gateway has no keys")
+        }
+        None => Refusal::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "no key of this gateway can serve, and none comes back by itself",
+        ),
+    }
+}
+
+fn not_answered(error: &(dyn StdError + 'static)) -> Refusal {
+    if is_behind::<TooLarge>(error) {
+        return too_large();
+    }
+    if is_behind::<CutOff>(error) {
+        return Refusal::new(StatusCode::BAD_REQUEST, "the request's body broke off");
+    }
+    tracing::warn!("no answer from the upstream: {}", with_sources(error));
+    if error.is::<Elapsed>() {
+        return Refusal::new(StatusCode::GATEWAY_TIMEOUT, "the upstream did not answer in time");
+    }
+    let unreachable = error.downcast_ref().is_some_and(legacy::Error::is_connect);
+    let message = if unreachable {
+        "the upstream can't be reached"
+    } else {
+        "the upstream broke off before it answered"
+    };
+    Refusal::new(StatusCode::BAD_GATEWAY, message)
+}
+
+fn too_large() -> Refusal {
+    Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, "the request's body is larger than this gateway takes")
+}
+
+fn is_behind<E: StdError + 'static>(error: &(dyn StdError + 'static)) -> bool {
+    iter::successors(Some(error), |&error| error.source()).any(|error| error.is::<E>())
+}
+
+fn whole_seconds(wait: Duration) -> HeaderValue {
+    seconds_up(wait).into()
+}
+
+fn seconds_up(wait: Duration) -> u64 {
+    wait.as_secs() + u64::from(wait.subsec_nanos() > 0)
+}

@@ -1,0 +1,183 @@
+//! Tokens used: read from a response as it passes, and credited to the key that served it.
+
+use std::{
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use axum::{
+    body::{Body, Bytes, HttpBody},
+    http::{
+        HeaderMap,
+        header::{CONTENT_ENCODING, CONTENT_TYPE},
+    },
+    response::Response,
+};
+use hyper::body::{Frame, SizeHint};
+use serde::Deserialize;
+use tower_key_rotation::{KeyId, KeyPool, ServedBy};
+
+/// The largest JSON answer that is looked at.
+const LARGEST_ANSWER: usize = 8 << 20;
+
+/// The longest line of an event stream that is looked at.
+const LONGEST_LINE: usize = 1 << 20;
+
+/// A body that is passed on as it is, and looked at.
+struct Counted {
+    body: Body,
+    reader: Reader,
+    pool: KeyPool,
+    key: KeyId,
+}
+
+pub(super) fn count(pool: &KeyPool, response: Response) -> Response {
+    let key = response.extensions().get().map(|ServedBy(key)| key.clone());
+    let (Some(key), Some(reader)) = (key, Reader::of(response.headers())) else { return response };
+    let pool = pool.clone();
+    response.map(|body| Body::new(Counted { body, reader, pool, key }))
+}
+
+/// When a body is dropped it has been passed on, all of it or as much as the caller wanted.
+impl Drop for Counted {
+    fn drop(&mut self) {
+        if let Some(tokens) = self.reader.usage().tokens() {
+            self.pool.record_usage(&self.key, tokens);
+        }
+    }
+}
+
+impl HttpBody for Counted {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        if let Some(Ok(frame)) = &frame
+            && let Some(data) = frame.data_ref()
+        {
+            self.reader.read(data);
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+enum Reader {
+    Json { chunks: Vec<Bytes>, length: usize },
+    Events { line: Vec<u8>, usage: Usage },
+}
+
+impl Reader {
+    fn of(headers: &HeaderMap) -> Option<Self> {
+        let is_plain = headers.get(CONTENT_ENCODING).is_none_or(|encoding| encoding == "identity");
+        let kind = headers.get(CONTENT_TYPE)?.to_str().ok()?.split(';').next()?.trim();
+        match kind {
+            "application/json" if is_plain => Some(Self::Json { chunks: Vec::new(), length: 0 }),
+            "text/event-stream" if is_plain => {
+                Some(Self::Events { line: Vec::new(), usage: Usage::default() })
+            }
+            _ => None,
+        }
+    }
+
+    fn read(&mut self, data: &Bytes) {
+        match self {
+            Self::Json { chunks, length } => {
+                *length += data.len();
+                if *length > LARGEST_ANSWER {
+                    chunks.clear();
+                } else {
+                    chunks.push(data.clone());
+                }
+            }
+            Self::Events { line, usage } => read_events(data, line, usage),
+        }
+    }
+
+    fn usage(&self) -> Usage {
+        match self {
+            Self::Json { chunks, .. } => usage_in(&chunks.concat()),
+            Self::Events { usage, .. } => *usage,
+        }
+    }
+}
+
+/// `line` is what has come of a line that has not ended yet.
+fn read_events(data: &[u8], line: &mut Vec<u8>, usage: &mut Usage) {
+    for piece in data.split_inclusive(|&byte| byte == b'\n') {
+        if line.len() <= LONGEST_LINE {
+            line.extend_from_slice(piece);
+        }
+        if piece.ends_with(b"\n") {
+            if let Some(event) = line.strip_prefix(b"data:") {
+                usage.update(usage_in(event));
+            }
+            line.clear();
+        }
+    }
+}
+
+/// What an answer or an event says of the tokens that were used.
+fn usage_in(json: &[u8]) -> Usage {
+    let Ok(answer) = serde_json::from_slice::<Answer>(json) else { return Usage::default() };
+    let of_part = answer.message.or(answer.response).and_then(|part| part.usage);
+    answer.usage.or(of_part).unwrap_or_default()
+}
+
+#[derive(Deserialize)]
+struct Answer {
+    usage: Option<Usage>,
+    /// In Anthropic's `message_start`.
+    message: Option<Part>,
+    /// In OpenAI's `response.completed`.
+    response: Option<Part>,
+}
+
+#[derive(Deserialize)]
+struct Part {
+    usage: Option<Usage>,
+}
+
+/// The numbers of both APIs, by their names there.
+#[derive(Clone, Copy, Default, Deserialize)]
+struct Usage {
+    total_tokens: Option<u64>,
+    input_tokens: Option<u64>,
+    output_tokens: Option<u64>,
+    cache_creation_input_tokens: Option<u64>,
+    cache_read_input_tokens: Option<u64>,
+}
+
+impl Usage {
+    /// Takes over what a later event says: its numbers count from the beginning.
+    fn update(&mut self, later: Self) {
+        self.total_tokens = later.total_tokens.or(self.total_tokens);
+        self.input_tokens = later.input_tokens.or(self.input_tokens);
+        self.output_tokens = later.output_tokens.or(self.output_tokens);
+        self.cache_creation_input_tokens =
+            later.cache_creation_input_tokens.or(self.cache_creation_input_tokens);
+        self.cache_read_input_tokens = later.cache_read_input_tokens.or(self.cache_read_input_tokens);
+    }
+
+    /// The total where the API says it: OpenAI's input has what was cached in it already. Anthropic's has not.
+    fn tokens(self) -> Option<u64> {
+        let parts = [
+            self.input_tokens,
+            self.output_tokens,
+            self.cache_creation_input_tokens,
+            self.cache_read_input_tokens,
+        ];
+        self.total_tokens.or_else(|| parts.into_iter().flatten().reduce(u64::saturating_add))
+    }
+}

@@ -1,0 +1,1062 @@
+//! The example `gateway`, run as a user runs it, between clients and an upstream of these tests.
+
+// A test may panic, and so may what it calls.
+
+#[path = "../examples/gateway/proxy/body.rs"]
+mod body;
+mod support;
+
+use std::{
+    convert::Infallible,
+    io,
+    net::SocketAddr,
+    process::Output,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use axum::{
+    Router,
+    body::{Body, HttpBody},
+    serve::Listener,
+};
+use base64::prelude::{BASE64_STANDARD, Engine};
+use bytes::Bytes;
+use futures_util::{FutureExt, StreamExt};
+use http::{Request, Response, StatusCode, Version};
+use http_body_util::{
+    BodyExt, Full,
+    channel::{Channel, Sender},
+};
+use hyper_util::{client::legacy::Client, rt::TokioExecutor};
+use mongodb::bson::{Document, doc};
+use serde_json::{Value, json};
+use support::{
+    gateway::{Gateway, command, ended, refusal},
+    mongo::Mongo,
+    *,
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    sync::Notify,
+};
+use tokio_rustls::{
+    TlsAcceptor,
+    rustls::{ServerConfig, pki_types::PrivateKeyDer},
+    server::TlsStream,
+};
+
+use self::body::{BodyLimits, KeptBody};
+
+/// An upstream that is given each request before its body has come.
+async fn upstream<F, A>(answer: F) -> SocketAddr
+where
+    F: Fn(Request<Body>) -> A + Clone + Send + Sync + 'static,
+    A: Future<Output = Response<Body>> + Send + 'static,
+{
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move { axum::serve(listener, Router::new().fallback(answer)).await });
+    address
+}
+
+/// An upstream that answers one request, with that.
+async fn answering_once(kind: &'static str, body: Body) -> Server {
+    let body = Arc::new(Mutex::new(Some(body)));
+    let take = move || body.lock().unwrap().take().unwrap();
+    Server::answering(move || answer_with(200, [("content-type", kind)], take())).await
+}
+
+/// A body for `reqwest` that is sent while the test goes on.
+fn streaming() -> (Sender<Bytes, Infallible>, reqwest::Body) {
+    let (sender, body) = Channel::new(16);
+    (sender, reqwest::Body::wrap_stream(body.into_data_stream()))
+}
+
+/// Sends these bytes, and reads until the connection is closed.
+async fn exchange(address: SocketAddr, request: &str) -> String {
+    let mut connection = TcpStream::connect(address).await.unwrap();
+    connection.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    in_time(connection.read_to_string(&mut answer)).await.unwrap();
+    answer
+}
+
+/// An upstream of bytes: each connection's request, as it arrived, and that answer to it.
+async fn raw_upstream(answer: &'static str) -> (SocketAddr, Arc<Mutex<Vec<String>>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (address, seen) = (listener.local_addr().unwrap(), Arc::new(Mutex::new(Vec::new())));
+    let arrived = seen.clone();
+    tokio::spawn(async move {
+        while let Ok((mut connection, _)) = listener.accept().await {
+            let mut request = Vec::new();
+            while !request.windows(4).any(|end| end == b"\r\n\r\n") {
+                if connection.read_buf(&mut request).await.unwrap() == 0 {
+                    break;
+                }
+            }
+            arrived.lock().unwrap().push(String::from_utf8(request).unwrap());
+            connection.write_all(answer.as_bytes()).await.unwrap();
+        }
+    });
+    (address, seen)
+}
+
+fn header<'r>(response: &'r reqwest::Response, name: &str) -> Option<&'r str> {
+    response.headers().get(name).map(|value| value.to_str().unwrap())
+}
+
+async fn json_of(response: reqwest::Response) -> Value {
+    assert_eq!(header(&response, "content-type"), Some("application/json"));
+    response.json().await.unwrap()
+}
+
+#[tokio::test]
+async fn it_works_with_keys_in_memory() {
+    let upstream = Server::start(async |request| {
+        answer_with(201, [("x-answer", "yes")], format!("{} {}", request.method(), request.uri()))
+    })
+    .await;
+    let gateway = Gateway::before(upstream.address(), &["a", "b"], []).await;
+    let response = http()
+        .put(gateway.url("/v1/things?page=2&q=%C3%A4"))
+        .header("x-version", "7")
+        .body("a thing")
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(response.status(), 201);
+    assert_eq!(header(&response, "x-answer"), Some("yes"));
+    assert_eq!(response.text().await.unwrap(), "PUT /v1/things?page=2&q=%C3%A4");
+    let seen = &upstream.requests()[0];
+    assert_eq!(seen.headers()["authorization"], "Bearer sk-a");
+    assert_eq!(seen.headers()["x-version"], "7");
+    assert_eq!(seen.headers()["host"], upstream.address().to_string());
+    assert_eq!(seen.headers()["content-length"], "7");
+    assert_eq!(seen.body(), "a thing");
+    http().get(gateway.url("/")).send().await.unwrap();
+    assert_eq!(upstream.keys(), ["a", "b"]);
+    assert!(!upstream.requests()[1].headers().contains_key("transfer-encoding"));
+}
+
+#[tokio::test]
+async fn a_limited_request_is_sent_again_with_another_key_as_long_as_its_body_is_kept() {
+    let upstream = Server::limiting(["a", "b"]).await;
+    let gateway = Gateway::before(upstream.address(), &["a", "b", "c"], ["--keep-body", "1000"]).await;
+    let body = "x".repeat(1000);
+    let response = http().post(gateway.url("/")).body(body.clone()).send().await.unwrap();
+    assert_eq!(response.status(), 200);
+    assert_eq!(upstream.keys(), ["a", "b", "c"]);
+    assert!(upstream.requests().iter().all(|request| *request.body() == body));
+}
+
+#[tokio::test]
+async fn a_larger_body_than_is_kept_is_sent_once_and_its_429_goes_back() {
+    let upstream =
+        Server::start(async |_| answer_with(429, [("retry-after", "7")], "the upstream's own words")).await;
+    let gateway = Gateway::before(upstream.address(), &["a", "b"], ["--keep-body", "1000"]).await;
+    let response = http().post(gateway.url("/")).body("x".repeat(1001)).send().await.unwrap();
+    assert_eq!(response.status(), 429);
+    assert_eq!(header(&response, "retry-after"), Some("7"));
+    assert_eq!(response.text().await.unwrap(), "the upstream's own words");
+    assert_eq!(upstream.keys(), ["a"]);
+    assert_eq!(upstream.requests()[0].body().len(), 1001);
+}
+
+#[tokio::test]
+async fn a_body_that_is_too_large_is_413_whether_it_is_announced_or_not() {
+    let upstream = Server::answering(|| answer(200, "fine")).await;
+    let gateway = Gateway::before(upstream.address(), &["a"], ["--max-body", "1000"]).await;
+    let large = || "x".repeat(8 << 20);
+    let chunked =
+        || reqwest::Body::wrap_stream(futures_util::stream::once(async move { Ok::<_, io::Error>(large()) }));
+    for body in [reqwest::Body::from(large()), chunked()] {
+        let response = http().post(gateway.url("/v1/responses")).body(body).send().await.unwrap();
+        assert_eq!(response.status(), 413);
+        assert_eq!(json_of(response).await["error"]["code"], "request_too_large");
+    }
+    let response = http().post(gateway.url("/v1/messages")).body(large()).send().await.unwrap();
+    assert_eq!(json_of(response).await["error"]["type"], "request_too_large");
+    assert_eq!(upstream.count(), 0);
+    let asks_first = "POST / HTTP/1.1\r\nHost: g\r\nExpect: 100-continue\r\nContent-Length: 1001\r\n\r\n";
+    assert!(exchange(gateway.address(), asks_first).await.starts_with("HTTP/1.1 413"));
+    let largest = http().post(gateway.url("/")).body("x".repeat(1000)).send().await.unwrap();
+    assert_eq!(largest.status(), 200);
+}
+
+#[tokio::test]
+async fn server_sent_events_arrive_one_by_one() {
+    let (mut events, body) = stream();
+    let upstream = answering_once("text/event-stream", body).await;
+    let gateway = Gateway::before(upstream.address(), &["a"], []).await;
+    events.send_data("data: 1\n\n".into()).await.unwrap();
+    let mut response = in_time(http().get(gateway.url("/")).send()).await.unwrap();
+    assert_eq!(in_time(response.chunk()).await.unwrap().unwrap(), "data: 1\n\n");
+    // Only now there is a second one.
+    events.send_data("data: 2\n\n".into()).await.unwrap();
+    assert_eq!(in_time(response.chunk()).await.unwrap().unwrap(), "data: 2\n\n");
+    drop(events);
+    assert_eq!(response.chunk().await.unwrap(), None);
+}
+
+#[tokio::test]
+async fn request_bodies_arrive_chunk_by_chunk() {
+    let first = Arc::new(Notify::new());
+    let arrived = first.clone();
+    let upstream = upstream(move |request| {
+        let arrived = arrived.clone();
+        async move {
+            let mut body = request.into_body().into_data_stream();
+            assert_eq!(body.next().await.unwrap().unwrap(), "one ");
+            arrived.notify_one();
+            answer(200, body.next().await.unwrap().unwrap())
+        }
+    })
+    .await;
+    let gateway = Gateway::before(upstream, &["a"], []).await;
+    let (mut chunks, body) = streaming();
+    let response = tokio::spawn(http().post(gateway.url("/")).body(body).send());
+    chunks.send_data("one ".into()).await.unwrap();
+    in_time(first.notified()).await;
+    chunks.send_data("two".into()).await.unwrap();
+    drop(chunks);
+    assert_eq!(response.await.unwrap().unwrap().text().await.unwrap(), "two");
+}
+
+/// An upstream that limits `a` before it has read anything, and gives the others back what it gets.
+async fn limiting_a_early(keys: Arc<Mutex<Vec<String>>>, limited: Arc<Notify>) -> SocketAddr {
+    upstream(move |request| {
+        let key = key_of(&request).unwrap_or("none").to_owned();
+        keys.lock().unwrap().push(key.clone());
+        let limited = limited.clone();
+        async move {
+            if key == "a" {
+                limited.notify_one();
+                return answer(429, "too many requests");
+            }
+            answer(200, request.into_body().collect().await.unwrap().to_bytes())
+        }
+    })
+    .await
+}
+
+#[tokio::test]
+async fn a_request_that_still_streams_is_sent_again_with_what_was_kept_and_what_is_still_to_come() {
+    let (keys, limited) = (Arc::default(), Arc::new(Notify::new()));
+    let upstream = limiting_a_early(Arc::clone(&keys), limited.clone()).await;
+    let gateway = Gateway::before(upstream, &["a", "b"], []).await;
+    let (mut chunks, body) = streaming();
+    let response = tokio::spawn(http().post(gateway.url("/")).body(body).send());
+    chunks.send_data("one ".into()).await.unwrap();
+    in_time(limited.notified()).await;
+    eventually("it is sent again", || keys.lock().unwrap().len() == 2).await;
+    chunks.send_data("two".into()).await.unwrap();
+    drop(chunks);
+    let response = in_time(response).await.unwrap().unwrap();
+    assert_eq!(response.status(), 200);
+    assert_eq!(response.text().await.unwrap(), "one two");
+    assert_eq!(*keys.lock().unwrap(), ["a", "b"]);
+}
+
+fn kept_body(keep: usize) -> (Sender<Bytes, axum::Error>, KeptBody) {
+    let (chunks, body) = Channel::new(16);
+    (chunks, KeptBody::new(Body::new(body), BodyLimits { keep, most: 1_000 }))
+}
+
+async fn next(body: &mut KeptBody) -> Result<Bytes, String> {
+    let frame = in_time(body.frame()).await.expect("it has ended");
+    Ok(frame.map_err(|error| error.to_string())?.into_data().unwrap())
+}
+
+#[tokio::test]
+async fn while_a_further_attempt_is_about_to_be_made_nothing_is_read_that_might_be_too_much_to_keep() {
+    let (mut chunks, mut first) = kept_body(6);
+    chunks.send_data("one ".into()).await.unwrap();
+    assert_eq!(next(&mut first).await.unwrap(), "one ");
+    let mut second = first.clone();
+    assert!(second.hold());
+    chunks.send_data("two ".into()).await.unwrap();
+    assert!(first.frame().now_or_never().is_none());
+
+    // It is made after all.
+    assert_eq!(next(&mut second).await.unwrap(), "one ");
+    assert_eq!(next(&mut first).await.unwrap_err(), "the request was sent again");
+    assert_eq!(next(&mut second).await.unwrap(), "two ");
+    assert!(!second.clone().hold(), "that is more than is kept");
+    chunks.send_data("three".into()).await.unwrap();
+    drop(chunks);
+    assert_eq!(next(&mut second).await.unwrap(), "three");
+    assert!(in_time(second.frame()).await.is_none());
+}
+
+#[tokio::test]
+async fn where_no_further_attempt_is_made_the_one_before_goes_on() {
+    let (mut chunks, mut first) = kept_body(6);
+    let second = first.clone();
+    assert!(second.hold());
+    chunks.send_data("one ".into()).await.unwrap();
+    let waiting = tokio::spawn(async move { next(&mut first).await });
+    settle().await;
+    assert!(!waiting.is_finished());
+    drop(second);
+    assert_eq!(in_time(waiting).await.unwrap().unwrap(), "one ");
+}
+
+#[tokio::test]
+async fn a_body_is_as_long_for_each_attempt_as_it_is() {
+    let mut first = KeptBody::new(Body::from("12345"), BodyLimits { keep: 10, most: 10 });
+    assert_eq!((first.size_hint().exact(), first.is_end_stream()), (Some(5), false));
+    next(&mut first).await.unwrap();
+    assert_eq!((first.size_hint().exact(), first.is_end_stream()), (Some(0), true));
+    let second = first.clone();
+    assert_eq!((second.size_hint().exact(), second.is_end_stream()), (Some(5), false));
+    let none = KeptBody::new(Body::empty(), BodyLimits { keep: 10, most: 10 });
+    assert!(none.is_end_stream() && none.clone().is_end_stream());
+}
+
+#[tokio::test]
+async fn headers_of_a_connection_are_not_passed_on_in_either_direction() {
+    let (upstream, seen) = raw_upstream(
+        "HTTP/1.1 200 OK\r\nConnection: x-of-upstream, close\r\nX-Of-Upstream: 1\r\nKeep-Alive: timeout=9\r\n\
+         Proxy-Authenticate: Basic\r\nProxy-Connection: close\r\nUpgrade: h2c\r\nX-Kept: 1\r\n\
+         Transfer-Encoding: chunked\r\n\r\n4\r\nfine\r\n0\r\n\r\n",
+    )
+    .await;
+    let gateway = Gateway::before(upstream, &["a"], []).await;
+    let answer = exchange(
+        gateway.address(),
+        "POST / HTTP/1.1\r\nHost: gateway\r\nConnection: close, X-Of-Caller, content-length\r\nX-Of-Caller: 1\r\n\
+         Keep-Alive: 1\r\nProxy-Connection: close\r\nTE: trailers\r\nUpgrade: websocket\r\n\
+         Expect: 100-continue\r\nAccept-Encoding: br\r\nX-Kept: 1\r\nContent-Length: 2\r\n\r\nhi",
+    )
+    .await;
+    let (answer, request) = (answer.to_lowercase(), seen.lock().unwrap()[0].to_lowercase());
+    for kept in [&answer, &request] {
+        assert!(kept.contains("x-kept: 1"), "{kept}");
+    }
+    let ours = ["x-of-upstream", "timeout=9", "proxy-", "h2c"];
+    assert!(!ours.iter().any(|gone| answer.contains(gone)), "{answer}");
+    let theirs = ["x-of-caller", "keep-alive", "proxy-", "te:", "upgrade", "websocket", "expect", "gateway"];
+    assert!(!theirs.iter().any(|gone| request.contains(gone)), "{request}");
+    assert!(request.contains("accept-encoding: identity"), "{request}");
+    assert!(request.contains("content-length: 2"), "{request}");
+    assert!(answer.ends_with("4\r\nfine\r\n0\r\n\r\n"), "{answer}");
+}
+
+#[tokio::test]
+async fn an_upstream_that_speaks_http_1_0_is_answered_for_in_http_1_1() {
+    let (upstream, _) = raw_upstream("HTTP/1.0 200 OK\r\nContent-Length: 4\r\n\r\nfine").await;
+    let gateway = Gateway::before(upstream, &["a"], []).await;
+    let answer = exchange(gateway.address(), "GET / HTTP/1.1\r\nHost: g\r\nConnection: close\r\n\r\n").await;
+    assert!(answer.starts_with("HTTP/1.1 200 OK"), "{answer}");
+}
+
+#[tokio::test]
+async fn the_callers_credentials_never_reach_the_upstream() {
+    let (upstream, seen) =
+        raw_upstream("HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").await;
+    for (places, at) in [
+        (&["--inject", "bearer"][..], "authorization: bearer sk-a"),
+        (&["--inject", "header:x-own", "--inject", "query:key"], "get /v1?x=1&key=sk-a http/1.1"),
+    ] {
+        let keys = keys_file("a|sk-a");
+        let upstream = format!("http://{upstream}");
+        let arguments = ["--upstream", &upstream, "--keys", keys.path(), "--client-token", "canary"];
+        let gateway = Gateway::start(command(arguments.iter().chain(places))).await;
+        let query = if places.len() > 2 { "?x=1&key=canary" } else { "" };
+        let request = format!(
+            "GET /v1{query} HTTP/1.1\r\nHost: g\r\nConnection: close\r\nAuthorization: Bearer canary\r\n\
+             Authorization: Basic canary\r\nx-api-key: canary\r\nApi-Key: canary\r\nX-Goog-Api-Key: canary\r\n\
+             Proxy-Authorization: Basic canary\r\nx-own: canary\r\n\r\n"
+        );
+        let request = if places.len() > 2 { request } else { request.replace("x-own: canary\r\n", "") };
+        assert!(exchange(gateway.address(), &request).await.starts_with("HTTP/1.1 200"));
+        let arrived = seen.lock().unwrap().pop().unwrap().to_lowercase();
+        assert!(arrived.contains(at), "{arrived}");
+        assert!(!arrived.contains("canary"), "{arrived}");
+        assert_eq!(arrived.matches("sk-a").count(), places.len() / 2, "{arrived}");
+    }
+}
+
+#[tokio::test]
+async fn redirects_go_back_to_the_caller_and_are_not_followed() {
+    let elsewhere = Server::answering(|| answer(200, "a key was here")).await;
+    let location = elsewhere.url();
+    let upstream = Server::answering(move || answer_with(307, [("location", &*location)], "")).await;
+    let gateway = Gateway::before(upstream.address(), &["a"], []).await;
+    let client = reqwest::Client::builder().no_proxy().redirect(reqwest::redirect::Policy::none()).build();
+    let response = client.unwrap().get(gateway.url("/")).send().await.unwrap();
+    assert_eq!(response.status(), 307);
+    assert_eq!(header(&response, "location"), Some(&*elsewhere.url()));
+    assert_eq!(elsewhere.count(), 0);
+}
+
+#[tokio::test]
+async fn with_client_tokens_only_who_brings_one_is_served() {
+    let upstream = Server::answering(|| answer(200, "fine")).await;
+    let tokens = ["--client-token", "one", "--client-token", "two"];
+    let gateway = Gateway::before(upstream.address(), &["a"], tokens).await;
+    for (name, value) in [
+        ("authorization", "Bearer one"),
+        ("authorization", "bearer two"),
+        ("x-api-key", "two"),
+        ("api-key", "one"),
+        ("x-goog-api-key", "two"),
+    ] {
+        let response = http().get(gateway.url("/")).header(name, value).send().await.unwrap();
+        assert_eq!(response.status(), 200, "{name}: {value}");
+    }
+    assert_eq!(upstream.count(), 5);
+    for (name, value) in [
+        ("authorization", "Bearer on"),
+        ("authorization", "Bearer oneone"),
+        ("authorization", "Bearer "),
+        ("x-api-key", "sk-a"),
+        ("cookie", "one"),
+    ] {
+        let response = http().post(gateway.url("/v1")).header(name, value).body("hi").send().await.unwrap();
+        assert_eq!(response.status(), 401, "{name}: {value}");
+        assert_eq!(header(&response, "www-authenticate"), Some("Bearer"));
+        assert_eq!(json_of(response).await["error"]["code"], "invalid_api_key");
+    }
+    let response = http().post(gateway.url("/v1/messages")).send().await.unwrap();
+    let error = json_of(response).await;
+    assert_eq!((&error["type"], &error["error"]["type"]), (&json!("error"), &json!("authentication_error")));
+    assert_eq!(upstream.count(), 5);
+    assert!(!gateway.log().contains("without a client token"));
+}
+
+/// What it says where a setting is wrong, which is one line.
+fn one_line(output: &Output) -> String {
+    let said = String::from_utf8(output.stderr.clone()).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    assert!(said.starts_with("gateway: ") && said.lines().count() == 1, "{said}");
+    assert!(!said.contains("canary"), "{said}");
+    said
+}
+
+#[tokio::test]
+async fn without_a_client_token_it_listens_on_loopback_only_and_says_so() {
+    let keys = keys_file("a|sk-a");
+    let arguments = ["--upstream", "https://example.com", "--keys", keys.path(), "--listen", "0.0.0.0:0"];
+    let said = one_line(&refusal(arguments).await);
+    assert!(said.contains("without a client token it listens on loopback only"), "{said}");
+    let gateway = Gateway::start_listening(command(arguments.iter().chain(&["--client-token", "one"]))).await;
+    assert!(gateway.address().ip().is_unspecified());
+
+    let upstream = Server::answering(|| answer(200, "fine")).await;
+    let gateway = Gateway::before(upstream.address(), &["a"], []).await;
+    assert!(gateway.log().contains("without a client token"), "{}", gateway.log());
+}
+
+#[tokio::test]
+async fn a_wrong_setting_is_one_line_and_exit_code_2() {
+    let keys = keys_file("a|sk-a");
+    let unusable = keys_file("a|sk-canary \n");
+    let not_json = file("json", r#"["sk-canary", ]"#);
+    let data_keys = file("txt", "canary");
+    let with = |name, value| vec!["--upstream", "https://example.com", "--keys", keys.path(), name, value];
+    for (wrong, expected) in [
+        (vec![], "--upstream"),
+        (vec!["--keys", keys.path()], "--upstream"),
+        (vec!["--upstream", "ftp://example.com"], "--upstream <URL>: it is http://"),
+        (vec!["--upstream", "example.com"], "--upstream <URL>: it is http://"),
+        (vec!["--upstream", "https://me:canary@example.com"], "it has a user or password"),
+        (vec!["--upstream", "https://example.com?key=canary"], "it has a query"),
+        (vec!["--upstream", "https://example.com"], "there are no keys"),
+        (
+            vec!["--upstream", "https://example.com", "--keys", "no/such/file"],
+            "no/such/file could not be read",
+        ),
+        (vec!["--upstream", "https://example.com", "--keys", not_json.path()], "line 1: not valid JSON"),
+        (vec!["--upstream", "http://example.com", "--keys", keys.path()], "cleartext"),
+        (with("--listen", "nowhere"), "--listen <ADDRESS>"),
+        (with("--inject", "header:no header"), "it is bearer, header:NAME or query:NAME"),
+        (with("--cooldown", "soon"), "--cooldown <SECONDS>: not a number"),
+        (with("--response-timeout", "inf"), "--response-timeout <SECONDS>"),
+        (with("--attempts", "0"), "--attempts <N>"),
+        (with("--keep-body", "1MiB"), "--keep-body <BYTES>"),
+        (with("--client-token", "canary canary"), "--client-token <TOKEN>: a token is"),
+        (with("--admin-token", ""), "--admin-token <TOKEN>"),
+        (with("--data-keys", data_keys.path()), "--data-keys is for the keys in MongoDB"),
+        (with("--mongodb", "mongo://me:canary@localhost"), "--mongodb"),
+        (with("--log", "gateway=loud"), "--log"),
+        (with("--no-such-setting", "1"), "--no-such-setting"),
+        (with("--config", "no/such/file.toml"), "no/such/file.toml"),
+    ] {
+        let said = one_line(&refusal(&wrong).await);
+        assert!(said.contains(expected), "{wrong:?}: {said}");
+    }
+    let output = refusal(["--upstream", "https://example.com", "--keys", unusable.path()]).await;
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(said.lines().last().unwrap().contains("line 1: key a: the secret begins or ends with"), "{said}");
+    assert!(!said.contains("canary"), "{said}");
+    let mut wrong = command(with("--mongodb", "mongodb://localhost"));
+    wrong.args(["--data-keys", data_keys.path()]);
+    assert!(one_line(&ended(wrong).await).contains("data key"));
+    let mut wrong = command(with("--log", "info"));
+    wrong.env("GATEWAY_COOLDOWN", "canary");
+    assert!(one_line(&ended(wrong).await).contains("--cooldown <SECONDS>: not a number of seconds"));
+}
+
+#[tokio::test]
+async fn a_wrong_line_of_the_file_is_named_with_it() {
+    for (text, expected) in [
+        ("upstream = \"https://example.com\"\nclient-token = \"canary", "line 2: "),
+        ("no-such = 1", "--no-such"),
+        ("config = \"other.toml\"", "config: a file names no other"),
+        ("cooldown = \"canary\"", "--cooldown <SECONDS>: not a number of seconds"),
+        ("cooldown = [1, 2]", "--cooldown"),
+        ("[client-token]\nme = \"canary\"", "client-token: it is text"),
+        ("sanitize-errors = \"canary\"", "--sanitize-errors"),
+        ("client-token = [\"canary canary\"]", "--client-token <TOKEN>: a token is"),
+    ] {
+        let file = file("toml", text);
+        let said = one_line(&refusal(["--config", file.path()]).await);
+        assert!(said.contains(&format!("{}: ", file.path())) && said.contains(expected), "{text}: {said}");
+    }
+}
+
+#[tokio::test]
+async fn the_command_line_overrides_the_environment_and_that_the_file() {
+    let answering = |name: &'static str| Server::answering(move || answer(200, name));
+    let (of_file, of_environment, of_line) =
+        (answering("file").await, answering("environment").await, answering("line").await);
+    let url = |server: &Server| format!("http://{}", server.address());
+    let keys = keys_file("a|sk-a");
+    let settings = format!(
+        "upstream = {:?}\nkeys = {:?}\nclient-token = [\"one\", \"two\"]\nsanitize-errors = true\nwait = 0.5\n",
+        url(&of_file),
+        keys.path(),
+    );
+    let file = file("toml", &settings);
+    let served_by = async |gateway: &Gateway, token: &str| {
+        let response = http().get(gateway.url("/")).header("x-api-key", token).send().await.unwrap();
+        if response.status() == 200 { response.text().await.unwrap() } else { "nobody".to_owned() }
+    };
+
+    let gateway = Gateway::start(command(["--config", file.path()])).await;
+    assert_eq!(served_by(&gateway, "two").await, "file");
+    assert_eq!(served_by(&gateway, "three").await, "nobody");
+
+    let mut with_environment = command(["--config", file.path()]);
+    with_environment.env("GATEWAY_UPSTREAM", url(&of_environment)).env("GATEWAY_CLIENT_TOKEN", "three,four");
+    with_environment.env("GATEWAY_ADMIN_TOKEN", "");
+    let gateway = Gateway::start(with_environment).await;
+    assert_eq!(served_by(&gateway, "four").await, "environment");
+    assert_eq!(served_by(&gateway, "two").await, "nobody");
+
+    let mut with_line = command(["--upstream", &url(&of_line), "--client-token", "five"]);
+    with_line.env("GATEWAY_CONFIG", file.path());
+    with_line.env("GATEWAY_UPSTREAM", url(&of_environment)).env("GATEWAY_CLIENT_TOKEN", "three,four");
+    let gateway = Gateway::start(with_line).await;
+    assert_eq!(served_by(&gateway, "five").await, "line");
+    assert_eq!(served_by(&gateway, "four").await, "nobody");
+}
+
+#[tokio::test]
+async fn a_flag_of_the_file_can_be_taken_back() {
+    let upstream = Server::answering(|| answer(400, "the upstream's own words")).await;
+    let file = file("toml", "sanitize-errors = true");
+    for (flag, shown) in [("--sanitize-errors", false), ("--sanitize-errors=false", true)] {
+        let gateway = Gateway::before(upstream.address(), &["a"], ["--config", file.path(), flag]).await;
+        let response = http().get(gateway.url("/")).send().await.unwrap().text().await.unwrap();
+        assert_eq!(response.contains("own words"), shown, "{response}");
+    }
+}
+
+#[tokio::test]
+async fn help_names_every_setting_and_no_value_of_the_environment() {
+    let mut help = command(["--help"]);
+    help.env("GATEWAY_CLIENT_TOKEN", "canary").env("GATEWAY_MONGODB", "mongodb://me:canary@localhost");
+    let output = ended(help).await;
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success());
+    for setting in ["--upstream <URL>", "[env: GATEWAY_CLIENT_TOKEN]", "[default: 127.0.0.1:8080]"] {
+        assert!(said.contains(setting), "{setting} is not in {said}");
+    }
+    assert!(!said.contains("canary"), "{said}");
+}
+
+#[tokio::test]
+async fn an_address_in_use_is_exit_code_1_and_one_line() {
+    let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let keys = keys_file("a|sk-a");
+    let address = taken.local_addr().unwrap().to_string();
+    let output =
+        refusal(["--upstream", "https://example.com", "--keys", keys.path(), "--listen", &address]).await;
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.starts_with(&format!("gateway: {address}: ")) && said.lines().count() == 1, "{said}");
+}
+
+#[tokio::test]
+async fn while_all_keys_rest_the_caller_is_told_when_the_first_is_back_in_the_words_of_its_api() {
+    let upstream = Server::start(async |request| {
+        let wait = if key_of(&request) == Some("a") { "7" } else { "500" };
+        answer_with(429, [("retry-after", wait)], "the upstream's own words")
+    })
+    .await;
+    let gateway = Gateway::before(upstream.address(), &["a", "b"], ["--cooldown", "1"]).await;
+    let post = |path: &str| http().post(gateway.url(path)).body("hi").send();
+    let assert_true = |response: &reqwest::Response| {
+        let wait: u64 = header(response, "retry-after").unwrap().parse().unwrap();
+        assert!((4..=7).contains(&wait), "{wait}");
+    };
+
+    // The last attempt's, but not its time: a is back before b.
+    let response = post("/v1/chat/completions").await.unwrap();
+    assert_eq!(response.status(), 429);
+    assert_true(&response);
+    assert_eq!(response.text().await.unwrap(), "the upstream's own words");
+    assert_eq!(upstream.keys(), ["a", "b"]);
+
+    let response = post("/v1/chat/completions").await.unwrap();
+    assert_eq!(response.status(), 429);
+    assert_true(&response);
+    let error = json_of(response).await;
+    assert_eq!(error["error"]["type"], "rate_limit_error");
+    assert_eq!(error["error"]["code"], "rate_limit_exceeded");
+    assert_eq!(error["error"]["param"], Value::Null);
+    let message = error["error"]["message"].as_str().unwrap();
+    assert!(message.contains("all keys of this gateway rest; the first is back in"), "{message}");
+
+    let response = post("/v1/messages/count_tokens").await.unwrap();
+    assert_true(&response);
+    let error = json_of(response).await;
+    assert_eq!((&error["type"], &error["error"]["type"]), (&json!("error"), &json!("rate_limit_error")));
+    let versioned = http().get(gateway.url("/v1/models")).header("anthropic-version", "2023-06-01").send();
+    assert_eq!(json_of(versioned.await.unwrap()).await["type"], "error");
+    assert_eq!(upstream.count(), 2, "no key was used that rests");
+}
+
+#[tokio::test]
+async fn a_finer_hint_of_one_key_does_not_stand_beside_the_time_that_is_true_of_all() {
+    let hints = [("retry-after", "500"), ("retry-after-ms", "500000")];
+    let upstream = Server::start(move |request| {
+        let limited_longer = key_of(&request) != Some("a");
+        let reply = if limited_longer { answer_with(429, hints, "") } else { answer(429, "") };
+        std::future::ready(reply)
+    })
+    .await;
+    let gateway = Gateway::before(upstream.address(), &["a", "b"], ["--cooldown", "9"]).await;
+    let response = http().get(gateway.url("/")).send().await.unwrap();
+    assert_eq!(header(&response, "retry-after-ms"), None);
+    assert!(header(&response, "retry-after").unwrap().parse::<u64>().unwrap() <= 9);
+}
+
+#[tokio::test]
+async fn where_no_key_comes_back_by_itself_it_is_503_without_a_time_and_not_ready() {
+    let upstream = Server::answering(|| answer(401, "no such key")).await;
+    let gateway = Gateway::before(upstream.address(), &["a", "b"], []).await;
+    let ready = async || http().get(gateway.url("/readyz")).send().await.unwrap().status();
+    assert_eq!(ready().await, 200);
+    assert_eq!(http().get(gateway.url("/")).send().await.unwrap().status(), 401);
+    let response = http().get(gateway.url("/")).send().await.unwrap();
+    assert_eq!(
+        (response.status(), header(&response, "retry-after")),
+        (StatusCode::SERVICE_UNAVAILABLE, None)
+    );
+    assert_eq!(json_of(response).await["error"]["code"], "service_unavailable");
+    assert_eq!(upstream.keys(), ["a", "b"]);
+    assert_eq!(ready().await, 503);
+    assert_eq!(http().get(gateway.url("/healthz")).send().await.unwrap().status(), 200);
+}
+
+#[tokio::test]
+async fn health_needs_no_token_and_a_gateway_whose_keys_rest_is_ready() {
+    let upstream = Server::limiting(["a"]).await;
+    let gateway = Gateway::before(upstream.address(), &["a"], ["--client-token", "one"]).await;
+    let limited = http().get(gateway.url("/")).header("x-api-key", "one").send().await.unwrap();
+    assert_eq!(limited.status(), 429);
+    for path in ["/healthz", "/readyz"] {
+        assert_eq!(http().get(gateway.url(path)).send().await.unwrap().status(), 200);
+        assert_eq!(http().head(gateway.url(path)).send().await.unwrap().status(), 200);
+    }
+    assert_eq!(upstream.count(), 1);
+}
+
+#[tokio::test]
+async fn with_wait_a_request_waits_for_a_key() {
+    let upstream = Server::limiting(["a"]).await;
+    let gateway = Gateway::before(upstream.address(), &["a"], ["--cooldown", "0.3", "--wait", "10"]).await;
+    let response = tokio::spawn(http().post(gateway.url("/")).body("hi").send());
+    eventually("it is limited", || upstream.count() == 1).await;
+    upstream.lift("a");
+    assert_eq!(in_time(response).await.unwrap().unwrap().status(), 200);
+    assert!(upstream.requests().iter().all(|request| request.body() == "hi"));
+}
+
+#[tokio::test]
+async fn an_upstream_that_is_not_there_or_breaks_off_is_502() {
+    let not_there = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let (breaks_off, _) = raw_upstream("HTTP/1.1 20").await;
+    let (speaks_nonsense, _) = raw_upstream("nonsense\r\n\r\n").await;
+    for (upstream, expected) in
+        [(not_there, "can't be reached"), (breaks_off, "broke off"), (speaks_nonsense, "broke off")]
+    {
+        let gateway = Gateway::before(upstream, &["a"], []).await;
+        let response = http().get(gateway.url("/v1/models?q=1")).send().await.unwrap();
+        assert_eq!(response.status(), 502);
+        let error = json_of(response).await;
+        assert_eq!(error["error"]["code"], "bad_gateway");
+        let message = error["error"]["message"].as_str().unwrap();
+        assert!(message.contains(expected), "{message}");
+        assert!(gateway.log().contains("no answer from the upstream"), "{}", gateway.log());
+    }
+}
+
+#[tokio::test]
+async fn an_upstream_that_accepts_no_connection_in_time_is_502_and_one_that_does_not_answer_504() {
+    // It never begins to speak TLS.
+    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let keys = keys_file("a|sk-a");
+    let url = format!("https://{}", silent.local_addr().unwrap());
+    let arguments = ["--upstream", &url, "--keys", keys.path(), "--connect-timeout", "0.2"];
+    let gateway = Gateway::start(command(arguments)).await;
+    let response = in_time(http().get(gateway.url("/")).send()).await.unwrap();
+    assert_eq!(response.status(), 502);
+
+    let upstream = upstream(async |_| std::future::pending().await).await;
+    let gateway = Gateway::before(upstream, &["a"], ["--response-timeout", "0.2"]).await;
+    let response = in_time(http().post(gateway.url("/v1/messages")).send()).await.unwrap();
+    assert_eq!(response.status(), 504);
+    assert_eq!(json_of(response).await["error"]["type"], "timeout_error");
+}
+
+#[tokio::test]
+async fn with_sanitize_errors_nothing_of_an_upstreams_error_goes_out_but_its_status_and_retry_after() {
+    let errors = |status: u16| {
+        let headers = [
+            ("retry-after", "3"),
+            ("x-ratelimit-limit-tokens", "40000"),
+            ("openai-organization", "org-canary"),
+            ("anthropic-organization-id", "org-canary"),
+            ("content-type", "application/json"),
+        ];
+        answer_with(status, headers, r#"{"error":{"message":"org-canary owes $40000"}}"#)
+    };
+    let status = Arc::new(Mutex::new(500));
+    let set = status.clone();
+    let upstream = Server::start(move |_| std::future::ready(errors(*set.lock().unwrap()))).await;
+    let sanitizing = Gateway::before(upstream.address(), &["a", "b"], ["--sanitize-errors"]).await;
+    for wrong in [500, 400, 429] {
+        *status.lock().unwrap() = wrong;
+        let response = http().post(sanitizing.url("/v1/messages")).send().await.unwrap();
+        assert_eq!(response.status(), wrong);
+        assert!(header(&response, "retry-after").is_some());
+        let shown = format!("{:?}", response.headers());
+        let body = response.text().await.unwrap();
+        assert!(!shown.contains("canary") && !shown.contains("40000"), "{shown}");
+        assert!(
+            !body.contains("canary") && body.contains(&format!("the upstream answered {wrong}")),
+            "{body}"
+        );
+    }
+    *status.lock().unwrap() = 200;
+    let another = Gateway::before(upstream.address(), &["a"], ["--sanitize-errors"]).await;
+    assert!(http().get(another.url("/")).send().await.unwrap().text().await.unwrap().contains("canary"));
+}
+
+#[tokio::test]
+async fn without_it_an_upstreams_errors_pass_as_they_are() {
+    let upstream =
+        Server::answering(|| answer_with(418, [("openai-organization", "org-1")], "short and stout")).await;
+    let gateway = Gateway::before(upstream.address(), &["a"], []).await;
+    let response = http().get(gateway.url("/")).send().await.unwrap();
+    assert_eq!((response.status().as_u16(), header(&response, "openai-organization")), (418, Some("org-1")));
+    assert_eq!(response.text().await.unwrap(), "short and stout");
+}
+
+/// A gateway, the upstream's end of a stream that goes through it, and the caller's, to which the first chunk has
+/// come.
+async fn with_a_stream_under_way(limit: &str) -> (Gateway, Sender<Bytes, Infallible>, reqwest::Response) {
+    let (mut chunks, body) = stream();
+    let upstream = answering_once("text/plain", body).await;
+    let gateway = Gateway::before(upstream.address(), &["a"], ["--shutdown-limit", limit]).await;
+    chunks.send_data("one ".into()).await.unwrap();
+    let mut response = http().get(gateway.url("/")).send().await.unwrap();
+    assert_eq!(response.chunk().await.unwrap().unwrap(), "one ");
+    (gateway, chunks, response)
+}
+
+#[tokio::test]
+async fn told_to_stop_it_takes_no_more_requests_and_finishes_those_under_way() {
+    let (mut gateway, mut chunks, mut response) = with_a_stream_under_way("10").await;
+    gateway.terminate().await;
+    let address = gateway.address();
+    mongo::eventually_within(10 * SECOND, "it takes no more connections", || async {
+        TcpStream::connect(address).await.is_err()
+    })
+    .await;
+    chunks.send_data("two".into()).await.unwrap();
+    drop(chunks);
+    assert_eq!(response.chunk().await.unwrap().unwrap(), "two");
+    assert_eq!(response.chunk().await.unwrap(), None);
+    assert_eq!(gateway.ended().await.code(), Some(0));
+    assert!(!gateway.log().contains("broken off"), "{}", gateway.log());
+}
+
+#[tokio::test]
+async fn what_does_not_finish_within_the_limit_is_broken_off() {
+    let (mut gateway, _chunks, mut response) = with_a_stream_under_way("0.2").await;
+    let told = Instant::now();
+    gateway.terminate().await;
+    assert_eq!(gateway.ended().await.code(), Some(0));
+    assert!(told.elapsed() < Duration::from_secs(5));
+    assert!(gateway.log().contains("broken off"), "{}", gateway.log());
+    assert!(response.chunk().await.is_err());
+}
+
+/// The arguments of a gateway over these keys in MongoDB.
+fn over(mongo: &Mongo, upstream: SocketAddr) -> Vec<String> {
+    let upstream = format!("http://{upstream}");
+    let database = mongo.database.name();
+    ["--upstream", &upstream, "--mongodb", &mongo.uri, "--mongodb-database", database]
+        .map(String::from)
+        .to_vec()
+}
+
+/// Of whatever type.
+fn number(document: &Document, field: &str) -> i64 {
+    let value = document.get(field).unwrap_or_else(|| panic!("no {field} in {document}"));
+    value.as_i64().or(value.as_i32().map(i64::from)).or(value.as_f64().map(|value| value as i64)).unwrap()
+}
+
+#[tokio::test]
+async fn with_mongodb_marks_and_usage_are_there_when_it_has_stopped() {
+    let mongo = Mongo::standalone().await;
+    mongo.insert_all(["a", "b"]).await;
+    let upstream = Server::limiting(["a"]).await;
+    let mut gateway = Gateway::start(command(over(&mongo, upstream.address()))).await;
+    for _ in 0..3 {
+        assert_eq!(http().get(gateway.url("/")).send().await.unwrap().status(), 200);
+    }
+    gateway.terminate().await;
+    assert_eq!(gateway.ended().await.code(), Some(0));
+    assert_eq!(mongo.status("a").await, "rate_limited");
+    assert_eq!(mongo.status("b").await, "healthy");
+    let requests = async |id| number(&mongo.document(id).await, "requestsCount");
+    assert_eq!((requests("a").await, requests("b").await), (2 + 1, 2 + 3));
+}
+
+#[tokio::test]
+async fn keys_in_mongodb_are_encrypted_where_there_are_data_keys_and_have_names_as_one_likes() {
+    let mongo = Mongo::standalone().await;
+    let upstream = Server::answering(|| answer(200, "fine")).await;
+    let data_key = format!("2026a={}", BASE64_STANDARD.encode([7; 64]));
+    let (keys, data_keys) = (keys_file("a|sk-a"), file("txt", &data_key));
+    let arguments = ["--keys", keys.path(), "--data-keys", data_keys.path(), "--mongodb-collection", "mine"];
+    let arguments = over(&mongo, upstream.address()).into_iter().chain(arguments.map(String::from));
+    let gateway = Gateway::start(command(arguments)).await;
+    assert_eq!(http().get(gateway.url("/")).send().await.unwrap().status(), 200);
+    assert_eq!(upstream.keys(), ["a"]);
+    let mine = mongo.database.collection::<Document>("mine");
+    mongo::eventually_within(10 * SECOND, "the key of the file is in MongoDB", || async {
+        mine.count_documents(doc! { "_id": "a" }).await.unwrap() == 1
+    })
+    .await;
+    let document = mine.find_one(doc! { "_id": "a" }).await.unwrap().unwrap();
+    assert!(document.get_str("apiKey").unwrap().starts_with("encrypted."), "{document}");
+}
+
+#[tokio::test]
+async fn without_mongodb_it_does_not_start_unless_there_are_keys_to_begin_with() {
+    let upstream = Server::answering(|| answer(200, "fine")).await;
+    let url = format!("http://{}", upstream.address());
+    let arguments = ["--upstream", &url, "--mongodb", "mongodb://127.0.0.1:1/?serverSelectionTimeoutMS=200"];
+    let output = refusal(arguments).await;
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.lines().last().unwrap().starts_with("gateway: "), "{said}");
+
+    let keys = keys_file("a|sk-a");
+    let gateway = Gateway::start(command(arguments.iter().chain(&["--keys", keys.path()]))).await;
+    assert_eq!(http().get(gateway.url("/")).send().await.unwrap().status(), 200);
+}
+
+const CHAT: &str = r#"{"object":"chat.completion","choices":[{"message":{"content":"hi"}}],
+    "usage":{"prompt_tokens":1,"completion_tokens":1,"total_tokens":2,"prompt_tokens_details":{"cached_tokens":1}}}"#;
+const CHAT_STREAM: &str = "data: {\"choices\":[{\"delta\":{\"content\":\"hi\"}}],\"usage\":null}\n\n\
+    data: {\"choices\":[],\"usage\":{\"prompt_tokens\":10,\"completion_tokens\":10,\"total_tokens\":20}}\n\n\
+    data: [DONE]\n\n";
+const RESPONSES_STREAM: &str = "event: response.created\ndata: {\"type\":\"response.created\",\"response\":{\"usage\":null}}\n\n\
+    event: response.completed\ndata: {\"type\":\"response.completed\",\"response\":{\"usage\":{\"input_tokens\":100,\
+    \"output_tokens\":100,\"total_tokens\":200}}}\n\n";
+const MESSAGE: &str = r#"{"type":"message","usage":{"input_tokens":1000,"output_tokens":500,
+    "cache_creation_input_tokens":300,"cache_read_input_tokens":200}}"#;
+const MESSAGE_STREAM: &str = "event: message_start\r\ndata: {\"type\":\"message_start\",\"message\":{\"usage\":{\
+    \"input_tokens\":10000,\"cache_creation_input_tokens\":0,\"cache_read_input_tokens\":5000,\"output_tokens\":1}}}\r\n\r\n\
+    event: message_delta\r\ndata: {\"type\":\"message_delta\",\"usage\":{\"output_tokens\":2500}}\r\n\r\n\
+    event: message_delta\r\ndata: {\"type\":\"message_delta\",\"usage\":{\"output_tokens\":5000}}\r\n\r\n";
+
+/// In chunks that end anywhere.
+fn in_pieces(text: &'static str) -> Body {
+    let pieces = text.as_bytes().chunks(7).map(|piece| Ok::<_, Infallible>(Bytes::from_static(piece)));
+    Body::from_stream(futures_util::stream::iter(pieces))
+}
+
+#[tokio::test]
+async fn tokens_are_credited_to_the_key_that_served_whatever_the_api_and_whether_it_streams() {
+    let mongo = Mongo::standalone().await;
+    mongo.insert_all(["limited", "serves"]).await;
+    let upstream = Server::start(async |request| {
+        if key_of(&request) == Some("limited") {
+            let body = r#"{"error":{"message":"slow down"},"usage":{"total_tokens":7}}"#;
+            return answer_with(429, [("content-type", "application/json")], body);
+        }
+        let (kind, body) = match request.uri().path() {
+            "/chat" => ("application/json; charset=utf-8", CHAT),
+            "/chat-stream" => ("text/event-stream; charset=utf-8", CHAT_STREAM),
+            "/responses-stream" => ("text/event-stream", RESPONSES_STREAM),
+            "/message" => ("application/json", MESSAGE),
+            "/message-stream" => ("text/event-stream", MESSAGE_STREAM),
+            "/text" => ("text/plain", CHAT),
+            _ => ("application/json", r#"{"usage":"much","#),
+        };
+        answer_with(200, [("content-type", kind)], in_pieces(body))
+    })
+    .await;
+    let mut gateway = Gateway::start(command(over(&mongo, upstream.address()))).await;
+    for (path, body) in [
+        ("/chat", CHAT),
+        ("/chat-stream", CHAT_STREAM),
+        ("/responses-stream", RESPONSES_STREAM),
+        ("/message", MESSAGE),
+        ("/message-stream", MESSAGE_STREAM),
+        ("/text", CHAT),
+        ("/cut", r#"{"usage":"much","#),
+    ] {
+        let response = http().get(gateway.url(path)).send().await.unwrap();
+        assert_eq!(response.text().await.unwrap(), body, "it passes as it is");
+    }
+    gateway.terminate().await;
+    assert_eq!(gateway.ended().await.code(), Some(0));
+    let tokens = async |id| number(&mongo.document(id).await, "tokensUsed");
+    assert_eq!(tokens("serves").await, 7 + 22_222, "each digit is an API's");
+    assert_eq!(tokens("limited").await, 7);
+}
+
+#[tokio::test]
+async fn callers_may_speak_http_2() {
+    let upstream = Server::start(async |request| answer(200, request.into_body())).await;
+    let gateway = Gateway::before(upstream.address(), &["a"], []).await;
+    let client = Client::builder(TokioExecutor::new()).http2_only(true).build_http::<Full<Bytes>>();
+    let request = Request::post(gateway.url("/v1")).body(Full::from("hello")).unwrap();
+    let response = in_time(client.request(request)).await.unwrap();
+    assert_eq!((response.status(), response.version()), (StatusCode::OK, Version::HTTP_2));
+    assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "hello");
+}
+
+/// Connections by TLS; those that come to nothing are left out.
+struct Tls(TcpListener, TlsAcceptor);
+
+impl Listener for Tls {
+    type Io = TlsStream<TcpStream>;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (Self::Io, SocketAddr) {
+        loop {
+            if let Ok((connection, address)) = self.0.accept().await
+                && let Ok(connection) = self.1.accept(connection).await
+            {
+                return (connection, address);
+            }
+        }
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.0.local_addr()
+    }
+}
+
+fn pem(certificate: &[u8]) -> String {
+    let text = BASE64_STANDARD.encode(certificate);
+    format!("-----BEGIN CERTIFICATE-----\n{text}\n-----END CERTIFICATE-----\n")
+}
+
+#[tokio::test]
+async fn an_upstream_is_spoken_to_by_tls_and_in_http_2_where_it_can_and_only_if_it_is_who_it_says() {
+    let certificate = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+    let key = PrivateKeyDer::Pkcs8(certificate.signing_key.serialize_der().into());
+    let config = ServerConfig::builder().with_no_client_auth();
+    let mut config = config.with_single_cert(vec![certificate.cert.der().clone()], key).unwrap();
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    let listener = Tls(TcpListener::bind("127.0.0.1:0").await.unwrap(), TlsAcceptor::from(Arc::new(config)));
+    let url = format!("https://localhost:{}", listener.local_addr().unwrap().port());
+    let version = async |request: Request<Body>| format!("{:?}", request.version());
+    tokio::spawn(async move { axum::serve(listener, Router::new().fallback(version)).await });
+
+    let (keys, trusted) = (keys_file("a|sk-a"), file("pem", &pem(certificate.cert.der())));
+    let arguments = ["--upstream", &url, "--keys", keys.path()];
+    let mut trusting = command(arguments);
+    trusting.env("SSL_CERT_FILE", trusted.path());
+    let gateway = Gateway::start(trusting).await;
+    let response = in_time(http().get(gateway.url("/")).send()).await.unwrap();
+    assert_eq!(response.text().await.unwrap(), "HTTP/2.0");
+
+    let gateway = Gateway::start(command(arguments)).await;
+    assert_eq!(in_time(http().get(gateway.url("/")).send()).await.unwrap().status(), 502);
+}
+
+#[tokio::test]
+async fn a_path_of_the_upstreams_goes_before_each_and_none_leads_out_of_it() {
+    let upstream = Server::start(async |request| answer(200, request.uri().to_string())).await;
+    let (keys, url) = (keys_file("a|sk-a"), format!("http://{}/tenant/", upstream.address()));
+    let gateway = Gateway::start(command(["--upstream", &url, "--keys", keys.path()])).await;
+    let get = async |target: &str| {
+        let request = format!("GET {target} HTTP/1.1\r\nHost: g\r\nConnection: close\r\n\r\n");
+        exchange(gateway.address(), &request).await
+    };
+    assert!(get("/v1/a..b?x=..").await.ends_with("/tenant/v1/a..b?x=.."));
+    assert!(get("/").await.ends_with("/tenant/"));
+    // One for a proxy of the caller's: where it leads to is not the caller's choice.
+    assert!(get("http://example.com/v1").await.ends_with("/tenant/v1"));
+    for leads_out in ["/../other", "/v1/%2e%2E/other", "/v1/..%2fother", "/v1\\..\\other", "*"] {
+        assert!(get(leads_out).await.starts_with("HTTP/1.1 400"), "{leads_out}");
+    }
+    assert_eq!(upstream.count(), 3);
+}
+
+#[tokio::test]
+async fn a_caller_that_goes_away_ends_its_request_at_the_upstream() {
+    let (chunks, body) = stream();
+    let upstream = answering_once("text/plain", body).await;
+    let gateway = Gateway::before(upstream.address(), &["a"], []).await;
+    let mut chunks = chunks;
+    chunks.send_data("one".into()).await.unwrap();
+    let mut response = http().get(gateway.url("/")).send().await.unwrap();
+    assert_eq!(response.chunk().await.unwrap().unwrap(), "one");
+    drop(response);
+    let mut went_on = 0;
+    while chunks.send_data("more".into()).await.is_ok() {
+        went_on += 1;
+        assert!(went_on < 5_000, "the upstream goes on");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+#[tokio::test]
+async fn nothing_that_is_logged_shows_a_key_a_token_a_query_or_a_body() {
+    let upstream = Server::limiting(["canary1"]).await;
+    let arguments = ["--log", "trace", "--client-token", "token-canary", "--inject", "bearer,query:key"];
+    let mut gateway = Gateway::before(upstream.address(), &["canary1", "canary2"], arguments).await;
+    let http_2 = Client::builder(TokioExecutor::new()).http2_only(true).build_http::<Full<Bytes>>();
+    let request =
+        || Request::post(gateway.url("/v1/seen?q=query-canary")).header("x-api-key", "token-canary");
+    let response = http_2.request(request().body(Full::from("body-canary")).unwrap()).await.unwrap();
+    assert_eq!(response.status(), 200);
+    let sent =
+        http().post(gateway.url("/v1/seen?q=query-canary")).header("authorization", "Bearer token-canary");
+    assert_eq!(sent.body("body-canary").send().await.unwrap().status(), 200);
+    gateway.terminate().await;
+    gateway.ended().await;
+    let log = gateway.log();
+    assert!(log.contains("path=\"/v1/seen\" status=200 key=\"canary2\""), "{log}");
+    for secret in ["sk-canary", "token-canary", "query-canary", "body-canary"] {
+        let shown = log.lines().find(|line| line.contains(secret));
+        assert_eq!(shown, None, "{secret}");
+    }
+}

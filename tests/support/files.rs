@@ -1,0 +1,34 @@
+use std::{
+    fs,
+    path::PathBuf,
+    process,
+    sync::atomic::{AtomicU32, Ordering::Relaxed},
+};
+
+/// A file that is gone at the end of its test.
+pub struct TestFile(PathBuf);
+
+impl TestFile {
+    pub fn path(&self) -> &str {
+        self.0.to_str().unwrap()
+    }
+}
+
+impl Drop for TestFile {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+/// A file of that ending with that text.
+pub fn file(ending: &str, text: &str) -> TestFile {
+    static FILES: AtomicU32 = AtomicU32::new(0);
+    let name = format!("test-{}-{}.{ending}", process::id(), FILES.fetch_add(1, Relaxed));
+    let path = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name);
+    fs::write(&path, text).unwrap();
+    TestFile(path)
+}
+
+pub fn keys_file(text: &str) -> TestFile {
+    file("txt", text)
+}
