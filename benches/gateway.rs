@@ -1,0 +1,242 @@
+//! The example `gateway` beside `nginx` as a reverse proxy: requests a second, how long they take, and memory.
+//!
+//! ```text
+//! apt-get install nginx wrk
+//! cargo bench --bench gateway --features full
+//! ```
+//!
+//! All is on this machine: `wrk` on one thread, the gateway and nginx with as many as there are cores, and another
+//! nginx for an upstream, which answers at once. The three take turns.
+
+#[allow(unreachable_pub)]
+#[path = "../tests/support/program.rs"]
+mod program;
+
+use std::{
+    env, fs,
+    io::{BufRead, BufReader},
+    net::{SocketAddr, TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    process::{self, Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+const CONNECTIONS: [usize; 3] = [1, 32, 256];
+const ROUNDS: usize = 5;
+const SECONDS: u64 = 4;
+const KEYS: usize = 100;
+/// After which the gateway's memory is looked at, and after how many more.
+const WARM: u64 = 20_000;
+const MORE: u64 = 100_000;
+
+fn main() {
+    // `cargo test --benches` only wants to know whether it runs.
+    if !env::args().any(|argument| argument == "--bench") {
+        return;
+    }
+    let folder = Folder::new();
+    let upstream =
+        Nginx::start(&folder, "upstream", |_| "location / { return 200 '{\"choices\":[]}'; }".into());
+    let nginx = Nginx::start(&folder, "proxy", |_| proxy_to(upstream.address));
+    let gateway = Gateway::start(&folder, upstream.address);
+    let cases = [
+        ("the upstream itself", upstream.address),
+        ("nginx", nginx.address),
+        ("the gateway", gateway.address),
+    ];
+
+    println!("| connections | | requests a second | p50 | p99 |\n|---|---|---|---|---|");
+    for connections in CONNECTIONS {
+        let mut runs = cases.map(|_| Vec::new());
+        for _ in 0..ROUNDS {
+            for ((_, address), runs) in cases.iter().zip(&mut runs) {
+                runs.push(Run::of(*address, connections, SECONDS));
+            }
+        }
+        for ((name, _), runs) in cases.iter().zip(&runs) {
+            let median = |value: fn(&Run) -> f64| median(runs.iter().map(value).collect());
+            println!(
+                "| {connections} | {name} | {:.0} | {} | {} |",
+                median(|run| run.a_second),
+                shown(median(|run| run.p50)),
+                shown(median(|run| run.p99)),
+            );
+        }
+    }
+    gateway.send(WARM);
+    let before = gateway.resident_kib();
+    gateway.send(MORE);
+    let after = gateway.resident_kib();
+    println!("\nresident, after {WARM} requests more: {before} KiB; after another {MORE}: {after} KiB");
+}
+
+fn proxy_to(upstream: SocketAddr) -> String {
+    format!(
+        "location / {{ proxy_pass http://{upstream_name}; proxy_http_version 1.1; proxy_set_header Connection ''; \
+         proxy_set_header Authorization 'Bearer sk-1'; proxy_buffering off; }} }} \
+         upstream {upstream_name} {{ server {upstream}; keepalive 256; keepalive_requests 1000000000;",
+        upstream_name = "api",
+    )
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn shown(seconds: f64) -> String {
+    format!("{:.2} ms", seconds * 1_000.0)
+}
+
+/// What `wrk` has measured.
+struct Run {
+    requests: u64,
+    a_second: f64,
+    p50: f64,
+    p99: f64,
+}
+
+impl Run {
+    fn of(address: SocketAddr, connections: usize, seconds: u64) -> Self {
+        let mut wrk = Command::new("wrk");
+        wrk.args(["--threads", "1", "--latency"]);
+        wrk.args(["--connections", &connections.to_string(), "--duration", &format!("{seconds}s")]);
+        let output = wrk.arg(format!("http://{address}/v1/models")).output();
+        let output = output.expect("wrk is needed: apt-get install wrk");
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(
+            output.status.success() && !text.contains("Non-2xx") && !text.contains("Socket errors"),
+            "{text}"
+        );
+        let after = |name: &str| {
+            let line = text.lines().find_map(|line| line.trim().strip_prefix(name));
+            line.unwrap_or_else(|| panic!("no {name} in {text}")).trim()
+        };
+        let requests = text.lines().find_map(|line| line.trim().split_once(" requests in "));
+        Self {
+            requests: requests.expect("the number of requests").0.parse().unwrap(),
+            a_second: after("Requests/sec:").parse().unwrap(),
+            p50: in_seconds(after("50%")),
+            p99: in_seconds(after("99%")),
+        }
+    }
+}
+
+fn in_seconds(time: &str) -> f64 {
+    let units = [("us", 1e-6), ("ms", 1e-3), ("s", 1.0)];
+    let (number, unit) =
+        units.iter().find_map(|(name, unit)| Some((time.strip_suffix(name)?, unit))).unwrap();
+    number.parse::<f64>().unwrap() * unit
+}
+
+/// Gone at the end, with what is in it.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new() -> Self {
+        let folder = env::temp_dir().join(format!("tower-key-rotation-gateway-{}", process::id()));
+        fs::create_dir(&folder).unwrap();
+        Self(folder)
+    }
+
+    fn file(&self, name: &str, text: &str) -> PathBuf {
+        let path = self.0.join(name);
+        fs::write(&path, text).unwrap();
+        path
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+struct Nginx {
+    address: SocketAddr,
+    child: Child,
+}
+
+impl Nginx {
+    fn start(folder: &Folder, name: &str, server: impl Fn(&Path) -> String) -> Self {
+        let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let path = &folder.0;
+        let shown = path.display();
+        let config = format!(
+            "worker_processes auto; daemon off; pid {shown}/{name}.pid; error_log {shown}/{name}.log; \
+             events {{ worker_connections 4096; }} \
+             http {{ access_log off; keepalive_requests 1000000000; default_type application/json; \
+             client_body_temp_path {shown}/{name}-body; proxy_temp_path {shown}/{name}-proxy; \
+             fastcgi_temp_path {shown}/{name}-fastcgi; uwsgi_temp_path {shown}/{name}-uwsgi; \
+             scgi_temp_path {shown}/{name}-scgi; server {{ listen {address} backlog=4096; {} }} }}",
+            server(path)
+        );
+        let config = folder.file(&format!("{name}.conf"), &config);
+        let log = path.join(format!("{name}.log"));
+        let child = Command::new("nginx").arg("-e").arg(&log).arg("-c").arg(config).spawn();
+        let nginx = Self { address, child: child.expect("nginx is needed: apt-get install nginx") };
+        let began = Instant::now();
+        while TcpStream::connect(address).is_err() {
+            assert!(
+                began.elapsed() < Duration::from_secs(10),
+                "{}",
+                fs::read_to_string(&log).unwrap_or_default()
+            );
+            thread::sleep(Duration::from_millis(20));
+        }
+        nginx
+    }
+}
+
+impl Drop for Nginx {
+    fn drop(&mut self) {
+        // So that it ends its workers, too.
+        let _ = Command::new("kill").args(["-TERM", &self.child.id().to_string()]).status();
+        let _ = self.child.wait();
+    }
+}
+
+struct Gateway {
+    address: SocketAddr,
+    child: Child,
+}
+
+impl Gateway {
+    fn start(folder: &Folder, upstream: SocketAddr) -> Self {
+        let keys: Vec<_> = (0..KEYS).map(|number| format!("key-{number}|sk-{number}\n")).collect();
+        let keys = folder.file("keys.txt", &keys.concat());
+        let mut command = Command::new(program::example("gateway"));
+        command
+            .args(["--listen", "127.0.0.1:0", "--upstream", &format!("http://{upstream}"), "--keys"])
+            .arg(keys);
+        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+        let mut log = BufReader::new(child.stderr.take().unwrap()).lines().map_while(Result::ok);
+        let listens =
+            |line: String| line.split_once("listening on http://")?.1.split(',').next()?.parse().ok();
+        let address = log.find_map(listens).expect("it says where it listens");
+        thread::spawn(move || log.for_each(|line| eprintln!("{line}")));
+        Self { address, child }
+    }
+
+    /// At least so many requests.
+    fn send(&self, requests: u64) {
+        let mut sent = 0;
+        while sent < requests {
+            sent += Run::of(self.address, 32, 1).requests;
+        }
+    }
+
+    fn resident_kib(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse().unwrap()
+    }
+}
+
+impl Drop for Gateway {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
