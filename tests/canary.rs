@@ -270,6 +270,7 @@ impl Keys {
     fn show(&self) {
         show!(self.pool, self.pool.stats(), self.pool.rejected(), self.recovery, self.recovery.last_report());
         show!(self.store, self.store.marks(), self.store.batches());
+        show!(self.pool.stats().keys.iter().map(|key| self.pool.masked_secret(&key.id)).collect::<Vec<_>>());
     }
 
     /// Every key is good again.

@@ -40,6 +40,7 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     sync::Notify,
+    time::timeout,
 };
 use tokio_rustls::{
     TlsAcceptor,
@@ -156,7 +157,7 @@ async fn a_larger_body_than_is_kept_is_sent_once_and_its_429_goes_back() {
     let upstream =
         Server::start(async |_| answer_with(429, [("retry-after", "7")], "the upstream's own words")).await;
     let gateway = Gateway::before(upstream.address(), &["a", "b"], ["--keep-body", "1000"]).await;
-    let response = http().post(gateway.url("/")).body("x".repeat(1001)).send().await.unwrap();
+    let response = in_time(http().post(gateway.url("/")).body("x".repeat(1001)).send()).await.unwrap();
     assert_eq!(response.status(), 429);
     assert_eq!(header(&response, "retry-after"), Some("7"));
     assert_eq!(response.text().await.unwrap(), "the upstream's own words");
@@ -180,7 +181,8 @@ async fn a_body_that_is_too_large_is_413_whether_it_is_announced_or_not() {
     assert_eq!(json_of(response).await["error"]["type"], "request_too_large");
     assert_eq!(upstream.count(), 0);
     let asks_first = "POST / HTTP/1.1\r\nHost: g\r\nExpect: 100-continue\r\nContent-Length: 1001\r\n\r\n";
-    assert!(exchange(gateway.address(), asks_first).await.starts_with("HTTP/1.1 413"));
+    let refused = timeout(4 * SECOND, exchange(gateway.address(), asks_first)).await;
+    assert!(refused.expect("it waits for the body").starts_with("HTTP/1.1 413"));
     let largest = http().post(gateway.url("/")).body("x".repeat(1000)).send().await.unwrap();
     assert_eq!(largest.status(), 200);
 }

@@ -7,7 +7,7 @@ use futures_util::FutureExt;
 use tokio::{net::TcpListener, time::sleep};
 use tower_key_rotation::RecoveryHandle;
 
-use crate::{health, keys, proxy::Proxy, settings::Settings};
+use crate::{admin::Admin, health, keys, proxy::Proxy, settings::Settings};
 
 pub(crate) async fn run(settings: Settings) -> Result<(), Box<dyn Error>> {
     let pool = keys::open(&settings).await?;
@@ -17,11 +17,12 @@ pub(crate) async fn run(settings: Settings) -> Result<(), Box<dyn Error>> {
     let stop = stop_signal()?;
     announce(&settings, &listener)?;
 
+    let admin = Admin::of(&pool, settings.admin_token.clone());
     let app = Router::new()
-        // Here .nest("/admin", admin::router(…)) follows.
+        .merge(admin.router())
         .merge(health::router(pool.clone()))
         .fallback_service(Proxy::new(&pool, &settings)?.router());
-    serve(listener, app, stop, settings.shutdown_limit.into()).await?;
+    serve(listener, app, stop.inspect(move |()| admin.stop()), settings.shutdown_limit.into()).await?;
 
     recovery.shutdown().await?;
     tracing::info!("stopped");

@@ -10,6 +10,7 @@
 //! To see how the crate is used, begin with `proxy/upstream.rs`, where the layers stand around a client, and
 //! `keys.rs`, where the pool comes from.
 
+mod admin;
 #[path = "../local/arguments.rs"]
 mod arguments;
 mod callers;

@@ -43,7 +43,8 @@ pub(crate) struct Settings {
     pub(crate) upstream: Upstream,
 
     /// Send keys in cleartext, where the upstream is http and not on this machine
-    #[arg(long, value_name = "BOOL", value_parser = BoolishValueParser::new(), num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true")]
+    #[arg(long, value_name = "BOOL", value_parser = BoolishValueParser::new())]
+    #[arg(num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true")]
     pub(crate) allow_cleartext: bool,
 
     /// The keys: one `id|secret` or bare secret a line, or JSON
@@ -117,7 +118,8 @@ pub(crate) struct Settings {
     pub(crate) admin_token: Option<Token>,
 
     /// Answer with errors of the gateway's own in place of the upstream's, which may tell of accounts and billing
-    #[arg(long, value_name = "BOOL", value_parser = BoolishValueParser::new(), num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true")]
+    #[arg(long, value_name = "BOOL", value_parser = BoolishValueParser::new())]
+    #[arg(num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true")]
     pub(crate) sanitize_errors: bool,
 
     /// What is logged: error, warn, info, debug, trace, or any filter of tracing's

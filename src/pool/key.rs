@@ -107,6 +107,15 @@ impl Key {
         self.credentials.secret()
     }
 
+    /// An ellipsis and the end of the secret: see [`KeyPool::masked_secret`].
+    pub(crate) fn masked_secret(&self) -> String {
+        let secret = self.secret();
+        // ASCII, or it would not have been loaded: a byte is a character.
+        let secret = secret.expose();
+        let shown = (secret.len() / 4).min(4);
+        format!("…{}", secret.get(secret.len() - shown..).unwrap_or(""))
+    }
+
     pub(crate) fn last_status(&self) -> Option<u16> {
         Some(self.last_status.load(Relaxed)).filter(|status| *status != 0)
     }

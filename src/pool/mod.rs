@@ -293,6 +293,29 @@ impl KeyPool {
         }
     }
 
+    /// How a key's secret may be shown to people who have to tell keys apart: an ellipsis and its last 4
+    /// characters, or fewer, so that it is never more than a quarter of the secret. `None` where there is no
+    /// such key.
+    ///
+    /// ```
+    /// use tower_key_rotation::KeyPool;
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let pool = KeyPool::builder()
+    ///     .key("alpha", "sk-proj-2f81c9d07b3e64a5")
+    ///     .key("beta", "sk-2")
+    ///     .build()?;
+    /// assert_eq!(pool.masked_secret("alpha").as_deref(), Some("…64a5"));
+    /// assert_eq!(pool.masked_secret("beta").as_deref(), Some("…2"));
+    /// assert_eq!(pool.masked_secret("gamma"), None);
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn masked_secret(&self, id: impl AsRef<str>) -> Option<String> {
+        self.inner.snapshot.load().get(id.as_ref()).map(|key| key.masked_secret())
+    }
+
     fn now(&self) -> u64 {
         nanos(self.inner.clock.now())
     }
@@ -414,10 +437,39 @@ impl fmt::Display for NoKeyAvailable {
 
 impl std::error::Error for NoKeyAvailable {}
 
-#[cfg(all(test, feature = "failover"))]
+#[cfg(test)]
 mod tests {
     use super::*;
 
+    #[test]
+    fn of_a_secret_no_more_than_a_quarter_is_shown_and_no_more_than_4_characters() {
+        let shown = |secret: &str| {
+            let pool = KeyPool::builder().key("alpha", secret).build().unwrap();
+            pool.masked_secret("alpha").unwrap()
+        };
+        assert_eq!(shown("abc"), "…");
+        assert_eq!(shown("abcd"), "…d");
+        assert_eq!(shown("abcdefg"), "…g");
+        assert_eq!(shown("abcdefgh"), "…gh");
+        assert_eq!(shown("abcdefghijklmno"), "…mno");
+        assert_eq!(shown("abcdefghijklmnop"), "…mnop");
+        assert_eq!(shown("abcdefghijklmnopqrstuvwxyz"), "…wxyz");
+    }
+
+    #[test]
+    fn a_secret_is_masked_wherever_in_a_request_it_goes() {
+        let reversed = Inject::custom(|secret, credentials| {
+            let reversed: String = secret.chars().rev().collect();
+            credentials.header(http::header::AUTHORIZATION, &reversed)
+        });
+        for inject in [Inject::bearer(), Inject::header("x-api-key"), Inject::query("key"), reversed] {
+            let pool = KeyPool::builder().key("alpha", "abcdefghijklmnop").inject(inject).build().unwrap();
+            assert_eq!(pool.masked_secret("alpha").as_deref(), Some("…mnop"));
+            assert_eq!(pool.masked_secret("beta"), None);
+        }
+    }
+
+    #[cfg(feature = "failover")]
     #[test]
     fn the_one_key_that_was_not_tried_is_found_behind_all_that_were() {
         let keys = ["alpha", "beta", "gamma", "delta"].map(|id| (id, format!("sk-{id}")));

@@ -77,7 +77,7 @@ fn form(text: &str) -> String {
 fn in_lower_case(percent_encoded: &str) -> String {
     let mut parts = percent_encoded.split('%');
     let first = parts.next().unwrap_or_default().to_owned();
-    parts.fold(first, |text, part| text + "%" + &part[..2].to_lowercase() + &part[2..])
+    parts.fold(first, |text, part| text + "%" + part[..2].to_lowercase().as_str() + &part[2..])
 }
 
 fn json(text: &str) -> String {
@@ -241,5 +241,5 @@ pub fn listen() -> &'static Logs {
 
 /// All that was logged, and that panics said.
 pub fn said() -> String {
-    SAID.text() + &PANICS.lock().unwrap()
+    SAID.text() + PANICS.lock().unwrap().as_str()
 }

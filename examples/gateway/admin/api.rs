@@ -1,0 +1,224 @@
+//! The JSON API, as `openapi.json` describes it.
+
+use std::{panic, sync::Arc, time::Duration};
+
+use axum::{
+    Json, Router,
+    body::Bytes,
+    extract::{
+        DefaultBodyLimit, FromRequestParts, Path, Query, State,
+        rejection::{BytesRejection, PathRejection, QueryRejection},
+    },
+    http::{HeaderMap, StatusCode, header::CONTENT_TYPE, request::Parts},
+    response::{
+        IntoResponse,
+        sse::{KeepAlive, Sse},
+    },
+    routing::{delete, get, post},
+};
+use serde::{Deserialize, Serialize};
+use tower_key_rotation::{KeyId, KeyPool, OperateError};
+
+use super::{
+    import::{self, Imported},
+    keys::{Look, Shown},
+    live::Live,
+    refusal::{Refusal, said},
+    search::{Page, Search, rests},
+};
+
+const DESCRIPTION: &str = include_str!("openapi.json");
+
+/// Of what is sent here: room for some 10,000 keys.
+const LARGEST_BODY: usize = 2 << 20;
+
+/// So often a listener hears something, and knows by it that the connection is still there.
+const KEEP_ALIVE: Duration = Duration::from_secs(10);
+
+pub(super) fn router(live: Arc<Live>) -> Router {
+    Router::new()
+        .route("/openapi.json", get(([(CONTENT_TYPE, "application/json")], DESCRIPTION)))
+        .route("/events", get(events))
+        .route("/keys", get(list).post(add))
+        // Not below /keys/, where a key may be called import, or `.`, which browsers leave out of a path.
+        .route("/keys:import", post(import))
+        .route("/keys:reset", post(reset_all))
+        .route("/keys/{id}", delete(remove))
+        .route("/keys/{id}/reset", post(reset))
+        .route("/keys/{id}/disable", post(disable))
+        .route("/keys/{id}/enable", post(enable))
+        .fallback(async || Refusal::new(StatusCode::NOT_FOUND, "there is nothing of that name"))
+        .method_not_allowed_fallback(async || {
+            Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "that can't be done with it")
+        })
+        .layer(DefaultBodyLimit::max(LARGEST_BODY))
+        .with_state(live)
+}
+
+async fn events(State(live): State<Arc<Live>>) -> impl IntoResponse {
+    Sse::new(live.events()).keep_alive(KeepAlive::new().interval(KEEP_ALIVE))
+}
+
+async fn list(
+    State(live): State<Arc<Live>>,
+    search: Result<Query<Search>, QueryRejection>,
+) -> Result<Json<Page>, Refusal> {
+    let Query(search) = search.map_err(|error| Refusal::bad_request(error.body_text()))?;
+    live.look(Look::Everything);
+    search.of(&live).map(Json)
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NewKey {
+    id: String,
+    secret: String,
+}
+
+async fn add(
+    State(live): State<Arc<Live>>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<(StatusCode, Json<Shown>), Refusal> {
+    let NewKey { id, secret } = serde_json::from_slice(&body?).map_err(|error| {
+        // Where it isn't, and not what stands there.
+        Refusal::bad_request(format!(
+            "it is not an object with an \"id\" and a \"secret\", both text: line {}, column {}",
+            error.line(),
+            error.column()
+        ))
+    })?;
+    let insert = |pool: KeyPool, id| async move { pool.insert(id, secret).await };
+    change(live, id, "added", insert).await.map(|key| (StatusCode::CREATED, key))
+}
+
+async fn import(
+    State(live): State<Arc<Live>>,
+    headers: HeaderMap,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Json<Imported>, Refusal> {
+    let lines = import::read(media_type(&headers), &body?)?;
+    to_the_end(async move {
+        let imported = import::add(live.pool(), lines).await;
+        live.look(Look::Everything);
+        Ok(Json(imported))
+    })
+    .await
+}
+
+fn media_type(headers: &HeaderMap) -> &str {
+    let value = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    value.split(';').next().unwrap_or_default().trim()
+}
+
+async fn reset(State(live): State<Arc<Live>>, Id(id): Id) -> Result<Json<Shown>, Refusal> {
+    change(live, id, "reset", |pool, id| async move { pool.reset(id).await }).await
+}
+
+async fn disable(State(live): State<Arc<Live>>, Id(id): Id) -> Result<Json<Shown>, Refusal> {
+    change(live, id, "disabled", |pool, id| async move { pool.disable(id).await }).await
+}
+
+async fn enable(State(live): State<Arc<Live>>, Id(id): Id) -> Result<Json<Shown>, Refusal> {
+    change(live, id, "enabled", |pool, id| async move { pool.enable(id).await }).await
+}
+
+async fn remove(State(live): State<Arc<Live>>, Id(id): Id) -> Result<StatusCode, Refusal> {
+    do_with(live, id, "removed", |pool, id| async move { pool.remove(id).await }).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+#[derive(Default, Serialize)]
+struct Resets {
+    reset: Vec<KeyId>,
+    failed: Vec<NotReset>,
+}
+
+#[derive(Serialize)]
+struct NotReset {
+    id: KeyId,
+    error: String,
+}
+
+async fn reset_all(State(live): State<Arc<Live>>) -> Json<Resets> {
+    to_the_end(async move {
+        let mut resets = Resets::default();
+        for key in live.pool().stats().keys.into_iter().filter(|key| rests(key.status)) {
+            match reset_one(live.pool(), &key.id).await {
+                Ok(()) => resets.reset.push(key.id),
+                Err(error) => resets.failed.push(NotReset { id: key.id, error: said(&error) }),
+            }
+        }
+        live.look(Look::Everything);
+        Json(resets)
+    })
+    .await
+}
+
+async fn reset_one(pool: &KeyPool, id: &KeyId) -> Result<(), OperateError> {
+    let done = pool.reset(id).await;
+    log(id.as_str(), "reset", &done);
+    done
+}
+
+/// Does something with a key, and says how the key is then.
+async fn change<F>(
+    live: Arc<Live>,
+    id: String,
+    what: &'static str,
+    action: impl FnOnce(KeyPool, String) -> F,
+) -> Result<Json<Shown>, Refusal>
+where
+    F: Future<Output = Result<(), OperateError>> + Send + 'static,
+{
+    do_with(live.clone(), id.clone(), what, action).await?;
+    let gone = || Refusal::new(StatusCode::NOT_FOUND, format!("there is no key {id:?} any more"));
+    live.get(&id).map(Json).ok_or_else(gone)
+}
+
+async fn do_with<F>(
+    live: Arc<Live>,
+    id: String,
+    what: &'static str,
+    action: impl FnOnce(KeyPool, String) -> F,
+) -> Result<(), Refusal>
+where
+    F: Future<Output = Result<(), OperateError>> + Send + 'static,
+{
+    let action = action(live.pool().clone(), id.clone());
+    to_the_end(async move {
+        let done = action.await;
+        log(&id, what, &done);
+        // Also where it failed: in this pool, it may have been done.
+        live.look(Look::Everything);
+        Ok(done?)
+    })
+    .await
+}
+
+fn log(id: &str, what: &str, done: &Result<(), OperateError>) {
+    match done {
+        Ok(()) => tracing::info!(key = id, "key {what} by the admin"),
+        // An id that isn't one may be a secret that came to a wrong place, and an error has the id where it has one.
+        Err(error) => tracing::warn!(error = said(error), "key not {what}"),
+    }
+}
+
+/// Goes on where the caller goes away meanwhile: no store is left in the middle of a change.
+async fn to_the_end<T: Send + 'static>(action: impl Future<Output = T> + Send + 'static) -> T {
+    match tokio::spawn(action).await {
+        Ok(done) => done,
+        Err(error) => panic::resume_unwind(error.into_panic()),
+    }
+}
+
+/// A key's id in a path.
+struct Id(String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Id {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Refusal> {
+        let id: Result<Path<String>, PathRejection> = Path::from_request_parts(parts, state).await;
+        id.map(|Path(id)| Self(id)).map_err(|error| Refusal::bad_request(error.body_text()))
+    }
+}

@@ -1,0 +1,334 @@
+//! What is known of each key, and what has changed since it was told. The time is given in.
+
+use std::{
+    collections::{HashMap, HashSet},
+    time::Duration,
+};
+
+use serde::Serialize;
+use tower_key_rotation::{KeyId, KeyPool, KeyStats, Status};
+
+use super::history::{History, Since, millis};
+
+/// A time left that differs by less is the same: it is reckoned anew each time.
+const SAME_DEADLINE: Duration = Duration::from_millis(100);
+
+#[derive(Default)]
+pub(super) struct Keys(HashMap<KeyId, Key>);
+
+pub(super) struct Key {
+    facts: Facts,
+    history: History,
+    /// When it is picked, among the others.
+    place: usize,
+}
+
+/// What is told of a key.
+#[derive(Clone, PartialEq, Eq)]
+struct Facts {
+    id: KeyId,
+    masked_secret: String,
+    status: Status,
+    returns_at: Option<Duration>,
+    last_reason: Option<u16>,
+    requests: u64,
+    limited: u64,
+    recovered: u64,
+    tokens: u64,
+    used_at: Option<Duration>,
+}
+
+/// A key as it is sent: all of it, or its id and what has changed.
+#[derive(Serialize)]
+pub(super) struct Shown {
+    id: KeyId,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    masked_secret: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    status: Option<Status>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    time_left_ms: Option<Option<u64>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    last_reason: Option<Option<u16>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    requests: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    limited: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    recovered: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tokens: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    last_used_ms_ago: Option<Option<u64>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    history: Option<Vec<Since>>,
+}
+
+#[derive(Default, Serialize)]
+pub(super) struct Changes {
+    keys: Vec<Shown>,
+    removed: Vec<KeyId>,
+}
+
+impl Changes {
+    pub(super) fn is_empty(&self) -> bool {
+        self.keys.is_empty() && self.removed.is_empty()
+    }
+}
+
+/// How often a look goes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Look {
+    /// At what matters at once: statuses, and until when keys rest.
+    Statuses,
+    /// At counters and secrets as well.
+    Everything,
+}
+
+impl Keys {
+    /// Takes in what the pool says now, and says what is new.
+    pub(super) fn look(&mut self, now: Duration, pool: &KeyPool, look: Look) -> Changes {
+        let stats = pool.stats().keys;
+        let mut changes = Changes::default();
+        for (place, stats) in stats.iter().enumerate() {
+            let new = match self.0.get_mut(&stats.id) {
+                Some(key) => {
+                    key.place = place;
+                    key.look(now, pool, stats, look)
+                }
+                None => {
+                    let key = Key::new(now, pool, stats, place);
+                    let shown = key.shown(now);
+                    self.0.insert(stats.id.clone(), key);
+                    Some(shown)
+                }
+            };
+            changes.keys.extend(new);
+        }
+        if self.0.len() > stats.len() {
+            let there: HashSet<_> = stats.iter().map(|key| &key.id).collect();
+            changes.removed = self.0.extract_if(|id, _| !there.contains(id)).map(|(id, _)| id).collect();
+        }
+        changes
+    }
+
+    pub(super) fn get(&self, id: &str) -> Option<&Key> {
+        self.0.get(id)
+    }
+
+    /// All of them, in the order in which they are picked.
+    pub(super) fn in_order(&self) -> Vec<&Key> {
+        let mut keys: Vec<_> = self.0.values().collect();
+        keys.sort_unstable_by_key(|key| key.place);
+        keys
+    }
+}
+
+impl Key {
+    fn new(now: Duration, pool: &KeyPool, stats: &KeyStats, place: usize) -> Self {
+        let facts = Facts::new(now, pool, stats, None);
+        Self { history: History::beginning(now, facts.status), facts, place }
+    }
+
+    fn look(&mut self, now: Duration, pool: &KeyPool, stats: &KeyStats, look: Look) -> Option<Shown> {
+        self.history.note(now, stats.status);
+        let is_pressing = stats.status != self.facts.status
+            || !same(self.facts.returns_at, stats.time_left.map(|left| now + left));
+        if !is_pressing && look == Look::Statuses {
+            return None;
+        }
+        let facts = Facts::new(now, pool, stats, Some(&self.facts));
+        let new = (facts != self.facts).then(|| facts.shown(now, Some(&self.facts), None));
+        self.facts = facts;
+        new
+    }
+
+    pub(super) fn id(&self) -> &KeyId {
+        &self.facts.id
+    }
+
+    pub(super) fn masked_secret(&self) -> &str {
+        &self.facts.masked_secret
+    }
+
+    pub(super) fn status(&self) -> Status {
+        self.facts.status
+    }
+
+    pub(super) fn shown(&self, now: Duration) -> Shown {
+        self.facts.shown(now, None, Some(&self.history))
+    }
+}
+
+impl Facts {
+    fn new(now: Duration, pool: &KeyPool, stats: &KeyStats, before: Option<&Self>) -> Self {
+        let returns_at = stats.time_left.map(|left| now + left);
+        let unchanged = before.map(|before| before.returns_at).filter(|before| same(*before, returns_at));
+        let is_used = stats.requests > before.map_or(0, |before| before.requests);
+        Self {
+            id: stats.id.clone(),
+            masked_secret: pool.masked_secret(&stats.id).unwrap_or_default(),
+            status: stats.status,
+            returns_at: unchanged.unwrap_or(returns_at),
+            last_reason: stats.last_reason,
+            requests: stats.requests,
+            limited: stats.limited,
+            recovered: stats.recovered,
+            tokens: stats.tokens,
+            used_at: if is_used { Some(now) } else { before.and_then(|before| before.used_at) },
+        }
+    }
+
+    fn shown(&self, now: Duration, before: Option<&Self>, history: Option<&History>) -> Shown {
+        Shown {
+            id: self.id.clone(),
+            masked_secret: news(before, self, |facts| facts.masked_secret.clone()),
+            status: news(before, self, |facts| facts.status),
+            time_left_ms: news(before, self, |facts| facts.returns_at)
+                .map(|at| at.map(|at| millis(at.saturating_sub(now)))),
+            last_reason: news(before, self, |facts| facts.last_reason),
+            requests: news(before, self, |facts| facts.requests),
+            limited: news(before, self, |facts| facts.limited),
+            recovered: news(before, self, |facts| facts.recovered),
+            tokens: news(before, self, |facts| facts.tokens),
+            last_used_ms_ago: news(before, self, |facts| facts.used_at)
+                .map(|at| at.map(|at| millis(now.saturating_sub(at)))),
+            history: history.map(|history| history.seen_from(now)),
+        }
+    }
+}
+
+/// What of a key is to be told, where it was told before.
+fn news<T: PartialEq>(before: Option<&Facts>, facts: &Facts, of: impl Fn(&Facts) -> T) -> Option<T> {
+    Some(of(facts)).filter(|fact| before.is_none_or(|before| of(before) != *fact))
+}
+
+fn same(one: Option<Duration>, other: Option<Duration>) -> bool {
+    match (one, other) {
+        (Some(one), Some(other)) => one.abs_diff(other) < SAME_DEADLINE,
+        _ => one == other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http::{Request, Response};
+    use serde_json::{Value, json};
+    use tower::{Layer, ServiceExt, service_fn};
+    use tower_key_rotation::{
+        KeyRotationLayer,
+        clock::{Clock, ManualClock},
+    };
+
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    /// A pool whose service answers as it is told, and the keys as they were last looked at.
+    struct Looked {
+        clock: ManualClock,
+        pool: KeyPool,
+        keys: Keys,
+    }
+
+    impl Looked {
+        fn at<const N: usize>(ids: [&str; N]) -> Self {
+            let clock = ManualClock::new();
+            let keys = ids.map(|id| (id, format!("sk-secret-of-{id}")));
+            let pool =
+                KeyPool::builder().keys(keys).cooldown(2 * SECOND).clock(clock.clone()).build().unwrap();
+            let mut looked = Self { clock, pool, keys: Keys::default() };
+            looked.look(Look::Everything);
+            looked
+        }
+
+        async fn request_answered_with(&self, status: u16) {
+            let answer = move |_: Request<()>| {
+                std::future::ready(Response::builder().status(status).body(()).map_err(std::io::Error::other))
+            };
+            let request = Request::get("https://api.example.com").body(()).unwrap();
+            KeyRotationLayer::new(&self.pool).layer(service_fn(answer)).oneshot(request).await.unwrap();
+        }
+
+        fn look(&mut self, look: Look) -> Value {
+            serde_json::to_value(self.keys.look(self.clock.now(), &self.pool, look)).unwrap()
+        }
+
+        fn shown(&self, id: &str) -> Value {
+            serde_json::to_value(self.keys.get(id).unwrap().shown(self.clock.now())).unwrap()
+        }
+    }
+
+    #[tokio::test]
+    async fn a_key_that_was_seen_is_shown_with_its_times_as_they_are_now() {
+        let mut looked = Looked::at(["alpha"]);
+        looked.clock.advance(SECOND);
+        looked.request_answered_with(429).await;
+        looked.look(Look::Everything);
+        looked.clock.advance(SECOND / 2);
+        assert_eq!(
+            looked.shown("alpha"),
+            json!({
+                "id": "alpha", "masked_secret": "…lpha", "status": "rate_limited", "time_left_ms": 1500,
+                "last_reason": 429, "requests": 1, "limited": 1, "recovered": 0, "tokens": 0,
+                "last_used_ms_ago": 500,
+                "history": [{ "status": "healthy", "ms_ago": 1500 }, { "status": "rate_limited", "ms_ago": 500 }],
+            })
+        );
+    }
+
+    #[tokio::test]
+    async fn a_status_is_news_at_once_and_brings_what_else_changed() {
+        let mut looked = Looked::at(["alpha", "beta"]);
+        looked.request_answered_with(429).await;
+        assert_eq!(
+            looked.look(Look::Statuses),
+            json!({
+                "keys": [{
+                    "id": "alpha", "status": "rate_limited", "time_left_ms": 2000, "last_reason": 429,
+                    "requests": 1, "limited": 1, "last_used_ms_ago": 0,
+                }],
+                "removed": [],
+            })
+        );
+        looked.clock.advance(SECOND);
+        assert_eq!(looked.look(Look::Everything), json!({ "keys": [], "removed": [] }));
+        looked.clock.advance(SECOND);
+        assert_eq!(
+            looked.look(Look::Statuses)["keys"],
+            json!([{ "id": "alpha", "status": "healthy", "time_left_ms": null, "recovered": 1 }])
+        );
+    }
+
+    #[tokio::test]
+    async fn counters_are_news_where_everything_is_looked_at() {
+        let mut looked = Looked::at(["alpha"]);
+        looked.request_answered_with(200).await;
+        looked.pool.record_usage(&KeyId::new("alpha").unwrap(), 7);
+        assert_eq!(looked.look(Look::Statuses)["keys"], json!([]));
+        assert_eq!(
+            looked.look(Look::Everything)["keys"],
+            json!([{ "id": "alpha", "requests": 1, "tokens": 7, "last_used_ms_ago": 0 }])
+        );
+        assert_eq!(looked.look(Look::Everything)["keys"], json!([]));
+    }
+
+    #[tokio::test]
+    async fn keys_that_come_and_go_are_news_and_stay_in_the_order_of_the_pool() {
+        let mut looked = Looked::at(["gamma", "alpha"]);
+        looked.pool.insert("beta", "sk-b").await.unwrap();
+        looked.pool.remove("gamma").await.unwrap();
+        let changes = looked.look(Look::Statuses);
+        assert_eq!((&changes["keys"][0], &changes["removed"]), (&looked.shown("beta"), &json!(["gamma"])));
+        let order: Vec<_> = looked.keys.in_order().iter().map(|key| key.id().to_string()).collect();
+        assert_eq!(order, ["alpha", "beta"]);
+    }
+
+    #[tokio::test]
+    async fn another_secret_of_the_same_name_is_news() {
+        let mut looked = Looked::at(["alpha"]);
+        looked.pool.remove("alpha").await.unwrap();
+        looked.pool.insert("alpha", "sk-another").await.unwrap();
+        assert_eq!(looked.look(Look::Everything)["keys"], json!([{ "id": "alpha", "masked_secret": "…er" }]));
+    }
+}

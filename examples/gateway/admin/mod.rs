@@ -1,0 +1,51 @@
+//! The admin: a page that shows each key as it is limited, rests and comes back, and a JSON API that does what the page
+//! does.
+
+mod access;
+mod api;
+mod history;
+mod import;
+mod keys;
+mod live;
+mod page;
+mod refusal;
+mod search;
+
+use std::sync::Arc;
+
+use axum::{Router, http::StatusCode, middleware, routing::any};
+use tower_key_rotation::KeyPool;
+
+use self::{live::Live, refusal::Refusal};
+use crate::callers::Token;
+
+pub(crate) struct Admin {
+    live: Arc<Live>,
+    token: Option<Token>,
+}
+
+impl Admin {
+    /// Watches the keys from now on, whether anybody looks or not.
+    pub(crate) fn of(pool: &KeyPool, token: Option<Token>) -> Self {
+        Self { live: Live::start(pool.clone()), token }
+    }
+
+    /// Everything at /admin and below. It needs to know who asks: the peer's address as `ConnectInfo`.
+    pub(crate) fn router(&self) -> Router {
+        let api = api::router(self.live.clone())
+            .layer(middleware::from_fn(access::not_from_another_site))
+            .layer(middleware::from_fn_with_state(self.token.clone(), access::with_the_token));
+        let nothing = async || Refusal::new(StatusCode::NOT_FOUND, "there is nothing of that name");
+        page::router()
+            .nest("/admin/api", api)
+            // Not to the upstream.
+            .route("/admin/{*rest}", any(nothing))
+            .layer(middleware::from_fn_with_state(self.token.clone(), access::on_this_machine))
+            .layer(middleware::map_response(page::strictly))
+    }
+
+    /// Ends the streams of changes, which would not end by themselves.
+    pub(crate) fn stop(&self) {
+        self.live.stop();
+    }
+}

@@ -1,0 +1,50 @@
+//! The page: files that are part of the program, and what a browser is told about them.
+
+use axum::{
+    Router,
+    http::{HeaderValue, header},
+    response::{Html, Response},
+    routing::get,
+};
+
+const PAGE: &str = include_str!("page/index.html");
+
+/// What the page consists of.
+const FILES: [(&str, &str, &str); 9] = [
+    ("/admin.css", "text/css; charset=utf-8", include_str!("page/admin.css")),
+    ("/admin.js", SCRIPT, include_str!("page/admin.js")),
+    ("/keys.js", SCRIPT, include_str!("page/keys.js")),
+    ("/server.js", SCRIPT, include_str!("page/server.js")),
+    ("/table.js", SCRIPT, include_str!("page/table.js")),
+    ("/timeline.js", SCRIPT, include_str!("page/timeline.js")),
+    ("/dialogs.js", SCRIPT, include_str!("page/dialogs.js")),
+    ("/theme.js", SCRIPT, include_str!("page/theme.js")),
+    ("/words.js", SCRIPT, include_str!("page/words.js")),
+];
+
+const SCRIPT: &str = "text/javascript; charset=utf-8";
+
+/// Nothing is loaded from elsewhere, nothing that stands in the page itself runs, and no other page frames it.
+const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; \
+    img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+
+pub(super) fn router() -> Router {
+    let page = Router::new().route("/admin", get(Html(PAGE))).route("/admin/", get(Html(PAGE)));
+    FILES.into_iter().fold(page, |router, (path, media_type, text)| {
+        router.route(&format!("/admin{path}"), get(([(header::CONTENT_TYPE, media_type)], text)))
+    })
+}
+
+/// For every answer of the admin.
+pub(super) async fn strictly(mut response: Response) -> Response {
+    let strict = [
+        (header::CONTENT_SECURITY_POLICY, POLICY),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::REFERRER_POLICY, "no-referrer"),
+        (header::CACHE_CONTROL, "no-store"),
+    ];
+    for (name, value) in strict {
+        response.headers_mut().insert(name, HeaderValue::from_static(value));
+    }
+    response
+}

@@ -1,0 +1,107 @@
+// What is asked before something is done: a key's secret, many keys, whether it is meant.
+
+import { call, pathOf } from "/admin/server.js";
+import { count } from "/admin/words.js";
+
+const element = (id) => document.getElementById(id);
+
+/** Has a dialog's form do something once, and stay open where it fails. */
+function onSubmit(dialog, action, failed) {
+  for (const button of dialog.querySelectorAll("[data-close]")) button.addEventListener("click", () => dialog.close());
+  dialog.querySelector("form").addEventListener("submit", async (event) => {
+    event.preventDefault();
+    if (dialog.ariaBusy === "true") return;
+    dialog.ariaBusy = "true";
+    failed("");
+    try {
+      await action();
+    } catch (error) {
+      failed(sentence(error.message));
+    } finally {
+      dialog.ariaBusy = null;
+    }
+  });
+  // No secret stays in a page longer than it must.
+  dialog.addEventListener("close", () => dialog.querySelector("form").reset());
+}
+
+export const sentence = (text) => `${text.charAt(0).toUpperCase()}${text.slice(1)}.`;
+
+export function adding(announce) {
+  const [dialog, id, secret] = [element("add"), element("add-id"), element("add-secret")];
+  const failed = (text) => (element("add-error").textContent = text);
+  const add = async () => {
+    const name = id.value.trim();
+    await call("POST", "/keys", JSON.stringify({ id: name, secret: secret.value.trim() }));
+    dialog.close();
+    announce(`${name} was added.`);
+  };
+  onSubmit(dialog, add, failed);
+  return () => {
+    failed("");
+    dialog.showModal();
+  };
+}
+
+export function importing(announce) {
+  const [dialog, text, report] = [element("import"), element("import-text"), element("import-report")];
+  const failed = (text) => (element("import-error").textContent = text);
+  element("import-file").addEventListener("change", async ({ target }) => {
+    if (target.files[0]) text.value = await target.files[0].text();
+  });
+  const send = async () => {
+    const isJson = /^\s*[[{]/.test(text.value);
+    const imported = await call("POST", "/keys:import", text.value, isJson ? "application/json" : "text/plain");
+    const summary = `${count(imported.added, "key")} added, ${imported.refused} refused`;
+    element("import-summary").textContent = `${summary}.`;
+    element("import-lines").replaceChildren(...imported.lines.map((line) => outcome(line, isJson ? "Entry" : "Line")));
+    report.hidden = false;
+    announce(`${summary}.`);
+    // What was refused is there to be put right; what was taken would be refused the next time.
+    if (!isJson) text.value = onlyRefused(text.value, imported.lines);
+    else if (!imported.refused) text.value = "";
+  };
+  onSubmit(dialog, send, failed);
+  return () => {
+    failed("");
+    report.hidden = true;
+    dialog.showModal();
+  };
+}
+
+function onlyRefused(text, lines) {
+  const all = text.split("\n");
+  return lines.filter(({ error }) => error).map(({ line }) => all[line - 1]).join("\n");
+}
+
+function outcome({ line, id, error }, unit) {
+  const item = document.createElement("li");
+  item.className = error ? "refused" : "added";
+  const [place, name, what] = [0, 1, 2].map(() => item.appendChild(document.createElement("span")));
+  place.textContent = `${unit} ${line}`;
+  place.className = "soft";
+  name.textContent = id ?? "–";
+  name.className = "name";
+  what.textContent = error ? sentence(error) : "Added.";
+  return item;
+}
+
+export function removing(announce) {
+  const dialog = element("remove-key");
+  let id;
+  const remove = async () => {
+    await call("DELETE", pathOf(id));
+    dialog.close();
+    announce(`${id} was removed.`);
+  };
+  onSubmit(dialog, remove, (error) => {
+    if (!error) return;
+    dialog.close();
+    announce(error, true);
+  });
+  return (key) => {
+    id = key.id;
+    element("remove-id").textContent = id;
+    dialog.showModal();
+  };
+}

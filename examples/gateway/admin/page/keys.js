@@ -1,0 +1,119 @@
+// What is known of the keys, and which of them are asked for.
+
+export const STATUSES = {
+  healthy: "Healthy",
+  rate_limited: "Rate limited",
+  exhausted: "Exhausted",
+  revoked: "Revoked",
+  disabled: "Disabled",
+};
+
+const GROUPS = {
+  resting: ["rate_limited", "exhausted"],
+  out_of_service: ["revoked", "disabled"],
+};
+
+/** Those first that want to be looked at. */
+const URGENCY = ["revoked", "exhausted", "rate_limited", "disabled", "healthy"];
+
+/** A key without a value goes behind those that have one. */
+const VALUES = {
+  id: () => 0,
+  status: (key) => URGENCY.indexOf(key.status),
+  left: (key) => key.returnsAt ?? Infinity,
+  requests: (key) => key.requests,
+  tokens: (key) => key.tokens,
+  limited: (key) => key.limited,
+  used: (key) => key.usedAt ?? -Infinity,
+};
+
+const collator = new Intl.Collator("en", { numeric: true });
+
+/** Whether a key of this status can be reset. */
+export const canReset = (status) => status !== "healthy" && status !== "disabled";
+
+export class Keys {
+  historyKept = 15 * 60_000;
+  #keys = new Map();
+  #ranked = true;
+
+  /** Takes in an event of the stream. */
+  hear(name, data, now) {
+    if (name === "snapshot") {
+      this.#keys.clear();
+      this.historyKept = data.history_ms;
+    } else {
+      for (const id of data.removed) this.#keys.delete(id);
+    }
+    for (const shown of data.keys) this.#take(shown, now);
+  }
+
+  #take(shown, now) {
+    let key = this.#keys.get(shown.id);
+    if (!key || shown.history) {
+      key = { id: shown.id, lower: shown.id.toLowerCase(), rank: key?.rank };
+      this.#keys.set(shown.id, key);
+      this.#ranked &&= key.rank !== undefined;
+    }
+    if ("masked_secret" in shown) key.maskedSecret = shown.masked_secret;
+    if ("time_left_ms" in shown) key.returnsAt = later(now, shown.time_left_ms);
+    if ("last_reason" in shown) key.lastReason = shown.last_reason;
+    if ("last_used_ms_ago" in shown) key.usedAt = later(now, shown.last_used_ms_ago, -1);
+    for (const count of ["requests", "limited", "recovered", "tokens"]) key[count] = shown[count] ?? key[count];
+    if (shown.history) {
+      key.history = shown.history.map(({ status, ms_ago }) => ({ status, at: now - ms_ago }));
+    } else if (shown.status) {
+      key.history.push({ status: shown.status, at: now });
+    }
+    key.status = shown.status ?? key.status;
+  }
+
+  get(id) {
+    return this.#keys.get(id);
+  }
+
+  get size() {
+    return this.#keys.size;
+  }
+
+  /** How many keys have each status, how many requests and tokens there were, and when the first is back. */
+  totals() {
+    const totals = { total: this.#keys.size, requests: 0, tokens: 0, returnsAt: Infinity };
+    for (const status in STATUSES) totals[status] = 0;
+    for (const key of this.#keys.values()) {
+      totals[key.status] += 1;
+      totals.requests += key.requests;
+      totals.tokens += key.tokens;
+      if (GROUPS.resting.includes(key.status)) totals.returnsAt = Math.min(totals.returnsAt, key.returnsAt ?? Infinity);
+    }
+    for (const group in GROUPS) totals[group] = GROUPS[group].reduce((sum, status) => sum + totals[status], 0);
+    return totals;
+  }
+
+  /** The keys that match, in order. */
+  find({ search, group, sort, descending }) {
+    this.#rank();
+    const wanted = search.toLowerCase();
+    const statuses = group ? (GROUPS[group] ?? [group]) : null;
+    const found = [];
+    for (const key of this.#keys.values()) {
+      if (statuses && !statuses.includes(key.status)) continue;
+      if (key.lower.includes(wanted) || key.maskedSecret.toLowerCase().includes(wanted)) found.push(key);
+    }
+    const value = VALUES[sort];
+    const sign = descending ? -1 : 1;
+    return found.sort((a, b) => {
+      const [one, other] = [value(a), value(b)];
+      return one === other ? (sort === "id" ? sign : 1) * (a.rank - b.rank) : sign * (one < other ? -1 : 1);
+    });
+  }
+
+  /** Comparing ids takes its time, so it is done once for all keys. */
+  #rank() {
+    if (this.#ranked) return;
+    [...this.#keys.values()].sort((a, b) => collator.compare(a.id, b.id)).forEach((key, rank) => (key.rank = rank));
+    this.#ranked = true;
+  }
+}
+
+const later = (now, ms, sign = 1) => (ms === null ? null : now + sign * ms);

@@ -1,0 +1,131 @@
+// Calls of the API, and the stream of changes, which is opened again when it breaks.
+
+const API = "/admin/api";
+const TOKEN = "admin-token";
+
+/** Without a word for so long, the stream is taken for dead: a comment comes every 10 seconds. */
+const SILENCE = 25_000;
+const FIRST_WAIT = 500;
+const LONGEST_WAIT = 15_000;
+
+export const token = {
+  get: () => sessionStorage.getItem(TOKEN),
+  set: (value) => sessionStorage.setItem(TOKEN, value),
+  forget: () => sessionStorage.removeItem(TOKEN),
+};
+
+export class Refused extends Error {
+  constructor(status, message) {
+    super(message);
+    this.status = status;
+  }
+}
+
+export const pathOf = (id, action) => `/keys/${encodeURIComponent(id)}${action ? `/${action}` : ""}`;
+
+/** Does something, and gives what is answered. */
+export async function call(method, path, body, type = "application/json") {
+  const headers = { "x-gateway-admin": "1" };
+  if (body !== undefined) headers["content-type"] = type;
+  const response = await send(path, { method, headers, body });
+  return response.status === 204 ? null : response.json();
+}
+
+async function send(path, options) {
+  const headers = { ...options.headers };
+  if (token.get()) headers.authorization = `Bearer ${token.get()}`;
+  const response = await fetch(API + path, { ...options, headers, cache: "no-store" }).catch((error) => {
+    throw options.signal?.aborted ? error : new Refused(0, "the gateway can't be reached");
+  });
+  if (response.ok) return response;
+  const answer = await response.json().catch(() => ({}));
+  throw new Refused(response.status, answer.error ?? `the gateway answered ${response.status}`);
+}
+
+/**
+ * Follows the keys until it is told to stop.
+ *
+ * `heard(name, data)` is called for each event, and `state(name, wait)` with "connecting", "live", "waiting" (and for
+ * how many milliseconds) or "refused" (and why), after which it goes on only when it is started again.
+ */
+export class Stream {
+  #heard;
+  #state;
+  #wait = FIRST_WAIT;
+  #timer;
+  #abort;
+
+  constructor(heard, state) {
+    this.#heard = heard;
+    this.#state = state;
+    addEventListener("online", () => this.#hurry());
+    document.addEventListener("visibilitychange", () => document.hidden || this.#hurry());
+  }
+
+  start() {
+    this.stop();
+    this.#abort = new AbortController();
+    this.#run(this.#abort);
+  }
+
+  stop() {
+    clearTimeout(this.#timer);
+    this.#timer = undefined;
+    this.#abort?.abort();
+    this.#abort = undefined;
+  }
+
+  #hurry() {
+    if (this.#timer) this.start();
+  }
+
+  async #run(abort) {
+    this.#state("connecting");
+    try {
+      const response = await send("/events", { signal: abort.signal });
+      await this.#read(response.body, abort);
+    } catch (error) {
+      if (abort !== this.#abort) return;
+      if (error instanceof Refused && error.status >= 400 && error.status < 500) return this.#state("refused", error);
+    }
+    if (abort === this.#abort) this.#again();
+  }
+
+  #again() {
+    // Not all pages at once.
+    const wait = this.#wait * (0.75 + Math.random() / 2);
+    this.#wait = Math.min(this.#wait * 2, LONGEST_WAIT);
+    this.#timer = setTimeout(() => this.start(), wait);
+    this.#state("waiting", wait);
+  }
+
+  async #read(body, abort) {
+    const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+    let text = "";
+    for (;;) {
+      const { value, done } = await inTime(reader.read(), abort);
+      if (done) return;
+      text += value;
+      const events = text.split("\n\n");
+      text = events.pop();
+      for (const event of events) this.#take(event);
+    }
+  }
+
+  #take(event) {
+    const fields = Object.fromEntries(event.split("\n").map((line) => line.split(/: ?(.*)/s)));
+    if (!fields.event) return;
+    this.#wait = FIRST_WAIT;
+    if (fields.event === "snapshot") this.#state("live");
+    this.#heard(fields.event, JSON.parse(fields.data));
+  }
+}
+
+async function inTime(read, abort) {
+  const timer = setTimeout(() => abort.abort("silence"), SILENCE);
+  try {
+    return await read;
+  } finally {
+    clearTimeout(timer);
+  }
+}

@@ -1,0 +1,49 @@
+// The last 15 minutes of one key, as five paths: one for each status, whatever a key went through.
+
+import { STATUSES } from "/admin/keys.js";
+import { ago, count } from "/admin/words.js";
+
+/** Where each status is drawn: its top and its height. What is normal is a thin line. */
+const BANDS = { healthy: [9, 2], rate_limited: [2, 16], exhausted: [2, 16], revoked: [2, 16], disabled: [7, 6] };
+
+/** What is shorter is still seen. */
+const NARROWEST = 1.5;
+
+export function draw(svg, key, now, kept, width) {
+  const paths = Object.fromEntries(Object.keys(STATUSES).map((status) => [status, ""]));
+  for (const { status, from, to } of spans(key, now, kept)) {
+    const [top, height] = BANDS[status];
+    const x = (1 - (now - from) / kept) * width;
+    const wide = Math.max(((to - from) / kept) * width, NARROWEST);
+    paths[status] += `M${x.toFixed(1)} ${top}h${wide.toFixed(1)}v${height}h${-wide.toFixed(1)}z`;
+  }
+  for (const status in paths) {
+    const path = svg.querySelector(`.t-${status}`);
+    if (path.getAttribute("d") !== paths[status]) path.setAttribute("d", paths[status]);
+  }
+}
+
+/** What it shows, in words. */
+export function describe(key, now, kept) {
+  const all = spans(key, now, kept);
+  const rests = all.filter(({ status }) => status === "rate_limited" || status === "exhausted");
+  if (all.every(({ status }) => status === "healthy")) return "Healthy all the time";
+  const resting = rests.reduce((sum, { from, to }) => sum + to - from, 0);
+  return rests.length ? `${count(rests.length, "rest")}, ${ago(resting)} in all` : STATUSES[key.status];
+}
+
+/** The span at a place between 0, 15 minutes ago, and 1, now; in words. */
+export function describeAt(key, now, kept, place) {
+  const at = now - (1 - place) * kept;
+  const span = spans(key, now, kept).find(({ from, to }) => from <= at && at <= to);
+  if (!span) return "";
+  const ended = span.to === now ? "until now" : `until ${ago(now - span.to)} ago`;
+  return `${STATUSES[span.status]} for ${ago(span.to - span.from)}, ${ended}`;
+}
+
+function spans(key, now, kept) {
+  const ends = key.history.slice(1).map(({ at }) => at);
+  return key.history
+    .map(({ status, at }, index) => ({ status, from: Math.max(at, now - kept), to: ends[index] ?? now }))
+    .filter(({ from, to }) => to >= from);
+}

@@ -1,0 +1,125 @@
+//! Which keys are asked for.
+
+use serde::{Deserialize, Serialize};
+use tower_key_rotation::Status;
+
+use super::{
+    keys::{Key, Shown},
+    live::Live,
+    refusal::Refusal,
+};
+
+const MOST_PER_PAGE: usize = 500;
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Search {
+    #[serde(default)]
+    search: String,
+    status: Option<Group>,
+    #[serde(default = "first_page")]
+    page: usize,
+    #[serde(default = "usual_per_page")]
+    per_page: usize,
+}
+
+/// A status, or several that mean the same for whoever waits.
+#[derive(Clone, Copy, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Group {
+    Healthy,
+    RateLimited,
+    Exhausted,
+    Revoked,
+    Disabled,
+    /// It comes back by itself.
+    Resting,
+    /// Somebody has to bring it back.
+    OutOfService,
+}
+
+#[derive(Serialize)]
+pub(super) struct Page {
+    keys: Vec<Shown>,
+    matches: usize,
+    page: usize,
+    pages: usize,
+    totals: Totals,
+}
+
+#[derive(Default, Serialize)]
+struct Totals {
+    total: usize,
+    healthy: usize,
+    resting: usize,
+    out_of_service: usize,
+}
+
+fn first_page() -> usize {
+    1
+}
+
+fn usual_per_page() -> usize {
+    50
+}
+
+impl Search {
+    pub(super) fn of(&self, live: &Live) -> Result<Page, Refusal> {
+        if self.page == 0 || !(1..=MOST_PER_PAGE).contains(&self.per_page) {
+            return Err(Refusal::bad_request(format!(
+                "page is from 1, and per_page from 1 to {MOST_PER_PAGE}"
+            )));
+        }
+        Ok(live.all(|keys, now| {
+            let totals = Totals::of(&keys);
+            let matching: Vec<_> = keys.into_iter().filter(|key| self.matches(key)).collect();
+            let page =
+                matching.iter().skip((self.page - 1).saturating_mul(self.per_page)).take(self.per_page);
+            Page {
+                keys: page.map(|key| key.shown(now)).collect(),
+                matches: matching.len(),
+                page: self.page,
+                pages: matching.len().div_ceil(self.per_page),
+                totals,
+            }
+        }))
+    }
+
+    fn matches(&self, key: &Key) -> bool {
+        let search = self.search.to_lowercase();
+        let holds = |text: &str| text.to_lowercase().contains(&search);
+        self.status.is_none_or(|group| group.has(key.status()))
+            && (holds(key.id().as_str()) || holds(key.masked_secret()))
+    }
+}
+
+impl Group {
+    fn has(self, status: Status) -> bool {
+        match self {
+            Self::Healthy => status == Status::Healthy,
+            Self::RateLimited => status == Status::RateLimited,
+            Self::Exhausted => status == Status::Exhausted,
+            Self::Revoked => status == Status::Revoked,
+            Self::Disabled => status == Status::Disabled,
+            Self::Resting => rests(status),
+            Self::OutOfService => matches!(status, Status::Revoked | Status::Disabled),
+        }
+    }
+}
+
+/// Whether such a key comes back by itself.
+pub(super) fn rests(status: Status) -> bool {
+    matches!(status, Status::RateLimited | Status::Exhausted)
+}
+
+impl Totals {
+    fn of(keys: &[&Key]) -> Self {
+        let count = |group: Group| keys.iter().filter(|key| group.has(key.status())).count();
+        Self {
+            total: keys.len(),
+            healthy: count(Group::Healthy),
+            resting: count(Group::Resting),
+            out_of_service: count(Group::OutOfService),
+        }
+    }
+}

@@ -1,0 +1,512 @@
+//! The admin's page in a real browser.
+//!
+//! ```text
+//! apt-get install chromium chromium-driver
+//! cargo test --features full --test browser -- --ignored
+//! ```
+//!
+//! `SCREENSHOT=docs/gateway.png` makes the picture of the documentation, which takes the quarter of an hour that
+//! the page shows.
+
+mod browser;
+#[path = "../support/mod.rs"]
+mod support;
+
+use std::{
+    collections::HashMap,
+    env, fs,
+    path::Path,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use browser::Browser;
+use serde_json::{Value, json};
+use support::{gateway::*, *};
+use thirtyfour::Key;
+use tokio::time::{Instant, sleep};
+
+const TOKEN: &str = "the-admin-s-token";
+
+/// The page of a gateway before a service, open in a browser.
+struct Page {
+    browser: Browser,
+    gateway: Gateway,
+    service: Server,
+    http: reqwest::Client,
+}
+
+impl Page {
+    /// Where no token is needed.
+    async fn of<const N: usize>(keys: &[&str], arguments: [&str; N]) -> Self {
+        let page = Self::closed(keys, arguments).await;
+        page.browser.open(&page.gateway.url("/admin")).await;
+        page.browser.see("document.querySelector('#connection').dataset.state === 'live'").await;
+        page
+    }
+
+    async fn closed<const N: usize>(keys: &[&str], arguments: [&str; N]) -> Self {
+        let service = Server::limiting([]).await;
+        let gateway = Gateway::before(service.address(), keys, arguments).await;
+        Self { browser: Browser::start().await, gateway, service, http: http() }
+    }
+
+    async fn request(&self) {
+        self.http.get(self.gateway.url("/v1/models")).send().await.unwrap();
+    }
+
+    async fn see(&self, expression: &str) -> Duration {
+        self.browser.see(expression).await
+    }
+
+    async fn see_status(&self, key: &str, status: &str) {
+        self.see(&format!("{}?.innerText.includes('{status}')", row(key))).await;
+    }
+
+    async fn see_no(&self, key: &str) {
+        self.see(&format!("!{}", row(key))).await;
+    }
+
+    async fn see_said(&self, text: &str) {
+        self.see(&format!("document.querySelector('.announcements').innerText.includes('{text}')")).await;
+    }
+
+    async fn click(&self, selector: &str) {
+        self.browser.click(selector).await;
+    }
+
+    async fn act(&self, key: &str, action: &str) {
+        self.click(&format!("tr[data-key='{key}'] [data-action='{action}']")).await;
+    }
+
+    async fn type_into(&self, selector: &str, text: &str) {
+        self.browser.type_into(selector, text).await;
+    }
+
+    async fn eval(&self, expression: &str) -> Value {
+        self.browser.eval(expression).await
+    }
+
+    /// Nothing was refused by the page's policy, and nothing went wrong in its scripts.
+    async fn end(self) {
+        self.end_with([]).await;
+    }
+
+    /// The same, but for what a test brings about.
+    async fn end_with<const N: usize>(self, expected: [&str; N]) {
+        let complaints = self.browser.complaints().await;
+        let is_expected = |complaint: &String| expected.iter().any(|part| complaint.contains(part));
+        let others: Vec<_> = complaints.iter().filter(|complaint| !is_expected(complaint)).collect();
+        assert!(others.is_empty(), "{others:#?}");
+        self.browser.quit().await;
+    }
+}
+
+fn row(key: &str) -> String {
+    format!("document.querySelector(\"tr[data-key='{key}']\")")
+}
+
+fn cell(key: &str, name: &str) -> String {
+    format!("document.querySelector(\"tr[data-key='{key}'] .c-{name}\").innerText")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "it needs a browser"]
+async fn a_wrong_token_is_refused_and_said_to_be_wrong_and_the_right_one_lets_in() {
+    let page = Page::closed(&["alpha"], ["--admin-token", TOKEN]).await;
+    page.browser.open(&page.gateway.url("/admin")).await;
+    page.see("document.activeElement.id === 'token'").await;
+    assert_eq!(page.eval("document.querySelector('#token-error').innerText").await, "");
+    page.type_into("#token", "wrong").await;
+    page.browser.press(Key::Enter).await;
+    page.see("document.querySelector('#token-error').innerText === 'That is not the admin token.'").await;
+    assert_eq!(page.eval("document.querySelector('#overview').hidden").await, json!(true));
+
+    page.type_into("#token", TOKEN).await;
+    page.browser.press(Key::Enter).await;
+    page.see_status("alpha", "Healthy").await;
+    assert_eq!(page.eval("document.querySelector('#sign-in').hidden").await, json!(true));
+
+    page.browser.open(&page.gateway.url("/admin")).await;
+    page.see_status("alpha", "Healthy").await;
+    page.click("#sign-out").await;
+    page.see("!document.querySelector('#sign-in').hidden").await;
+    assert_eq!(page.eval("sessionStorage.length").await, 0);
+    page.end_with(["401 (Unauthorized)"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "it needs a browser"]
+async fn a_key_is_added_and_its_secret_is_nowhere_in_the_page_afterwards() {
+    let page = Page::of(&["alpha"], []).await;
+    page.click("#add-key").await;
+    page.type_into("#add-id", "alpha").await;
+    page.type_into("#add-secret", "sk-Zq7Xw9Kp3Vn8Bt5R").await;
+    page.click("#add .primary").await;
+    page.see("document.querySelector('#add-error').innerText === 'There is a key alpha already.'").await;
+    page.type_into("#add-id", "-2").await;
+    page.click("#add .primary").await;
+    page.see_status("alpha-2", "Healthy").await;
+    page.see_said("alpha-2 was added.").await;
+    assert_eq!(page.eval(&cell("alpha-2", "secret")).await, "…Bt5R");
+    assert_eq!(page.eval("document.querySelector('#add').open").await, json!(false));
+    assert_eq!(page.eval("document.querySelector('#add-secret').value").await, "");
+    let all = "document.documentElement.outerHTML + JSON.stringify([{...sessionStorage}, {...localStorage}])";
+    assert!(!page.eval(all).await.as_str().unwrap().contains("Zq7Xw9"));
+    page.end_with(["409 (Conflict)"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "it needs a browser"]
+async fn of_many_lines_the_bad_one_is_named_and_the_others_are_there() {
+    let page = Page::of(&["alpha"], []).await;
+    page.click("#import-keys").await;
+    page.type_into("#import-text", "beta|sk-beta\nno separator\ngamma|sk-gamma").await;
+    page.click("#import .primary").await;
+    page.see("document.querySelector('#import-summary').innerText === '2 keys added, 1 refused.'").await;
+    let lines =
+        page.eval("[...document.querySelectorAll('#import-lines li')].map((l) => l.innerText.split('\\n'))");
+    assert_eq!(
+        lines.await,
+        json!([
+            ["Line 1", "beta", "Added."],
+            ["Line 2", "–", "There is no | between an id and a secret."],
+            ["Line 3", "gamma", "Added."],
+        ])
+    );
+    // The refused line is left to be put right.
+    assert_eq!(page.eval("document.querySelector('#import-text').value").await, "no separator");
+    page.click("#import [data-close]").await;
+    page.see_status("beta", "Healthy").await;
+    page.see_status("gamma", "Healthy").await;
+    page.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "it needs a browser"]
+async fn a_limited_key_is_seen_to_rest_and_to_come_back_without_reloading() {
+    let page = Page::of(&["alpha", "beta"], ["--cooldown", "3"]).await;
+    page.eval("(window.isTheSamePage = true)").await;
+    page.service.limit("alpha");
+    page.request().await;
+    page.request().await;
+    page.see_status("alpha", "Rate limited").await;
+    page.see(&format!("/^0:0[1-3]$/.test({})", cell("alpha", "left"))).await;
+    assert_eq!(page.eval(&cell("alpha", "reason")).await, "429");
+    assert_eq!(page.eval(&cell("alpha", "limited")).await, "1");
+    assert_eq!(page.eval("document.querySelector('[data-count=resting]').innerText").await, "1");
+    page.see("/^First back in 0:0[1-3]$/.test(document.querySelector('[data-note=resting]').innerText)")
+        .await;
+    page.see(&format!("/^0:0[12]$/.test({})", cell("alpha", "left"))).await;
+
+    page.see_status("alpha", "Healthy").await;
+    page.see("document.querySelector('[data-count=resting]').innerText === '0'").await;
+    assert_eq!(page.eval("window.isTheSamePage").await, json!(true));
+    // The rest stays in the timeline, about 3 of its 900 seconds wide, and only in that key's.
+    let rests = |key: &str| format!("{}.querySelector('.t-rate_limited').getAttribute('d')", row(key));
+    page.see(&rests("alpha")).await;
+    assert_eq!(page.eval(&rests("beta")).await, "");
+    page.see(&format!("{}.querySelector('svg.timeline').ariaLabel.includes('1 rest, ')", row("alpha"))).await;
+    page.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "it needs a browser"]
+async fn a_resting_key_is_reset_and_any_is_disabled_and_enabled() {
+    let page = Page::of(&["alpha", "beta"], ["--cooldown", "600"]).await;
+    page.service.limit("alpha");
+    page.request().await;
+    page.request().await;
+    page.see_status("alpha", "Rate limited").await;
+    page.act("alpha", "reset").await;
+    page.see_status("alpha", "Healthy").await;
+    page.see_said("alpha was reset.").await;
+
+    page.act("beta", "toggle").await;
+    page.see_status("beta", "Disabled").await;
+    page.see("document.querySelector('[data-note=out_of_service]').innerText === '1 disabled'").await;
+    page.act("beta", "toggle").await;
+    page.see_status("beta", "Healthy").await;
+    page.see_said("beta is back in service.").await;
+    page.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "it needs a browser"]
+async fn all_that_rest_are_reset_at_once() {
+    let page = Page::of(&["alpha", "beta", "gamma"], ["--cooldown", "600"]).await;
+    for key in ["alpha", "beta"] {
+        page.service.limit(key);
+    }
+    for _ in 0..3 {
+        page.request().await;
+    }
+    page.see_status("alpha", "Rate limited").await;
+    page.see_status("beta", "Rate limited").await;
+    page.click("#reset-resting").await;
+    page.see_status("alpha", "Healthy").await;
+    page.see_status("beta", "Healthy").await;
+    page.see_said("2 keys were reset.").await;
+    page.see("document.querySelector('#reset-resting').disabled").await;
+    page.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "it needs a browser"]
+async fn a_key_is_removed_only_by_who_says_so_twice() {
+    let page = Page::of(&["alpha", "beta"], []).await;
+    page.act("beta", "remove").await;
+    page.see("document.querySelector('#remove-key').open").await;
+    assert_eq!(page.eval("document.querySelector('#remove-id').innerText").await, "beta");
+    // Enter does what is safe.
+    assert_eq!(page.eval("document.activeElement.innerText").await, "Cancel");
+    page.browser.press(Key::Enter).await;
+    page.see("!document.querySelector('#remove-key').open").await;
+    page.act("beta", "remove").await;
+    page.browser.press(Key::Escape).await;
+    page.see("!document.querySelector('#remove-key').open").await;
+    page.see_status("beta", "Healthy").await;
+
+    page.act("beta", "remove").await;
+    page.click("#remove-key .danger").await;
+    page.see_no("beta").await;
+    page.see_said("beta was removed.").await;
+    page.see_status("alpha", "Healthy").await;
+    page.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "it needs a browser"]
+async fn the_page_finds_its_gateway_again_after_a_restart() {
+    let mut page = Page::of(&["alpha"], []).await;
+    page.eval("(window.isTheSamePage = true)").await;
+    let address = page.gateway.address();
+    page.gateway.terminate().await;
+    page.gateway.ended().await;
+    page.see("document.querySelector('#connection').innerText.startsWith('Connection lost')").await;
+    page.see("'stale' in document.body.dataset").await;
+    // What is known stays in view.
+    page.see_status("alpha", "Healthy").await;
+
+    let keys = keys_file("alpha|sk-alpha\nomega|sk-omega\n");
+    let upstream = format!("http://{}", page.service.address());
+    let listen = address.to_string();
+    let again = command(["--upstream", &upstream, "--keys", keys.path(), "--listen", &listen]);
+    page.gateway = Gateway::start_listening(again).await;
+    page.see_status("omega", "Healthy").await;
+    page.see("document.querySelector('#connection-text').innerText === 'Live'").await;
+    assert_eq!(page.eval("'stale' in document.body.dataset").await, json!(false));
+    assert_eq!(page.eval("window.isTheSamePage").await, json!(true));
+    page.end_with(["ERR_CONNECTION_REFUSED"]).await;
+}
+
+/// How long the page may take for what somebody does, with all that chromedriver adds.
+const AT_ONCE: Duration = Duration::from_millis(1_500);
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "it needs a browser"]
+async fn ten_thousand_keys_are_searched_and_paged_at_once_and_only_one_page_is_in_the_document() {
+    let names: Vec<_> = (1..=10_000).map(|number| format!("key-{number}")).collect();
+    let page = Page::of(&names.iter().map(String::as_str).collect::<Vec<_>>(), []).await;
+    let rows = "document.querySelectorAll('tbody tr').length";
+    page.see("document.querySelector('#range').innerText === '1–50 of 10,000'").await;
+    assert_eq!(page.eval(rows).await, 50);
+
+    page.click("#next").await;
+    let paging = page.see(&row("key-51")).await;
+    page.type_into("#search", "key-999").await;
+    let searching = page.see("document.querySelector('#range').innerText === '1–11 of 11'").await;
+    assert_eq!(page.eval(rows).await, 11);
+    page.click("th[data-sort=requests] button").await;
+    page.act("key-9990", "toggle").await;
+    page.see_status("key-9990", "Disabled").await;
+    page.eval("(() => { const s = document.querySelector('#search'); s.value = ''; s.dispatchEvent(new Event('input')); })()").await;
+    page.see("document.querySelector('#range').innerText.endsWith('of 10,000')").await;
+    page.click("[data-group=out_of_service]").await;
+    let filtering = page.see("document.querySelector('#range').innerText === '1–1 of 1'").await;
+
+    // What all of it takes is measured in the page itself.
+    let frame = page
+        .eval(
+            "(() => { const begun = performance.now(); const s = document.querySelector('#status'); s.value = ''; \
+             s.dispatchEvent(new Event('change')); document.querySelector('th[data-sort=id] button').click(); \
+             return performance.now() - begun; })()",
+        )
+        .await;
+    println!("paging {paging:?}, searching {searching:?}, filtering {filtering:?}, handlers {frame} ms");
+    for took in [paging, searching, filtering] {
+        assert!(took < AT_ONCE, "paging {paging:?}, searching {searching:?}, filtering {filtering:?}");
+    }
+    assert!(page.eval("document.querySelectorAll('*').length").await.as_u64() < Some(3_000));
+    page.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "it needs a browser"]
+async fn on_a_phone_nothing_is_wider_than_the_screen() {
+    let long = "a-key-with-a-name-that-is-much-longer-than-anybody-would-want-to-read-on-a-phone";
+    let page = Page::of(&["alpha", long], ["--cooldown", "600"]).await;
+    page.service.limit("alpha");
+    page.request().await;
+    page.request().await;
+    page.browser.looks_through(360, 740, 2.0).await;
+    page.see_status("alpha", "Rate limited").await;
+    page.see("document.scrollingElement.scrollWidth === 360").await;
+    for action in ["reset", "toggle", "remove"] {
+        let button = format!("{}.querySelector('[data-action={action}]').getBoundingClientRect()", row(long));
+        assert!(page.eval(&format!("{button}.right")).await.as_f64().unwrap() <= 360.0, "{action}");
+    }
+    page.act("alpha", "reset").await;
+    page.see_status("alpha", "Healthy").await;
+    page.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "it needs a browser"]
+async fn it_is_dark_where_the_system_is_or_where_somebody_says_so() {
+    let page = Page::of(&["alpha"], []).await;
+    let background = "getComputedStyle(document.body.parentElement).backgroundColor";
+    page.browser.prefers("light").await;
+    let light = page.eval(background).await;
+    page.browser.prefers("dark").await;
+    let dark = page.eval(background).await;
+    assert_ne!(light, dark);
+    page.click("#theme-switch").await;
+    page.see("document.querySelector('#theme-switch').ariaLabel === 'Colours: light'").await;
+    assert_eq!(page.eval(background).await, light);
+    page.browser.open(&page.gateway.url("/admin")).await;
+    assert_eq!(page.eval(background).await, light);
+    page.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "it needs a browser"]
+async fn everything_is_reached_by_keyboard_and_has_a_name() {
+    let page = Page::of(&["alpha"], []).await;
+    page.see_status("alpha", "Healthy").await;
+    page.browser.press("/").await;
+    page.see("document.activeElement.id === 'search'").await;
+    page.browser.press("alph").await;
+    page.see("document.querySelector('#range').innerText === '1–1 of 1'").await;
+    let unnamed = page.eval(
+        "[...document.querySelectorAll('button, input, select, textarea')].filter((e) => \
+         !(e.ariaLabel || e.innerText?.trim() || e.textContent.trim() || e.labels?.length)).map((e) => e.outerHTML)",
+    );
+    assert_eq!(unnamed.await, json!([]));
+    // From the search on, each press of Tab is seen to arrive.
+    let mut seen = Vec::new();
+    loop {
+        page.browser.press(Key::Tab).await;
+        if page.eval("document.activeElement === document.body").await == json!(true) {
+            break;
+        }
+        let name = page.eval("document.activeElement.ariaLabel ?? document.activeElement.innerText").await;
+        assert_ne!(
+            page.eval("getComputedStyle(document.activeElement).outlineStyle").await,
+            "none",
+            "{name}"
+        );
+        seen.push(name);
+    }
+    for name in ["Reset alpha", "Disable alpha", "Remove alpha", "Tokens"] {
+        assert!(seen.contains(&json!(name)), "{name} in {seen:?}");
+    }
+    page.end().await;
+}
+
+/// What the other tests would see if the page did what it must not.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "it needs a browser"]
+async fn a_script_or_a_style_that_gets_into_the_page_is_kept_from_working_and_is_complained_of() {
+    let page = Page::of(&["alpha"], []).await;
+    page.eval("document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=\"window.got=1\"><p style=\"color:red\">')")
+        .await;
+    page.eval("document.body.append(Object.assign(document.createElement('script'), { textContent: 'window.got=1' }))")
+        .await;
+    page.see("document.querySelector('p[style]')").await;
+    sleep(Duration::from_millis(100)).await;
+    assert_eq!(page.eval("window.got").await, Value::Null);
+    let complaints = page.browser.complaints().await;
+    for directive in ["script-src", "style-src"] {
+        assert!(complaints.iter().any(|complaint| complaint.contains(directive)), "{complaints:#?}");
+    }
+}
+
+/// Keys as somebody may have them.
+const KEYS: [&str; 12] = [
+    "acme-eu-1",
+    "acme-eu-2",
+    "acme-us-1",
+    "acme-us-2",
+    "batch-1",
+    "batch-2",
+    "evals",
+    "legacy-2023",
+    "research",
+    "search-ranking",
+    "support-bot",
+    "translation",
+];
+
+/// It answers as services do: each key now and then with 429, one that is used up with 402, one that is gone with 401.
+async fn moody_service() -> Server {
+    let asked: Arc<Mutex<HashMap<String, u32>>> = Arc::default();
+    Server::start(move |request| {
+        let key = key_of(&request).unwrap_or_default().split('_').next().unwrap_or_default().to_owned();
+        let place = KEYS.iter().position(|name| **name == key).unwrap_or_default() as u32;
+        let mut asked = asked.lock().unwrap();
+        let count = asked.entry(key.clone()).or_default();
+        *count += 1;
+        let wait = (20 + (*count * 37 + place * 53) % 90).to_string();
+        let json = ("content-type", "application/json");
+        std::future::ready(match (key.as_str(), *count) {
+            ("legacy-2023", 60..) => answer_with(401, [json], r#"{"error":{"code":"invalid_api_key"}}"#),
+            ("batch-2", 90..) => answer_with(402, [json], r#"{"error":{"code":"insufficient_quota"}}"#),
+            (_, count) if count % (23 + 5 * place) == 0 => {
+                answer_with(429, [json, ("retry-after", &wait)], "{}")
+            }
+            _ => {
+                let tokens = 400 + (*count * 97 + place * 31) % 1_900;
+                answer_with(200, [json], json!({ "usage": { "total_tokens": tokens } }).to_string())
+            }
+        })
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "it needs a browser"]
+async fn a_screenshot_is_kept() {
+    let wanted = env::var("SCREENSHOT").ok();
+    let time = if wanted.is_some() { 15 * MINUTE + 5 * SECOND } else { 3 * SECOND };
+    let service = moody_service().await;
+    let lines = (1_u64..)
+        .zip(KEYS)
+        .map(|(number, key)| format!("{key}|sk-{key}_{:016x}\n", number.wrapping_mul(0x9e37_79b9_7f4a_7c15)));
+    let keys = keys_file(&lines.collect::<String>());
+    let upstream = format!("http://{}", service.address());
+    let gateway = Gateway::start(command(["--upstream", &upstream, "--keys", keys.path()])).await;
+    let page = Page { browser: Browser::start().await, gateway, service, http: http() };
+    page.browser.looks_through(1280, 670, 1.5).await;
+    page.browser.prefers("light").await;
+    page.browser.open(&page.gateway.url("/admin")).await;
+
+    let begun = Instant::now();
+    while begun.elapsed() < time {
+        let request = page.http.post(page.gateway.url("/v1/chat/completions")).body("{}");
+        request.send().await.unwrap();
+        sleep(Duration::from_millis(90)).await;
+    }
+    let disable = page.gateway.url("/admin/api/keys/translation/disable");
+    page.http.post(disable).header("x-gateway-admin", "1").send().await.unwrap();
+    page.see_status("translation", "Disabled").await;
+    let png = page.browser.screenshot().await;
+    assert!(png.starts_with(b"\x89PNG"));
+    let path = match &wanted {
+        Some(path) => Path::new(env!("CARGO_MANIFEST_DIR")).join(path),
+        None => Path::new(env!("CARGO_TARGET_TMPDIR")).join("gateway.png"),
+    };
+    fs::write(&path, &png).unwrap();
+    println!("{} has {} bytes", path.display(), png.len());
+    page.end().await;
+}

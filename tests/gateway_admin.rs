@@ -1,0 +1,665 @@
+//! The admin of the example `gateway`, as a program: its API against its own description, and who may use it.
+
+mod support;
+
+use std::{
+    collections::{BTreeSet, HashSet},
+    time::Duration,
+};
+
+use futures_util::{Stream, StreamExt, stream};
+use http::Request;
+use http_body_util::BodyExt;
+use hyper::client::conn::http2;
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use jsonschema::Validator;
+use reqwest::{
+    Method, RequestBuilder, StatusCode,
+    header::{AUTHORIZATION, CONTENT_TYPE},
+};
+use serde_json::{Value, json};
+use support::{gateway::*, *};
+use tokio::{net::TcpStream, time::Instant};
+
+const TOKEN: &str = "the-admin-s-token";
+
+const CHANGE: (&str, &str) = ("x-gateway-admin", "1");
+
+fn description() -> Value {
+    serde_json::from_str(include_str!("../examples/gateway/admin/openapi.json")).unwrap()
+}
+
+/// Of one of the description's schemas, by its name, or of another schema that refers to these.
+fn validator(schema: &Value) -> Validator {
+    let mut schema = schema.clone();
+    schema["components"] = description()["components"].clone();
+    jsonschema::draft202012::new(&schema).unwrap()
+}
+
+fn named(schema: &str) -> Validator {
+    validator(&json!({ "$ref": format!("#/components/schemas/{schema}") }))
+}
+
+#[track_caller]
+fn assert_valid(validator: &Validator, value: &Value) {
+    let errors: Vec<_> =
+        validator.iter_errors(value).map(|error| format!("{}: {error}", error.instance_path())).collect();
+    assert!(errors.is_empty(), "{errors:#?} in {value:#}");
+}
+
+/// A gateway with keys of these names before a service that limits those that it is told to, and its admin.
+struct Admin {
+    gateway: Gateway,
+    service: Server,
+    http: reqwest::Client,
+}
+
+impl Admin {
+    async fn with(keys: &[&str]) -> Self {
+        let service = Server::limiting([]).await;
+        let gateway =
+            Gateway::before(service.address(), keys, ["--admin-token", TOKEN, "--cooldown", "600"]).await;
+        Self { gateway, service, http: http() }
+    }
+
+    fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        self.http.request(method, self.gateway.url("/admin/api") + path).bearer_auth(TOKEN)
+    }
+
+    /// What is answered, which is as the description says for `operation`, a path of it.
+    async fn answer(&self, request: RequestBuilder, operation: &str) -> (u16, Value) {
+        let request = request.build().unwrap();
+        let method = request.method().as_str().to_lowercase();
+        let response = self.http.execute(request).await.unwrap();
+        let status = response.status().as_u16();
+        let description = description();
+        let answers = &description["paths"][operation][&method]["responses"];
+        let documented = &answers[status.to_string()];
+        let documented = match documented["$ref"].as_str() {
+            Some(named) => description.pointer(named.trim_start_matches('#')).unwrap(),
+            None => documented,
+        };
+        let body = response.bytes().await.unwrap();
+        assert!(documented.is_object(), "{method} {operation}: {status} is not documented: {body:?}");
+        match &documented["content"]["application/json"]["schema"] {
+            Value::Null => {
+                assert!(body.is_empty(), "{method} {operation}: {body:?}");
+                (status, Value::Null)
+            }
+            schema => {
+                let body = serde_json::from_slice(&body).unwrap();
+                assert_valid(&validator(schema), &body);
+                (status, body)
+            }
+        }
+    }
+
+    async fn get(&self, path: &str) -> (u16, Value) {
+        let operation = path.split('?').next().unwrap();
+        self.answer(self.request(Method::GET, path), operation).await
+    }
+
+    /// A change, with the header that it needs. `operation` is its path in the description.
+    async fn change(&self, method: Method, path: &str, operation: &str, body: Value) -> (u16, Value) {
+        let request = self.request(method, path).header(CHANGE.0, CHANGE.1);
+        let request = if body.is_null() { request } else { request.json(&body) };
+        self.answer(request, operation).await
+    }
+
+    async fn add(&self, id: &str, secret: &str) -> (u16, Value) {
+        self.change(Method::POST, "/keys", "/keys", json!({ "id": id, "secret": secret })).await
+    }
+
+    async fn act(&self, id: &str, action: &str) -> (u16, Value) {
+        let (path, operation) = (format!("/keys/{id}/{action}"), format!("/keys/{{id}}/{action}"));
+        self.change(Method::POST, &path, &operation, Value::Null).await
+    }
+
+    async fn remove(&self, id: &str) -> u16 {
+        self.change(Method::DELETE, &format!("/keys/{id}"), "/keys/{id}", Value::Null).await.0
+    }
+
+    async fn import(&self, media_type: &str, body: impl Into<reqwest::Body>) -> (u16, Value) {
+        let request = self.request(Method::POST, "/keys:import").header(CHANGE.0, CHANGE.1);
+        self.answer(request.header(CONTENT_TYPE, media_type).body(body), "/keys:import").await
+    }
+
+    /// Has the service limit these keys, each by one request.
+    async fn limit(&self, keys: &[&str]) {
+        for key in keys {
+            self.service.limit(key);
+        }
+        for _ in 0..=keys.len() {
+            self.http.get(self.gateway.url("/v1/models")).send().await.unwrap();
+        }
+    }
+
+    async fn ids(&self, query: &str) -> Vec<String> {
+        let (status, page) = self.get(&format!("/keys{query}")).await;
+        assert_eq!(status, 200, "{page}");
+        let keys = page["keys"].as_array().unwrap();
+        keys.iter().map(|key| key["id"].as_str().unwrap().to_owned()).collect()
+    }
+
+    async fn events(&self) -> impl Stream<Item = (String, Value)> + Unpin + use<> {
+        events(self.request(Method::GET, "/events")).await
+    }
+}
+
+/// The name and the data of each event, which are as the description says.
+async fn events(request: RequestBuilder) -> impl Stream<Item = (String, Value)> + Unpin {
+    let response = request.send().await.unwrap();
+    assert_eq!(response.status(), StatusCode::OK);
+    assert_eq!(response.headers()[CONTENT_TYPE], "text/event-stream");
+    let schemas = [("snapshot", named("Snapshot")), ("changes", named("Changes"))];
+    let pieces = (response.bytes_stream(), String::new(), schemas);
+    Box::pin(stream::unfold(pieces, async |(mut bytes, mut text, schemas)| {
+        loop {
+            if let Some((event, rest)) = text.split_once("\n\n") {
+                let field = |name: &str| event.lines().find_map(|line| line.strip_prefix(name));
+                let found = field("event: ").map(|name| {
+                    let data = serde_json::from_str(field("data: ").unwrap()).unwrap();
+                    let (_, schema) = schemas.iter().find(|(schema, _)| *schema == name).unwrap();
+                    assert_valid(schema, &data);
+                    (name.to_owned(), data)
+                });
+                text = rest.to_owned();
+                match found {
+                    Some(event) => return Some((event, (bytes, text, schemas))),
+                    None => continue,
+                }
+            }
+            text += std::str::from_utf8(&bytes.next().await?.ok()?).unwrap();
+        }
+    }))
+}
+
+/// The first change of that key that is told.
+async fn change_of(key: &str, events: &mut (impl Stream<Item = (String, Value)> + Unpin)) -> Value {
+    in_time(async {
+        loop {
+            let (name, data) = events.next().await.unwrap();
+            assert_eq!(name, "changes");
+            if let Some(change) = data["keys"].as_array().unwrap().iter().find(|change| change["id"] == key) {
+                return change.clone();
+            }
+        }
+    })
+    .await
+}
+
+#[tokio::test]
+async fn each_route_is_described_and_each_that_is_described_is_there() {
+    let admin = Admin::with(&["alpha"]).await;
+    let mut described = BTreeSet::new();
+    for (path, operations) in description()["paths"].as_object().unwrap() {
+        for method in operations.as_object().unwrap().keys() {
+            described.insert(format!("{} {path}", method.to_uppercase()));
+            let method = Method::from_bytes(method.to_uppercase().as_bytes()).unwrap();
+            // Without the token: what isn't there would be refused as well, so it is asked for without the change.
+            let request = admin.request(method.clone(), &path.replace("{id}", "alpha"));
+            let status = request.send().await.unwrap().status();
+            let expected = if method == Method::GET { StatusCode::OK } else { StatusCode::FORBIDDEN };
+            assert_eq!(status, expected, "{method} {path}");
+        }
+    }
+    let source = include_str!("../examples/gateway/admin/api.rs");
+    let mut there = BTreeSet::new();
+    for line in source.lines().filter_map(|line| line.trim().strip_prefix(".route(\"")) {
+        let (path, handlers) = line.split_once('"').unwrap();
+        for method in ["get", "post", "put", "patch", "delete"] {
+            if handlers.contains(&format!("{method}(")) {
+                there.insert(format!("{} {path}", method.to_uppercase()));
+            }
+        }
+    }
+    assert_eq!(there, described);
+    assert!(there.len() > 9, "{there:?}");
+    assert_eq!(admin.get("/openapi.json").await, (200, description()));
+}
+
+#[tokio::test]
+async fn what_is_not_there_is_said_by_the_admin_and_never_asked_of_the_upstream() {
+    let admin = Admin::with(&["alpha"]).await;
+    for path in
+        ["/admin/nothing", "/admin/api/nothing", "/admin/api", "/admin/api/", "/admin/api/keys/alpha/nothing"]
+    {
+        let response = admin.http.get(admin.gateway.url(path)).bearer_auth(TOKEN).send().await.unwrap();
+        assert_eq!(response.status(), StatusCode::NOT_FOUND, "{path}");
+        assert_valid(&named("Error"), &response.json().await.unwrap());
+    }
+    let response = admin.request(Method::PUT, "/keys").header(CHANGE.0, CHANGE.1).send().await.unwrap();
+    assert_eq!(response.status(), StatusCode::METHOD_NOT_ALLOWED);
+    for path in ["/admin", "/admin/", "/admin/admin.js", "/admin/admin.css"] {
+        let response = admin.http.get(admin.gateway.url(path)).send().await.unwrap();
+        assert_eq!(response.status(), StatusCode::OK, "{path}");
+    }
+    assert_eq!(admin.service.count(), 0);
+}
+
+#[tokio::test]
+async fn without_the_token_or_with_another_nothing_is_told_or_done() {
+    let admin = Admin::with(&["alpha"]).await;
+    let wrong = [
+        "",
+        "Bearer",
+        "Bearer ",
+        "Bearer wrong",
+        "Bearer the-admin-s-toke",
+        "Basic the-admin-s-token",
+        TOKEN,
+    ];
+    for (path, operations) in description()["paths"].as_object().unwrap() {
+        for method in operations.as_object().unwrap().keys() {
+            let method = Method::from_bytes(method.to_uppercase().as_bytes()).unwrap();
+            let url = admin.gateway.url("/admin/api") + &path.replace("{id}", "alpha");
+            let request = || admin.http.request(method.clone(), &url).header(CHANGE.0, CHANGE.1);
+            for authorization in wrong {
+                let (status, error) =
+                    admin.answer(request().header(AUTHORIZATION, authorization), path).await;
+                assert_eq!(status, 401, "{method} {path} {authorization:?} {error}");
+            }
+            let response = request().send().await.unwrap();
+            assert_eq!(response.status(), StatusCode::UNAUTHORIZED);
+            assert_eq!(response.headers()["www-authenticate"], "Bearer");
+        }
+    }
+    assert_eq!(admin.ids("").await, ["alpha"]);
+}
+
+#[tokio::test]
+async fn without_a_token_it_is_there_under_a_name_of_this_machine_only() {
+    let service = Server::limiting([]).await;
+    let gateway = Gateway::before(service.address(), &["alpha"], []).await;
+    let http = http();
+    let port = gateway.address().port();
+    let ask = async |path: &str, name: &str, value: &str| {
+        let request = http.get(gateway.url(path)).header(name, value);
+        request.send().await.unwrap().status().as_u16()
+    };
+    for path in ["/admin", "/admin/admin.js", "/admin/api/keys", "/admin/api/openapi.json"] {
+        for host in ["localhost", "127.0.0.1", "[::1]"] {
+            assert_eq!(ask(path, "host", &format!("{host}:{port}")).await, 200, "{path} {host}");
+        }
+        for host in ["gateway.example.com", "localhost.example.com:80", "192.168.0.1", "0.0.0.0"] {
+            assert_eq!(ask(path, "host", host).await, 403, "{path} {host}");
+        }
+        assert_eq!(ask(path, "x-forwarded-for", "10.1.2.3").await, 403, "{path}");
+    }
+    let change = |name: &'static str, value: &'static str| {
+        let request = http.post(gateway.url("/admin/api/keys/alpha/disable")).header(name, value);
+        async { request.send().await.unwrap().status().as_u16() }
+    };
+    assert_eq!(change("x-other", "1").await, 403);
+    assert_eq!(change(CHANGE.0, CHANGE.1).await, 200);
+}
+
+#[tokio::test]
+async fn a_change_that_another_site_may_have_asked_for_is_refused_with_the_token_too() {
+    let admin = Admin::with(&["alpha"]).await;
+    let paths = [
+        (Method::POST, "/keys"),
+        (Method::POST, "/keys:import"),
+        (Method::POST, "/keys:reset"),
+        (Method::DELETE, "/keys/alpha"),
+        (Method::POST, "/keys/alpha/reset"),
+        (Method::POST, "/keys/alpha/disable"),
+        (Method::POST, "/keys/alpha/enable"),
+    ];
+    for (method, path) in paths {
+        let operation = path.replace("alpha", "{id}");
+        let request = || admin.request(method.clone(), path);
+        let (status, _) = admin.answer(request(), &operation).await;
+        assert_eq!(status, 403, "{path} without the header");
+        for site in ["cross-site", "same-site", "nonsense"] {
+            let request = request().header(CHANGE.0, CHANGE.1).header("sec-fetch-site", site);
+            let (status, _) = admin.answer(request, &operation).await;
+            assert_eq!(status, 403, "{path} from {site}");
+        }
+    }
+    assert_eq!(admin.ids("?status=healthy").await, ["alpha"]);
+    for site in ["same-origin", "none"] {
+        let request = admin.request(Method::POST, "/keys/alpha/disable").header(CHANGE.0, CHANGE.1);
+        let (status, _) = admin.answer(request.header("sec-fetch-site", site), "/keys/{id}/disable").await;
+        assert_eq!(status, 200, "{site}");
+    }
+}
+
+#[tokio::test]
+async fn every_answer_has_the_strict_headers() {
+    let admin = Admin::with(&["alpha"]).await;
+    for (path, status) in
+        [("/admin", 200), ("/admin/admin.js", 200), ("/admin/api/keys", 401), ("/admin/no", 404)]
+    {
+        let response = admin.http.get(admin.gateway.url(path)).send().await.unwrap();
+        assert_eq!(response.status(), status, "{path}");
+        let headers = response.headers();
+        let policy = headers["content-security-policy"].to_str().unwrap();
+        for part in
+            ["default-src 'none'", "script-src 'self'", "frame-ancestors 'none'", "form-action 'none'"]
+        {
+            assert!(policy.contains(part), "{path}: {policy}");
+        }
+        assert!(!policy.contains("unsafe"), "{policy}");
+        assert_eq!(headers["x-content-type-options"], "nosniff");
+        assert_eq!(headers["referrer-policy"], "no-referrer");
+        assert_eq!(headers["cache-control"], "no-store");
+    }
+}
+
+#[tokio::test]
+async fn a_key_is_added_disabled_enabled_and_removed_and_each_is_logged_by_its_id() {
+    let admin = Admin::with(&["alpha"]).await;
+    let (status, key) = admin.add("beta", "sk-beta-0123456789abcdef").await;
+    assert_eq!(status, 201);
+    assert_eq!(
+        (&key["id"], &key["masked_secret"], &key["status"]),
+        (&json!("beta"), &json!("…cdef"), &json!("healthy"))
+    );
+    let (_, key) = admin.act("beta", "disable").await;
+    assert_eq!(key["status"], "disabled");
+    let (_, key) = admin.act("beta", "enable").await;
+    assert_eq!(key["status"], "healthy");
+    assert_eq!(admin.remove("beta").await, 204);
+    assert_eq!(admin.ids("").await, ["alpha"]);
+    let log = async |text: &str| {
+        let said = || admin.gateway.log().contains(text);
+        eventually(text, said).await;
+    };
+    for what in ["added", "disabled", "enabled", "removed"] {
+        log(&format!("key {what} by the admin key=\"beta\"")).await;
+    }
+}
+
+#[tokio::test]
+async fn what_can_t_be_done_is_said_with_the_status_that_is_described() {
+    let admin = Admin::with(&["alpha"]).await;
+    for (id, secret, status) in [
+        ("alpha", "sk-other", 409),
+        ("", "sk-1", 400),
+        ("two\nlines", "sk-1", 400),
+        ("beta", "", 400),
+        ("beta", "sk with a tab\t", 400),
+        ("beta", "schlüssel", 400),
+    ] {
+        assert_eq!(admin.add(id, secret).await.0, status, "{id:?} {secret:?}");
+    }
+    for body in [
+        json!({ "id": "beta" }),
+        json!({ "id": 1, "secret": "sk" }),
+        json!("sk"),
+        json!({ "id": "a", "secret": "b", "c": 1 }),
+    ] {
+        let (status, _) = admin.change(Method::POST, "/keys", "/keys", body.clone()).await;
+        assert_eq!(status, 400, "{body}");
+    }
+    for action in ["reset", "disable", "enable"] {
+        assert_eq!(admin.act("nobody", action).await.0, 404, "{action}");
+    }
+    assert_eq!(admin.remove("nobody").await, 404);
+    for query in ["?page=0", "?page=x", "?per_page=501", "?status=tired", "?colour=red"] {
+        assert_eq!(admin.get(&format!("/keys{query}")).await.0, 400, "{query}");
+    }
+    assert_eq!(admin.import("text/html", "a|b").await.0, 415);
+    assert_eq!(admin.import("application/json", "[").await.0, 400);
+    assert_eq!(admin.import("text/plain", "x".repeat(3 << 20)).await.0, 413);
+    assert_eq!(admin.ids("").await, ["alpha"]);
+}
+
+#[tokio::test]
+async fn an_id_may_have_any_characters_in_a_path() {
+    let admin = Admin::with(&["omega"]).await;
+    for (id, path) in [
+        ("a/b?c#d%", "a%2Fb%3Fc%23d%25"),
+        ("ключ 1", "%D0%BA%D0%BB%D1%8E%D1%87%201"),
+        ("import", "import"),
+        ("reset", "reset"),
+    ] {
+        assert_eq!(admin.add(id, &format!("sk-of-{}", path.len())).await.0, 201);
+        assert_eq!(admin.act(path, "disable").await.1["id"], id);
+        assert_eq!(admin.remove(path).await, 204, "{id}");
+    }
+    // What a client makes of a path with a dot in it must be nothing that resets all.
+    admin.add(".", "sk-dot").await;
+    let request = admin.request(Method::POST, "/keys/./reset").header(CHANGE.0, CHANGE.1);
+    assert_eq!(request.send().await.unwrap().status(), StatusCode::METHOD_NOT_ALLOWED);
+}
+
+#[tokio::test]
+async fn keys_are_found_by_id_by_the_end_of_a_secret_and_by_status_a_page_at_a_time() {
+    let admin = Admin::with(&["alpha-1", "alpha-2", "beta-1", "beta-2", "gamma"]).await;
+    assert_eq!(admin.ids("?search=ALPHA").await, ["alpha-1", "alpha-2"]);
+    // Of sk-gamma, 8 characters, two are shown.
+    assert_eq!(admin.ids("?search=%E2%80%A6ma").await, ["gamma"]);
+    assert_eq!(admin.ids("?per_page=2&page=2").await, ["beta-1", "beta-2"]);
+    assert_eq!(admin.ids("?per_page=2&page=4").await, [""; 0]);
+    admin.act("beta-1", "disable").await;
+    admin.limit(&["alpha-2"]).await;
+    eventually_async("alpha-2 rests", async || admin.ids("?status=resting").await == ["alpha-2"]).await;
+    assert_eq!(admin.ids("?status=rate_limited").await, ["alpha-2"]);
+    assert_eq!(admin.ids("?status=out_of_service").await, ["beta-1"]);
+    assert_eq!(admin.ids("?status=healthy&search=beta").await, ["beta-2"]);
+    let (_, page) = admin.get("/keys?per_page=2&status=healthy").await;
+    assert_eq!((&page["matches"], &page["pages"]), (&json!(3), &json!(2)));
+    assert_eq!(page["totals"], json!({ "total": 5, "healthy": 3, "resting": 1, "out_of_service": 1 }));
+}
+
+async fn eventually_async(what: &str, holds: impl AsyncFn() -> bool) {
+    for _ in 0..500 {
+        if holds().await {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("this did not come about: {what}");
+}
+
+#[tokio::test]
+async fn keys_that_rest_are_reset_one_or_all_and_others_stay_as_they_are() {
+    let admin = Admin::with(&["alpha", "beta", "gamma", "delta"]).await;
+    admin.act("delta", "disable").await;
+    admin.limit(&["alpha", "beta", "gamma"]).await;
+    eventually_async("all rest", async || admin.ids("?status=rate_limited").await.len() == 3).await;
+    let (_, key) = admin.act("alpha", "reset").await;
+    assert_eq!(
+        (&key["status"], &key["time_left_ms"], &key["last_reason"]),
+        (&json!("healthy"), &Value::Null, &json!(429))
+    );
+    let (status, resets) = admin.change(Method::POST, "/keys:reset", "/keys:reset", Value::Null).await;
+    assert_eq!((status, resets), (200, json!({ "reset": ["beta", "gamma"], "failed": [] })));
+    assert_eq!(admin.ids("?status=healthy").await, ["alpha", "beta", "gamma"]);
+    assert_eq!(admin.ids("?status=disabled").await, ["delta"]);
+}
+
+#[tokio::test]
+async fn of_many_lines_each_is_added_or_refused_by_itself() {
+    let admin = Admin::with(&["alpha"]).await;
+    let lines = "# ours\r\nbeta|sk-beta\r\n\r\nsk-no-id\nalpha|sk-again\n gamma |sk|gamma\n|sk-empty\ndelta|\nbeta|sk-2\n";
+    let (status, report) = admin.import("text/plain; charset=utf-8", lines).await;
+    assert_eq!((status, &report["added"], &report["refused"]), (200, &json!(2), &json!(5)));
+    let shown: Vec<_> = report["lines"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|line| {
+            (line["line"].as_u64().unwrap(), line["id"].as_str(), line["error"].as_str().unwrap_or("-"))
+        })
+        .collect();
+    assert_eq!(
+        shown,
+        [
+            (2, Some("beta"), "-"),
+            (4, None, "there is no | between an id and a secret"),
+            (5, Some("alpha"), "there is a key alpha already"),
+            (6, Some("gamma"), "-"),
+            (7, None, "a key id has 1 to 256 bytes and no control characters"),
+            (8, Some("delta"), "key delta can't be used: the secret is empty"),
+            (9, Some("beta"), "there is a key beta already"),
+        ]
+    );
+    assert_eq!(admin.ids("").await, ["alpha", "beta", "gamma"]);
+}
+
+#[tokio::test]
+async fn of_json_each_entry_is_added_or_refused_by_itself() {
+    let admin = Admin::with(&["omega"]).await;
+    let list = json!([{ "id": "alpha", "secret": "sk-1" }, "sk-2", { "id": "beta", "secret": 3 }]);
+    let (_, report) = admin.import("application/json", list.to_string()).await;
+    assert_eq!((&report["added"], &report["refused"]), (&json!(1), &json!(2)));
+    let (_, report) =
+        admin.import("application/json", json!({ "gamma": "sk-3", "alpha": "sk-4" }).to_string()).await;
+    assert_eq!((&report["added"], &report["refused"]), (&json!(1), &json!(1)));
+    assert_eq!(admin.ids("").await, ["omega", "alpha", "gamma"]);
+}
+
+/// A secret of which no part that is long enough to be worth something is in any answer, event or line of the log.
+#[tokio::test]
+async fn a_secret_that_was_given_is_never_given_back() {
+    let secret = |name: &str| format!("sk-{name}-Zq7Xw9Kp3Vn8Bt5R");
+    let service = Server::limiting([]).await;
+    let keys = keys_file(&format!("alpha|{}\n", secret("alpha")));
+    let upstream = format!("http://{}", service.address());
+    let arguments =
+        ["--upstream", &upstream, "--keys", keys.path(), "--admin-token", TOKEN, "--log", "debug"];
+    let admin = Admin { gateway: Gateway::start(command(arguments)).await, service, http: http() };
+    let mut events = admin.events().await;
+    let mut said = events.next().await.unwrap().1.to_string();
+
+    let mut say = |(_, answer): (u16, Value)| said += &answer.to_string();
+    say(admin.add("beta", &secret("beta")).await);
+    say(admin.add("beta", &secret("beta")).await);
+    say(admin.add("gamma", &format!("{}\n", secret("gamma"))).await);
+    say(admin.add(&format!("{}\n", secret("in-an-id")), "sk").await);
+    let as_body = |body: String| {
+        let request = admin.request(Method::POST, "/keys").header(CHANGE.0, CHANGE.1).body(body);
+        admin.answer(request, "/keys")
+    };
+    say(as_body(secret("bare")).await);
+    say(as_body(json!({ "id": "x", "secret": [secret("list")] }).to_string()).await);
+    say(as_body(json!({ secret("as-a-name"): 1 }).to_string()).await);
+    let lines = ["delta|{}", "{}", "delta|{}", "eps|{}\t", "|{}", "# {}"]
+        .map(|line| line.replace("{}", &secret("line")));
+    say(admin.import("text/plain", lines.join("\n")).await);
+    say(admin.import("text/plain", format!("{}|sk", secret("long").repeat(20))).await);
+    say(admin
+        .import(
+            "application/json",
+            json!([secret("entry"), { "id": secret("entry").repeat(20), "secret": "x" }]).to_string(),
+        )
+        .await);
+    say(admin.import("application/json", format!("{{\"a\": {}", secret("broken"))).await);
+    say(admin.act("beta", "disable").await);
+    say(admin.get("/keys").await);
+    said += &change_of("delta", &mut events).await.to_string();
+    assert!(said.contains("…Bt5R"), "{said}");
+
+    eventually("the last change is logged", || admin.gateway.log().contains("key disabled")).await;
+    said += &admin.gateway.log();
+    for part in ["Zq7Xw9", "w9Kp3V", "p3Vn8B", "n8Bt5R"] {
+        assert!(!said.contains(part), "{said}");
+    }
+}
+
+#[tokio::test]
+async fn the_stream_begins_with_all_keys_and_goes_on_with_what_changes() {
+    let admin = Admin::with(&["alpha", "beta"]).await;
+    let mut events = admin.events().await;
+    let (name, snapshot) = in_time(events.next()).await.unwrap();
+    assert_eq!((name.as_str(), &snapshot["history_ms"]), ("snapshot", &json!(900_000)));
+    let ids: Vec<_> = snapshot["keys"].as_array().unwrap().iter().map(|key| &key["id"]).collect();
+    assert_eq!(ids, ["alpha", "beta"]);
+
+    admin.limit(&["alpha"]).await;
+    let change = change_of("alpha", &mut events).await;
+    assert_eq!((&change["status"], &change["last_reason"]), (&json!("rate_limited"), &json!(429)));
+    let left = change["time_left_ms"].as_u64().unwrap();
+    assert!((595_000..=600_000).contains(&left), "{left}");
+    assert!(change["requests"].as_u64() >= Some(1), "{change}");
+
+    admin.act("alpha", "reset").await;
+    assert_eq!(change_of("alpha", &mut events).await["status"], "healthy");
+    admin.add("gamma", "sk-gamma").await;
+    assert_eq!(change_of("gamma", &mut events).await["history"][0]["status"], "healthy");
+    admin.remove("gamma").await;
+    let (_, changes) = in_time(events.next()).await.unwrap();
+    assert_eq!(changes["removed"], json!(["gamma"]));
+
+    let mut later = admin.events().await;
+    let (_, snapshot) = in_time(later.next()).await.unwrap();
+    let history: Vec<_> =
+        snapshot["keys"][0]["history"].as_array().unwrap().iter().map(|since| &since["status"]).collect();
+    assert_eq!(history, ["healthy", "rate_limited", "healthy"]);
+}
+
+#[tokio::test]
+async fn counters_are_told_at_most_once_a_second() {
+    let admin = Admin::with(&["alpha"]).await;
+    let mut events = admin.events().await;
+    events.next().await.unwrap();
+    let (mut told, mut begun) = (0, None);
+    // Until two have been told, one request after the other.
+    while told < 2 {
+        admin.http.get(admin.gateway.url("/v1/models")).send().await.unwrap();
+        if let Ok(event) = tokio::time::timeout(Duration::from_millis(5), events.next()).await {
+            assert!(event.unwrap().1["keys"][0]["requests"].is_u64());
+            told += 1;
+            begun.get_or_insert_with(Instant::now);
+        }
+    }
+    assert!(begun.unwrap().elapsed() > Duration::from_millis(700), "{:?}", begun.unwrap().elapsed());
+}
+
+/// A listener by HTTP/2, which says how much it has room for, and takes nothing for a while.
+#[tokio::test]
+async fn a_listener_that_falls_behind_gets_a_snapshot_again() {
+    // A snapshot that needs more room than there is.
+    let names: Vec<_> = (0..200).map(|number| format!("{number}{}", "\"".repeat(240))).collect();
+    let admin = Admin::with(&names.iter().map(String::as_str).chain(["alpha"]).collect::<Vec<_>>()).await;
+    let mut body = {
+        let connection = TcpStream::connect(admin.gateway.address()).await.unwrap();
+        let client = http2::Builder::new(TokioExecutor::new()).initial_stream_window_size(65_535).clone();
+        let (mut client, connection) = client.handshake(TokioIo::new(connection)).await.unwrap();
+        tokio::spawn(connection);
+        let request = Request::get(admin.gateway.url("/admin/api/events"));
+        let request = request.header(AUTHORIZATION, format!("Bearer {TOKEN}")).body(String::new()).unwrap();
+        client.send_request(request).await.unwrap().into_body()
+    };
+    for _ in 0..50 {
+        admin.act("alpha", "disable").await;
+        admin.act("alpha", "enable").await;
+    }
+    let mut heard = String::new();
+    in_time(async {
+        while heard.matches("event: snapshot\n").count() < 2 {
+            let frame = body.frame().await.unwrap().unwrap();
+            heard += std::str::from_utf8(frame.data_ref().unwrap()).unwrap();
+        }
+    })
+    .await;
+    let changes = heard.matches("event: changes\n").count();
+    assert!(changes < 100, "it has been told of all {changes} changes, and fell behind by none");
+}
+
+#[tokio::test]
+async fn a_stream_that_is_open_does_not_hold_up_the_end() {
+    let mut admin = Admin::with(&["alpha"]).await;
+    let mut events = admin.events().await;
+    events.next().await.unwrap();
+    let begun = Instant::now();
+    admin.gateway.terminate().await;
+    assert!(admin.gateway.ended().await.success());
+    assert!(begun.elapsed() < 5 * SECOND, "{:?}", begun.elapsed());
+    assert!(in_time(events.next()).await.is_none());
+}
+
+#[test]
+fn no_two_operations_are_called_the_same() {
+    let description = description();
+    let operations = description["paths"]
+        .as_object()
+        .unwrap()
+        .values()
+        .flat_map(|path| path.as_object().unwrap().values());
+    let ids: Vec<_> = operations.map(|operation| operation["operationId"].as_str().unwrap()).collect();
+    assert_eq!(ids.iter().collect::<HashSet<_>>().len(), ids.len());
+}
