@@ -7,9 +7,10 @@ use futures_util::FutureExt;
 use tokio::{net::TcpListener, time::sleep};
 use tower_key_rotation::RecoveryHandle;
 
-use crate::{admin::Admin, health, keys, proxy::Proxy, settings::Settings};
+use crate::{admin::Admin, health, keys, metrics, proxy::Proxy, settings::Settings};
 
 pub(crate) async fn run(settings: Settings) -> Result<(), Box<dyn Error>> {
+    let exporter = metrics::install()?;
     let pool = keys::open(&settings).await?;
     let listener =
         TcpListener::bind(settings.listen).await.map_err(|error| format!("{}: {error}", settings.listen))?;
@@ -21,6 +22,7 @@ pub(crate) async fn run(settings: Settings) -> Result<(), Box<dyn Error>> {
     let app = Router::new()
         .merge(admin.router())
         .merge(health::router(pool.clone()))
+        .merge(admin.guard(metrics::router(pool.clone(), exporter)))
         .fallback_service(Proxy::new(&pool, &settings)?.router());
     serve(listener, app, stop.inspect(move |()| admin.stop()), settings.shutdown_limit.into()).await?;
 

@@ -17,6 +17,7 @@ mod callers;
 mod gateway;
 mod health;
 mod keys;
+mod metrics;
 mod proxy;
 mod settings;
 

@@ -44,6 +44,13 @@ impl Admin {
             .layer(middleware::map_response(page::strictly))
     }
 
+    /// Those to whom the admin is open may see this, too.
+    pub(crate) fn guard(&self, router: Router) -> Router {
+        router
+            .layer(middleware::from_fn_with_state(self.token.clone(), access::with_the_token))
+            .layer(middleware::from_fn_with_state(self.token.clone(), access::on_this_machine))
+    }
+
     /// Ends the streams of changes, which would not end by themselves.
     pub(crate) fn stop(&self) {
         self.live.stop();

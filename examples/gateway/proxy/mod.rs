@@ -34,7 +34,7 @@ use self::{
     body::{BodyLimits, CutOff, KeptBody, TooLarge},
     upstream::Client,
 };
-use crate::{callers::Callers, settings::Settings, with_sources};
+use crate::{callers::Callers, metrics, settings::Settings, with_sources};
 
 #[derive(Clone)]
 pub(crate) struct Proxy {
@@ -135,7 +135,9 @@ async fn answer(State(proxy): State<Proxy>, request: Request) -> Response {
     let request = Request::from_parts(head, body);
     let response = proxy.forward(api, request).await.unwrap_or_else(|refusal| api.error(refusal));
     let key = response.extensions().get().map(|ServedBy(key)| key.as_str());
-    tracing::debug!(%method, path, status = response.status().as_u16(), key, took = ?began.elapsed());
+    let (status, took) = (response.status(), began.elapsed());
+    tracing::debug!(%method, path, status = status.as_u16(), key, ?took);
+    metrics::answered(status, took);
     response
 }
 

@@ -1,0 +1,55 @@
+//! What Prometheus reads at /metrics: the keys, as the crate tells of them, and how long requests took.
+
+use std::{error::Error, time::Duration};
+
+use axum::{
+    Router,
+    extract::State,
+    http::{StatusCode, header::CONTENT_TYPE},
+    response::IntoResponse,
+    routing::get,
+};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use tower_key_rotation::KeyPool;
+
+const REQUESTS: &str = "gateway_request_seconds";
+
+/// From a cached answer to a model that thinks for minutes.
+const SECONDS: [f64; 14] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0];
+
+/// From now on, what is told to the recorder of the `metrics` crate comes to this exporter.
+pub(crate) fn install() -> Result<PrometheusHandle, Box<dyn Error>> {
+    let builder = PrometheusBuilder::new();
+    let exporter = builder.set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &SECONDS)?;
+    let exporter = exporter.install_recorder()?;
+    metrics::describe_histogram!(
+        REQUESTS,
+        metrics::Unit::Seconds,
+        "Time until the head of a response, by its status."
+    );
+    tokio::spawn(keep_up(exporter.clone()));
+    Ok(exporter)
+}
+
+/// What is recorded is added up now and then, and not only when somebody reads it: or it would grow until then.
+async fn keep_up(exporter: PrometheusHandle) {
+    let mut ticks = tokio::time::interval(Duration::from_secs(5));
+    loop {
+        ticks.tick().await;
+        exporter.run_upkeep();
+    }
+}
+
+/// A request was answered: its head went to the caller after that time.
+pub(crate) fn answered(status: StatusCode, took: Duration) {
+    metrics::histogram!(REQUESTS, "status" => status.as_str().to_owned()).record(took);
+}
+
+pub(crate) fn router(pool: KeyPool, exporter: PrometheusHandle) -> Router {
+    Router::new().route("/metrics", get(read)).with_state((pool, exporter))
+}
+
+async fn read(State((pool, exporter)): State<(KeyPool, PrometheusHandle)>) -> impl IntoResponse {
+    pool.record_metrics();
+    ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], exporter.render())
+}

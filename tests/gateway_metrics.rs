@@ -1,0 +1,73 @@
+//! What Prometheus reads from the gateway, and the dashboard that is made of it.
+
+mod support;
+
+use std::collections::BTreeSet;
+
+use reqwest::{StatusCode, header::AUTHORIZATION};
+use serde_json::Value;
+use support::{gateway::Gateway, *};
+
+async fn metrics(gateway: &Gateway) -> String {
+    let response = http().get(gateway.url("/metrics")).send().await.unwrap();
+    assert_eq!(response.status(), StatusCode::OK);
+    assert!(response.headers()["content-type"].to_str().unwrap().starts_with("text/plain"));
+    response.text().await.unwrap()
+}
+
+/// Broken once: where nothing was told of the keys before they were read, it failed.
+#[tokio::test]
+async fn prometheus_reads_how_the_keys_stand_and_how_long_requests_took() {
+    let upstream = Server::limiting(["alpha"]).await;
+    let gateway = Gateway::before(upstream.address(), &["alpha", "beta"], []).await;
+    for _ in 0..3 {
+        assert_eq!(http().get(gateway.url("/v1")).send().await.unwrap().status(), StatusCode::OK);
+    }
+    let metrics = metrics(&gateway).await;
+    for line in [
+        r#"key_rotation_keys{pool="default",status="healthy"} 1"#,
+        r#"key_rotation_keys{pool="default",status="rate_limited"} 1"#,
+        r#"key_rotation_marks_total{pool="default",reason="rate_limited"} 1"#,
+        r#"key_rotation_picks_total{pool="default"} 4"#,
+        r#"key_rotation_failovers_total{pool="default"} 1"#,
+        r#"gateway_request_seconds_count{status="200"} 3"#,
+        r#"gateway_request_seconds_bucket{status="200",le="+Inf"} 3"#,
+        "# TYPE gateway_request_seconds histogram",
+        "# HELP key_rotation_keys Keys by status.",
+    ] {
+        assert!(metrics.lines().any(|found| found == line), "{line} is not in {metrics}");
+    }
+    assert!(!metrics.contains("alpha") && !metrics.contains("sk-"), "{metrics}");
+}
+
+/// Broken once: without the admin's guard, it failed.
+#[tokio::test]
+async fn who_reads_them_needs_the_admin_token_where_there_is_one() {
+    let upstream = Server::limiting([]).await;
+    let gateway = Gateway::before(upstream.address(), &["alpha"], ["--admin-token", "hunter2"]).await;
+    let read = |token: &'static str| http().get(gateway.url("/metrics")).header(AUTHORIZATION, token).send();
+    assert_eq!(read("Bearer hunter3").await.unwrap().status(), StatusCode::UNAUTHORIZED);
+    assert_eq!(read("Bearer hunter2").await.unwrap().status(), StatusCode::OK);
+    assert_eq!(upstream.keys(), [""; 0], "nothing of it went upstream");
+}
+
+/// Broken once: with a metric of another name in one panel, and without the panel of another, it failed.
+#[test]
+fn the_dashboard_asks_for_what_there_is_and_for_all_of_it() {
+    let dashboard: Value = serde_json::from_str(include_str!("../examples/gateway/grafana.json")).unwrap();
+    let panels = dashboard["panels"].as_array().unwrap();
+    let ids: BTreeSet<_> = panels.iter().map(|panel| panel["id"].as_u64().unwrap()).collect();
+    assert_eq!(ids.len(), panels.len());
+
+    let is_name = |word: &&str| word.starts_with("key_rotation_") || word.starts_with("gateway_");
+    let mut asked = BTreeSet::new();
+    for target in panels.iter().flat_map(|panel| panel["targets"].as_array().unwrap()) {
+        let words = target["expr"].as_str().unwrap().split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+        asked.extend(
+            words.filter(is_name).map(|name| name.trim_end_matches("_bucket").trim_end_matches("_count")),
+        );
+    }
+    let sources = [include_str!("../src/metrics.rs"), include_str!("../examples/gateway/metrics.rs")];
+    let there = sources.iter().flat_map(|source| source.split('"').skip(1).step_by(2)).filter(is_name);
+    assert_eq!(asked, there.collect());
+}
