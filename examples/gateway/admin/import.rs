@@ -59,9 +59,10 @@ impl Line {
         let added = pool.insert(&id, secret).await;
         // What can't be an id is not repeated: it may be a secret that came to a wrong place.
         let id = KeyId::new(id).ok();
+        let key = id.as_ref().map(KeyId::as_str);
         match &added {
-            Ok(()) => tracing::info!(key = ?id, "key added by the admin"),
-            Err(error) => tracing::info!(key = ?id, error = said(error), "key not added"),
+            Ok(()) => tracing::info!(key, "key added by the admin"),
+            Err(error) => tracing::warn!(key, error = said(error), "key not added"),
         }
         Outcome { line, id, error: added.err().map(|error| said(&error)) }
     }

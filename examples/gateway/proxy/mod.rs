@@ -8,7 +8,7 @@ mod upstream;
 
 use std::{
     error::Error as StdError,
-    io, iter,
+    io, iter, mem,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -63,10 +63,9 @@ impl Proxy {
         Router::new().fallback(answer).with_state(self)
     }
 
-    async fn forward(&self, api: Api, request: Request) -> Result<Response, Refusal> {
-        let (head, body) = request.into_parts();
-        let (uri, limits) = match self.admit(&head, &body) {
-            Ok(uri) => (uri, self.limits),
+    async fn forward(&self, api: Api, head: Parts, body: Body) -> Result<Response, Refusal> {
+        let uri = match self.admit(&head, &body) {
+            Ok(uri) => uri,
             Err(refusal) => {
                 // Who waits to be told to go on has sent nothing, and to read would be to tell him so.
                 if !head.headers.contains_key(EXPECT) {
@@ -75,7 +74,7 @@ impl Proxy {
                 return Err(refusal);
             }
         };
-        let mut request = Request::new(KeptBody::new(body, limits));
+        let mut request = Request::new(KeptBody::new(body, self.limits));
         *request.method_mut() = head.method;
         *request.uri_mut() = uri;
         *request.headers_mut() = head.headers;
@@ -114,7 +113,9 @@ impl Proxy {
                 message: format!("the upstream answered {status}"),
                 retry_after: response.headers_mut().remove(RETRY_AFTER),
             };
-            return api.error(refusal);
+            let mut error = api.error(refusal);
+            *error.extensions_mut() = mem::take(response.extensions_mut());
+            return error;
         }
         tokens::count(&self.pool, response)
     }
@@ -132,8 +133,7 @@ async fn answer(State(proxy): State<Proxy>, request: Request) -> Response {
     let (head, body) = request.into_parts();
     let api = Api::of(&head);
     let (method, path) = (head.method.clone(), head.uri.path().to_owned());
-    let request = Request::from_parts(head, body);
-    let response = proxy.forward(api, request).await.unwrap_or_else(|refusal| api.error(refusal));
+    let response = proxy.forward(api, head, body).await.unwrap_or_else(|refusal| api.error(refusal));
     let key = response.extensions().get().map(|ServedBy(key)| key.as_str());
     let (status, took) = (response.status(), began.elapsed());
     tracing::debug!(%method, path, status = status.as_u16(), key, ?took);
