@@ -29,6 +29,7 @@ use hyper_util::{
     client::legacy::Client,
     rt::{TokioExecutor, TokioIo},
 };
+use metrics_util::debugging::DebuggingRecorder;
 use mongodb::{
     Client as MongoClient, IndexModel,
     bson::{DateTime, doc},
@@ -605,6 +606,9 @@ async fn s01_no_key_is_said_when_a_store_or_a_client_panics() {
 #[tokio::test]
 async fn s01_no_key_is_said_by_operators_nor_of_a_store_that_fails() {
     let logs = listen();
+    let recorder = DebuggingRecorder::new();
+    let metrics = recorder.snapshotter();
+    let _recorded = metrics::set_default_local_recorder(&recorder);
     let keys = Keys::going_by(Inject::bearer()).await;
     let (pool, store) = (&keys.pool, &keys.store);
     show!(pool.insert("beta", secret("other")).await.unwrap_err());
@@ -645,6 +649,10 @@ async fn s01_no_key_is_said_by_operators_nor_of_a_store_that_fails() {
     let waiting = KeyPool::builder().key("beta", secret("beta")).open_when_ready(store.clone()).unwrap();
     show!(waiting, waiting.insert("gamma", secret("gamma")).await.unwrap_err());
     keys.show();
+    pool.record_metrics();
+    let metrics = format!("{:?}", metrics.snapshot().into_vec());
+    assert!(metrics.contains("key_rotation_store_errors_total"), "{metrics}");
+    CANARIES.assert_absent(&metrics);
     show!(keys.recovery.shutdown().await.unwrap_err());
     for said in ["keys recovered", "recovery pass failed", "usage could not be written", "recovery stopped"] {
         assert!(logs.count(said) > 0, "not logged, so not tested: {said}");
