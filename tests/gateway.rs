@@ -180,7 +180,7 @@ async fn a_body_that_is_too_large_is_413_whether_it_is_announced_or_not() {
     let response = http().post(gateway.url("/v1/messages")).body(large()).send().await.unwrap();
     assert_eq!(json_of(response).await["error"]["type"], "request_too_large");
     assert_eq!(upstream.count(), 0);
-    let asks_first = "POST / HTTP/1.1\r\nHost: g\r\nExpect: 100-continue\r\nContent-Length: 1001\r\n\r\n";
+    let asks_first = "POST / HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: 1001\r\n\r\n";
     let refused = timeout(4 * SECOND, exchange(gateway.address(), asks_first)).await;
     assert!(refused.expect("it waits for the body").starts_with("HTTP/1.1 413"));
     let largest = http().post(gateway.url("/")).body("x".repeat(1000)).send().await.unwrap();
@@ -328,7 +328,7 @@ async fn headers_of_a_connection_are_not_passed_on_in_either_direction() {
     let gateway = Gateway::before(upstream, &["a"], []).await;
     let answer = exchange(
         gateway.address(),
-        "POST / HTTP/1.1\r\nHost: gateway\r\nConnection: close, X-Of-Caller, content-length\r\nX-Of-Caller: 1\r\n\
+        "POST / HTTP/1.1\r\nHost: localhost\r\nConnection: close, X-Of-Caller, content-length\r\nX-Of-Caller: 1\r\n\
          Keep-Alive: 1\r\nProxy-Connection: close\r\nTE: trailers\r\nUpgrade: websocket\r\n\
          Expect: 100-continue\r\nAccept-Encoding: br\r\nX-Kept: 1\r\nContent-Length: 2\r\n\r\nhi",
     )
@@ -350,7 +350,7 @@ async fn headers_of_a_connection_are_not_passed_on_in_either_direction() {
 async fn an_upstream_that_speaks_http_1_0_is_answered_for_in_http_1_1() {
     let (upstream, _) = raw_upstream("HTTP/1.0 200 OK\r\nContent-Length: 4\r\n\r\nfine").await;
     let gateway = Gateway::before(upstream, &["a"], []).await;
-    let answer = exchange(gateway.address(), "GET / HTTP/1.1\r\nHost: g\r\nConnection: close\r\n\r\n").await;
+    let answer = exchange(gateway.address(), "GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").await;
     assert!(answer.starts_with("HTTP/1.1 200 OK"), "{answer}");
 }
 
@@ -368,7 +368,7 @@ async fn the_callers_credentials_never_reach_the_upstream() {
         let gateway = Gateway::start(command(arguments.iter().chain(places))).await;
         let query = if places.len() > 2 { "?x=1&key=canary" } else { "" };
         let request = format!(
-            "GET /v1{query} HTTP/1.1\r\nHost: g\r\nConnection: close\r\nAuthorization: Bearer canary\r\n\
+            "GET /v1{query} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nAuthorization: Bearer canary\r\n\
              Authorization: Basic canary\r\nx-api-key: canary\r\nApi-Key: canary\r\nX-Goog-Api-Key: canary\r\n\
              Proxy-Authorization: Basic canary\r\nx-own: canary\r\n\r\n"
         );
@@ -450,6 +450,26 @@ async fn without_a_client_token_it_listens_on_loopback_only_and_says_so() {
     let upstream = Server::answering(|| answer(200, "fine")).await;
     let gateway = Gateway::before(upstream.address(), &["a"], []).await;
     assert!(gateway.log().contains("without a client token"), "{}", gateway.log());
+}
+
+#[tokio::test]
+async fn without_a_client_token_no_page_of_another_site_uses_the_keys() {
+    let upstream = Server::answering(|| answer(200, "fine")).await;
+    let open = Gateway::before(upstream.address(), &["a"], []).await;
+    let status = async |gateway: &Gateway, name: &str, value: &str| {
+        let request = http().post(gateway.url("/v1/models")).header("x-api-key", "one").header(name, value);
+        request.send().await.unwrap().status()
+    };
+    for (name, value) in [("host", "example.com"), ("sec-fetch-site", "cross-site")] {
+        assert_eq!(status(&open, name, value).await, 403, "{name}: {value}");
+    }
+    assert_eq!(upstream.count(), 0);
+    for (name, value) in [("host", "localhost:8080"), ("sec-fetch-site", "same-origin")] {
+        assert_eq!(status(&open, name, value).await, 200, "{name}: {value}");
+    }
+    // Who has a token is no page of another site.
+    let with_a_token = Gateway::before(upstream.address(), &["a"], ["--client-token", "one"]).await;
+    assert_eq!(status(&with_a_token, "host", "example.com").await, 200);
 }
 
 #[tokio::test]
@@ -1009,13 +1029,13 @@ async fn a_path_of_the_upstreams_goes_before_each_and_none_leads_out_of_it() {
     let (keys, url) = (keys_file("a|sk-a"), format!("http://{}/tenant/", upstream.address()));
     let gateway = Gateway::start(command(["--upstream", &url, "--keys", keys.path()])).await;
     let get = async |target: &str| {
-        let request = format!("GET {target} HTTP/1.1\r\nHost: g\r\nConnection: close\r\n\r\n");
+        let request = format!("GET {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
         exchange(gateway.address(), &request).await
     };
     assert!(get("/v1/a..b?x=..").await.ends_with("/tenant/v1/a..b?x=.."));
     assert!(get("/").await.ends_with("/tenant/"));
     // One for a proxy of the caller's: where it leads to is not the caller's choice.
-    assert!(get("http://example.com/v1").await.ends_with("/tenant/v1"));
+    assert!(get("http://localhost/v1").await.ends_with("/tenant/v1"));
     for leads_out in ["/../other", "/v1/%2e%2E/other", "/v1/..%2fother", "/v1\\..\\other", "*"] {
         assert!(get(leads_out).await.starts_with("HTTP/1.1 400"), "{leads_out}");
     }

@@ -20,6 +20,7 @@ mod keys;
 mod metrics;
 mod proxy;
 mod settings;
+mod this_machine;
 
 use std::{error::Error, io, iter, process::ExitCode};
 

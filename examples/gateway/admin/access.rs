@@ -1,26 +1,23 @@
 //! Who may use the admin: whoever brings its token; without one, whoever is on this machine. And whether a change
 //! was asked for by the page, or a program, rather than by another site in somebody's browser.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
 use axum::{
     extract::{ConnectInfo, Request, State},
     http::{
         HeaderMap, HeaderName, StatusCode,
-        header::{AUTHORIZATION, FORWARDED, HOST, WWW_AUTHENTICATE},
-        uri::Authority,
+        header::{AUTHORIZATION, FORWARDED, WWW_AUTHENTICATE},
     },
     middleware::Next,
     response::{IntoResponse, Response},
 };
 
 use super::refusal::Refusal;
-use crate::callers::Token;
+use crate::{callers::Token, this_machine};
 
 /// A page of another site can't have a browser send it.
 const CHANGE: HeaderName = HeaderName::from_static("x-gateway-admin");
-
-const FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 
 /// What a proxy in between adds: then the peer is the proxy, and says nothing of who asks.
 const BY_A_PROXY: [HeaderName; 2] = [FORWARDED, HeaderName::from_static("x-forwarded-for")];
@@ -39,7 +36,7 @@ pub(super) async fn on_this_machine(
                 "without an admin token the admin is there for this machine only: set --admin-token",
             );
         }
-        if !is_to_this_machine(&request) {
+        if !this_machine::is_named_by(request.headers(), request.uri()) {
             return refused(
                 "without an admin token the admin is there as localhost or a loopback address only: set --admin-token",
             );
@@ -65,7 +62,7 @@ pub(super) async fn with_the_token(
 
 pub(super) async fn not_from_another_site(request: Request, next: Next) -> Response {
     let headers = request.headers();
-    let site = headers.get(FETCH_SITE).map(|site| site.as_bytes());
+    let site = headers.get(this_machine::FETCH_SITE).map(|site| site.as_bytes());
     let is_ours = headers.contains_key(CHANGE) && matches!(site, None | Some(b"same-origin" | b"none"));
     if !request.method().is_safe() && !is_ours {
         return Refusal::new(
@@ -88,59 +85,11 @@ fn is_from_this_machine(request: &Request) -> bool {
     peer.is_some_and(|ConnectInfo(peer)| peer.ip().to_canonical().is_loopback()) && !is_proxied
 }
 
-/// By its `Host` and, of HTTP/2, its `:authority`: all that there are, and there is one.
-fn is_to_this_machine(request: &Request) -> bool {
-    let hosts = request.headers().get_all(HOST).iter().map(|host| Authority::try_from(host.as_bytes()).ok());
-    let mut hosts = hosts.chain(request.uri().authority().cloned().map(Some)).peekable();
-    hosts.peek().is_some() && hosts.all(|host| host.is_some_and(|host| is_loopback(host.host())))
-}
-
-fn is_loopback(host: &str) -> bool {
-    let address = host.trim_start_matches('[').trim_end_matches(']');
-    host.eq_ignore_ascii_case("localhost")
-        || address.parse().is_ok_and(|address: IpAddr| address.is_loopback())
-}
-
 #[cfg(test)]
 mod tests {
     use axum::body::Body;
 
     use super::*;
-
-    #[test]
-    fn only_names_of_this_machine_are() {
-        let is = |host: &str| {
-            is_to_this_machine(&Request::get("/admin").header(HOST, host).body(Body::empty()).unwrap())
-        };
-        for host in ["localhost", "LOCALHOST:8080", "127.0.0.1:8080", "127.8.9.1", "[::1]", "[::1]:8080"] {
-            assert!(is(host), "{host}");
-        }
-        for host in [
-            "example.com",
-            "localhost.example.com",
-            "127.0.0.1.example.com",
-            "0.0.0.0",
-            "10.0.0.1",
-            "[::2]:8080",
-            "",
-            "local host",
-            "localhost@example.com",
-        ] {
-            assert!(!is(host), "{host}");
-        }
-    }
-
-    #[test]
-    fn a_second_name_must_be_of_this_machine_as_well() {
-        let request = |uri: &str, host: Option<&str>| {
-            let request = Request::get(uri);
-            let request = host.into_iter().fold(request, |request, host| request.header(HOST, host));
-            request.body(Body::empty()).unwrap()
-        };
-        assert!(is_to_this_machine(&request("http://localhost/admin", None)));
-        assert!(!is_to_this_machine(&request("http://example.com/admin", Some("localhost"))));
-        assert!(!is_to_this_machine(&request("/admin", None)));
-    }
 
     #[test]
     fn who_comes_through_a_proxy_is_not_taken_for_somebody_on_this_machine() {

@@ -34,7 +34,7 @@ use self::{
     body::{BodyLimits, CutOff, KeptBody, TooLarge},
     upstream::Client,
 };
-use crate::{callers::Callers, metrics, settings::Settings, with_sources};
+use crate::{callers::Callers, metrics, settings::Settings, this_machine, with_sources};
 
 #[derive(Clone)]
 pub(crate) struct Proxy {
@@ -90,6 +90,14 @@ impl Proxy {
             return Err(Refusal::new(
                 StatusCode::UNAUTHORIZED,
                 "this gateway wants one of its own tokens as the API key",
+            ));
+        }
+        let is_ours = this_machine::is_named_by(&head.headers, &head.uri);
+        if self.callers.are_all_here() && (!is_ours || this_machine::is_for_another_site(&head.headers)) {
+            return Err(Refusal::new(
+                StatusCode::FORBIDDEN,
+                "without a client token this gateway is there as localhost or a loopback address only, and not for \
+                 pages of other sites: set --client-token",
             ));
         }
         if body.size_hint().lower() > self.limits.most as u64 {
