@@ -55,6 +55,16 @@ impl Page {
         self.http.get(self.gateway.url("/v1/models")).send().await.unwrap();
     }
 
+    /// As clients do, about ten times a second.
+    async fn ask_for(&self, time: Duration) {
+        let begun = Instant::now();
+        while begun.elapsed() < time {
+            let request = self.http.post(self.gateway.url("/v1/chat/completions")).body("{}");
+            request.send().await.unwrap();
+            sleep(Duration::from_millis(90)).await;
+        }
+    }
+
     async fn see(&self, expression: &str) -> Duration {
         self.browser.see(expression).await
     }
@@ -460,9 +470,9 @@ async fn moody_service() -> Server {
         let wait = (20 + (*count * 37 + place * 53) % 90).to_string();
         let json = ("content-type", "application/json");
         std::future::ready(match (key.as_str(), *count) {
-            ("legacy-2023", 60..) => answer_with(401, [json], r#"{"error":{"code":"invalid_api_key"}}"#),
-            ("batch-2", 90..) => answer_with(402, [json], r#"{"error":{"code":"insufficient_quota"}}"#),
-            (_, count) if count % (23 + 5 * place) == 0 => {
+            ("legacy-2023", 300..) => answer_with(401, [json], r#"{"error":{"code":"invalid_api_key"}}"#),
+            ("batch-2", 420..) => answer_with(402, [json], r#"{"error":{"code":"insufficient_quota"}}"#),
+            (_, count) if count % (70 + 30 * place) == 0 => {
                 answer_with(429, [json, ("retry-after", &wait)], "{}")
             }
             _ => {
@@ -485,20 +495,18 @@ async fn a_screenshot_is_kept() {
         .map(|(number, key)| format!("{key}|sk-{key}_{:016x}\n", number.wrapping_mul(0x9e37_79b9_7f4a_7c15)));
     let keys = keys_file(&lines.collect::<String>());
     let upstream = format!("http://{}", service.address());
-    let gateway = Gateway::start(command(["--upstream", &upstream, "--keys", keys.path()])).await;
+    let gateway =
+        Gateway::start(command(["--upstream", &upstream, "--keys", keys.path(), "--cooldown", "15"])).await;
     let page = Page { browser: Browser::start().await, gateway, service, http: http() };
-    page.browser.looks_through(1280, 670, 1.5).await;
+    page.browser.looks_through(1280, 690, 1.25).await;
     page.browser.prefers("light").await;
     page.browser.open(&page.gateway.url("/admin")).await;
 
-    let begun = Instant::now();
-    while begun.elapsed() < time {
-        let request = page.http.post(page.gateway.url("/v1/chat/completions")).body("{}");
-        request.send().await.unwrap();
-        sleep(Duration::from_millis(90)).await;
-    }
-    let disable = page.gateway.url("/admin/api/keys/translation/disable");
-    page.http.post(disable).header("x-gateway-admin", "1").send().await.unwrap();
+    // Somebody takes a key out of service in the last minutes.
+    page.ask_for(time * 4 / 5).await;
+    let disable = page.http.post(page.gateway.url("/admin/api/keys/translation/disable"));
+    disable.header("x-gateway-admin", "1").send().await.unwrap();
+    page.ask_for(time / 5).await;
     page.see_status("translation", "Disabled").await;
     let png = page.browser.screenshot().await;
     assert!(png.starts_with(b"\x89PNG"));

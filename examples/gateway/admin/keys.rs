@@ -76,7 +76,7 @@ impl Changes {
     }
 }
 
-/// How often a look goes.
+/// How far a look goes.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Look {
     /// At what matters at once: statuses, and until when keys rest.
