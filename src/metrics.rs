@@ -200,48 +200,48 @@ mod recorded {
         }
     }
 
-    fn describe() {
-        describe_gauge!("key_rotation_keys", Unit::Count, "Keys by status.");
-        describe_gauge!(
-            "key_rotation_unreadable_keys",
-            Unit::Count,
-            "What the store holds that can't be used as a key."
-        );
-        describe_gauge!("key_rotation_marks_waiting", Unit::Count, "Marks that the store does not have yet.");
-        describe_gauge!(
+    type Described = (&'static str, Unit, &'static str);
+
+    const GAUGES: [Described; 4] = [
+        ("key_rotation_keys", Unit::Count, "Keys by status."),
+        ("key_rotation_unreadable_keys", Unit::Count, "What the store holds that can't be used as a key."),
+        ("key_rotation_marks_waiting", Unit::Count, "Marks that the store does not have yet."),
+        (
             "key_rotation_next_return_seconds",
             Unit::Seconds,
-            "Time until a key can be picked; infinite where none comes back by itself."
-        );
-        describe_counter!("key_rotation_picks_total", Unit::Count, "Requests that were given a key.");
-        describe_counter!(
-            "key_rotation_marks_total",
-            Unit::Count,
-            "Responses that had a key rest, by reason."
-        );
-        describe_counter!("key_rotation_no_key_total", Unit::Count, "Attempts that found no key.");
-        describe_counter!("key_rotation_failovers_total", Unit::Count, "Further attempts.");
-        describe_counter!(
+            "Time until a key can be picked; infinite where none comes back by itself.",
+        ),
+    ];
+
+    const COUNTERS: [Described; 8] = [
+        ("key_rotation_picks_total", Unit::Count, "Requests that were given a key."),
+        ("key_rotation_marks_total", Unit::Count, "Responses that had a key rest, by reason."),
+        ("key_rotation_no_key_total", Unit::Count, "Attempts that found no key."),
+        ("key_rotation_failovers_total", Unit::Count, "Further attempts."),
+        (
             "key_rotation_failover_budget_used_up_total",
             Unit::Count,
-            "Further attempts that the budget did not allow."
-        );
-        describe_histogram!(
-            "key_rotation_wait_seconds",
-            Unit::Seconds,
-            "How long requests waited for a key."
-        );
-        describe_histogram!(
-            "key_rotation_pass_seconds",
-            Unit::Seconds,
-            "How long the recovery's passes took."
-        );
-        describe_counter!("key_rotation_pass_failures_total", Unit::Count, "Passes that failed.");
-        describe_counter!("key_rotation_recovered_total", Unit::Count, "Keys that passes have reset.");
-        describe_counter!(
-            "key_rotation_store_errors_total",
-            Unit::Count,
-            "What the store failed at, by operation."
-        );
+            "Further attempts that the budget did not allow.",
+        ),
+        ("key_rotation_pass_failures_total", Unit::Count, "Passes that failed."),
+        ("key_rotation_recovered_total", Unit::Count, "Keys that passes have reset."),
+        ("key_rotation_store_errors_total", Unit::Count, "What the store failed at, by operation."),
+    ];
+
+    const HISTOGRAMS: [Described; 2] = [
+        ("key_rotation_wait_seconds", Unit::Seconds, "How long requests waited for a key."),
+        ("key_rotation_pass_seconds", Unit::Seconds, "How long the recovery's passes took."),
+    ];
+
+    fn describe() {
+        for (name, unit, what) in GAUGES {
+            describe_gauge!(name, unit, what);
+        }
+        for (name, unit, what) in COUNTERS {
+            describe_counter!(name, unit, what);
+        }
+        for (name, unit, what) in HISTOGRAMS {
+            describe_histogram!(name, unit, what);
+        }
     }
 }

@@ -180,7 +180,8 @@ async fn a_body_that_is_too_large_is_413_whether_it_is_announced_or_not() {
     let response = http().post(gateway.url("/v1/messages")).body(large()).send().await.unwrap();
     assert_eq!(json_of(response).await["error"]["type"], "request_too_large");
     assert_eq!(upstream.count(), 0);
-    let asks_first = "POST / HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: 1001\r\n\r\n";
+    let asks_first =
+        "POST / HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: 1001\r\n\r\n";
     let refused = timeout(4 * SECOND, exchange(gateway.address(), asks_first)).await;
     assert!(refused.expect("it waits for the body").starts_with("HTTP/1.1 413"));
     let largest = http().post(gateway.url("/")).body("x".repeat(1000)).send().await.unwrap();
@@ -350,7 +351,8 @@ async fn headers_of_a_connection_are_not_passed_on_in_either_direction() {
 async fn an_upstream_that_speaks_http_1_0_is_answered_for_in_http_1_1() {
     let (upstream, _) = raw_upstream("HTTP/1.0 200 OK\r\nContent-Length: 4\r\n\r\nfine").await;
     let gateway = Gateway::before(upstream, &["a"], []).await;
-    let answer = exchange(gateway.address(), "GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").await;
+    let answer =
+        exchange(gateway.address(), "GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").await;
     assert!(answer.starts_with("HTTP/1.1 200 OK"), "{answer}");
 }
 
