@@ -20,8 +20,8 @@ const BETWEEN_WRITES: Duration = Duration::from_millis(250);
 /// How long until marks that could not be written, or changes that could not be read, are tried again.
 const AFTER_A_FAILURE: Duration = Duration::from_secs(1);
 
-/// After all keys were loaded because something changed, the store is left alone for that many times as long
-/// as it took: with very many keys, loading is then still a small part of all that the two have to do.
+/// After all keys were loaded because something changed, they are not loaded again for that many times as long as
+/// it took: with very many keys, loading is then still a small part of all that the two have to do.
 const LOADING_SHARE: u32 = 10;
 
 /// When and for how long a [`RecoveryHandle`] works.
@@ -426,33 +426,42 @@ async fn write_sweep_reload(pool: KeyPool) -> (Recovered, Result<(), StoreError>
 }
 
 /// Follows what changes in the store, until the sender of `stop` is gone. It never stops in the middle of a read.
+///
+/// All keys are loaded for no more than a share of the time. Those that are known to have changed don't wait for that.
 async fn follow_changes(pool: KeyPool, mut stop: watch::Receiver<()>) {
     let Some(mut changes) = pool.watch() else { return };
     let clock = pool.clock().clone();
-    let mut missed = false;
+    let (mut all_are_due, mut not_before) = (false, Duration::ZERO);
     loop {
-        let next = async { if missed { Some(Changed::Anything) } else { changes.recv().await } };
         let changed = tokio::select! {
             biased;
             _ = stop.changed() => return,
-            changed = next => changed,
-        };
-        let Some(changed) = changed else {
-            return tracing::warn!("the store no longer says what changes: passes alone bring it in");
+            () = clock.sleep_until(not_before), if all_are_due => Changed::Anything,
+            changed = changes.recv() => match changed {
+                Some(Changed::Anything) => {
+                    all_are_due = true;
+                    continue;
+                }
+                Some(changed) => changed,
+                None => {
+                    return tracing::warn!("the store no longer says what changes: passes alone bring it in");
+                }
+            },
         };
         let began = clock.now();
         let all = changed == Changed::Anything;
         let following = pool.clone();
         let followed = tokio::spawn(async move { following.follow(changed).await }).await;
-        missed = !matches!(followed, Ok(Ok(())));
-        let pause = match (missed, all) {
-            // The passes tell of it, where it lasts.
-            (true, _) => AFTER_A_FAILURE,
-            (false, true) => clock.now().saturating_sub(began).saturating_mul(LOADING_SHARE),
-            (false, false) => continue,
-        };
-        if stopped_within(pause, &*clock, &mut stop).await {
-            return;
+        if !matches!(followed, Ok(Ok(()))) {
+            // The passes tell of it, where it lasts. What was missed is among all keys.
+            (all_are_due, not_before) = (true, Duration::ZERO);
+            if stopped_within(AFTER_A_FAILURE, &*clock, &mut stop).await {
+                return;
+            }
+        } else if all {
+            let took = clock.now().saturating_sub(began);
+            (all_are_due, not_before) =
+                (false, clock.now().saturating_add(took.saturating_mul(LOADING_SHARE)));
         }
     }
 }
