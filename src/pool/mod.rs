@@ -329,7 +329,7 @@ impl KeyPool {
         }
         let now = self.now();
         if earliest <= now {
-            snapshot.return_expired(now, has_returned);
+            snapshot.return_expired(now, |key| self.has_returned(key, snapshot));
         }
     }
 
@@ -341,7 +341,7 @@ impl KeyPool {
                 break;
             }
             snapshot.return_expired(now, |key| {
-                has_returned(key);
+                self.has_returned(key, snapshot);
                 count += 1;
                 if ids.len() <= Recovered::NAMED_AT_MOST {
                     ids.push(key.id.clone());
@@ -362,6 +362,14 @@ impl KeyPool {
         }
     }
 
+    fn has_returned(&self, key: &Arc<Key>, snapshot: &Snapshot) {
+        key.counts.recovered.fetch_add(1, Relaxed);
+        tracing::debug!(key = %key.id, "cooldown over");
+        if !std::ptr::eq(snapshot, Arc::as_ptr(&self.inner.snapshot.load())) {
+            self.refresh(key);
+        }
+    }
+
     /// Replaces the keys by what `next` makes of them, if anything. Keys that stay are the same objects, so
     /// that requests under way still mark them.
     fn edit(&self, next: impl FnOnce(&Snapshot) -> Option<Vec<Arc<Key>>>) {
@@ -374,11 +382,6 @@ impl KeyPool {
         after.refresh_all();
         self.inner.returned.notify_waiters();
     }
-}
-
-fn has_returned(key: &Key) {
-    key.counts.recovered.fetch_add(1, Relaxed);
-    tracing::debug!(key = %key.id, "cooldown over");
 }
 
 impl fmt::Debug for KeyPool {

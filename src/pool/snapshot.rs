@@ -177,7 +177,7 @@ impl Snapshot {
     }
 
     /// Returns a bounded number of keys whose cooldown has ended, and says which.
-    pub(crate) fn return_expired(&self, now: u64, mut returned: impl FnMut(&Key)) {
+    pub(crate) fn return_expired(&self, now: u64, mut returned: impl FnMut(&Arc<Key>)) {
         // From the cursor on, so that a key whose turn it is has come back before it is passed over.
         let cursor = self.cursor.0.load(Relaxed);
         for _ in 0..EXPIRED_PER_PICK {
