@@ -1002,7 +1002,7 @@ fn add_public_names(folder: &Path, file: &str, names: &mut BTreeSet<String>) {
     }
 }
 
-/// They stand in the types of others, and nobody ever holds one.
+/// They stand in the types of others, or are there for the fuzz targets alone, and nobody ever holds one.
 const NEVER_HELD: [&str; 3] = ["Documents", "ErrorBodies", "HeadsOnly"];
 
 fn id(name: &str) -> KeyId {
