@@ -629,13 +629,21 @@ async fn a_key_that_is_being_removed_is_not_brought_back_by_a_reload_that_had_re
 /// Broken once: with what the reload had read taken for news, the key was back in service.
 #[tokio::test]
 async fn a_key_that_is_being_disabled_stays_so_whatever_a_reload_had_read() {
-    let bench = Bench::new(["alpha"]).await;
+    let bench = Bench::new(["alpha", "beta"]).await;
     bench.store.operators.set(Mode::Hangs);
-    let (reload, disable) = behind_a_reload(&bench, |pool| async move { pool.disable("alpha").await }).await;
+    // It has its turn before the other one, and keeps it.
+    let (reload, enable) = behind_a_reload(&bench, |pool| async move { pool.enable("beta").await }).await;
+    let disable = tokio::spawn({
+        let pool = bench.pool.clone();
+        async move { pool.disable("alpha").await }
+    });
+    settle().await;
     bench.store.loads.set(Mode::Works);
     in_time(reload).await.unwrap().unwrap();
+    settle().await;
     assert_eq!(stats_of(&bench.pool, "alpha").status, Status::Disabled);
     bench.store.operators.set(Mode::Works);
+    in_time(enable).await.unwrap().unwrap();
     in_time(disable).await.unwrap().unwrap();
     assert!(bench.store.record("alpha").await.disabled);
 }
