@@ -140,7 +140,7 @@ mod recorded {
         /// ```
         pub fn record_metrics(&self) {
             describe();
-            self.meter().record(&self.stats(), self.picks());
+            self.meter().record(&self.totals(), self.picks());
             let next = self.next_return().map_or(f64::INFINITY, |time| time.as_secs_f64());
             self.meter().set("key_rotation_next_return_seconds", next);
         }
@@ -151,19 +151,19 @@ mod recorded {
             histogram!(name, self.labels(None)).record(time);
         }
 
-        fn record(&self, stats: &PoolStats, picks: u64) {
+        fn record(&self, totals: &PoolStats, picks: u64) {
             let keys = [
-                ("healthy", stats.healthy),
-                ("rate_limited", stats.rate_limited),
-                ("exhausted", stats.exhausted),
-                ("revoked", stats.revoked),
-                ("disabled", stats.disabled),
+                ("healthy", totals.healthy),
+                ("rate_limited", totals.rate_limited),
+                ("exhausted", totals.exhausted),
+                ("revoked", totals.revoked),
+                ("disabled", totals.disabled),
             ];
             for (status, count) in keys {
                 gauge!("key_rotation_keys", self.labels(Some(("status", status)))).set(count as f64);
             }
-            self.set("key_rotation_unreadable_keys", stats.unreadable as f64);
-            self.set("key_rotation_marks_waiting", stats.marks_waiting as f64);
+            self.set("key_rotation_unreadable_keys", totals.unreadable as f64);
+            self.set("key_rotation_marks_waiting", totals.marks_waiting as f64);
             counter!("key_rotation_picks_total", self.labels(None)).absolute(picks);
             self.counted("key_rotation_no_key_total", &self.no_key);
             self.counted("key_rotation_failovers_total", &self.failovers);

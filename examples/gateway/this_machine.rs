@@ -20,7 +20,7 @@ pub(crate) fn is_named_by(headers: &HeaderMap, uri: &Uri) -> bool {
     hosts.peek().is_some() && hosts.all(|host| host.is_some_and(|host| is_loopback(host.host())))
 }
 
-fn is_loopback(host: &str) -> bool {
+pub(crate) fn is_loopback(host: &str) -> bool {
     let address = host.trim_start_matches('[').trim_end_matches(']');
     host.eq_ignore_ascii_case("localhost")
         || address.parse().is_ok_and(|address: IpAddr| address.is_loopback())

@@ -74,8 +74,7 @@ fn set_of(members: &[usize]) -> Arc<AtomicBitSet> {
     Arc::new(set)
 }
 
-/// Slots of one word, of two words below one summary, and of two summaries; none of them in the first word,
-/// which a
+/// Slots of one word, of two words below one summary, and of two summaries; none of them in the first word, which a
 /// search looks at whatever a summary says.
 /// Broken once: where `remove` did not look at the word below again, it failed.
 #[test]
@@ -348,8 +347,7 @@ fn nobody_says_no_key_while_one_is_healthy_all_the_time() {
     });
 }
 
-/// The mark takes the last key out of a word of the index, and tells the summary only when another one is
-/// there.
+/// The mark takes the last key out of a word of the index, and tells the summary only when another one is there.
 /// Broken once: without `scan_from`, it went round for ever.
 #[test]
 fn nobody_says_no_key_after_one_came_back_beside_one_that_goes() {

@@ -70,26 +70,42 @@ impl KeyPool {
     /// ```
     #[must_use]
     pub fn stats(&self) -> PoolStats {
+        let mut keys = Vec::with_capacity(self.len());
+        let totals = self.look_at_each(|key, now| {
+            let key = key_stats(key, now);
+            let status = key.status;
+            keys.push(key);
+            status
+        });
+        PoolStats { keys, ..totals }
+    }
+
+    /// The same without each key.
+    #[cfg(feature = "metrics")]
+    pub(crate) fn totals(&self) -> PoolStats {
+        self.look_at_each(|key, now| key.state.load().status(now))
+    }
+
+    fn look_at_each(&self, mut status: impl FnMut(&Key, u64) -> Status) -> PoolStats {
         let snapshot = self.inner.snapshot.load();
         let now = self.now();
         // So that a key which is said to be healthy is also said to have come back.
         self.return_all_expired(&snapshot, now);
-        let mut stats = PoolStats {
+        let mut totals = PoolStats {
             marks_waiting: snapshot.count_unwritten(),
             unreadable: self.inner.persistence.complaints.count(),
-            keys: snapshot.keys().iter().map(|key| key_stats(key, now)).collect(),
             ..PoolStats::default()
         };
-        for key in &stats.keys {
-            *match key.status {
-                Status::Healthy => &mut stats.healthy,
-                Status::RateLimited => &mut stats.rate_limited,
-                Status::Exhausted => &mut stats.exhausted,
-                Status::Revoked => &mut stats.revoked,
-                Status::Disabled => &mut stats.disabled,
+        for key in snapshot.keys() {
+            *match status(key, now) {
+                Status::Healthy => &mut totals.healthy,
+                Status::RateLimited => &mut totals.rate_limited,
+                Status::Exhausted => &mut totals.exhausted,
+                Status::Revoked => &mut totals.revoked,
+                Status::Disabled => &mut totals.disabled,
             } += 1;
         }
-        stats
+        totals
     }
 }
 

@@ -1,6 +1,6 @@
 //! The upstream, and the client that sends requests to it: failover around rotation around `hyper`.
 
-use std::{io, net::IpAddr, str::FromStr};
+use std::{io, str::FromStr};
 
 use axum::body::Body;
 use http::{
@@ -22,7 +22,7 @@ use tower_key_rotation::{
 };
 
 use super::body::KeptBody;
-use crate::settings::Settings;
+use crate::{settings::Settings, this_machine};
 
 pub(super) type Client = BoxCloneSyncService<Request<KeptBody>, Response<Body>, Error<BoxError>>;
 
@@ -97,9 +97,7 @@ impl Upstream {
 
     /// Whether nobody on the way can read what is sent there.
     pub(crate) fn is_safe(&self) -> bool {
-        let host = self.authority.host().trim_start_matches('[').trim_end_matches(']');
-        let is_loopback = host.parse().is_ok_and(|address: IpAddr| address.is_loopback());
-        self.scheme == Scheme::HTTPS || is_loopback || host.eq_ignore_ascii_case("localhost")
+        self.scheme == Scheme::HTTPS || this_machine::is_loopback(self.authority.host())
     }
 
     /// Where a request goes that came with this URI. `None` where that has no path, or one that leads out of the
