@@ -626,6 +626,45 @@ async fn a_key_that_is_being_removed_is_not_brought_back_by_a_reload_that_had_re
     assert_eq!(bench.ids(), ["beta"]);
 }
 
+/// Broken once: where only what was there when the removal was asked for was taken out, the pool had a key that the
+/// store did not have.
+#[tokio::test]
+async fn a_removal_takes_out_what_was_inserted_under_its_name_before_it_had_its_turn() {
+    let bench = Bench::new(["alpha"]).await;
+    assert!(bench.store.memory.remove(&id("alpha")).await.unwrap());
+    let (reload, insert) =
+        behind_a_reload(&bench, |pool| async move { pool.insert("alpha", "sk-another").await }).await;
+    let removal = tokio::spawn({
+        let pool = bench.pool.clone();
+        async move { pool.remove("alpha").await }
+    });
+    settle().await;
+    bench.store.loads.set(Mode::Works);
+    in_time(reload).await.unwrap().unwrap();
+    in_time(insert).await.unwrap().unwrap();
+    in_time(removal).await.unwrap().unwrap();
+    assert_eq!(bench.ids(), [""; 0]);
+    bench.pool.reload().await.unwrap();
+    assert_eq!(bench.ids(), [""; 0]);
+}
+
+/// Broken once: where the key that could not be removed was put back in any case, its id was there twice.
+#[tokio::test]
+async fn a_removal_that_is_dropped_does_not_put_a_key_beside_another_of_its_name() {
+    let bench = Bench::new(["alpha"]).await;
+    assert!(bench.store.memory.remove(&id("alpha")).await.unwrap());
+    let (reload, insert) =
+        behind_a_reload(&bench, |pool| async move { pool.insert("alpha", "sk-another").await }).await;
+    let pool = bench.pool.clone();
+    let mut removal = Box::pin(pool.remove("alpha"));
+    assert!(removal.as_mut().now_or_never().is_none());
+    bench.store.loads.set(Mode::Works);
+    in_time(reload).await.unwrap().unwrap();
+    in_time(insert).await.unwrap().unwrap();
+    drop(removal);
+    assert_eq!(bench.ids(), ["alpha"]);
+}
+
 /// Broken once: with what the reload had read taken for news, the key was back in service.
 #[tokio::test]
 async fn a_key_that_is_being_disabled_stays_so_whatever_a_reload_had_read() {

@@ -630,7 +630,12 @@ impl World {
             && let Some(mut asked) = self.processes[process].queue.pop_front()
         {
             if !asked.has_turn {
-                self.change_in_memory(process, &asked);
+                // To be removed is what has that name now.
+                if let Some(key) = self.change_in_memory(process, &asked)
+                    && let Some(before) = asked.leaving.replace(key)
+                {
+                    self.log.forget(before.born, self.now);
+                }
                 asked.has_turn = true;
                 asked.born = self.processes[process].keys.get(asked.id).map(|key| key.born);
             }

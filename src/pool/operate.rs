@@ -95,10 +95,12 @@ impl KeyPool {
     ///
     /// Where there is no such key; and where the store fails, in which case the pool has the key again.
     pub async fn remove(&self, id: impl AsRef<str>) -> Result<(), OperateError> {
-        let leaving = Leaving::out_of(self, self.known(id.as_ref())?.id.clone())?;
+        let mut leaving = Leaving::out_of(self, self.known(id.as_ref())?.id.clone())?;
         let persistence = &self.inner.persistence;
         let _turn = persistence.turn.lock().await;
         persistence.plant_seeds_in_turn().await?;
+        // One of that name may have been inserted meanwhile.
+        leaving.take_out();
         if let Some(store) = &persistence.store {
             store.remove(&leaving.id).await?;
         }
@@ -247,9 +249,16 @@ impl<'a> Leaving<'a> {
         if !pool.inner.persistence.leaving().insert(id.clone()) {
             return Err(OperateError::UnknownKey(id.to_string()));
         }
-        let key = pool.take_out(&id);
-        key.iter().for_each(|key| pool.count_out(key));
-        Ok(Self { pool, id, key })
+        let mut leaving = Self { pool, id, key: None };
+        leaving.take_out();
+        Ok(leaving)
+    }
+
+    fn take_out(&mut self) {
+        if let Some(key) = self.pool.take_out(&self.id) {
+            self.pool.count_out(&key);
+            self.key = Some(key);
+        }
     }
 
     fn for_good(mut self) {
@@ -260,8 +269,13 @@ impl<'a> Leaving<'a> {
 impl Drop for Leaving<'_> {
     fn drop(&mut self) {
         if let Some(key) = self.key.take() {
-            self.pool.count_in(&key);
-            self.pool.edit(|before| Some(before.keys().iter().cloned().chain([key]).collect()));
+            self.pool.edit(|before| {
+                let is_free = before.get(self.id.as_str()).is_none();
+                is_free.then(|| {
+                    self.pool.count_in(&key);
+                    before.keys().iter().cloned().chain([key]).collect()
+                })
+            });
         }
         self.pool.inner.persistence.leaving().remove(&self.id);
     }
