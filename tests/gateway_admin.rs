@@ -19,7 +19,11 @@ use reqwest::{
 };
 use serde_json::{Value, json};
 use support::{gateway::*, *};
-use tokio::{net::TcpStream, time::Instant};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::Instant,
+};
 
 const TOKEN: &str = "the-admin-s-token";
 
@@ -404,6 +408,26 @@ async fn what_can_t_be_done_is_said_with_the_status_that_is_described() {
     assert_eq!(admin.import("application/json", "[").await.0, 400);
     assert_eq!(admin.import("text/plain", "x".repeat(3 << 20)).await.0, 413);
     assert_eq!(admin.ids("").await, ["alpha"]);
+}
+
+/// Broken once: where what is not wanted was not read on, the connection broke.
+#[tokio::test]
+async fn who_sends_too_much_is_told_so_even_after_having_sent_all_of_it() {
+    let admin = Admin::with(&["alpha"]).await;
+    let body = "x".repeat(16 << 20);
+    let head = format!(
+        "POST /admin/api/keys:import HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nAuthorization: Bearer {TOKEN}\r\n\
+         {}: {}\r\nContent-Type: text/plain\r\nContent-Length: {}\r\n\r\n",
+        CHANGE.0,
+        CHANGE.1,
+        body.len(),
+    );
+    let mut connection = TcpStream::connect(admin.gateway.address()).await.unwrap();
+    connection.write_all(head.as_bytes()).await.unwrap();
+    connection.write_all(body.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    connection.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
 }
 
 #[tokio::test]

@@ -2,12 +2,12 @@
 
 use std::{error::Error, io, net::SocketAddr, time::Duration};
 
-use axum::{Router, serve::ListenerExt};
+use axum::{Router, middleware, serve::ListenerExt};
 use futures_util::FutureExt;
 use tokio::{net::TcpListener, time::sleep};
 use tower_key_rotation::RecoveryHandle;
 
-use crate::{admin::Admin, health, keys, metrics, proxy::Proxy, settings::Settings};
+use crate::{admin::Admin, health, keys, metrics, proxy::Proxy, read_on::read_on, settings::Settings};
 
 pub(crate) async fn run(settings: Settings) -> Result<(), Box<dyn Error>> {
     let exporter = metrics::install()?;
@@ -23,7 +23,8 @@ pub(crate) async fn run(settings: Settings) -> Result<(), Box<dyn Error>> {
         .merge(admin.router())
         .merge(health::router(pool.clone()))
         .merge(admin.guard(metrics::router(pool.clone(), exporter)))
-        .fallback_service(Proxy::new(&pool, &settings)?.router());
+        .fallback_service(Proxy::new(&pool, &settings)?.router())
+        .layer(middleware::map_request(read_on));
     serve(listener, app, stop.inspect(move |()| admin.stop()), settings.shutdown_limit.into()).await?;
 
     recovery.shutdown().await?;

@@ -19,6 +19,7 @@ mod health;
 mod keys;
 mod metrics;
 mod proxy;
+mod read_on;
 mod settings;
 mod this_machine;
 

@@ -6,19 +6,12 @@ use std::{
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll, Waker, ready},
-    time::Duration,
 };
 
 use axum::body::{Body, Bytes, HttpBody};
 use bytes::BytesMut;
-use http_body_util::BodyExt;
 use hyper::body::{Frame, SizeHint};
-use tokio::{runtime::Handle, time::timeout};
 use tower::BoxError;
-
-/// For how long the rest of a body is read that nobody wants any more. A caller that is still sending may not see
-/// the answer otherwise: the connection would be closed on it.
-const DISCARD_FOR: Duration = Duration::from_secs(5);
 
 #[derive(Clone, Copy)]
 pub(super) struct BodyLimits {
@@ -196,7 +189,6 @@ impl Shared {
             let Ok(data) = frame.into_data() else { continue };
             self.received = self.received.saturating_add(data.len());
             if self.received > self.limits.most {
-                self.discard_rest();
                 return Poll::Ready(Some(Err(self.fail(TooLarge))));
             }
             self.keep(&data);
@@ -215,28 +207,6 @@ impl Shared {
         self.source = None;
         self.kept = None;
         error.into()
-    }
-
-    fn discard_rest(&mut self) {
-        if let Some(source) = self.source.take() {
-            discard(source);
-        }
-    }
-}
-
-impl Drop for Shared {
-    fn drop(&mut self) {
-        self.discard_rest();
-    }
-}
-
-/// Reads a body that nobody wants, for a while.
-pub(super) fn discard(mut body: Body) {
-    if body.is_end_stream() {
-        return;
-    }
-    if let Ok(runtime) = Handle::try_current() {
-        runtime.spawn(timeout(DISCARD_FOR, async move { while let Some(Ok(_)) = body.frame().await {} }));
     }
 }
 

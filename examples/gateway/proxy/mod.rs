@@ -17,11 +17,7 @@ use axum::{
     Router,
     body::{Body, HttpBody},
     extract::{Request, State},
-    http::{
-        HeaderValue, StatusCode, Uri, Version,
-        header::{EXPECT, RETRY_AFTER},
-        request::Parts,
-    },
+    http::{HeaderValue, StatusCode, Uri, Version, header::RETRY_AFTER, request::Parts},
     response::Response,
 };
 use hyper_util::client::legacy;
@@ -64,16 +60,7 @@ impl Proxy {
     }
 
     async fn forward(&self, api: Api, head: Parts, body: Body) -> Result<Response, Refusal> {
-        let uri = match self.admit(&head, &body) {
-            Ok(uri) => uri,
-            Err(refusal) => {
-                // Who waits to be told to go on has sent nothing, and to read would be to tell him so.
-                if !head.headers.contains_key(EXPECT) {
-                    body::discard(body);
-                }
-                return Err(refusal);
-            }
-        };
+        let uri = self.admit(&head, &body)?;
         let mut request = Request::new(KeptBody::new(body, self.limits));
         *request.method_mut() = head.method;
         *request.uri_mut() = uri;
