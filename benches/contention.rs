@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use http::{Request, Response, StatusCode};
+use http::{Request, StatusCode};
 use support::{
     GivesBack, Turns,
     compare::{Bar, Comparison},
@@ -37,7 +37,7 @@ struct Apart<S>(S, Turns);
 /// So many requests by each thread, all at once.
 fn together<S>(clients: Vec<S>) -> impl FnMut(u64) -> Duration
 where
-    S: Service<Request<StatusCode>, Response = Response<Request<StatusCode>>, Error: Debug> + Send,
+    S: Service<Request<StatusCode>, Error: Debug> + Send,
 {
     let mut clients: Vec<_> = clients.into_iter().map(|client| Apart(client, Turns::new())).collect();
     move |times| {

@@ -15,7 +15,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use http::{Request, Response, StatusCode};
+use http::{Request, StatusCode};
 use support::{
     GivesBack, Turns,
     compare::{Bar, Comparison, Outcome},
@@ -60,7 +60,7 @@ impl Rests {
 
 fn takes_turns<S>(mut client: S) -> impl FnMut()
 where
-    S: Service<Request<StatusCode>, Response = Response<Request<StatusCode>>, Error: Debug>,
+    S: Service<Request<StatusCode>, Error: Debug>,
 {
     let mut turns = Turns::new();
     move || turns.take(&mut client, StatusCode::OK)

@@ -56,12 +56,13 @@ impl UsableKey {
 }
 
 /// Each request writes to it, and reads other parts of it: what is written stands together, so that processors pass
-/// as few cache lines to each other as may be.
+/// as few cache lines to each other as may be, and what is read stands behind that, so that few have to be fetched.
 #[derive(Debug)]
 #[repr(C)]
 pub(crate) struct Key {
     pub(crate) state: AtomicState,
     pub(crate) counts: Counts,
+    pub(crate) credentials: Rendered,
     /// The last HTTP status that spoke against the key; 0 for none.
     last_status: AtomicU16,
     /// Where the newest snapshot holds it. A hint: the reader checks who is there.
@@ -73,7 +74,6 @@ pub(crate) struct Key {
     /// A request under way holds no more than its key, and marks it through this.
     pool: Weak<Inner>,
     pub(crate) id: KeyId,
-    pub(crate) credentials: Rendered,
 }
 
 impl Key {
