@@ -1,25 +1,16 @@
 //! The SDKs of OpenAI and Anthropic, as their packages are, through the gateway.
-//!
-//! They are installed once into the target folder, which needs `python3` with `venv` and the Python package index.
-
-// A test may panic, and so may what it calls.
 
 mod support;
 
 use std::{
     collections::{HashMap, HashSet},
-    env, fs,
-    path::{Path, PathBuf},
-    process::{self, Command},
-    sync::{Arc, Mutex, OnceLock},
+    sync::{Arc, Mutex},
 };
 
 use bytes::Bytes;
 use http::Request;
 use serde_json::{Value, json};
-use support::{gateway::Gateway, *};
-
-const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/sdks");
+use support::{gateway::Gateway, python::run_script, *};
 
 const CALLS: [&str; 7] =
     ["chat", "chat_stream", "responses", "responses_stream", "models", "message", "message_stream"];
@@ -27,57 +18,11 @@ const CALLS: [&str; 7] =
 /// Both places at once, so that one gateway stands before both APIs.
 const INJECT: [&str; 2] = ["--inject", "bearer,header:x-api-key"];
 
-/// A Python that has the SDKs.
-fn python() -> &'static Path {
-    static PYTHON: OnceLock<PathBuf> = OnceLock::new();
-    PYTHON.get_or_init(|| {
-        install().unwrap_or_else(|error| {
-            panic!(
-                "the SDKs could not be installed: {error}. It takes python3 with venv and pip (on Debian the \
-                 packages python3 and python3-venv) and the Python package index"
-            )
-        })
-    })
-}
-
-fn install() -> Result<PathBuf, String> {
-    let requirements = format!("{FOLDER}/requirements.txt");
-    let versions = fs::read_to_string(&requirements).unwrap().replace('\n', "-").replace("==", "-");
-    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap();
-    let folder = target.join(format!("sdks-{}", versions.trim_end_matches('-')));
-    let python = folder.join("bin/python");
-    if python.is_file() {
-        return Ok(python);
-    }
-    // Under another name until it is complete: another process may be doing the same.
-    let work = target.join(format!("sdks-{}", process::id()));
-    let _ = fs::remove_dir_all(&work);
-    run(Command::new("python3").args(["-m", "venv"]).arg(&work))?;
-    let pip =
-        ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--requirement", &requirements];
-    run(Command::new(work.join("bin/python")).args(pip))?;
-    if fs::rename(&work, &folder).is_err() {
-        let _ = fs::remove_dir_all(&work);
-    }
-    Ok(python)
-}
-
-fn run(command: &mut Command) -> Result<Vec<u8>, String> {
-    let output = command.output().map_err(|error| format!("{}: {error}", command.get_program().display()))?;
-    if output.status.success() {
-        return Ok(output.stdout);
-    }
-    let said = [output.stdout, output.stderr].concat();
-    Err(String::from_utf8_lossy(&said).trim().to_owned())
-}
-
 /// What comes of these calls, one after the other.
 async fn calls(gateway: &Gateway, token: &str, retries: u32, calls: &[&str]) -> Vec<Value> {
-    let python = tokio::task::spawn_blocking(python).await.unwrap();
-    let mut command = Command::new(python);
-    command.arg(format!("{FOLDER}/calls.py")).args([&gateway.url(""), token, &retries.to_string()]);
-    command.args(calls).env("NO_PROXY", "127.0.0.1").env("no_proxy", "127.0.0.1");
-    let output = tokio::task::spawn_blocking(move || run(&mut command)).await.unwrap();
+    let base = [&gateway.url(""), token, &retries.to_string()].map(str::to_owned);
+    let arguments: Vec<_> = base.into_iter().chain(calls.iter().map(|&call| call.to_owned())).collect();
+    let output = run_script("calls.py", &arguments).await;
     serde_json::from_slice(&output.unwrap_or_else(|error| panic!("{error}"))).unwrap()
 }
 

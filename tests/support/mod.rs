@@ -13,6 +13,7 @@ pub mod mongo;
 mod mongod;
 mod program;
 mod proxy;
+pub mod python;
 mod server;
 mod store;
 
