@@ -1,4 +1,5 @@
-//! The example `gateway` beside `nginx` as a reverse proxy: requests a second, how long they take, and memory.
+//! The example `gateway` beside `nginx` as a reverse proxy: requests a second, how long they take, how soon a stream's
+//! first event is there, and memory.
 //!
 //! ```text
 //! apt-get install nginx wrk
@@ -14,7 +15,7 @@ mod program;
 
 use std::{
     env, fs,
-    io::{BufRead, BufReader},
+    io::{self, BufRead, BufReader, ErrorKind, Read, Write},
     net::{SocketAddr, TcpListener, TcpStream},
     path::{Path, PathBuf},
     process::{self, Child, Command, Stdio},
@@ -26,6 +27,10 @@ const CONNECTIONS: [usize; 3] = [1, 32, 256];
 const ROUNDS: usize = 5;
 const SECONDS: u64 = 4;
 const KEYS: usize = 100;
+const STREAMS: usize = 2_000;
+const BETWEEN_EVENTS: Duration = Duration::from_millis(5);
+const FIRST_EVENT: &str = "9\r\ndata: 1\n\n\r\n";
+const LAST_EVENT: &str = "9\r\ndata: 2\n\n\r\n0\r\n\r\n";
 /// After which the gateway's memory is looked at, and after how many more.
 const WARM: u64 = 20_000;
 const MORE: u64 = 100_000;
@@ -64,11 +69,79 @@ fn main() {
             );
         }
     }
+    first_events(&folder);
     gateway.send(WARM);
     let before = gateway.resident_kib();
     gateway.send(MORE);
     let after = gateway.resident_kib();
     println!("\nresident, after {WARM} requests more: {before} KiB; after another {MORE}: {after} KiB");
+}
+
+/// How long the first event of a stream takes. Where it is held back until there is more, that is [`BETWEEN_EVENTS`] at
+/// least.
+fn first_events(folder: &Folder) {
+    let upstream = streaming();
+    let nginx = Nginx::start(folder, "streaming", |_| proxy_to(upstream));
+    let gateway = Gateway::start(folder, upstream);
+    let mut cases =
+        [("the upstream itself", upstream), ("nginx", nginx.address), ("the gateway", gateway.address)]
+            .map(|(name, address)| (name, TcpStream::connect(address).unwrap(), Vec::new()));
+    for _ in 0..STREAMS {
+        for (_, connection, times) in &mut cases {
+            times.push(first_event(connection).as_secs_f64());
+        }
+    }
+    println!("\n| the first event of a stream | p50 | p99 |\n|---|---|---|");
+    for (name, _, times) in &mut cases {
+        times.sort_by(f64::total_cmp);
+        println!("| {name} | {} | {} |", shown(times[STREAMS / 2]), shown(times[STREAMS * 99 / 100]));
+    }
+}
+
+/// An upstream that sends an event at once, and another one [`BETWEEN_EVENTS`] later.
+fn streaming() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    thread::spawn(move || {
+        for connection in listener.incoming() {
+            thread::spawn(move || stream_on(connection.unwrap()));
+        }
+    });
+    address
+}
+
+fn stream_on(mut connection: TcpStream) -> io::Result<()> {
+    connection.set_nodelay(true)?;
+    loop {
+        read_until(&mut connection, b"\r\n\r\n")?;
+        let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
+        write!(connection, "{head}{FIRST_EVENT}")?;
+        thread::sleep(BETWEEN_EVENTS);
+        write!(connection, "{LAST_EVENT}")?;
+    }
+}
+
+/// From the request until the first event is here.
+fn first_event(connection: &mut TcpStream) -> Duration {
+    let began = Instant::now();
+    connection.write_all(b"GET /v1/stream HTTP/1.1\r\nhost: localhost\r\n\r\n").unwrap();
+    read_until(connection, b"data: 1\n\n").unwrap();
+    let took = began.elapsed();
+    read_until(connection, b"0\r\n\r\n").unwrap();
+    took
+}
+
+/// Reads until these bytes are there.
+fn read_until(connection: &mut TcpStream, end: &[u8]) -> io::Result<()> {
+    let mut read = Vec::new();
+    while !read.windows(end.len()).any(|bytes| bytes == end) {
+        let mut more = [0; 4096];
+        match connection.read(&mut more)? {
+            0 => return Err(ErrorKind::UnexpectedEof.into()),
+            count => read.extend_from_slice(&more[..count]),
+        }
+    }
+    Ok(())
 }
 
 fn proxy_to(upstream: SocketAddr) -> String {

@@ -77,9 +77,17 @@ mod tests {
     use super::*;
 
     fn classify(classifier: &TooManyRequests, status: u16, retry_after: Option<&'static str>) -> Verdict {
+        with_head(status, retry_after, |head| classifier.classify(head))
+    }
+
+    fn with_head<T>(
+        status: u16,
+        retry_after: Option<&'static str>,
+        look: impl Fn(&ResponseHead<'_>) -> T,
+    ) -> T {
         let mut headers = HeaderMap::new();
         headers.extend(retry_after.map(|value| (RETRY_AFTER, HeaderValue::from_static(value))));
-        classifier.classify(&ResponseHead::new(StatusCode::from_u16(status).unwrap(), &headers))
+        look(&ResponseHead::new(StatusCode::from_u16(status).unwrap(), &headers))
     }
 
     #[test]
@@ -103,5 +111,15 @@ mod tests {
         assert_eq!(classify(&classifier, 403, None), Verdict::Nothing);
         let wait = Some(Duration::from_secs(30));
         assert_eq!(classify(&classifier, 403, Some("30")), Verdict::RateLimited { wait });
+    }
+
+    #[test]
+    fn a_body_is_asked_for_a_hint_only_where_one_would_count_and_no_header_has_it() {
+        let classifier = TooManyRequests::new().or_with_a_hint([StatusCode::FORBIDDEN]);
+        let wants_body =
+            |status, retry_after| with_head(status, retry_after, |head| classifier.wants_body(head));
+        assert!(wants_body(429, None) && wants_body(403, None));
+        assert!(!wants_body(429, Some("30")) && !wants_body(403, Some("30")));
+        assert!(!wants_body(500, None) && !wants_body(500, Some("30")));
     }
 }
