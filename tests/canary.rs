@@ -1074,6 +1074,7 @@ async fn show_errors() {
     show!(
         OperateError::UnknownKey(name()),
         OperateError::KeyExists(id("alpha")),
+        OperateError::DuplicateSecret(id("alpha")),
         OperateError::Store(gone())
     );
     show!(OperateError::InvalidKeyId(KeyId::new("").unwrap_err()));

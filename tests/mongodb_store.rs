@@ -1431,11 +1431,12 @@ async fn a_store_says_whether_a_key_was_inserted_and_whether_one_was_removed() {
 #[tokio::test]
 async fn a_key_that_a_unique_index_of_somebody_elses_refuses_is_not_said_to_be_there() {
     let mongo = Mongo::standalone().await;
-    mongo.insert("alpha").await;
     let unique = doc! { "key": { "apiKey": 1 }, "name": "secrets", "unique": true };
     let command = doc! { "createIndexes": "ohmygpt_keys", "indexes": [unique] };
     mongo.database.run_command(command).await.unwrap();
     let pool = KeyPool::builder().open(mongo.store().await).await.unwrap();
+    // The pool has not heard of it.
+    mongo.insert("alpha").await;
     let error = pool.insert("beta", "sk-alpha").await.unwrap_err();
     assert!(matches!(error, OperateError::Store(_)), "{error:?}");
     assert_eq!(mongo.find("beta").await, None);

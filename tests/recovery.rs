@@ -776,6 +776,21 @@ async fn an_operator_is_told_of_a_key_that_is_unknown_or_there_already() {
     assert_eq!(alone.stats().keys.len(), 1);
 }
 
+/// Broken once: where a secret was looked for in the store alone, a pool in memory had it twice.
+#[tokio::test]
+async fn a_secret_that_another_key_has_is_not_inserted() {
+    let bench = Bench::new(["alpha"]).await;
+    for pool in [&bench.pool, &pool(["alpha"], &bench.clock)] {
+        let error = pool.insert("beta", "sk-alpha").await.unwrap_err();
+        assert!(matches!(&error, OperateError::DuplicateSecret(id) if id.as_str() == "alpha"), "{error:?}");
+        assert_eq!(error.to_string(), "key alpha has the same secret");
+        assert_eq!(pool.stats().keys.len(), 1);
+
+        pool.remove("alpha").await.unwrap();
+        pool.insert("beta", "sk-alpha").await.unwrap();
+    }
+}
+
 /// What would break a log's lines, colour them, or fill a disk.
 const HOSTILE: &str = "\n INFO tower_key_rotation: all is well\r\u{1b}[2J\u{9b}31m\u{7}\0";
 

@@ -26,6 +26,10 @@ pub enum OperateError {
     /// There is such a key already, here or in the store.
     #[error("there is a key {0} already")]
     KeyExists(KeyId),
+    /// Another key of this pool has that secret. To the service the two would be one: when it limits one, the other would
+    /// go on.
+    #[error("key {0} has the same secret")]
+    DuplicateSecret(KeyId),
     /// That can't be the name of a key.
     #[error(transparent)]
     InvalidKeyId(#[from] InvalidKeyId),
@@ -65,8 +69,8 @@ impl KeyPool {
     ///
     /// # Errors
     ///
-    /// Where the id or the secret can't be used, or the id is taken; and where the store fails, in which case
-    /// the pool is as it was.
+    /// Where the id or the secret can't be used, or is another key's; and where the store fails, in which case the pool is
+    /// as it was.
     pub async fn insert(&self, id: impl AsRef<str>, secret: impl Into<Secret>) -> Result<(), OperateError> {
         let id = KeyId::new(id)?;
         let secret = secret.into();
@@ -77,16 +81,25 @@ impl KeyPool {
         let persistence = &self.inner.persistence;
         let _turn = persistence.turn.lock().await;
         persistence.plant_seeds_in_turn().await?;
-        let is_new = match &persistence.store {
-            _ if self.known(id.as_str()).is_ok() => false,
-            Some(store) => store.insert(id.clone(), secret).await?,
-            None => true,
-        };
-        if !is_new {
+        self.check_is_new(&id, &secret)?;
+        if let Some(store) = &persistence.store
+            && !store.insert(id.clone(), secret).await?
+        {
             return Err(OperateError::KeyExists(id));
         }
         self.edit(|before| Some(before.keys().iter().cloned().chain([key]).collect()));
         Ok(())
+    }
+
+    fn check_is_new(&self, id: &KeyId, secret: &Secret) -> Result<(), OperateError> {
+        if self.known(id.as_str()).is_ok() {
+            return Err(OperateError::KeyExists(id.clone()));
+        }
+        let snapshot = self.inner.snapshot.load();
+        match snapshot.keys().iter().find(|key| key.credentials.is_of(secret)) {
+            Some(other) => Err(OperateError::DuplicateSecret(other.id.clone())),
+            None => Ok(()),
+        }
     }
 
     /// Removes a key for good. Requests that are under way with it finish.

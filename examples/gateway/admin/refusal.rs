@@ -47,7 +47,7 @@ impl From<OperateError> for Refusal {
     fn from(error: OperateError) -> Self {
         let status = match error {
             OperateError::UnknownKey(_) => StatusCode::NOT_FOUND,
-            OperateError::KeyExists(_) => StatusCode::CONFLICT,
+            OperateError::KeyExists(_) | OperateError::DuplicateSecret(_) => StatusCode::CONFLICT,
             OperateError::Store(_) => StatusCode::SERVICE_UNAVAILABLE,
             _ => StatusCode::BAD_REQUEST,
         };
