@@ -94,6 +94,14 @@ mod tests {
 
     const LIMIT: Duration = Duration::from_secs(5);
 
+    #[test]
+    fn a_key_has_the_same_lane_each_time_and_not_all_keys_share_one() {
+        let lanes = Lanes::default();
+        let lane_of = |key: usize| std::ptr::from_ref(lanes.of(&key));
+        assert!((0..100).all(|key| lane_of(key) == lane_of(key)));
+        assert!((0..100).any(|key| lane_of(key) != lane_of(0)));
+    }
+
     #[tokio::test(start_paused = true)]
     async fn one_that_takes_too_long_goes_on_and_the_next_one_waits_for_it() {
         let lane = Lane::default();
