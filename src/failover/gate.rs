@@ -82,19 +82,25 @@ impl Gate {
             // Both listen before the look, so that nothing that happens after it is missed.
             let answered = self.answered.notified();
             let returned = pool.returned();
-            if pool.has_available() && self.lock().admit(pool.count_available()) {
+            let available = pool.has_available();
+            if available && self.lock().admit(pool.count_available()) {
                 return;
             }
-            let available = pool.has_available();
             if !available {
                 // Whatever went well before, the keys have been limited since.
                 self.lock().size = 1;
             }
             let clock = pool.clock();
-            let look_again = pool.next_end_of_a_rest().unwrap_or(NO_KEY_IN_SIGHT);
-            let look_again = if available { look_again.min(SLOW_ANSWER) } else { look_again };
+            // Before the looks: rather too early than too late.
+            let now = clock.now();
+            let look_again = if available {
+                pool.next_end_of_a_rest().map_or(SLOW_ANSWER, |end| end.min(SLOW_ANSWER))
+            } else {
+                // Zero where somebody else has brought a key back since the look: nobody says so.
+                pool.next_return().unwrap_or(NO_KEY_IN_SIGHT)
+            };
             tokio::select! {
-                () = clock.sleep_until(clock.now().saturating_add(look_again)) => {
+                () = clock.sleep_until(now.saturating_add(look_again)) => {
                     if available {
                         self.lock().widen();
                     }
@@ -156,5 +162,73 @@ impl Drop for Pass {
     fn drop(&mut self) {
         self.gate.lock().on_their_way -= 1;
         self.gate.answered.notify_waiters();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::OnceLock;
+
+    use super::*;
+    use crate::{
+        clock::{Clock, ManualClock, Sleep},
+        pool::Rest,
+    };
+
+    const FIRST_IS_BACK: Duration = Duration::from_secs(1);
+    const SECOND_IS_BACK: Duration = Duration::from_secs(100);
+
+    /// Stands still until it has been read a number of times. Then, in the middle of that reading, the first key's rest
+    /// ends and somebody else takes the key back.
+    #[derive(Debug)]
+    struct Interrupting {
+        clock: ManualClock,
+        readings_left: AtomicUsize,
+        pool: Arc<OnceLock<KeyPool>>,
+    }
+
+    impl Clock for Interrupting {
+        fn now(&self) -> Duration {
+            if let Some(pool) = self.pool.get()
+                && self.readings_left.fetch_sub(1, Relaxed) == 0
+            {
+                self.clock.advance(FIRST_IS_BACK);
+                assert_eq!(pool.stats().healthy, 1);
+            }
+            self.clock.now()
+        }
+
+        fn sleep_until(&self, deadline: Duration) -> Sleep {
+            self.clock.sleep_until(deadline)
+        }
+    }
+
+    #[tokio::test]
+    async fn a_key_that_somebody_else_takes_back_is_not_slept_past_whenever_that_is() {
+        for readings in 0..30 {
+            let later = Arc::new(OnceLock::new());
+            let clock = Interrupting {
+                clock: ManualClock::new(),
+                readings_left: AtomicUsize::new(readings),
+                pool: later.clone(),
+            };
+            let manual = clock.clock.clone();
+            let keys = [("alpha", "sk-1"), ("beta", "sk-2")];
+            let pool = KeyPool::builder().keys(keys).exact_hints().clock(clock).build().unwrap();
+            for back in [FIRST_IS_BACK, SECOND_IS_BACK] {
+                pool.mark(&pool.pick().unwrap(), Rest::RateLimited, Some(back), 429);
+            }
+            later.set(pool.clone()).unwrap();
+
+            let gate = Arc::new(Gate::new());
+            let mut waiter = tokio_test::task::spawn(gate.enter(&pool, SECOND_IS_BACK));
+            let entered = waiter.poll().is_ready();
+            if manual.now() == Duration::ZERO {
+                // It was not interrupted.
+                assert!(!entered);
+                manual.advance(FIRST_IS_BACK);
+            }
+            assert!(entered || waiter.poll().is_ready(), "after {readings} readings of the clock");
+        }
     }
 }
