@@ -167,11 +167,14 @@ impl<B> ResponseMessage for Response<B> {
 
 /// Servers redirect with the query that they were asked with, and who follows takes it to another host.
 fn forget_in_location(headers: &mut HeaderMap, parameters: &[Parameter]) {
-    let Some(location) = headers.get(LOCATION).and_then(|location| location.to_str().ok()) else { return };
-    if let Some(without) = query::url_without(location, parameters)
-        && let Ok(without) = HeaderValue::try_from(without)
-    {
-        headers.insert(LOCATION, without);
+    // Not only ASCII: who follows reads UTF-8, too.
+    let Some(location) = headers.get(LOCATION) else { return };
+    let location = String::from_utf8_lossy(location.as_bytes());
+    let Some(without) = query::url_without(&location, parameters) else { return };
+    // An empty one would lead to where the request went.
+    match HeaderValue::from_bytes(without.as_bytes()) {
+        Ok(without) if !without.is_empty() => _ = headers.insert(LOCATION, without),
+        _ => _ = headers.remove(LOCATION),
     }
 }
 

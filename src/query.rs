@@ -48,16 +48,21 @@ pub(crate) fn without(query: Option<&str>, parameters: &[Parameter]) -> Option<S
     (!left.is_empty()).then(|| left.join("&"))
 }
 
-/// A URL, whole or relative, without what holds one of these parameters in its query; `None` where nothing
-/// does. Another parameter of the same name stays: to another host, it may mean something else.
+/// A URL, whole or relative, without what holds one of these parameters, which may be nothing; `None` where nothing holds
+/// one. Another parameter of the same name stays: to another host, it may mean something else.
 pub(crate) fn url_without(url: &str, parameters: &[Parameter]) -> Option<String> {
+    let holds_one = |text: &str| parameters.iter().any(|own| own.is_in(text));
+    if !holds_one(url) {
+        return None;
+    }
     let (rest, fragment) = url.split_at(url.find('#').unwrap_or(url.len()));
-    let (path, query) = rest.split_once('?')?;
-    let pairs = || query.split('&');
-    let holds_none = |pair: &&str| !parameters.iter().any(|own| own.is_in(pair));
-    let left = pairs().filter(holds_none).collect::<Vec<_>>();
+    let fragment = if holds_one(fragment) { "" } else { fragment };
+    let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
+    let left = query.split('&').filter(|pair| !holds_one(pair)).collect::<Vec<_>>().join("&");
     let mark = if left.is_empty() { "" } else { "?" };
-    (left.len() < pairs().count()).then(|| format!("{path}{mark}{}{fragment}", left.join("&")))
+    let without = format!("{path}{mark}{left}{fragment}");
+    // In the path, or across what was looked at apart.
+    Some(if holds_one(&without) { String::new() } else { without })
 }
 
 fn others<'q>(query: Option<&'q str>, parameters: &[Parameter]) -> impl Iterator<Item = &'q str> {
@@ -105,6 +110,9 @@ mod tests {
             ("/v1?a=1&key=s%26cret/1&b#top", Some("/v1?a=1&b#top")),
             ("/login?to=https%3A%2F%2Fa.test%2F%3Fkey%3Ds%2526cret%252F1&x=", Some("/login?x=")),
             ("?k%65y=s%26cret%2f1", Some("")),
+            ("https://other.test/café?key=s%26cret%2F1", Some("https://other.test/café")),
+            ("/v1?a=1#/cb?key=s%26cret%2F1", Some("/v1?a=1")),
+            ("/login/https%3A%2F%2Fa.test%2F%3Fkey%3Ds%2526cret%252F1", Some("")),
             ("https://other.test/v1?key=somebody-elses", None),
             ("https://other.test/v1", None),
             ("/v1?", None),

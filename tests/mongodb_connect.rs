@@ -5,6 +5,7 @@ mod support;
 use std::{
     io,
     sync::{Arc, Mutex},
+    time::Duration,
 };
 
 use mongodb::{
@@ -20,7 +21,10 @@ use tokio::{
 };
 use tower_key_rotation::{
     KeyId, KeyPool, OperateError, RecoveryHandle, Status,
-    store::mongodb::{ConnectError, Fields, MongoStore},
+    store::{
+        KeyStore, Usage, UsageBatch,
+        mongodb::{ConnectError, Fields, MongoStore},
+    },
 };
 
 const STANDBY: &str = "ohmygpt_backup_keys";
@@ -240,6 +244,17 @@ async fn f01_a_connection_that_is_refused_names_the_cause_and_no_password() {
     assert!(matches!(refused, ConnectError::Unreachable(_)), "{said}");
     assert!(said.to_lowercase().contains("auth"), "{said}");
     assert!(!said.contains("hunter2"), "{said}");
+}
+
+#[tokio::test]
+async fn a_limit_may_be_as_long_as_there_are_numbers_for() {
+    let mongo = Mongo::standalone().await;
+    let builder = mongo.builder().operation_limit(Duration::MAX).connect_limit(Duration::MAX);
+    let store = builder.connect(&mongo.uri).await.unwrap();
+    let alpha = KeyId::new("alpha").unwrap();
+    assert!(store.insert(alpha.clone(), "sk-1".into()).await.unwrap());
+    let used = UsageBatch::new("writer".to_owned(), 1, vec![Usage::new(alpha, 2, 3)]);
+    store.add_usage(&used).await.unwrap();
 }
 
 /// A server of nobody's make: it lets everybody in, and whatever it is asked then is an error that it calls so.

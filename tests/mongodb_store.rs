@@ -1098,6 +1098,21 @@ async fn f10_what_ended_with_a_reset_by_an_admin_page_does_not_prolong_a_later_r
     }
 }
 
+/// Broken once: with a mark that believes whatever date is there, the second rest was the rest of a day.
+#[tokio::test]
+async fn f10_a_date_that_an_admin_left_beside_healthy_does_not_prolong_a_later_rest() {
+    let (mongo, process, ..) = marked(402).await;
+    mongo.set("alpha", doc! { "status": "healthy" }).await;
+    process.pool.reload().await.unwrap();
+    for _ in ["alpha", "beta"] {
+        assert_eq!(answered(&process.pool, Reply { status: 429, retry_after: None }).await, 429);
+    }
+    process.written().await;
+    assert_eq!(mongo.status("alpha").await, "rate_limited");
+    let left = mongo.millis_left("alpha").await.unwrap();
+    assert!(millis_are_about(left, 2 * MINUTE), "{left}");
+}
+
 // ---- f16, f17: keys that change while they are used ----
 
 /// Answers 429 to that secret once the test lets it, and 200 to all others at once.

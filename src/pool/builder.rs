@@ -214,7 +214,8 @@ impl KeyPoolBuilder {
     }
 
     /// The least and the most that a service's hint can ask for: a hint below or above counts as that. By
-    /// default 1 second and 1 hour. Where the two cross, the most holds.
+    /// default 1 second and 1 hour. Where the two cross, the most holds. Of a quota that is used up, the most is at
+    /// least [`exhausted_for`](Self::exhausted_for).
     pub fn hint_limits(mut self, least: Duration, most: Duration) -> Self {
         self.config.cooldowns.shortest_hint = least;
         self.config.cooldowns.longest_hint = most;

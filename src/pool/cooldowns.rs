@@ -29,12 +29,12 @@ impl Default for Cooldowns {
 impl Cooldowns {
     /// How long a key rests; `None` until somebody resets it.
     pub(crate) fn how_long(&self, rest: Rest, hint: Option<Duration>) -> Option<Duration> {
-        let by_default = match rest {
-            Rest::RateLimited => self.rate_limited,
-            Rest::Exhausted => self.exhausted,
+        let (by_default, longest) = match rest {
+            Rest::RateLimited => (self.rate_limited, self.longest_hint),
+            Rest::Exhausted => (self.exhausted, self.longest_hint.max(self.exhausted)),
             Rest::Revoked => return None,
         };
-        let hint = hint.map(|hint| hint.max(self.shortest_hint).min(self.longest_hint.max(by_default)));
+        let hint = hint.map(|hint| hint.max(self.shortest_hint).min(longest));
         Some(match hint {
             None => by_default,
             Some(hint) if self.exact_hints => hint,
@@ -78,6 +78,15 @@ mod tests {
         let rules = Cooldowns { exact_hints: true, ..Cooldowns::default() };
         assert_eq!(limited(&rules, MINUTE), Some(MINUTE));
         assert_eq!(limited(&rules, Duration::ZERO), Some(Duration::from_secs(1)));
+    }
+
+    #[test]
+    fn an_exact_hint_is_capped_below_the_cooldown_too_but_a_quota_may_take_its_day() {
+        let rules = Cooldowns { exact_hints: true, longest_hint: MINUTE, ..Cooldowns::default() };
+        assert_eq!(limited(&rules, 60 * MINUTE), Some(MINUTE));
+        assert_eq!(rules.how_long(Rest::RateLimited, None), Some(2 * MINUTE));
+        let in_10_hours = Some(600 * MINUTE);
+        assert_eq!(rules.how_long(Rest::Exhausted, in_10_hours), in_10_hours);
     }
 
     #[test]

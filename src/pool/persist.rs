@@ -7,7 +7,11 @@ use std::{
 
 use tokio::sync::{Notify, mpsc};
 
-use super::{KeyPool, key::Key, reload::Complaints, usage::Account};
+use super::{
+    KeyPool,
+    reload::Complaints,
+    usage::{Account, Predecessors},
+};
 use crate::{
     secret::{KeyId, Secret},
     store::{Changed, KeyStore, Recovered, StoreError},
@@ -26,8 +30,7 @@ pub(super) struct Persistence {
     /// Held while marks are written: at most one write per key is under way.
     pub(super) writing: tokio::sync::Mutex<()>,
     pub(super) usage: tokio::sync::Mutex<Account>,
-    /// Keys that a reload took out, as long as they may have usage that is not written.
-    predecessors: Mutex<Vec<Arc<Key>>>,
+    predecessors: Mutex<Predecessors>,
     /// Keys whose removal is on its way to the store, which may still have them.
     leaving: Mutex<HashSet<KeyId>>,
     pub(super) complaints: Complaints,
@@ -88,7 +91,7 @@ impl Persistence {
         self.failed_keys.store(true, SeqCst);
     }
 
-    pub(super) fn predecessors(&self) -> MutexGuard<'_, Vec<Arc<Key>>> {
+    pub(super) fn predecessors(&self) -> MutexGuard<'_, Predecessors> {
         self.predecessors.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -110,6 +110,7 @@ impl KeyPool {
         let now = self.now();
         let Reading { loaded, only, number } = reading;
         let mut unreadable = loaded.unreadable;
+        let mut gone: Vec<Arc<Key>> = Vec::new();
         self.edit(|before| {
             let leaving = self.inner.persistence.leaving();
             let mut changes = Changes::default();
@@ -139,11 +140,12 @@ impl KeyPool {
                 }
             }
             changes.take_out_the_others(before, only.as_deref());
-            let gone = changes.replaced.keys().map(|slot| before.keys()[*slot].clone());
-            let gone = gone.inspect(|key| self.count_out(key));
-            self.inner.persistence.predecessors().extend(gone);
+            gone = changes.replaced.keys().map(|slot| before.keys()[*slot].clone()).collect();
+            self.inner.persistence.predecessors().add(gone.clone());
             changes.applied_to(before)
         });
+        // Not before they are gone, or a scrape would count their picks twice.
+        gone.iter().for_each(|key| self.count_out(key));
         self.inner.persistence.complaints.update(only.as_deref(), unreadable);
     }
 

@@ -6,6 +6,7 @@
 
 use std::{
     hash::{BuildHasher, Hasher, RandomState},
+    mem,
     sync::Arc,
     time::Duration,
 };
@@ -86,18 +87,44 @@ impl KeyPool {
     fn take_usage(&self) -> Vec<Usage> {
         let snapshot = self.inner.snapshot.load();
         let mut used: Vec<_> = snapshot.keys().iter().filter_map(taken).collect();
-        let mut predecessors = self.inner.persistence.predecessors();
-        if predecessors.is_empty() {
+        let of_predecessors = self.inner.persistence.predecessors().take_used();
+        if of_predecessors.is_empty() {
             return used;
         }
-        predecessors.retain(|key| {
+        used.extend(of_predecessors);
+        add_up(used)
+    }
+}
+
+/// Keys that a reload took out, and how much they were used since the last batch.
+#[derive(Default)]
+pub(super) struct Predecessors {
+    /// Those that requests may still hold.
+    keys: Vec<Arc<Key>>,
+    used: Vec<Usage>,
+}
+
+impl Predecessors {
+    /// Nobody may ever take what they were used: then no more is kept of them than that, and no secret.
+    pub(super) fn add(&mut self, gone: Vec<Arc<Key>>) {
+        self.let_go();
+        self.used = add_up(mem::take(&mut self.used));
+        self.keys.extend(gone);
+    }
+
+    fn take_used(&mut self) -> Vec<Usage> {
+        self.let_go();
+        mem::take(&mut self.used)
+    }
+
+    fn let_go(&mut self) {
+        self.keys.retain(|key| {
             // To be asked first: a request that still holds the key may count itself until it lets go of it.
             let is_held = Arc::strong_count(key) > 1;
             fence(Acquire);
-            used.extend(taken(key));
+            self.used.extend(taken(key));
             is_held
         });
-        add_up(used)
     }
 }
 
@@ -139,7 +166,23 @@ mod tests {
         pool.record_usage(&id, 5);
         drop(picked);
         assert_eq!(pool.take_usage(), [Usage::new(id, 1, 5)]);
-        assert!(pool.inner.persistence.predecessors().is_empty());
+        assert!(pool.inner.persistence.predecessors().keys.is_empty());
+    }
+
+    #[tokio::test]
+    async fn of_a_key_that_was_replaced_no_secret_stays_where_nobody_writes_usage() {
+        let store = MemoryStore::new();
+        let pool = KeyPool::builder().key("alpha", "sk-0").open(store.clone()).await.unwrap();
+        let id = crate::KeyId::new("alpha").unwrap();
+        for secret in ["sk-1", "sk-2", "sk-3"] {
+            drop(pool.pick().unwrap());
+            assert!(
+                store.remove(&id).await.unwrap() && store.insert(id.clone(), secret.into()).await.unwrap()
+            );
+            pool.reload().await.unwrap();
+        }
+        assert_eq!(pool.inner.persistence.predecessors().keys.len(), 1);
+        assert_eq!(pool.take_usage(), [Usage::new(id, 3, 0)]);
     }
 
     #[test]

@@ -9,6 +9,9 @@ use super::{Inner, MongoStore, at_rest::AtRest, error::Failure, fields::Fields};
 #[cfg(feature = "encryption")]
 use super::{at_rest::Encryption, data_keys::DataKeys};
 
+/// The most milliseconds that a `wtimeout` can have are 32 bits.
+const LONGEST_LIMIT: Duration = Duration::from_secs(24 * 24 * 60 * 60);
+
 /// How long it is looked for a server, where neither the URI nor the limit of an operation says less.
 const SERVER_SELECTION: Duration = Duration::from_secs(3);
 
@@ -122,19 +125,19 @@ impl MongoStoreBuilder {
         self
     }
 
-    /// How long [`connect`](Self::connect) may take. By default 5 seconds.
+    /// How long [`connect`](Self::connect) may take. By default 5 seconds, and at most 24 days.
     pub fn connect_limit(mut self, limit: Duration) -> Self {
-        self.limits.connect = limit;
+        self.limits.connect = limit.min(LONGEST_LIMIT);
         self
     }
 
-    /// How long one operation may take, or of a load each part. By default 5 seconds. A sweep is bounded by the
-    /// [limit of a pass](crate::RecoveryConfig::limit).
+    /// How long one operation may take, or of a load each part. By default 5 seconds, and at most 24 days. A sweep is
+    /// bounded by the [limit of a pass](crate::RecoveryConfig::limit).
     ///
     /// One that takes longer has failed as far as the pool is concerned. It is not cut off, and what it could
     /// get in the way of waits for it.
     pub fn operation_limit(mut self, limit: Duration) -> Self {
-        self.limits.operation = limit;
+        self.limits.operation = limit.min(LONGEST_LIMIT);
         self
     }
 

@@ -79,7 +79,7 @@ impl Fields {
         }
         let (status, dates) = match mark.rest {
             Rest::RateLimited => {
-                let until = later_of(date_or_null(&self.cooldown_until), mark.left);
+                let until = later_of(self.date_while_it_rests(), mark.left);
                 let exhausted_until =
                     doc! { "$cond": [&is_exhausted, &until, Self::path(ours::EXHAUSTED_UNTIL)] };
                 let dates = doc! { &self.cooldown_until: until, ours::EXHAUSTED_UNTIL: exhausted_until };
@@ -118,7 +118,7 @@ impl Fields {
         }
     }
 
-    /// For an exhausted key, what an earlier rest left behind doesn't count.
+    /// What an earlier rest left behind doesn't count: an admin may have set the status to healthy and nothing else.
     fn date_while_it_rests(&self) -> Document {
         let rests = doc! { "$in": [self.status_beneath(), [RATE_LIMITED, EXHAUSTED]] };
         doc! { "$cond": [rests, date_or_null(&self.cooldown_until), Bson::Null] }
