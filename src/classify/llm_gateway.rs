@@ -1,6 +1,7 @@
 //! What LLM services, and the gateways before them, say of a key.
 
 use http::StatusCode;
+use serde_json::Value;
 
 use super::{ClassifyResponse, ResponseHead, Verdict};
 
@@ -8,20 +9,26 @@ use super::{ClassifyResponse, ResponseHead, Verdict};
 ///
 /// | status | and the body says | verdict |
 /// |---|---|---|
+/// | 401, 403 | that it is about the request: see below | nothing |
 /// | 401, 403 | | revoked |
 /// | 402 | | exhausted |
 /// | 429 | banned, blocked, suspended or disabled | revoked |
 /// | 429 | `insufficient_quota` | exhausted |
 /// | 429 | | rate limited |
-/// | 400 | budget … exceeded | exhausted |
+/// | 400 | `API_KEY_INVALID` (Gemini), or that the organization has been disabled (Anthropic) | revoked |
+/// | 400 | `budget_exceeded` (LiteLLM), or that the credit balance is too low (Anthropic) | exhausted |
 ///
 /// What depends on a body needs
 /// [`KeyRotationLayer::read_error_bodies`](crate::KeyRotationLayer::read_error_bodies); without it the body
 /// is not looked at, and a 400 says nothing.
 ///
-/// A revoked key stays out of service until somebody resets it. A 403 that is about the request rather than
-/// the key (a model or a region that is not allowed) takes the key out as well: where a service does that, use
-/// a classifier of your own.
+/// A revoked key stays out of service until somebody resets it. So a 401 or 403 that another key would get as well must
+/// not count, or a failover would lose one key after the other to a single request: one for a model or an organization
+/// that is not the key's, or from a country that is not served (`model_not_found`, `mismatched_organization` and the like
+/// of OpenAI's, `permission_error` of Anthropic's), and one that a firewall answers with a page of HTML. Without the body,
+/// or where a service has other words for it, such a request takes keys out: then use a classifier of your own.
+///
+/// Of a 400, only its code and the beginning of its message count. What follows may repeat the request.
 ///
 /// ```
 /// use tower_key_rotation::{KeyPool, KeyRotationLayer, classify::LlmGateway};
@@ -49,23 +56,45 @@ impl LlmGateway {
 
 const LOCKED_OUT: [&str; 4] = ["banned", "blocked", "suspended", "disabled"];
 
+/// What another key would be answered, too.
+const ABOUT_THE_REQUEST: [&str; 6] = [
+    "model_not_found",
+    "mismatched_organization",
+    "invalid_organization",
+    "mismatched_project",
+    "unsupported_country_region_territory",
+    "permission_error",
+];
+
 impl ClassifyResponse for LlmGateway {
     fn classify(&self, response: &ResponseHead<'_>) -> Verdict {
-        let body = || Words::of(response.body().unwrap_or_default());
+        let body = || response.body().unwrap_or_default();
         match response.status() {
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN if is_about_the_request(body()) => {
+                Verdict::Nothing
+            }
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Verdict::Revoked,
             StatusCode::PAYMENT_REQUIRED => Verdict::Exhausted { wait: None },
-            StatusCode::TOO_MANY_REQUESTS => too_many_requests(response, &body()),
-            StatusCode::BAD_REQUEST if body().say_the_budget_is_exceeded() => {
-                Verdict::Exhausted { wait: None }
-            }
+            StatusCode::TOO_MANY_REQUESTS => too_many_requests(response, &Words::of(body())),
+            StatusCode::BAD_REQUEST => bad_request(&ErrorBody::read(body())),
             _ => Verdict::Nothing,
         }
     }
 
     fn wants_body(&self, response: &ResponseHead<'_>) -> bool {
-        matches!(response.status(), StatusCode::TOO_MANY_REQUESTS | StatusCode::BAD_REQUEST)
+        matches!(
+            response.status(),
+            StatusCode::BAD_REQUEST
+                | StatusCode::UNAUTHORIZED
+                | StatusCode::FORBIDDEN
+                | StatusCode::TOO_MANY_REQUESTS
+        )
     }
+}
+
+fn is_about_the_request(body: &[u8]) -> bool {
+    let is_a_page = body.trim_ascii_start().starts_with(b"<");
+    is_a_page || ErrorBody::read(body).has_code_of(&ABOUT_THE_REQUEST)
 }
 
 fn too_many_requests(response: &ResponseHead<'_>, body: &Words) -> Verdict {
@@ -79,6 +108,48 @@ fn too_many_requests(response: &ResponseHead<'_>, body: &Words) -> Verdict {
     }
 }
 
+fn bad_request(error: &ErrorBody) -> Verdict {
+    let begins_with_one_of =
+        |beginnings: &[&str]| beginnings.iter().any(|text| error.message.starts_with(text));
+    if error.has_code_of(&["api_key_invalid"]) || begins_with_one_of(&["this organization has been disabled"])
+    {
+        Verdict::Revoked
+    } else if error.has_code_of(&["budget_exceeded"])
+        || begins_with_one_of(&["budget has been exceeded", "your credit balance is too low"])
+    {
+        Verdict::Exhausted { wait: None }
+    } else {
+        Verdict::Nothing
+    }
+}
+
+/// An error as OpenAI, Anthropic, Google and the gateways before them write it, in lower case.
+#[derive(Default)]
+struct ErrorBody {
+    codes: Vec<String>,
+    message: String,
+}
+
+impl ErrorBody {
+    fn read(body: &[u8]) -> Self {
+        let Ok(json) = serde_json::from_slice::<Value>(body) else {
+            return Self { codes: Vec::new(), message: String::from_utf8_lossy(body).trim().to_lowercase() };
+        };
+        let error = json.get("error").filter(|error| error.is_object()).unwrap_or(&json);
+        let text = |of: &Value, name| of.get(name).and_then(Value::as_str).map(str::to_lowercase);
+        let details = error.get("details").and_then(Value::as_array).into_iter().flatten();
+        let reasons = details.filter_map(|detail| text(detail, "reason"));
+        Self {
+            codes: ["type", "code"].into_iter().filter_map(|name| text(error, name)).chain(reasons).collect(),
+            message: text(error, "message").unwrap_or_default(),
+        }
+    }
+
+    fn has_code_of(&self, codes: &[&str]) -> bool {
+        self.codes.iter().any(|code| codes.contains(&&**code))
+    }
+}
+
 /// The words of a body, in lower case.
 struct Words(String);
 
@@ -88,15 +159,7 @@ impl Words {
     }
 
     fn have(&self, word: &str) -> bool {
-        self.all().any(|own| own == word)
-    }
-
-    fn say_the_budget_is_exceeded(&self) -> bool {
-        self.have("budget_exceeded") || (self.have("budget") && self.have("exceeded"))
-    }
-
-    fn all(&self) -> impl Iterator<Item = &str> {
-        self.0.split(|c: char| !c.is_alphanumeric() && c != '_')
+        self.0.split(|c: char| !c.is_alphanumeric() && c != '_').any(|own| own == word)
     }
 }
 
@@ -133,7 +196,7 @@ mod tests {
             LlmGateway::new().wants_body(&head)
         };
         let wanted: Vec<_> = (400..600).filter(wants_body).collect();
-        assert_eq!(wanted, [400, 429]);
+        assert_eq!(wanted, [400, 401, 403, 429]);
     }
 
     #[test]
@@ -155,12 +218,54 @@ mod tests {
     }
 
     #[test]
-    fn a_400_counts_only_where_it_says_that_the_budget_is_exceeded() {
+    fn a_400_counts_by_its_code_and_by_how_its_message_begins() {
         assert_eq!(classify(400, "Budget has been exceeded! Current cost: 12"), EXHAUSTED);
-        assert_eq!(classify(400, r#"{"error":{"type":"budget_exceeded"}}"#), EXHAUSTED);
+        assert_eq!(classify(400, r#"{"error":{"type":"budget_exceeded","code":"400"}}"#), EXHAUSTED);
+        let no_credit = r#"{"type":"error","error":{"type":"invalid_request_error",
+            "message":"Your credit balance is too low to access the Anthropic API."}}"#;
+        assert_eq!(classify(400, no_credit), EXHAUSTED);
+        let invalid = r#"{"error":{"code":400,"status":"INVALID_ARGUMENT","message":"API key not valid.",
+            "details":[{"reason":"API_KEY_INVALID","domain":"googleapis.com"}]}}"#;
+        assert_eq!(classify(400, invalid), Verdict::Revoked);
+        let disabled = r#"{"error":{"message":"This organization has been disabled."}}"#;
+        assert_eq!(classify(400, disabled), Verdict::Revoked);
         assert_eq!(classify(400, "thinking.budget_tokens must be less than max_tokens"), Verdict::Nothing);
-        assert_eq!(classify(400, "budget_tokens exceeded max_tokens"), Verdict::Nothing);
         assert_eq!(classify(400, "maximum context length exceeded"), Verdict::Nothing);
+    }
+
+    #[test]
+    fn no_caller_can_have_a_key_taken_out_by_what_a_400_repeats() {
+        for value in
+            ["budget exceeded", "budget_exceeded", "api_key_invalid", "your credit balance is too low"]
+        {
+            let body = format!(
+                r#"{{"error":{{"message":"Invalid value: '{value}'. Supported values are: 'system'.",
+                "type":"invalid_request_error","param":"messages[0].role","code":"invalid_value"}}}}"#
+            );
+            assert_eq!(classify(400, &body), Verdict::Nothing, "{body}");
+            assert_eq!(classify(400, &format!("Invalid value: '{value}'.")), Verdict::Nothing, "{value}");
+        }
+    }
+
+    #[test]
+    fn what_another_key_would_be_answered_too_speaks_against_none() {
+        for (status, body) in [
+            (403, r#"{"error":{"type":"invalid_request_error","code":"model_not_found"}}"#),
+            (401, r#"{"error":{"message":"no","code":"mismatched_organization"}}"#),
+            (403, r#"{"error":{"code":"unsupported_country_region_territory"}}"#),
+            (403, r#"{"type":"error","error":{"type":"permission_error"}}"#),
+            (403, "\n<!DOCTYPE html><title>Attention Required!</title>"),
+        ] {
+            assert_eq!(classify(status, body), Verdict::Nothing, "{body}");
+        }
+        for (status, body) in [
+            (401, r#"{"error":{"code":"invalid_api_key"}}"#),
+            (401, r#"{"type":"error","error":{"type":"authentication_error"}}"#),
+            (403, r#"{"error":{"status":"PERMISSION_DENIED","details":[{"reason":"CONSUMER_SUSPENDED"}]}}"#),
+            (403, "model_not_found"),
+        ] {
+            assert_eq!(classify(status, body), Verdict::Revoked, "{body}");
+        }
     }
 
     #[test]
