@@ -943,6 +943,30 @@ async fn f03_a_write_that_hangs_holds_up_no_request_and_is_the_only_one_for_its_
     recovery.shutdown().await.unwrap();
 }
 
+/// Broken once: with each round of writes begun at the first key, it failed.
+#[tokio::test]
+async fn f02_marks_that_the_store_never_takes_hold_up_no_others() {
+    let keys: [_; 40] = std::array::from_fn(|place| if place < 38 { "refused" } else { "taken" });
+    let clock = ManualClock::new();
+    let store = FaultyStore::new(&clock);
+    store.refuse_marks_of("refused");
+    let named =
+        keys.iter().enumerate().map(|(place, name)| (format!("{name}-{place:02}"), format!("sk-{place}")));
+    let pool = KeyPool::builder().keys(named).clock(clock.clone()).open(store.clone()).await.unwrap();
+    let server = Server::answering(|| answer(429, "too many requests")).await;
+    for _ in keys {
+        assert_eq!(status(&rotating(&pool), &server.url()).await, 429);
+    }
+    let recovery = recovery(&pool).await;
+    for _ in 0..10 {
+        settle().await;
+        clock.advance(SECOND);
+    }
+    let written: Vec<_> = store.marks().iter().map(|mark| mark.id.to_string()).collect();
+    assert_eq!(written, ["taken-38", "taken-39"]);
+    assert_eq!(in_time(recovery.shutdown()).await, Err(MarksNotWritten(38)));
+}
+
 /// Broken once: with the next pass reckoned from when the last was due, it failed.
 #[tokio::test]
 async fn f13_a_clock_that_stood_still_for_10_minutes_leads_to_one_pass_not_to_20() {

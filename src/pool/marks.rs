@@ -8,7 +8,7 @@ use crate::{
     sync::{JoinError, JoinSet},
 };
 
-/// The most writes under way at once. Where as many have failed, the rest are not tried: the store is gone, and
+/// The most writes under way at once. Where as many in a row have failed, the rest are not tried: the store is gone, and
 /// each would wait for it in its turn.
 const WRITES_AT_ONCE: usize = 8;
 
@@ -17,18 +17,22 @@ impl KeyPool {
     pub(crate) async fn write_marks(&self) -> Result<(), StoreError> {
         let Some(store) = &self.inner.persistence.store else { return Ok(()) };
         self.plant_seeds().await?;
-        let _writing = self.inner.persistence.writing.lock().await;
+        // What the store refuses each time holds up no other mark for longer than a round.
+        let mut next = self.inner.persistence.writing.lock().await;
         let snapshot = self.inner.snapshot.load_full();
         let mut writes = Writes::default();
-        let mut from = 0;
-        while writes.failures < WRITES_AT_ONCE
-            && let Some((slot, key)) = snapshot.take_unwritten(from)
-        {
-            from = slot + 1;
-            if writes.under_way.len() == WRITES_AT_ONCE {
-                writes.finish_one().await;
+        let first = (*next).min(snapshot.keys().len());
+        for mut slots in [first..snapshot.keys().len(), 0..first] {
+            while writes.failures_in_a_row < WRITES_AT_ONCE
+                && let Some((slot, key)) = snapshot.take_unwritten(slots.clone())
+            {
+                slots.start = slot + 1;
+                *next = slots.start;
+                if writes.under_way.len() == WRITES_AT_ONCE {
+                    writes.finish_one().await;
+                }
+                writes.under_way.spawn(self.clone().write_mark(key.clone(), store.clone()));
             }
-            writes.under_way.spawn(self.clone().write_mark(key.clone(), store.clone()));
         }
         writes.finish().await
     }
@@ -51,7 +55,7 @@ impl KeyPool {
                 http_status: key.last_status(),
             };
             let returns = PutBack { pool: &self, key: &key };
-            store.write(mark).await?;
+            store.write(mark).await.inspect_err(|_| tracing::debug!(key = %key.id, "mark not written"))?;
             std::mem::forget(returns);
             if matches!(rest, Rest::Exhausted | Rest::Revoked) {
                 persistence.key_failed();
@@ -65,16 +69,19 @@ impl KeyPool {
 #[derive(Default)]
 struct Writes {
     under_way: JoinSet<Result<(), StoreError>>,
-    failures: usize,
+    failures_in_a_row: usize,
     first_error: Option<StoreError>,
 }
 
 impl Writes {
     async fn finish_one(&mut self) -> bool {
         let Some(write) = self.under_way.join_next().await else { return false };
-        if let Err(error) = finished(write) {
-            self.failures += 1;
-            self.first_error.get_or_insert(error);
+        match finished(write) {
+            Ok(()) => self.failures_in_a_row = 0,
+            Err(error) => {
+                self.failures_in_a_row += 1;
+                self.first_error.get_or_insert(error);
+            }
         }
         true
     }

@@ -27,8 +27,8 @@ pub(super) struct Persistence {
     /// Held by whoever changes the set of keys or tells the store about it, so that a reload never applies
     /// what it read before somebody else's change.
     pub(super) turn: Arc<tokio::sync::Mutex<()>>,
-    /// Held while marks are written: at most one write per key is under way.
-    pub(super) writing: tokio::sync::Mutex<()>,
+    /// Held while marks are written: at most one write per key is under way. The place of the key to go on with.
+    pub(super) writing: tokio::sync::Mutex<usize>,
     pub(super) usage: tokio::sync::Mutex<Account>,
     predecessors: Mutex<Predecessors>,
     /// Keys whose removal is on its way to the store, which may still have them.

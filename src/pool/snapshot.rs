@@ -5,6 +5,7 @@
 
 use std::{
     hash::{BuildHasher, RandomState},
+    ops::Range,
     sync::Arc,
 };
 
@@ -232,9 +233,9 @@ impl Snapshot {
         self.ended.fetch_add(1, SeqCst);
     }
 
-    /// Takes the next key, from `slot` on, that the store does not know all about.
-    pub(crate) fn take_unwritten(&self, slot: usize) -> Option<(usize, &Arc<Key>)> {
-        let slot = self.unwritten.next_from(slot)?;
+    /// Takes the next key in these places that the store does not know all about.
+    pub(crate) fn take_unwritten(&self, slots: Range<usize>) -> Option<(usize, &Arc<Key>)> {
+        let slot = self.unwritten.next_from(slots.start).filter(|slot| *slot < slots.end)?;
         self.unwritten.remove(slot);
         Some((slot, &self.keys[slot]))
     }

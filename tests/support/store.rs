@@ -102,6 +102,8 @@ pub struct FaultyStore {
     pub usage: Operation,
     /// What operators do.
     pub operators: Operation,
+    /// The ids of keys whose marks it never takes begin so.
+    refused: Arc<Mutex<Option<&'static str>>>,
     marks: Arc<Mutex<Vec<Mark>>>,
     batches: Arc<Mutex<Vec<UsageBatch>>>,
     watchers: Arc<Mutex<Vec<mpsc::Sender<Changed>>>>,
@@ -123,10 +125,15 @@ impl FaultyStore {
             recovers: Operation::new(),
             usage: Operation::new(),
             operators: Operation::new(),
+            refused: Arc::default(),
             marks: Arc::default(),
             batches: Arc::default(),
             watchers: Arc::default(),
         }
+    }
+
+    pub fn refuse_marks_of(&self, ids_that_begin_so: &'static str) {
+        *self.refused.lock().unwrap() = Some(ids_that_begin_so);
     }
 
     /// Loads, writes and sweeps alike.
@@ -181,6 +188,9 @@ impl KeyStore for FaultyStore {
         Box::pin(async move {
             let asked_at = self.clock.now();
             self.writes.run().await?;
+            if self.refused.lock().unwrap().is_some_and(|refused| mark.id.as_str().starts_with(refused)) {
+                return Err(StoreError::new("document failed validation"));
+            }
             let held_up = self.clock.now() - asked_at;
             mark.age += held_up;
             mark.left = mark.left.map(|left| left.saturating_sub(held_up));
