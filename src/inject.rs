@@ -187,6 +187,7 @@ impl fmt::Debug for Credentials {
 }
 
 /// What requests carry for one key, and its secret; there may be very many of these.
+#[derive(Clone)]
 pub(crate) struct Rendered {
     /// The value of the first header.
     value: Option<HeaderValue>,

@@ -357,6 +357,35 @@ async fn f01_seed_keys_serve_until_the_store_is_there_and_are_given_to_it_then()
     recovery.shutdown().await.unwrap();
 }
 
+/// Broken once: with the seed left under the id that it was given, the store's key of the same secret was picked at once.
+#[tokio::test]
+async fn f01_what_was_learnt_of_a_seed_is_kept_where_the_store_has_it_under_another_id() {
+    let clock = ManualClock::new();
+    let store = FaultyStore::new(&clock);
+    for (name, secret) in [("theirs", "sk-alpha"), ("others", "sk-others")] {
+        assert!(store.memory.insert(id(name), secret.into()).await.unwrap());
+    }
+    store.set(Mode::Fails);
+    let pool = builder(["alpha"], &clock).open_when_ready(store.clone()).unwrap();
+    let server = Server::limiting(["alpha"]).await;
+    let client = rotating(&pool);
+    assert_eq!(status(&client, &server.url()).await, 429);
+
+    store.set(Mode::Works);
+    let recovery = recovery(&pool).await;
+    eventually("the mark is written", || pool.stats().marks_waiting == 0).await;
+    assert_eq!(store.record("theirs").await.rest, Some((Rest::RateLimited, Some(2 * MINUTE))));
+    for _ in 0..3 {
+        assert_eq!(status(&client, &server.url()).await, 200);
+    }
+    assert_eq!(server.keys(), ["alpha", "others", "others", "others"]);
+    let ids: Vec<_> = pool.stats().keys.into_iter().map(|key| key.id.to_string()).collect();
+    assert_eq!(ids, ["theirs", "others"]);
+    recovery.shutdown().await.unwrap();
+    let used = store.batches().into_iter().flat_map(|batch| batch.usage).map(|used| (used.id, used.requests));
+    assert_eq!(used.collect::<Vec<_>>(), [(id("theirs"), 1), (id("others"), 3)]);
+}
+
 #[tokio::test]
 async fn f01_while_the_store_is_not_there_it_is_tried_at_growing_and_random_intervals_up_to_the_usual_one() {
     let clock = ManualClock::new();

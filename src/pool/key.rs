@@ -77,6 +77,19 @@ pub(crate) struct Key {
 }
 
 impl Key {
+    /// The same under another id, with all that is known of it.
+    pub(crate) fn renamed(&self, id: KeyId) -> Arc<Self> {
+        let same = UsableKey { id, credentials: self.credentials.clone() };
+        let same = same.with_state(self.state.load(), self.pool.clone());
+        same.set_last_status(self.last_status.load(Relaxed));
+        same.counts.take_over(&self.counts);
+        if self.written.waits() {
+            same.written.set_marked_at(self.written.marked_at());
+            same.written.changing();
+        }
+        same
+    }
+
     /// Until the guard is dropped, what the store says of the key's rest may be old.
     pub(crate) fn reset_on_its_way(self: Arc<Self>) -> OnItsWay {
         OnItsWay::of(self, |key| &key.resets)
@@ -196,6 +209,15 @@ pub(crate) struct Counts {
     pub(crate) limited: AtomicU64,
     pub(crate) recovered: AtomicU64,
     pub(crate) tokens: Count,
+}
+
+impl Counts {
+    fn take_over(&self, other: &Self) {
+        self.requests.add(other.requests.take());
+        self.tokens.add(other.tokens.take());
+        self.limited.store(other.limited.load(Relaxed), Relaxed);
+        self.recovered.store(other.recovered.load(Relaxed), Relaxed);
+    }
 }
 
 /// A sum that only grows, and how much of it has been taken for the store.

@@ -80,7 +80,7 @@ impl KeyPool {
 
         let persistence = &self.inner.persistence;
         let _turn = persistence.turn.lock().await;
-        persistence.plant_seeds_in_turn().await?;
+        self.plant_seeds_in_turn().await?;
         self.check_is_new(&id, &secret)?;
         if let Some(store) = &persistence.store
             && !store.insert(id.clone(), secret).await?
@@ -111,7 +111,7 @@ impl KeyPool {
         let mut leaving = Leaving::out_of(self, self.known(id.as_ref())?.id.clone())?;
         let persistence = &self.inner.persistence;
         let _turn = persistence.turn.lock().await;
-        persistence.plant_seeds_in_turn().await?;
+        self.plant_seeds_in_turn().await?;
         // One of that name may have been inserted meanwhile.
         leaving.take_out();
         if let Some(store) = &persistence.store {
@@ -157,7 +157,7 @@ impl KeyPool {
         reset()?;
         let persistence = &self.inner.persistence;
         let _turn = persistence.turn.lock().await;
-        persistence.plant_seeds_in_turn().await?;
+        self.plant_seeds_in_turn().await?;
         // It may be another one of that name by now.
         let key = reset()?;
         // A mark that is on its way arrives before the reset, not after it.
@@ -216,7 +216,7 @@ impl KeyPool {
         set()?;
         let persistence = &self.inner.persistence;
         let _turn = persistence.turn.lock().await;
-        persistence.plant_seeds_in_turn().await?;
+        self.plant_seeds_in_turn().await?;
         // It may be another one of that name by now.
         let key = set()?;
         match &persistence.store {

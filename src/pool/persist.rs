@@ -103,28 +103,6 @@ impl Persistence {
         self.open.store(true, SeqCst);
     }
 
-    /// Gives the store the keys that it is to begin with, if it has not been done yet. Called with the turn.
-    pub(super) async fn plant_seeds_in_turn(&self) -> Result<(), StoreError> {
-        let seeds = self.seeds().clone();
-        let Some(store) = self.store.as_ref().filter(|_| !seeds.is_empty()) else {
-            return Ok(());
-        };
-        let records = store.load().await?.records;
-        let ids: HashSet<_> = records.iter().map(|key| &key.id).collect();
-        let by_secret: HashMap<_, _> = records.iter().map(|key| (&key.secret, &key.id)).collect();
-        for (id, secret) in seeds {
-            match by_secret.get(&secret) {
-                _ if ids.contains(&id) => {}
-                Some(same) => {
-                    tracing::info!(key = %same, given_as = %id, "the store has this key under its own id")
-                }
-                None => _ = store.insert(id, secret).await?,
-            }
-        }
-        self.seeds().clear();
-        Ok(())
-    }
-
     fn seeds(&self) -> MutexGuard<'_, Vec<(KeyId, Secret)>> {
         self.seeds.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -143,7 +121,41 @@ impl KeyPool {
             return Ok(());
         }
         let _turn = persistence.turn.lock().await;
-        persistence.plant_seeds_in_turn().await
+        self.plant_seeds_in_turn().await
+    }
+
+    /// Gives the store the keys that it is to begin with, if it has not been done yet. Called with the turn.
+    pub(super) async fn plant_seeds_in_turn(&self) -> Result<(), StoreError> {
+        let persistence = &self.inner.persistence;
+        let seeds = persistence.seeds().clone();
+        let Some(store) = persistence.store.as_ref().filter(|_| !seeds.is_empty()) else {
+            return Ok(());
+        };
+        let records = store.load().await?.records;
+        let ids: HashSet<_> = records.iter().map(|key| &key.id).collect();
+        let by_secret: HashMap<_, _> = records.iter().map(|key| (&key.secret, &key.id)).collect();
+        for (id, secret) in seeds {
+            match by_secret.get(&secret) {
+                _ if ids.contains(&id) => {}
+                Some(same) => {
+                    tracing::info!(key = %same, given_as = %id, "the store has this key under its own id");
+                    self.rename(&id, same);
+                }
+                None => _ = store.insert(id, secret).await?,
+            }
+        }
+        persistence.seeds().clear();
+        Ok(())
+    }
+
+    /// What is known of a key goes on to be known of it, under the id that the store has for it.
+    fn rename(&self, id: &KeyId, to: &KeyId) {
+        self.edit(|before| {
+            let slot = before.slot(id).filter(|_| before.slot(to).is_none())?;
+            let mut keys = before.keys().to_vec();
+            keys[slot] = keys[slot].renamed(to.clone());
+            Some(keys)
+        });
     }
 
     /// Resets what has expired in the store; without one, what has expired and no request has taken back yet.

@@ -76,7 +76,7 @@ impl KeyPool {
         let persistence = &self.inner.persistence;
         let Some(store) = &persistence.store else { return Ok(()) };
         let turn = persistence.turn.clone().lock_owned().await;
-        persistence.plant_seeds_in_turn().await?;
+        self.plant_seeds_in_turn().await?;
         let number = persistence.begin_reload();
         let loaded = match &only {
             Some(ids) => store.load_some(ids).await?,
