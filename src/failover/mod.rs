@@ -8,6 +8,9 @@
 //! - At most 3 attempts are made for a request, and over all requests no more than a
 //!   [budget](FailoverLayer::budget) allows, so that an account-wide limit does not become a walk through all
 //!   keys.
+//! - None is made with a key that the request was limited on. Which those are is known to a rotation that is called
+//!   while the failover calls it: a layer in between that calls later, as a buffer does, may have one tried twice where
+//!   its cooldown was a second or less.
 //! - Where no other key is available, the caller gets the limited response itself.
 //! - A request that can't be cloned, because its body streams, is sent once.
 //! - The body of a limited response is read, within limits, before the next attempt, so that an HTTP/1.1
