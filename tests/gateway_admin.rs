@@ -288,7 +288,9 @@ async fn without_a_token_it_is_there_under_a_name_of_this_machine_only() {
         for host in ["gateway.example.com", "localhost.example.com:80", "192.168.0.1", "0.0.0.0"] {
             assert_eq!(ask(path, "host", host).await, 403, "{path} {host}");
         }
-        assert_eq!(ask(path, "x-forwarded-for", "10.1.2.3").await, 403, "{path}");
+        for header in ["x-forwarded-for", "x-real-ip", "via"] {
+            assert_eq!(ask(path, header, "10.1.2.3").await, 403, "{path} {header}");
+        }
     }
     let change = |name: &'static str, value: &'static str| {
         let request = http.post(gateway.url("/admin/api/keys/alpha/disable")).header(name, value);
@@ -296,6 +298,31 @@ async fn without_a_token_it_is_there_under_a_name_of_this_machine_only() {
     };
     assert_eq!(change("x-other", "1").await, 403);
     assert_eq!(change(CHANGE.0, CHANGE.1).await, 200);
+}
+
+/// Callers may come through a proxy on this machine, which looks like somebody on it.
+#[tokio::test]
+async fn where_there_are_client_tokens_it_needs_a_token_of_its_own_and_says_so() {
+    let service = Server::limiting([]).await;
+    let gateway = Gateway::before(service.address(), &["alpha"], ["--client-token", "one"]).await;
+    for path in ["/admin", "/admin/admin.js", "/admin/api/keys", "/admin/api/events", "/metrics"] {
+        let response = http().get(gateway.url(path)).bearer_auth("one").send().await.unwrap();
+        assert_eq!(response.status(), StatusCode::FORBIDDEN, "{path}");
+        let said = response.text().await.unwrap();
+        assert!(said.contains("set --admin-token"), "{path}: {said}");
+    }
+    let both = ["--client-token", "one", "--admin-token", TOKEN];
+    let gateway = Gateway::before(service.address(), &["alpha"], both).await;
+    for (path, token, status) in [
+        ("/admin", "", 200),
+        ("/admin/api/keys", "one", 401),
+        ("/admin/api/keys", TOKEN, 200),
+        ("/metrics", TOKEN, 200),
+    ] {
+        let response = http().get(gateway.url(path)).bearer_auth(token).send().await.unwrap();
+        assert_eq!(response.status(), status, "{path} {token}");
+    }
+    assert_eq!(service.count(), 0);
 }
 
 #[tokio::test]
