@@ -325,6 +325,26 @@ async fn where_there_are_client_tokens_it_needs_a_token_of_its_own_and_says_so()
     assert_eq!(service.count(), 0);
 }
 
+/// A link to the page, for one, is followed from anywhere.
+#[tokio::test]
+async fn without_a_token_other_pages_may_open_it_and_nothing_else() {
+    let service = Server::limiting([]).await;
+    let gateway = Gateway::before(service.address(), &["alpha"], []).await;
+    let ask = async |path: &str, name: &str, value: &str| {
+        let request = http().get(gateway.url(path)).header(name, value);
+        request.send().await.unwrap().status().as_u16()
+    };
+    for (name, value) in [("sec-fetch-site", "same-site"), ("origin", "http://localhost:3000")] {
+        assert_eq!(ask("/admin", name, value).await, 200, "{name}");
+        for path in ["/admin/api/keys", "/admin/api/events", "/metrics"] {
+            assert_eq!(ask(path, name, value).await, 403, "{path} {name}");
+        }
+    }
+    for (name, value) in [("sec-fetch-site", "same-origin"), ("origin", &gateway.url(""))] {
+        assert_eq!(ask("/admin/api/keys", name, value).await, 200, "{name}");
+    }
+}
+
 #[tokio::test]
 async fn a_change_that_another_site_may_have_asked_for_is_refused_with_the_token_too() {
     let admin = Admin::with(&["alpha"]).await;

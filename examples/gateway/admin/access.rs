@@ -53,14 +53,21 @@ pub(super) async fn on_this_machine(State(access): State<Access>, request: Reque
     Refusal::new(StatusCode::FORBIDDEN, refusal).into_response()
 }
 
-/// For the API, where there is a token.
+/// For the API: with the token, where there is one. Without, it is not for other pages either, which a browser may let
+/// send what they can't read.
 pub(super) async fn with_the_token(State(access): State<Access>, request: Request, next: Next) -> Response {
+    let (head, body) = request.into_parts();
     match access {
-        Access::WithToken(token) if !bearer(request.headers()).is_some_and(|given| token.is(given)) => {
+        Access::WithToken(token) if !bearer(&head.headers).is_some_and(|given| token.is(given)) => {
             let refusal = Refusal::new(StatusCode::UNAUTHORIZED, "this needs the admin token");
             ([(WWW_AUTHENTICATE, "Bearer")], refusal).into_response()
         }
-        _ => next.run(request).await,
+        Access::OnThisMachine if this_machine::is_for_another_page(&head) => {
+            let refusal =
+                "without an admin token the admin is there for its own page only: set --admin-token";
+            Refusal::new(StatusCode::FORBIDDEN, refusal).into_response()
+        }
+        _ => next.run(Request::from_parts(head, body)).await,
     }
 }
 
