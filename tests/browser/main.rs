@@ -359,12 +359,17 @@ async fn on_a_phone_nothing_is_wider_than_the_screen() {
     page.service.limit("alpha");
     page.request().await;
     page.request().await;
-    page.browser.looks_through(360, 740, 2.0).await;
     page.see_status("alpha", "Rate limited").await;
-    page.see("document.scrollingElement.scrollWidth === 360").await;
-    for action in ["reset", "toggle", "remove"] {
-        let button = format!("{}.querySelector('[data-action={action}]').getBoundingClientRect()", row(long));
-        assert!(page.eval(&format!("{button}.right")).await.as_f64().unwrap() <= 360.0, "{action}");
+    for width in [360, 320] {
+        page.browser.looks_through(width, 740, 2.0).await;
+        page.see(&format!("innerWidth === {width} && document.scrollingElement.scrollWidth === {width}"))
+            .await;
+        for action in ["reset", "toggle", "remove"] {
+            let button =
+                format!("{}.querySelector('[data-action={action}]').getBoundingClientRect()", row(long));
+            let right = page.eval(&format!("{button}.right")).await.as_f64().unwrap();
+            assert!(right <= f64::from(width), "{action} at {width}");
+        }
     }
     page.act("alpha", "reset").await;
     page.see_status("alpha", "Healthy").await;
