@@ -457,6 +457,40 @@ async fn what_can_t_be_done_is_said_with_the_status_that_is_described() {
     assert_eq!(admin.ids("").await, ["alpha"]);
 }
 
+/// A store that is away, under keys of a file.
+#[tokio::test]
+async fn where_the_store_fails_it_is_said_what_holds_and_logged_of_which_key_and_why() {
+    let service = Server::limiting([]).await;
+    let mongo = "mongodb://127.0.0.1:1/?serverSelectionTimeoutMS=200";
+    let arguments = ["--admin-token", TOKEN, "--mongodb", mongo];
+    let gateway = Gateway::before(service.address(), &["alpha"], arguments).await;
+    let admin = Admin { gateway, service, http: http() };
+    let here =
+        |done| format!("the key store failed, so it is {done} in this gateway only, until the next reload");
+    for (action, done) in [("disable", "disabled"), ("enable", "enabled"), ("reset", "reset")] {
+        let (status, said) = admin.act("alpha", action).await;
+        assert_eq!((status, said), (503, json!({ "error": here(done) })));
+    }
+    let (status, said) = admin.add("beta", "sk-beta").await;
+    assert_eq!((status, &said["error"]), (503, &json!("the key store failed, so it was not added")));
+    assert_eq!(admin.remove("alpha").await, 503);
+    assert_eq!(admin.ids("?status=healthy").await, ["alpha"]);
+
+    eventually("the removal is logged", || admin.gateway.log().contains("key not removed")).await;
+    let log = admin.gateway.log();
+    for (done, key) in [
+        ("disabled", "alpha"),
+        ("enabled", "alpha"),
+        ("reset", "alpha"),
+        ("added", "beta"),
+        ("removed", "alpha"),
+    ] {
+        let line = log.lines().find(|line| line.contains(&format!("key not {done} "))).unwrap();
+        assert!(line.contains(&format!("key=\"{key}\"")), "{line}");
+        assert!(line.contains("the key store failed: ") && line.contains("127.0.0.1:1"), "{line}");
+    }
+}
+
 /// Broken once: where what is not wanted was not read on, the connection broke.
 #[tokio::test]
 async fn who_sends_too_much_is_told_so_even_after_having_sent_all_of_it() {

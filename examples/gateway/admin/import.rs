@@ -7,7 +7,7 @@ use serde::Serialize;
 use serde_json::Value;
 use tower_key_rotation::{KeyId, KeyPool, Secret};
 
-use super::refusal::{Refusal, said};
+use super::{action::Action, refusal::Refusal};
 
 /// A line, or an entry of JSON, and the key that it has.
 pub(super) struct Line {
@@ -57,14 +57,10 @@ impl Line {
             Err(error) => return Outcome { line, id: None, error: Some(error.to_owned()) },
         };
         let added = pool.insert(&id, secret).await;
+        Action::Add.log(&id, &added);
+        let error = added.err().map(|error| Action::Add.failed(&error));
         // What can't be an id is not repeated: it may be a secret that came to a wrong place.
-        let id = KeyId::new(id).ok();
-        let key = id.as_ref().map(KeyId::as_str);
-        match &added {
-            Ok(()) => tracing::info!(key, "key added by the admin"),
-            Err(error) => tracing::warn!(key, error = said(error), "key not added"),
-        }
-        Outcome { line, id, error: added.err().map(|error| said(&error)) }
+        Outcome { line, id: KeyId::new(id).ok(), error }
     }
 }
 

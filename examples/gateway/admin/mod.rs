@@ -2,6 +2,7 @@
 //! does.
 
 mod access;
+mod action;
 mod api;
 mod history;
 mod import;
