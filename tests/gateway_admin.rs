@@ -524,8 +524,29 @@ async fn an_id_may_have_any_characters_in_a_path() {
         assert_eq!(admin.act(path, "disable").await.1["id"], id);
         assert_eq!(admin.remove(path).await, 204, "{id}");
     }
+    // What is no UTF-8 is no id.
+    for (method, action) in [("DELETE", ""), ("POST", "/reset"), ("POST", "/disable"), ("POST", "/enable")] {
+        let (path, operation) = (format!("/keys/%FF{action}"), format!("/keys/{{id}}{action}"));
+        let (status, _) = admin.change(method.parse().unwrap(), &path, &operation, Value::Null).await;
+        assert_eq!(status, 400, "{method} {path}");
+    }
+}
+
+/// A key of a file may be called so.
+#[tokio::test]
+async fn no_key_is_added_that_a_client_would_leave_out_of_a_path() {
+    let admin = Admin::with(&["."]).await;
+    for id in [".", ".."] {
+        let (status, said) = admin.add(id, "sk-dots").await;
+        assert_eq!(status, 400, "{id}");
+        assert!(said["error"].as_str().unwrap().contains("give it another id"), "{said}");
+    }
+    let (_, report) = admin.import("text/plain", "..|sk-dots\n...|sk-more").await;
+    assert_eq!((&report["added"], &report["lines"][0]["id"]), (&json!(1), &json!("..")));
+    assert!(report["lines"][0]["error"].as_str().unwrap().contains("give it another id"), "{report}");
+    assert_eq!(admin.ids("").await, [".", "..."]);
+
     // What a client makes of a path with a dot in it must be nothing that resets all.
-    admin.add(".", "sk-dot").await;
     let request = admin.request(Method::POST, "/keys/./reset").header(CHANGE.0, CHANGE.1);
     assert_eq!(request.send().await.unwrap().status(), StatusCode::METHOD_NOT_ALLOWED);
 }

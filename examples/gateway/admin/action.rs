@@ -4,6 +4,12 @@ use tower_key_rotation::{KeyId, OperateError};
 
 use crate::with_sources;
 
+/// Of an id that the pool would take, why the admin does not: nobody could do anything with the key.
+pub(super) fn cannot_name(id: &str) -> Option<&'static str> {
+    let reason = "a key can't be called . or .., which clients leave out of a path: give it another id";
+    matches!(id, "." | "..").then_some(reason)
+}
+
 #[derive(Clone, Copy)]
 pub(super) enum Action {
     Add,

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use tower_key_rotation::{KeyId, KeyPool, OperateError};
 
 use super::{
-    action::Action,
+    action::{Action, cannot_name},
     import::{self, Imported},
     keys::{Look, Shown},
     live::Live,
@@ -41,7 +41,7 @@ pub(super) fn router(live: Arc<Live>) -> Router {
         .route("/openapi.json", get(([(CONTENT_TYPE, "application/json")], DESCRIPTION)))
         .route("/events", get(events))
         .route("/keys", get(list).post(add))
-        // Not below /keys/, where a key may be called import, or `.`, which browsers leave out of a path.
+        // Not below /keys/, where a key may be called import, or `.` from a file, which browsers leave out of a path.
         .route("/keys:import", post(import))
         .route("/keys:reset", post(reset_all))
         .route("/keys/{id}", delete(remove))
@@ -88,6 +88,9 @@ async fn add(
             error.column()
         ))
     })?;
+    if let Some(reason) = cannot_name(&id) {
+        return Err(Refusal::bad_request(reason));
+    }
     let insert = |pool: KeyPool, id| async move { pool.insert(id, secret).await };
     change(live, id, Action::Add, insert).await.map(|key| (StatusCode::CREATED, key))
 }

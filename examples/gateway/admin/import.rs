@@ -7,7 +7,10 @@ use serde::Serialize;
 use serde_json::Value;
 use tower_key_rotation::{KeyId, KeyPool, Secret};
 
-use super::{action::Action, refusal::Refusal};
+use super::{
+    action::{Action, cannot_name},
+    refusal::Refusal,
+};
 
 /// A line, or an entry of JSON, and the key that it has.
 pub(super) struct Line {
@@ -56,6 +59,9 @@ impl Line {
             Ok(key) => key,
             Err(error) => return Outcome { line, id: None, error: Some(error.to_owned()) },
         };
+        if let Some(reason) = cannot_name(&id) {
+            return Outcome { line, id: KeyId::new(id).ok(), error: Some(reason.to_owned()) };
+        }
         let added = pool.insert(&id, secret).await;
         Action::Add.log(&id, &added);
         let error = added.err().map(|error| Action::Add.failed(&error));
