@@ -455,18 +455,27 @@ async fn without_a_client_token_it_listens_on_loopback_only_and_says_so() {
 }
 
 #[tokio::test]
-async fn without_a_client_token_no_page_of_another_site_uses_the_keys() {
+async fn without_a_client_token_no_page_of_another_origin_and_nobody_behind_a_proxy_uses_the_keys() {
     let upstream = Server::answering(|| answer(200, "fine")).await;
     let open = Gateway::before(upstream.address(), &["a"], []).await;
     let status = async |gateway: &Gateway, name: &str, value: &str| {
         let request = http().post(gateway.url("/v1/models")).header("x-api-key", "one").header(name, value);
         request.send().await.unwrap().status()
     };
-    for (name, value) in [("host", "example.com"), ("sec-fetch-site", "cross-site")] {
+    for (name, value) in [
+        ("host", "example.com"),
+        ("sec-fetch-site", "cross-site"),
+        ("sec-fetch-site", "same-site"),
+        ("origin", "http://localhost:3000"),
+        ("x-forwarded-for", "10.1.2.3"),
+        ("via", "1.1 proxy"),
+    ] {
         assert_eq!(status(&open, name, value).await, 403, "{name}: {value}");
     }
     assert_eq!(upstream.count(), 0);
-    for (name, value) in [("host", "localhost:8080"), ("sec-fetch-site", "same-origin")] {
+    let origin = open.url("");
+    for (name, value) in [("host", "localhost:8080"), ("sec-fetch-site", "same-origin"), ("origin", &origin)]
+    {
         assert_eq!(status(&open, name, value).await, 200, "{name}: {value}");
     }
     // Who has a token is no page of another site.

@@ -288,7 +288,9 @@ async fn without_a_token_it_is_there_under_a_name_of_this_machine_only() {
         for host in ["gateway.example.com", "localhost.example.com:80", "192.168.0.1", "0.0.0.0"] {
             assert_eq!(ask(path, "host", host).await, 403, "{path} {host}");
         }
-        assert_eq!(ask(path, "x-forwarded-for", "10.1.2.3").await, 403, "{path}");
+        for header in ["x-forwarded-for", "x-real-ip", "via"] {
+            assert_eq!(ask(path, header, "10.1.2.3").await, 403, "{path} {header}");
+        }
     }
     let change = |name: &'static str, value: &'static str| {
         let request = http.post(gateway.url("/admin/api/keys/alpha/disable")).header(name, value);
@@ -296,6 +298,51 @@ async fn without_a_token_it_is_there_under_a_name_of_this_machine_only() {
     };
     assert_eq!(change("x-other", "1").await, 403);
     assert_eq!(change(CHANGE.0, CHANGE.1).await, 200);
+}
+
+/// Callers may come through a proxy on this machine, which looks like somebody on it.
+#[tokio::test]
+async fn where_there_are_client_tokens_it_needs_a_token_of_its_own_and_says_so() {
+    let service = Server::limiting([]).await;
+    let gateway = Gateway::before(service.address(), &["alpha"], ["--client-token", "one"]).await;
+    for path in ["/admin", "/admin/admin.js", "/admin/api/keys", "/admin/api/events", "/metrics"] {
+        let response = http().get(gateway.url(path)).bearer_auth("one").send().await.unwrap();
+        assert_eq!(response.status(), StatusCode::FORBIDDEN, "{path}");
+        let said = response.text().await.unwrap();
+        assert!(said.contains("set --admin-token"), "{path}: {said}");
+    }
+    let both = ["--client-token", "one", "--admin-token", TOKEN];
+    let gateway = Gateway::before(service.address(), &["alpha"], both).await;
+    for (path, token, status) in [
+        ("/admin", "", 200),
+        ("/admin/api/keys", "one", 401),
+        ("/admin/api/keys", TOKEN, 200),
+        ("/metrics", TOKEN, 200),
+    ] {
+        let response = http().get(gateway.url(path)).bearer_auth(token).send().await.unwrap();
+        assert_eq!(response.status(), status, "{path} {token}");
+    }
+    assert_eq!(service.count(), 0);
+}
+
+/// A link to the page, for one, is followed from anywhere.
+#[tokio::test]
+async fn without_a_token_other_pages_may_open_it_and_nothing_else() {
+    let service = Server::limiting([]).await;
+    let gateway = Gateway::before(service.address(), &["alpha"], []).await;
+    let ask = async |path: &str, name: &str, value: &str| {
+        let request = http().get(gateway.url(path)).header(name, value);
+        request.send().await.unwrap().status().as_u16()
+    };
+    for (name, value) in [("sec-fetch-site", "same-site"), ("origin", "http://localhost:3000")] {
+        assert_eq!(ask("/admin", name, value).await, 200, "{name}");
+        for path in ["/admin/api/keys", "/admin/api/events", "/metrics"] {
+            assert_eq!(ask(path, name, value).await, 403, "{path} {name}");
+        }
+    }
+    for (name, value) in [("sec-fetch-site", "same-origin"), ("origin", &gateway.url(""))] {
+        assert_eq!(ask("/admin/api/keys", name, value).await, 200, "{name}");
+    }
 }
 
 #[tokio::test]
@@ -410,6 +457,40 @@ async fn what_can_t_be_done_is_said_with_the_status_that_is_described() {
     assert_eq!(admin.ids("").await, ["alpha"]);
 }
 
+/// A store that is away, under keys of a file.
+#[tokio::test]
+async fn where_the_store_fails_it_is_said_what_holds_and_logged_of_which_key_and_why() {
+    let service = Server::limiting([]).await;
+    let mongo = "mongodb://127.0.0.1:1/?serverSelectionTimeoutMS=200";
+    let arguments = ["--admin-token", TOKEN, "--mongodb", mongo];
+    let gateway = Gateway::before(service.address(), &["alpha"], arguments).await;
+    let admin = Admin { gateway, service, http: http() };
+    let here =
+        |done| format!("the key store failed, so it is {done} in this gateway only, until the next reload");
+    for (action, done) in [("disable", "disabled"), ("enable", "enabled"), ("reset", "reset")] {
+        let (status, said) = admin.act("alpha", action).await;
+        assert_eq!((status, said), (503, json!({ "error": here(done) })));
+    }
+    let (status, said) = admin.add("beta", "sk-beta").await;
+    assert_eq!((status, &said["error"]), (503, &json!("the key store failed, so it was not added")));
+    assert_eq!(admin.remove("alpha").await, 503);
+    assert_eq!(admin.ids("?status=healthy").await, ["alpha"]);
+
+    eventually("the removal is logged", || admin.gateway.log().contains("key not removed")).await;
+    let log = admin.gateway.log();
+    for (done, key) in [
+        ("disabled", "alpha"),
+        ("enabled", "alpha"),
+        ("reset", "alpha"),
+        ("added", "beta"),
+        ("removed", "alpha"),
+    ] {
+        let line = log.lines().find(|line| line.contains(&format!("key not {done} "))).unwrap();
+        assert!(line.contains(&format!("key=\"{key}\"")), "{line}");
+        assert!(line.contains("the key store failed: ") && line.contains("127.0.0.1:1"), "{line}");
+    }
+}
+
 /// Broken once: where what is not wanted was not read on, the connection broke.
 #[tokio::test]
 async fn who_sends_too_much_is_told_so_even_after_having_sent_all_of_it() {
@@ -443,8 +524,29 @@ async fn an_id_may_have_any_characters_in_a_path() {
         assert_eq!(admin.act(path, "disable").await.1["id"], id);
         assert_eq!(admin.remove(path).await, 204, "{id}");
     }
+    // What is no UTF-8 is no id.
+    for (method, action) in [("DELETE", ""), ("POST", "/reset"), ("POST", "/disable"), ("POST", "/enable")] {
+        let (path, operation) = (format!("/keys/%FF{action}"), format!("/keys/{{id}}{action}"));
+        let (status, _) = admin.change(method.parse().unwrap(), &path, &operation, Value::Null).await;
+        assert_eq!(status, 400, "{method} {path}");
+    }
+}
+
+/// A key of a file may be called so.
+#[tokio::test]
+async fn no_key_is_added_that_a_client_would_leave_out_of_a_path() {
+    let admin = Admin::with(&["."]).await;
+    for id in [".", ".."] {
+        let (status, said) = admin.add(id, "sk-dots").await;
+        assert_eq!(status, 400, "{id}");
+        assert!(said["error"].as_str().unwrap().contains("give it another id"), "{said}");
+    }
+    let (_, report) = admin.import("text/plain", "..|sk-dots\n...|sk-more").await;
+    assert_eq!((&report["added"], &report["lines"][0]["id"]), (&json!(1), &json!("..")));
+    assert!(report["lines"][0]["error"].as_str().unwrap().contains("give it another id"), "{report}");
+    assert_eq!(admin.ids("").await, [".", "..."]);
+
     // What a client makes of a path with a dot in it must be nothing that resets all.
-    admin.add(".", "sk-dot").await;
     let request = admin.request(Method::POST, "/keys/./reset").header(CHANGE.0, CHANGE.1);
     assert_eq!(request.send().await.unwrap().status(), StatusCode::METHOD_NOT_ALLOWED);
 }

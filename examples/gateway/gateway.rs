@@ -18,7 +18,7 @@ pub(crate) async fn run(settings: Settings) -> Result<(), Box<dyn Error>> {
     let stop = stop_signal()?;
     announce(&settings, &listener)?;
 
-    let admin = Admin::of(&pool, settings.admin_token.clone());
+    let admin = Admin::of(&pool, &settings);
     let app = Router::new()
         .merge(admin.router())
         .merge(health::router(pool.clone()))

@@ -112,8 +112,8 @@ pub(crate) struct Settings {
     #[arg(long, value_name = "TOKEN", value_delimiter = ',')]
     pub(crate) client_token: Vec<Token>,
 
-    /// The token of the admin page, which without one is there for loopback only. Better set GATEWAY_ADMIN_TOKEN, or
-    /// use the file
+    /// The token of the admin page and of the metrics, which without one are there for this machine only, and not at
+    /// all where there is a client token. Better set GATEWAY_ADMIN_TOKEN, or use the file
     #[arg(long, value_name = "TOKEN")]
     pub(crate) admin_token: Option<Token>,
 

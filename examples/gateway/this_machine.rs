@@ -1,23 +1,59 @@
-//! Whether a request that came over loopback was meant for this machine. A page of any site can send one there from
-//! somebody's browser: by an address, which the browser then says, or by a name of its own that it has changed to mean
-//! this machine.
+//! Whether a request that came over loopback was meant for this machine, and by somebody on it. A page of any site can
+//! send one there from somebody's browser: by an address, which the browser then says, or by a name of its own that it
+//! has changed to mean this machine. And a proxy on this machine sends there what comes from anywhere.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
-use axum::http::{HeaderMap, HeaderName, Uri, header::HOST, uri::Authority};
+use axum::{
+    extract::ConnectInfo,
+    http::{
+        HeaderName, HeaderValue,
+        header::{FORWARDED, HOST, ORIGIN, VIA},
+        request::Parts,
+        uri::Authority,
+    },
+};
 
 pub(crate) const FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 
-/// Whether a browser sends it for a page of another site.
-pub(crate) fn is_for_another_site(headers: &HeaderMap) -> bool {
-    headers.get(FETCH_SITE).is_some_and(|site| site == "cross-site")
+/// What proxies add, beside all that begins with `x-forwarded-`. Not all do: where one of those stands before the
+/// gateway, only tokens help.
+const BY_A_PROXY: [HeaderName; 3] = [FORWARDED, VIA, HeaderName::from_static("x-real-ip")];
+
+/// Whether somebody on this machine asks: over loopback, through no proxy, and under a name of this machine.
+pub(crate) fn asks(head: &Parts) -> bool {
+    let peer = head.extensions.get::<ConnectInfo<SocketAddr>>();
+    let is_here = peer.is_some_and(|ConnectInfo(peer)| peer.ip().to_canonical().is_loopback());
+    is_here && !head.headers.keys().any(is_by_a_proxy) && is_named(head)
 }
 
-/// By its `Host` and, of HTTP/2, its `:authority`: all that there are, and there is one.
-pub(crate) fn is_named_by(headers: &HeaderMap, uri: &Uri) -> bool {
-    let hosts = headers.get_all(HOST).iter().map(|host| Authority::try_from(host.as_bytes()).ok());
-    let mut hosts = hosts.chain(uri.authority().cloned().map(Some)).peekable();
-    hosts.peek().is_some() && hosts.all(|host| host.is_some_and(|host| is_loopback(host.host())))
+fn is_by_a_proxy(name: &HeaderName) -> bool {
+    BY_A_PROXY.contains(name) || name.as_str().starts_with("x-forwarded-")
+}
+
+/// Whether a browser sends it for a page of another origin, be it one of this machine: by what the browser says of the
+/// page, or by where the page comes from, which older ones say of some requests only.
+pub(crate) fn is_for_another_page(head: &Parts) -> bool {
+    let is_another = |origin: &HeaderValue| !hosts(head).all(|host| is_origin_of(origin, host));
+    head.headers.get_all(FETCH_SITE).iter().any(|site| site != "same-origin" && site != "none")
+        || head.headers.get_all(ORIGIN).iter().any(is_another)
+}
+
+/// By http, since the gateway speaks no TLS. The port that goes without saying is left out of both.
+fn is_origin_of(origin: &HeaderValue, host: Option<Authority>) -> bool {
+    let origin = origin.to_str().ok().and_then(|origin| origin.strip_prefix("http://"));
+    // An authority is the same in upper and lower case.
+    host.is_some_and(|host| origin.is_some_and(|origin| host == origin))
+}
+
+fn is_named(head: &Parts) -> bool {
+    hosts(head).next().is_some() && hosts(head).all(|host| host.is_some_and(|host| is_loopback(host.host())))
+}
+
+/// By its `Host` and, of HTTP/2, its `:authority`: all that there are, and there is one. `None` for what is no host.
+fn hosts(head: &Parts) -> impl Iterator<Item = Option<Authority>> {
+    let hosts = head.headers.get_all(HOST).iter().map(|host| Authority::try_from(host.as_bytes()).ok());
+    hosts.chain(head.uri.authority().cloned().map(Some))
 }
 
 pub(crate) fn is_loopback(host: &str) -> bool {
@@ -32,14 +68,30 @@ mod tests {
 
     use super::*;
 
-    fn is_named(request: Builder) -> bool {
-        let request = request.body(()).unwrap();
-        is_named_by(request.headers(), request.uri())
+    fn head(request: Builder) -> Parts {
+        request.body(()).unwrap().into_parts().0
+    }
+
+    #[test]
+    fn who_comes_from_elsewhere_or_through_a_proxy_is_not_taken_for_somebody_on_this_machine() {
+        let asked = |peer: &str, header: &str| {
+            let request = Request::get("/").header(HOST, "localhost").header(header, "x");
+            let peer = ConnectInfo(peer.parse::<SocketAddr>().unwrap());
+            asks(&head(request.extension(peer)))
+        };
+        assert!(asked("127.0.0.1:1", "accept"));
+        assert!(asked("[::ffff:127.0.0.1]:1", "accept"));
+        assert!(!asked("10.0.0.1:1", "accept"));
+        for header in
+            ["forwarded", "via", "x-real-ip", "x-forwarded-for", "x-forwarded-host", "x-forwarded-x"]
+        {
+            assert!(!asked("127.0.0.1:1", header), "{header}");
+        }
     }
 
     #[test]
     fn only_names_of_this_machine_are() {
-        let is = |host: &str| is_named(Request::get("/admin").header(HOST, host));
+        let is = |host: &str| is_named(&head(Request::get("/admin").header(HOST, host)));
         for host in ["localhost", "LOCALHOST:8080", "127.0.0.1:8080", "127.8.9.1", "[::1]", "[::1]:8080"] {
             assert!(is(host), "{host}");
         }
@@ -62,10 +114,40 @@ mod tests {
     fn a_second_name_must_be_of_this_machine_as_well() {
         let request = |uri: &str, host: Option<&str>| {
             let request = Request::get(uri);
-            host.into_iter().fold(request, |request, host| request.header(HOST, host))
+            head(host.into_iter().fold(request, |request, host| request.header(HOST, host)))
         };
-        assert!(is_named(request("http://localhost/admin", None)));
-        assert!(!is_named(request("http://example.com/admin", Some("localhost"))));
-        assert!(!is_named(request("/admin", None)));
+        assert!(is_named(&request("http://localhost/admin", None)));
+        assert!(!is_named(&request("http://example.com/admin", Some("localhost"))));
+        assert!(!is_named(&request("/admin", None)));
+    }
+
+    #[test]
+    fn a_page_is_ours_only_where_it_comes_from_where_the_request_goes() {
+        let is_another = |headers: &[(HeaderName, &str)]| {
+            let request = Request::get("/").header(HOST, "localhost:8080");
+            let request = headers.iter().fold(request, |request, (name, value)| request.header(name, *value));
+            is_for_another_page(&head(request))
+        };
+        assert!(!is_another(&[]));
+        assert!(!is_another(&[(ORIGIN, "http://localhost:8080")]));
+        for site in ["same-origin", "none"] {
+            assert!(!is_another(&[(FETCH_SITE, site)]), "{site}");
+        }
+        for site in ["cross-site", "same-site", "", "nonsense"] {
+            assert!(is_another(&[(FETCH_SITE, site)]), "{site}");
+            assert!(is_another(&[(FETCH_SITE, "none"), (FETCH_SITE, site)]), "{site}");
+        }
+        for origin in [
+            "http://example.com",
+            "http://localhost",
+            "http://localhost:3000",
+            "http://127.0.0.1:8080",
+            "https://localhost:8080",
+            "null",
+            "",
+        ] {
+            assert!(is_another(&[(ORIGIN, origin)]), "{origin}");
+            assert!(is_another(&[(ORIGIN, "http://localhost:8080"), (ORIGIN, origin)]), "{origin}");
+        }
     }
 }

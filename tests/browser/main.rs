@@ -24,7 +24,11 @@ use browser::Browser;
 use serde_json::{Value, json};
 use support::{gateway::*, *};
 use thirtyfour::Key;
-use tokio::time::{Instant, sleep};
+use tokio::{
+    io::AsyncReadExt,
+    net::TcpListener,
+    time::{Instant, sleep},
+};
 
 const TOKEN: &str = "the-admin-s-token";
 
@@ -49,6 +53,16 @@ impl Page {
         let service = Server::limiting([]).await;
         let gateway = Gateway::before(service.address(), keys, arguments).await;
         Self { browser: Browser::start().await, gateway, service, http: http() }
+    }
+
+    /// Another gateway is where this one was, with these arguments.
+    async fn restart<const N: usize>(&mut self, arguments: [&str; N]) {
+        self.gateway.terminate().await;
+        self.gateway.ended().await;
+        let (listen, keys) = (self.gateway.address().to_string(), keys_file("alpha|sk-alpha\n"));
+        let upstream = format!("http://{}", self.service.address());
+        let all = ["--upstream", &upstream, "--listen", &listen, "--keys", keys.path()];
+        self.gateway = Gateway::start_listening(command(all.into_iter().chain(arguments))).await;
     }
 
     async fn request(&self) {
@@ -310,6 +324,53 @@ async fn the_page_finds_its_gateway_again_after_a_restart() {
     page.end_with(["ERR_CONNECTION_REFUSED"]).await;
 }
 
+const IS_WAITING: &str = "!document.querySelector('#connect-now').hidden";
+
+/// As what stands before a gateway does while it is away, or where it is asked too often.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "it needs a browser"]
+async fn who_is_signed_in_stays_so_whatever_a_proxy_answers_until_the_gateway_itself_refuses() {
+    let mut page = Page::closed(&["alpha"], ["--admin-token", TOKEN]).await;
+    page.browser.open(&page.gateway.url("/admin")).await;
+    page.type_into("#token", TOKEN).await;
+    page.browser.press(Key::Enter).await;
+    page.see_status("alpha", "Healthy").await;
+    page.eval(
+        "(window.answers = [403, 404, 429], window.fetch = ((fetch) => (...request) => answers.length \
+         ? Promise.resolve(new Response('not now', { status: answers.shift() })) : fetch(...request))(fetch))",
+    )
+    .await;
+    page.restart(["--admin-token", TOKEN]).await;
+    // It needn't wait for the next attempt.
+    page.see("(dispatchEvent(new Event('online')), answers.length === 0)").await;
+    page.see("document.querySelector('#connection-text').innerText === 'Live'").await;
+    assert_eq!(page.eval("document.querySelector('#sign-in').hidden").await, json!(true));
+
+    page.restart(["--client-token", "one"]).await;
+    page.see("document.querySelector('#token-error').innerText.includes('set --admin-token')").await;
+    page.end_with(["ERR_CONNECTION_REFUSED", "401 (Unauthorized)", "403 (Forbidden)"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "it needs a browser"]
+async fn a_gateway_that_says_nothing_is_asked_again() {
+    let mut page = Page::of(&["alpha"], []).await;
+    // Time goes fast here.
+    page.eval("(window.setTimeout = ((wait) => (then, time) => wait(then, time / 50))(setTimeout))").await;
+    page.gateway.terminate().await;
+    page.gateway.ended().await;
+    let silent = TcpListener::bind(page.gateway.address()).await.unwrap();
+    let mut asked = Vec::new();
+    for _ in 0..2 {
+        let (mut connection, _) = in_time(silent.accept()).await.unwrap();
+        in_time(connection.read_u8()).await.unwrap();
+        asked.push(connection);
+        page.see(IS_WAITING).await;
+    }
+    assert_eq!(page.eval("'stale' in document.body.dataset").await, json!(true));
+    page.end_with(["ERR_CONNECTION_REFUSED"]).await;
+}
+
 /// How long the page may take for what somebody does, with all that chromedriver adds.
 const AT_ONCE: Duration = Duration::from_millis(1_500);
 
@@ -359,12 +420,17 @@ async fn on_a_phone_nothing_is_wider_than_the_screen() {
     page.service.limit("alpha");
     page.request().await;
     page.request().await;
-    page.browser.looks_through(360, 740, 2.0).await;
     page.see_status("alpha", "Rate limited").await;
-    page.see("document.scrollingElement.scrollWidth === 360").await;
-    for action in ["reset", "toggle", "remove"] {
-        let button = format!("{}.querySelector('[data-action={action}]').getBoundingClientRect()", row(long));
-        assert!(page.eval(&format!("{button}.right")).await.as_f64().unwrap() <= 360.0, "{action}");
+    for width in [360, 320] {
+        page.browser.looks_through(width, 740, 2.0).await;
+        page.see(&format!("innerWidth === {width} && document.scrollingElement.scrollWidth === {width}"))
+            .await;
+        for action in ["reset", "toggle", "remove"] {
+            let button =
+                format!("{}.querySelector('[data-action={action}]').getBoundingClientRect()", row(long));
+            let right = page.eval(&format!("{button}.right")).await.as_f64().unwrap();
+            assert!(right <= f64::from(width), "{action} at {width}");
+        }
     }
     page.act("alpha", "reset").await;
     page.see_status("alpha", "Healthy").await;

@@ -20,10 +20,11 @@ use serde::{Deserialize, Serialize};
 use tower_key_rotation::{KeyId, KeyPool, OperateError};
 
 use super::{
+    action::{Action, cannot_name},
     import::{self, Imported},
     keys::{Look, Shown},
     live::Live,
-    refusal::{Refusal, said},
+    refusal::Refusal,
     search::{Page, Search, rests},
 };
 
@@ -40,7 +41,7 @@ pub(super) fn router(live: Arc<Live>) -> Router {
         .route("/openapi.json", get(([(CONTENT_TYPE, "application/json")], DESCRIPTION)))
         .route("/events", get(events))
         .route("/keys", get(list).post(add))
-        // Not below /keys/, where a key may be called import, or `.`, which browsers leave out of a path.
+        // Not below /keys/, where a key may be called import, or `.` from a file, which browsers leave out of a path.
         .route("/keys:import", post(import))
         .route("/keys:reset", post(reset_all))
         .route("/keys/{id}", delete(remove))
@@ -87,8 +88,11 @@ async fn add(
             error.column()
         ))
     })?;
+    if let Some(reason) = cannot_name(&id) {
+        return Err(Refusal::bad_request(reason));
+    }
     let insert = |pool: KeyPool, id| async move { pool.insert(id, secret).await };
-    change(live, id, "added", insert).await.map(|key| (StatusCode::CREATED, key))
+    change(live, id, Action::Add, insert).await.map(|key| (StatusCode::CREATED, key))
 }
 
 async fn import(
@@ -111,19 +115,19 @@ fn media_type(headers: &HeaderMap) -> &str {
 }
 
 async fn reset(State(live): State<Arc<Live>>, Id(id): Id) -> Result<Json<Shown>, Refusal> {
-    change(live, id, "reset", |pool, id| async move { pool.reset(id).await }).await
+    change(live, id, Action::Reset, |pool, id| async move { pool.reset(id).await }).await
 }
 
 async fn disable(State(live): State<Arc<Live>>, Id(id): Id) -> Result<Json<Shown>, Refusal> {
-    change(live, id, "disabled", |pool, id| async move { pool.disable(id).await }).await
+    change(live, id, Action::Disable, |pool, id| async move { pool.disable(id).await }).await
 }
 
 async fn enable(State(live): State<Arc<Live>>, Id(id): Id) -> Result<Json<Shown>, Refusal> {
-    change(live, id, "enabled", |pool, id| async move { pool.enable(id).await }).await
+    change(live, id, Action::Enable, |pool, id| async move { pool.enable(id).await }).await
 }
 
 async fn remove(State(live): State<Arc<Live>>, Id(id): Id) -> Result<StatusCode, Refusal> {
-    do_with(live, id, "removed", |pool, id| async move { pool.remove(id).await }).await?;
+    do_with(live, id, Action::Remove, |pool, id| async move { pool.remove(id).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -145,7 +149,9 @@ async fn reset_all(State(live): State<Arc<Live>>) -> Json<Resets> {
         for key in live.pool().stats().keys.into_iter().filter(|key| rests(key.status)) {
             match reset_one(live.pool(), &key.id).await {
                 Ok(()) => resets.reset.push(key.id),
-                Err(error) => resets.failed.push(NotReset { id: key.id, error: said(&error) }),
+                Err(error) => {
+                    resets.failed.push(NotReset { id: key.id, error: Action::Reset.failed(&error) });
+                }
             }
         }
         live.look(Look::Everything);
@@ -156,7 +162,7 @@ async fn reset_all(State(live): State<Arc<Live>>) -> Json<Resets> {
 
 async fn reset_one(pool: &KeyPool, id: &KeyId) -> Result<(), OperateError> {
     let done = pool.reset(id).await;
-    log(id.as_str(), "reset", &done);
+    Action::Reset.log(id.as_str(), &done);
     done
 }
 
@@ -164,13 +170,13 @@ async fn reset_one(pool: &KeyPool, id: &KeyId) -> Result<(), OperateError> {
 async fn change<F>(
     live: Arc<Live>,
     id: String,
-    what: &'static str,
-    action: impl FnOnce(KeyPool, String) -> F,
+    action: Action,
+    doing: impl FnOnce(KeyPool, String) -> F,
 ) -> Result<Json<Shown>, Refusal>
 where
     F: Future<Output = Result<(), OperateError>> + Send + 'static,
 {
-    do_with(live.clone(), id.clone(), what, action).await?;
+    do_with(live.clone(), id.clone(), action, doing).await?;
     let gone = || Refusal::new(StatusCode::NOT_FOUND, format!("there is no key {id:?} any more"));
     live.get(&id).map(Json).ok_or_else(gone)
 }
@@ -178,29 +184,21 @@ where
 async fn do_with<F>(
     live: Arc<Live>,
     id: String,
-    what: &'static str,
-    action: impl FnOnce(KeyPool, String) -> F,
+    action: Action,
+    doing: impl FnOnce(KeyPool, String) -> F,
 ) -> Result<(), Refusal>
 where
     F: Future<Output = Result<(), OperateError>> + Send + 'static,
 {
-    let action = action(live.pool().clone(), id.clone());
+    let doing = doing(live.pool().clone(), id.clone());
     to_the_end(async move {
-        let done = action.await;
-        log(&id, what, &done);
+        let done = doing.await;
+        action.log(&id, &done);
         // Also where it failed: in this pool, it may have been done.
         live.look(Look::Everything);
-        Ok(done?)
+        done.map_err(|error| Refusal::of(action, &error))
     })
     .await
-}
-
-fn log(id: &str, what: &str, done: &Result<(), OperateError>) {
-    match done {
-        Ok(()) => tracing::info!(key = id, "key {what} by the admin"),
-        // An id that isn't one may be a secret that came to a wrong place, and an error has the id where it has one.
-        Err(error) => tracing::warn!(error = said(error), "key not {what}"),
-    }
 }
 
 /// Goes on where the caller goes away meanwhile: no store is left in the middle of a change.

@@ -7,7 +7,10 @@ use serde::Serialize;
 use serde_json::Value;
 use tower_key_rotation::{KeyId, KeyPool, Secret};
 
-use super::refusal::{Refusal, said};
+use super::{
+    action::{Action, cannot_name},
+    refusal::Refusal,
+};
 
 /// A line, or an entry of JSON, and the key that it has.
 pub(super) struct Line {
@@ -56,15 +59,14 @@ impl Line {
             Ok(key) => key,
             Err(error) => return Outcome { line, id: None, error: Some(error.to_owned()) },
         };
-        let added = pool.insert(&id, secret).await;
-        // What can't be an id is not repeated: it may be a secret that came to a wrong place.
-        let id = KeyId::new(id).ok();
-        let key = id.as_ref().map(KeyId::as_str);
-        match &added {
-            Ok(()) => tracing::info!(key, "key added by the admin"),
-            Err(error) => tracing::warn!(key, error = said(error), "key not added"),
+        if let Some(reason) = cannot_name(&id) {
+            return Outcome { line, id: KeyId::new(id).ok(), error: Some(reason.to_owned()) };
         }
-        Outcome { line, id, error: added.err().map(|error| said(&error)) }
+        let added = pool.insert(&id, secret).await;
+        Action::Add.log(&id, &added);
+        let error = added.err().map(|error| Action::Add.failed(&error));
+        // What can't be an id is not repeated: it may be a secret that came to a wrong place.
+        Outcome { line, id: KeyId::new(id).ok(), error }
     }
 }
 

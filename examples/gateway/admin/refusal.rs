@@ -1,7 +1,5 @@
 //! An answer that says what is wrong.
 
-use std::error::Error;
-
 use axum::{
     Json,
     extract::rejection::BytesRejection,
@@ -10,6 +8,8 @@ use axum::{
 };
 use serde_json::json;
 use tower_key_rotation::OperateError;
+
+use super::action::Action;
 
 pub(super) struct Refusal {
     status: StatusCode,
@@ -23,6 +23,17 @@ impl Refusal {
 
     pub(super) fn bad_request(error: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, error)
+    }
+
+    /// An action that could not be done.
+    pub(super) fn of(action: Action, error: &OperateError) -> Self {
+        let status = match error {
+            OperateError::UnknownKey(_) => StatusCode::NOT_FOUND,
+            OperateError::KeyExists(_) | OperateError::DuplicateSecret(_) => StatusCode::CONFLICT,
+            OperateError::Store(_) => StatusCode::SERVICE_UNAVAILABLE,
+            _ => StatusCode::BAD_REQUEST,
+        };
+        Self::new(status, action.failed(error))
     }
 }
 
@@ -40,25 +51,5 @@ impl From<BytesRejection> for Refusal {
             }
             status => Self::new(status, "the body did not arrive whole"),
         }
-    }
-}
-
-impl From<OperateError> for Refusal {
-    fn from(error: OperateError) -> Self {
-        let status = match error {
-            OperateError::UnknownKey(_) => StatusCode::NOT_FOUND,
-            OperateError::KeyExists(_) | OperateError::DuplicateSecret(_) => StatusCode::CONFLICT,
-            OperateError::Store(_) => StatusCode::SERVICE_UNAVAILABLE,
-            _ => StatusCode::BAD_REQUEST,
-        };
-        Self::new(status, said(&error))
-    }
-}
-
-/// What an error says, and what is behind it.
-pub(super) fn said(error: &OperateError) -> String {
-    match error.source() {
-        Some(source) => format!("{error}: {source}"),
-        None => error.to_string(),
     }
 }

@@ -79,12 +79,12 @@ impl Proxy {
                 "this gateway wants one of its own tokens as the API key",
             ));
         }
-        let is_ours = this_machine::is_named_by(&head.headers, &head.uri);
-        if self.callers.are_all_here() && (!is_ours || this_machine::is_for_another_site(&head.headers)) {
+        let is_asked_here = this_machine::asks(head) && !this_machine::is_for_another_page(head);
+        if self.callers.are_all_here() && !is_asked_here {
             return Err(Refusal::new(
                 StatusCode::FORBIDDEN,
-                "without a client token this gateway is there as localhost or a loopback address only, and not for \
-                 pages of other sites: set --client-token",
+                "without a client token this gateway is there as localhost or a loopback address only, through no \
+                 other proxy, and not for pages of other origins: set --client-token",
             ));
         }
         if body.size_hint().lower() > self.limits.most as u64 {

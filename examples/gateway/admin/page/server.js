@@ -3,7 +3,7 @@
 const API = "/admin/api";
 const TOKEN = "admin-token";
 
-/** Without a word for so long, the stream is taken for dead: a comment comes every 10 seconds. */
+/** Without a word for so long, its head's too, the stream is taken for dead: a comment comes every 10 seconds. */
 const SILENCE = 25_000;
 const FIRST_WAIT = 500;
 const LONGEST_WAIT = 15_000;
@@ -15,9 +15,12 @@ export const token = {
 };
 
 export class Refused extends Error {
-  constructor(status, message) {
-    super(message);
+  /** `error` is what the gateway says, where it is the gateway that answers. */
+  constructor(status, error) {
+    super(error ?? `the gateway answered ${status}`);
     this.status = status;
+    // What stands before the gateway has refusals of its own, say while the gateway starts.
+    this.isFinal = status === 401 || (status === 403 && error !== undefined);
   }
 }
 
@@ -39,7 +42,7 @@ async function send(path, options) {
   });
   if (response.ok) return response;
   const answer = await response.json().catch(() => ({}));
-  throw new Refused(response.status, answer.error ?? `the gateway answered ${response.status}`);
+  throw new Refused(response.status, answer?.error);
 }
 
 /**
@@ -82,11 +85,11 @@ export class Stream {
   async #run(abort) {
     this.#state("connecting");
     try {
-      const response = await send("/events", { signal: abort.signal });
+      const response = await inTime(send("/events", { signal: abort.signal }), abort);
       await this.#read(response.body, abort);
     } catch (error) {
       if (abort !== this.#abort) return;
-      if (error instanceof Refused && error.status >= 400 && error.status < 500) return this.#state("refused", error);
+      if (error instanceof Refused && error.isFinal) return this.#state("refused", error);
     }
     if (abort === this.#abort) this.#again();
   }
@@ -121,10 +124,10 @@ export class Stream {
   }
 }
 
-async function inTime(read, abort) {
+async function inTime(answer, abort) {
   const timer = setTimeout(() => abort.abort("silence"), SILENCE);
   try {
-    return await read;
+    return await answer;
   } finally {
     clearTimeout(timer);
   }
