@@ -115,10 +115,12 @@ fn assert_as_documented(head: &ResponseHead<'_>) {
 
     let verdict = LlmGateway::new().classify(head);
     let is_documented = match status {
-        401 | 403 => verdict == Verdict::Revoked,
+        401 | 403 => verdict == Verdict::Revoked || (has_body && verdict == Verdict::Nothing),
         402 => verdict == exhausted,
         429 => verdict == limited || (has_body && [Verdict::Revoked, exhausted].contains(&verdict)),
-        400 => verdict == Verdict::Nothing || (has_body && verdict == exhausted),
+        400 => {
+            verdict == Verdict::Nothing || (has_body && [Verdict::Revoked, exhausted].contains(&verdict))
+        }
         _ => verdict == Verdict::Nothing,
     };
     assert!(is_documented, "{status}: {verdict:?}");
@@ -174,8 +176,10 @@ impl Rules {
             Verdict::Revoked => return assert_eq!((key.status, key.time_left), (Status::Revoked, None)),
             _ => return assert_eq!((key.status, key.time_left), (Status::Healthy, None)),
         };
-        // Where the limits cross, the most holds, and that is never less than what a key rests without a hint.
-        let most = self.most.max(by_default);
+        // Where the limits cross, the most holds. It is less than what a key rests without a hint only after a 429, and
+        // where hints are exact.
+        let may_be_less = self.exact && status == Status::RateLimited;
+        let most = if may_be_less { self.most } else { self.most.max(by_default) };
         let least = if self.exact { self.least.min(most) } else { self.least.clamp(by_default, most) };
         let rest = wait.map_or(by_default, |wait| wait.clamp(least, most));
         let rest = rest.min(LAST_DEADLINE.saturating_sub(self.clock));
