@@ -1075,6 +1075,7 @@ async fn show_errors() {
         OperateError::UnknownKey(name()),
         OperateError::KeyExists(id("alpha")),
         OperateError::DuplicateSecret(id("alpha")),
+        OperateError::NotTried,
         OperateError::Store(gone())
     );
     show!(OperateError::InvalidKeyId(KeyId::new("").unwrap_err()));

@@ -537,6 +537,60 @@ async fn marks_are_written_eight_at_a_time() {
 }
 
 #[tokio::test]
+async fn many_keys_are_given_to_the_store_a_few_at_once_and_of_each_it_is_said_what_became_of_it() {
+    let bench = Bench::new(["alpha"]).await;
+    assert!(bench.store.memory.insert(id("theirs"), "sk-theirs".into()).await.unwrap());
+    let pool = bench.pool.clone();
+    bench.store.operators.set(Mode::Hangs);
+    let inserting = tokio::spawn(async move {
+        let many = (0..20).map(|place| (format!("key-{place:02}"), format!("sk-{place}")));
+        let others = [
+            ("alpha", "sk-9"),
+            ("key-03", "sk-30"),
+            ("beta", "sk-alpha"),
+            ("theirs", "sk-31"),
+            ("", "sk-32"),
+        ];
+        let others = others.map(|(id, secret)| (id.to_owned(), secret.to_owned()));
+        pool.insert_all(many.chain(others)).await
+    });
+    // One was asked for already, as the pool was opened.
+    eventually("the store is asked", || bench.store.operators.begun() == 1 + 8).await;
+    settle().await;
+    assert_eq!((bench.store.operators.begun(), bench.ids().len()), (1 + 8, 1));
+    bench.store.operators.set(Mode::Works);
+    let outcomes = in_time(inserting).await.unwrap();
+    let said = |place: usize| outcomes[place].as_ref().unwrap_err().to_string();
+    assert!(outcomes[..20].iter().all(Result::is_ok), "{outcomes:?}");
+    assert_eq!(said(20), "there is a key alpha already");
+    assert_eq!(said(21), "there is a key key-03 already");
+    assert_eq!(said(22), "key alpha has the same secret");
+    assert_eq!(said(23), "there is a key theirs already");
+    assert!(matches!(outcomes[24], Err(OperateError::InvalidKeyId(_))));
+    assert_eq!(bench.store.operators.most_at_once(), 8);
+    assert_eq!(bench.ids().len(), 21);
+    assert!(bench.ids()[1..].is_sorted());
+}
+
+/// Broken once: with every key tried, it failed.
+#[tokio::test]
+async fn f02_of_many_new_keys_few_are_tried_where_the_store_fails() {
+    for mode in [Mode::Fails, Mode::Panics] {
+        let bench = Bench::new(["alpha"]).await;
+        bench.store.operators.set(mode);
+        let begun_before = bench.store.operators.begun();
+        let many = (0..1_000).map(|place| (format!("key-{place}"), format!("sk-{place}")));
+        let outcomes = bench.pool.insert_all(many).await;
+        assert!(matches!(outcomes[0], Err(OperateError::Store(_))), "{:?}", outcomes[0]);
+        let was_tried = |outcome: &&Result<_, _>| !matches!(outcome, Err(OperateError::NotTried));
+        let tried = bench.store.operators.begun() - begun_before;
+        assert_eq!(outcomes.iter().filter(was_tried).count(), tried);
+        assert!((8..20).contains(&tried), "{tried}");
+        assert_eq!(bench.ids(), ["alpha"]);
+    }
+}
+
+#[tokio::test]
 async fn f01_what_an_operator_does_to_a_seed_key_holds_also_if_it_comes_first() {
     let clock = ManualClock::new();
     let store = FaultyStore::new(&clock);

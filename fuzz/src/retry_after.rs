@@ -118,9 +118,7 @@ fn assert_as_documented(head: &ResponseHead<'_>) {
         401 | 403 => verdict == Verdict::Revoked || (has_body && verdict == Verdict::Nothing),
         402 => verdict == exhausted,
         429 => verdict == limited || (has_body && [Verdict::Revoked, exhausted].contains(&verdict)),
-        400 => {
-            verdict == Verdict::Nothing || (has_body && [Verdict::Revoked, exhausted].contains(&verdict))
-        }
+        400 => verdict == Verdict::Nothing || (has_body && [Verdict::Revoked, exhausted].contains(&verdict)),
         _ => verdict == Verdict::Nothing,
     };
     assert!(is_documented, "{status}: {verdict:?}");

@@ -6,6 +6,7 @@ mod cooldowns;
 mod deadlines;
 #[cfg(all(test, schedules = "loom"))]
 mod every_schedule;
+mod insert;
 mod key;
 mod marks;
 mod operate;

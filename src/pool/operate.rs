@@ -1,18 +1,13 @@
-//! What an operator does to keys. Each takes effect in this pool at once, then in the store; a new key goes
-//! into the store first, which may know one of that name. What is on its way to the store is not overruled by a reload
-//! that has read it before. A change that is dropped before the store was asked is not done there, and the next reload
-//! takes it back here; a removal is taken back at once.
+//! What an operator does to keys that there are. Each takes effect in this pool at once, then in the store. What is on
+//! its way to the store is not overruled by a reload that has read it before. A change that is dropped before the store
+//! was asked is not done there, and the next reload takes it back here; a removal is taken back at once.
 
 use std::sync::Arc;
 
-use super::{
-    KeyPool,
-    key::{Key, UsableKey},
-    state::State,
-};
+use super::{KeyPool, key::Key, state::State};
 use crate::{
     inject::UnusableSecret,
-    secret::{InvalidKeyId, KeyId, Secret},
+    secret::{InvalidKeyId, KeyId},
     store::StoreError,
 };
 
@@ -41,6 +36,9 @@ pub enum OperateError {
         /// What is wrong with its secret.
         reason: UnusableSecret,
     },
+    /// The store had failed several times in a row by the turn of this one of many keys, which is not in this pool.
+    #[error("it was not tried: the store had failed for the keys before it")]
+    NotTried,
     /// The store failed, or gave no answer in time. A key that was to be inserted is not in this pool, one that was to
     /// be removed is in it again, and what else was done in this pool holds, until the next reload: then the store
     /// has the last word.
@@ -49,59 +47,6 @@ pub enum OperateError {
 }
 
 impl KeyPool {
-    /// Adds a key. It is picked as soon as the store, if there is one, has it.
-    ///
-    /// ```
-    /// use tower_key_rotation::KeyPool;
-    ///
-    /// # #[tokio::main(flavor = "current_thread")]
-    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// let pool = KeyPool::builder().build()?;
-    /// pool.insert("alpha", "sk-1").await?;
-    /// assert_eq!(pool.stats().healthy, 1);
-    ///
-    /// assert!(pool.insert("alpha", "sk-2").await.is_err());
-    /// pool.remove("alpha").await?;
-    /// pool.insert("alpha", "sk-2").await?;
-    /// # Ok(())
-    /// # }
-    /// ```
-    ///
-    /// # Errors
-    ///
-    /// Where the id or the secret can't be used, or is another key's; and where the store fails, in which case the pool is
-    /// as it was.
-    pub async fn insert(&self, id: impl AsRef<str>, secret: impl Into<Secret>) -> Result<(), OperateError> {
-        let id = KeyId::new(id)?;
-        let secret = secret.into();
-        let key = UsableKey::new(id.clone(), &secret, &self.inner.inject)
-            .map_err(|reason| OperateError::UnusableSecret { id: id.clone(), reason })?;
-        let key = key.healthy_in(Arc::downgrade(&self.inner));
-
-        let persistence = &self.inner.persistence;
-        let _turn = persistence.turn.lock().await;
-        self.plant_seeds_in_turn().await?;
-        self.check_is_new(&id, &secret)?;
-        if let Some(store) = &persistence.store
-            && !store.insert(id.clone(), secret).await?
-        {
-            return Err(OperateError::KeyExists(id));
-        }
-        self.edit(|before| Some(before.keys().iter().cloned().chain([key]).collect()));
-        Ok(())
-    }
-
-    fn check_is_new(&self, id: &KeyId, secret: &Secret) -> Result<(), OperateError> {
-        if self.known(id.as_str()).is_ok() {
-            return Err(OperateError::KeyExists(id.clone()));
-        }
-        let snapshot = self.inner.snapshot.load();
-        match snapshot.keys().iter().find(|key| key.credentials.is_of(secret)) {
-            Some(other) => Err(OperateError::DuplicateSecret(other.id.clone())),
-            None => Ok(()),
-        }
-    }
-
     /// Removes a key for good. Requests that are under way with it finish.
     ///
     /// # Errors

@@ -5,7 +5,7 @@ use std::str;
 use axum::http::StatusCode;
 use serde::Serialize;
 use serde_json::Value;
-use tower_key_rotation::{KeyId, KeyPool, Secret};
+use tower_key_rotation::{KeyId, KeyPool, OperateError, Secret};
 
 use super::{
     action::{Action, cannot_name},
@@ -19,7 +19,7 @@ pub(super) struct Line {
 }
 
 /// What became of all of them.
-#[derive(Default, Serialize)]
+#[derive(Serialize)]
 pub(super) struct Imported {
     added: usize,
     refused: usize,
@@ -42,31 +42,43 @@ pub(super) fn read(media_type: &str, body: &[u8]) -> Result<Vec<Line>, Refusal> 
 }
 
 pub(super) async fn add(pool: &KeyPool, lines: Vec<Line>) -> Imported {
-    let mut imported = Imported::default();
-    for line in lines {
-        let outcome = line.add_to(pool).await;
-        *if outcome.error.is_none() { &mut imported.added } else { &mut imported.refused } += 1;
-        imported.lines.push(outcome);
+    let (mut outcomes, mut named, mut keys) = (Vec::new(), Vec::new(), Vec::new());
+    for Line { number, key } in lines {
+        match key.and_then(nameable) {
+            Ok((id, secret)) => {
+                named.push((number, id.clone()));
+                keys.push((id, secret));
+            }
+            Err(reason) => {
+                outcomes.push(Outcome { line: number, id: None, error: Some(reason.to_owned()) });
+            }
+        }
     }
-    tracing::info!(added = imported.added, refused = imported.refused, "keys imported by the admin");
-    imported
+    let added = pool.insert_all(keys).await;
+    outcomes.extend(named.into_iter().zip(added).map(|((line, id), added)| Outcome::of(line, id, added)));
+    outcomes.sort_by_key(|outcome| outcome.line);
+    Imported::of(outcomes)
 }
 
-impl Line {
-    async fn add_to(self, pool: &KeyPool) -> Outcome {
-        let line = self.number;
-        let (id, secret) = match self.key {
-            Ok(key) => key,
-            Err(error) => return Outcome { line, id: None, error: Some(error.to_owned()) },
-        };
-        if let Some(reason) = cannot_name(&id) {
-            return Outcome { line, id: KeyId::new(id).ok(), error: Some(reason.to_owned()) };
-        }
-        let added = pool.insert(&id, secret).await;
+fn nameable(key: (String, Secret)) -> Result<(String, Secret), &'static str> {
+    cannot_name(&key.0).map_or(Ok(key), Err)
+}
+
+impl Outcome {
+    fn of(line: usize, id: String, added: Result<(), OperateError>) -> Self {
         Action::Add.log(&id, &added);
         let error = added.err().map(|error| Action::Add.failed(&error));
         // What can't be an id is not repeated: it may be a secret that came to a wrong place.
-        Outcome { line, id: KeyId::new(id).ok(), error }
+        Self { line, id: KeyId::new(id).ok(), error }
+    }
+}
+
+impl Imported {
+    fn of(lines: Vec<Outcome>) -> Self {
+        let added = lines.iter().filter(|line| line.error.is_none()).count();
+        let refused = lines.len() - added;
+        tracing::info!(added, refused, "keys imported by the admin");
+        Self { added, refused, lines }
     }
 }
 

@@ -1,0 +1,191 @@
+//! New keys. They go into the store first, which may know one of that name.
+
+use std::{
+    collections::{HashMap, HashSet},
+    mem,
+    sync::Arc,
+};
+
+use super::{
+    KeyPool,
+    key::{Key, UsableKey},
+    operate::OperateError,
+};
+use crate::{
+    secret::{KeyId, Secret},
+    store::{KeyStore, StoreError},
+    sync::JoinSet,
+};
+
+/// The most keys that the store is given at once. Where as many in a row have failed, the rest are not tried: each would
+/// wait for a store that is gone.
+const AT_ONCE: usize = 8;
+
+impl KeyPool {
+    /// Adds a key. It is picked as soon as the store, if there is one, has it.
+    ///
+    /// ```
+    /// use tower_key_rotation::KeyPool;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let pool = KeyPool::builder().build()?;
+    /// pool.insert("alpha", "sk-1").await?;
+    /// assert_eq!(pool.stats().healthy, 1);
+    ///
+    /// assert!(pool.insert("alpha", "sk-2").await.is_err());
+    /// pool.remove("alpha").await?;
+    /// pool.insert("alpha", "sk-2").await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Where the id or the secret can't be used, or is another key's; and where the store fails, in which case the pool is
+    /// as it was.
+    pub async fn insert(&self, id: impl AsRef<str>, secret: impl Into<Secret>) -> Result<(), OperateError> {
+        self.insert_all([(id, secret)]).await.into_iter().collect()
+    }
+
+    /// Adds many keys, and says of each, in their order, what became of it. One that can't be added is no matter for the
+    /// others.
+    ///
+    /// It takes less time than an [`insert`](Self::insert) of each: the store is given several at once. All are picked
+    /// from the moment on in which it has the last of them.
+    ///
+    /// ```
+    /// use tower_key_rotation::KeyPool;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let pool = KeyPool::builder().build()?;
+    /// let outcomes = pool.insert_all([("alpha", "sk-1"), ("beta", "sk-2"), ("alpha", "sk-3")]).await;
+    /// assert!(outcomes[0].is_ok() && outcomes[1].is_ok() && outcomes[2].is_err());
+    /// assert_eq!(pool.stats().healthy, 2);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Of each key as for [`insert`](Self::insert). Where the store fails several times in a row, the keys behind are not
+    /// tried: [`OperateError::NotTried`].
+    pub async fn insert_all<I, S>(
+        &self,
+        keys: impl IntoIterator<Item = (I, S)>,
+    ) -> Vec<Result<(), OperateError>>
+    where
+        I: AsRef<str>,
+        S: Into<Secret>,
+    {
+        let mut keys: Vec<_> =
+            keys.into_iter().map(|(id, secret)| self.new_key(id.as_ref(), secret.into())).collect();
+        let persistence = &self.inner.persistence;
+        let _turn = persistence.turn.lock().await;
+        let planted = self.plant_seeds_in_turn().await;
+        self.refuse_known(&mut keys);
+        if let Some(store) = &persistence.store {
+            Giving::new(store.clone(), planted).give(&mut keys).await;
+        }
+        let new: Vec<_> = keys.iter().flatten().map(|new| new.key.clone()).collect();
+        if !new.is_empty() {
+            self.edit(|before| Some(before.keys().iter().cloned().chain(new).collect()));
+        }
+        keys.into_iter().map(|key| key.map(drop)).collect()
+    }
+
+    fn new_key(&self, id: &str, secret: Secret) -> Result<NewKey, OperateError> {
+        let id = KeyId::new(id)?;
+        let key = UsableKey::new(id.clone(), &secret, &self.inner.inject)
+            .map_err(|reason| OperateError::UnusableSecret { id, reason })?;
+        Ok(NewKey { key: key.healthy_in(Arc::downgrade(&self.inner)), secret })
+    }
+
+    /// Refuses what the pool has already, or one that comes before among the new ones.
+    fn refuse_known(&self, keys: &mut [Result<NewKey, OperateError>]) {
+        let snapshot = self.inner.snapshot.load();
+        let (mut ids, mut secrets) = (HashSet::new(), HashMap::new());
+        let asked: HashSet<_> = keys.iter().flatten().map(|new| new.secret.clone()).collect();
+        for key in snapshot.keys() {
+            let secret = key.secret();
+            if asked.contains(&secret) {
+                secrets.insert(secret, key.id.clone());
+            }
+        }
+        for key in keys {
+            let Ok(new) = key else { continue };
+            let id = &new.key.id;
+            if snapshot.get(id.as_str()).is_some() || !ids.insert(id.clone()) {
+                *key = Err(OperateError::KeyExists(id.clone()));
+            } else if let Some(other) = secrets.get(&new.secret) {
+                *key = Err(OperateError::DuplicateSecret(other.clone()));
+            } else {
+                secrets.insert(new.secret.clone(), id.clone());
+            }
+        }
+    }
+}
+
+struct NewKey {
+    key: Arc<Key>,
+    secret: Secret,
+}
+
+/// Keys on their way to the store.
+struct Giving {
+    store: Arc<dyn KeyStore>,
+    under_way: JoinSet<(usize, Result<NewKey, OperateError>)>,
+    failures_in_a_row: usize,
+    /// Why the store could not be asked at all.
+    unreachable: Option<StoreError>,
+}
+
+impl Giving {
+    fn new(store: Arc<dyn KeyStore>, planted: Result<(), StoreError>) -> Self {
+        let unreachable = planted.err();
+        let failures_in_a_row = if unreachable.is_some() { AT_ONCE } else { 0 };
+        Self { store, under_way: JoinSet::default(), failures_in_a_row, unreachable }
+    }
+
+    async fn give(mut self, keys: &mut [Result<NewKey, OperateError>]) {
+        for place in 0..keys.len() {
+            if self.under_way.len() == AT_ONCE {
+                self.finish_one(keys).await;
+            }
+            if keys[place].is_err() {
+                continue;
+            }
+            if self.failures_in_a_row >= AT_ONCE {
+                keys[place] =
+                    Err(self.unreachable.take().map_or(OperateError::NotTried, OperateError::Store));
+                continue;
+            }
+            // What a panic says might hold anything.
+            let panicked = Err(OperateError::Store(StoreError::new("an insert panicked")));
+            if let Ok(new) = mem::replace(&mut keys[place], panicked) {
+                let store = self.store.clone();
+                self.under_way.spawn(async move { (place, new.given_to(&*store).await) });
+            }
+        }
+        while self.finish_one(keys).await {}
+    }
+
+    async fn finish_one(&mut self, keys: &mut [Result<NewKey, OperateError>]) -> bool {
+        let Some(finished) = self.under_way.join_next().await else { return false };
+        let was_answered = matches!(finished, Ok((_, Ok(_) | Err(OperateError::KeyExists(_)))));
+        self.failures_in_a_row = if was_answered { 0 } else { self.failures_in_a_row + 1 };
+        if let Ok((place, key)) = finished {
+            keys[place] = key;
+        }
+        true
+    }
+}
+
+impl NewKey {
+    async fn given_to(self, store: &dyn KeyStore) -> Result<Self, OperateError> {
+        let id = &self.key.id;
+        let is_new = store.insert(id.clone(), self.secret.clone()).await?;
+        if is_new { Ok(self) } else { Err(OperateError::KeyExists(id.clone())) }
+    }
+}
