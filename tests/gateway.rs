@@ -1045,6 +1045,19 @@ async fn a_path_of_the_upstreams_goes_before_each_and_none_leads_out_of_it() {
 }
 
 #[tokio::test]
+async fn no_key_goes_out_with_a_method_that_would_give_it_back_or_lead_past_the_gateway() {
+    let upstream = Server::answering(|| answer(200, "fine")).await;
+    let gateway = Gateway::before(upstream.address(), &["a"], []).await;
+    for line in ["TRACE /v1/messages", "TRACE *", "CONNECT localhost:443"] {
+        let request = format!("{line} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+        let answer = exchange(gateway.address(), &request).await.to_lowercase();
+        assert!(answer.starts_with("http/1.1 405") && answer.contains("allow: get, "), "{line}: {answer}");
+        assert!(answer.contains("invalid_request_error"), "{line}: {answer}");
+    }
+    assert_eq!(upstream.count(), 0);
+}
+
+#[tokio::test]
 async fn a_caller_that_goes_away_ends_its_request_at_the_upstream() {
     let (chunks, body) = stream();
     let upstream = answering_once("text/plain", body).await;

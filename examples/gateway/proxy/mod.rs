@@ -17,7 +17,7 @@ use axum::{
     Router,
     body::{Body, HttpBody},
     extract::{Request, State},
-    http::{HeaderValue, StatusCode, Uri, Version, header::RETRY_AFTER, request::Parts},
+    http::{HeaderValue, Method, StatusCode, Uri, Version, header::RETRY_AFTER, request::Parts},
     response::Response,
 };
 use hyper_util::client::legacy;
@@ -85,6 +85,13 @@ impl Proxy {
                 StatusCode::FORBIDDEN,
                 "without a client token this gateway is there as localhost or a loopback address only, and not for \
                  pages of other sites: set --client-token",
+            ));
+        }
+        // An answer to TRACE repeats the request, with the key in it, and CONNECT asks for a way past this gateway.
+        if [Method::TRACE, Method::CONNECT].contains(&head.method) {
+            return Err(Refusal::new(
+                StatusCode::METHOD_NOT_ALLOWED,
+                format!("this gateway passes on no {}", head.method),
             ));
         }
         if body.size_hint().lower() > self.limits.most as u64 {
