@@ -23,7 +23,7 @@ use axum::{
 use base64::prelude::{BASE64_STANDARD, Engine};
 use bytes::Bytes;
 use futures_util::{FutureExt, StreamExt};
-use http::{Request, Response, StatusCode, Version};
+use http::{Method, Request, Response, StatusCode, Version};
 use http_body_util::{
     BodyExt, Full,
     channel::{Channel, Sender},
@@ -914,7 +914,7 @@ const MESSAGE: &str = r#"{"type":"message","usage":{"input_tokens":1000,"output_
 const MESSAGE_STREAM: &str = "event: message_start\r\ndata: {\"type\":\"message_start\",\"message\":{\"usage\":{\
     \"input_tokens\":10000,\"cache_creation_input_tokens\":0,\"cache_read_input_tokens\":5000,\"output_tokens\":1}}}\r\n\r\n\
     event: message_delta\r\ndata: {\"type\":\"message_delta\",\"usage\":{\"output_tokens\":2500}}\r\n\r\n\
-    event: message_delta\r\ndata: {\"type\":\"message_delta\",\"usage\":{\"output_tokens\":5000}}\r\n\r\n";
+    event: message_delta\r\ndata: {\"type\":\"message_delta\",\"usage\":{\"input_tokens\":0,\"output_tokens\":5000}}\r\n\r\n";
 
 /// In chunks that end anywhere.
 fn in_pieces(text: &'static str) -> Body {
@@ -953,7 +953,7 @@ async fn tokens_are_credited_to_the_key_that_served_whatever_the_api_and_whether
         ("/text", CHAT),
         ("/cut", r#"{"usage":"much","#),
     ] {
-        let response = http().get(gateway.url(path)).send().await.unwrap();
+        let response = http().post(gateway.url(path)).send().await.unwrap();
         assert_eq!(response.text().await.unwrap(), body, "it passes as it is");
     }
     gateway.terminate().await;
@@ -961,6 +961,45 @@ async fn tokens_are_credited_to_the_key_that_served_whatever_the_api_and_whether
     let tokens = async |id| number(&mongo.document(id).await, "tokensUsed");
     assert_eq!(tokens("serves").await, 7 + 22_222, "each digit is an API's");
     assert_eq!(tokens("limited").await, 7);
+}
+
+/// All that were credited, once there are any.
+async fn tokens_at(gateway: &Gateway) -> u64 {
+    let mut tokens = 0;
+    for _ in 0..1_000 {
+        let keys: Value =
+            http().get(gateway.url("/admin/api/keys")).send().await.unwrap().json().await.unwrap();
+        tokens = keys["keys"][0]["tokens"].as_u64().unwrap();
+        if tokens > 0 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    tokens
+}
+
+#[tokio::test]
+async fn tokens_are_credited_when_they_are_used_and_not_when_the_answer_is_read_again() {
+    let upstream = Server::answering(|| answer_with(200, [("content-type", "application/json")], CHAT)).await;
+    let gateway = Gateway::before(upstream.address(), &["a"], []).await;
+    for method in [Method::GET, Method::GET, Method::POST] {
+        let response = http().request(method, gateway.url("/v1/responses/1")).send().await.unwrap();
+        assert_eq!(response.text().await.unwrap(), CHAT);
+    }
+    assert_eq!(tokens_at(&gateway).await, 2);
+}
+
+#[tokio::test]
+async fn tokens_are_read_from_a_long_line_of_a_stream() {
+    let line = || {
+        let text = "x".repeat(2 << 20);
+        format!("data: {{\"response\":{{\"output\":\"{text}\",\"usage\":{{\"total_tokens\":2}}}}}}\n\n")
+    };
+    let upstream =
+        Server::answering(move || answer_with(200, [("content-type", "text/event-stream")], line())).await;
+    let gateway = Gateway::before(upstream.address(), &["a"], []).await;
+    http().post(gateway.url("/v1/responses")).send().await.unwrap().bytes().await.unwrap();
+    assert_eq!(tokens_at(&gateway).await, 2);
 }
 
 #[tokio::test]

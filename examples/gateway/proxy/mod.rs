@@ -61,6 +61,7 @@ impl Proxy {
 
     async fn forward(&self, api: Api, head: Parts, body: Body) -> Result<Response, Refusal> {
         let uri = self.admit(&head, &body)?;
+        let method = head.method.clone();
         let mut request = Request::new(KeptBody::new(body, self.limits));
         *request.method_mut() = head.method;
         *request.uri_mut() = uri;
@@ -68,7 +69,7 @@ impl Proxy {
         headers::to_upstream(request.headers_mut());
 
         let response = self.client.clone().oneshot(request).await.map_err(refuse)?;
-        Ok(self.pass_on(api, response))
+        Ok(self.pass_on(api, &method, response))
     }
 
     /// Where a request goes, if it may go anywhere.
@@ -102,7 +103,7 @@ impl Proxy {
             .ok_or_else(|| Refusal::new(StatusCode::BAD_REQUEST, "this gateway passes on no such path"))
     }
 
-    fn pass_on(&self, api: Api, mut response: Response) -> Response {
+    fn pass_on(&self, api: Api, method: &Method, mut response: Response) -> Response {
         headers::to_caller(response.headers_mut());
         *response.version_mut() = Version::default();
         let status = response.status();
@@ -119,7 +120,7 @@ impl Proxy {
             *error.extensions_mut() = mem::take(response.extensions_mut());
             return error;
         }
-        tokens::count(&self.pool, response)
+        tokens::count(&self.pool, method, response)
     }
 
     /// A limited response speaks of one key. Where all rest, the caller hears when the first of them is back.
