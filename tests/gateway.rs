@@ -372,6 +372,7 @@ async fn the_callers_credentials_never_reach_the_upstream() {
         let request = format!(
             "GET /v1{query} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nAuthorization: Bearer canary\r\n\
              Authorization: Basic canary\r\nx-api-key: canary\r\nApi-Key: canary\r\nX-Goog-Api-Key: canary\r\n\
+             OpenAI-Organization: org-canary\r\nOpenAI-Project: canary\r\n\
              Proxy-Authorization: Basic canary\r\nx-own: canary\r\n\r\n"
         );
         let request = if places.len() > 2 { request } else { request.replace("x-own: canary\r\n", "") };
@@ -394,6 +395,38 @@ async fn redirects_go_back_to_the_caller_and_are_not_followed() {
     assert_eq!(response.status(), 307);
     assert_eq!(header(&response, "location"), Some(&*elsewhere.url()));
     assert_eq!(elsewhere.count(), 0);
+}
+
+#[tokio::test]
+async fn a_redirect_under_the_upstreams_own_path_leads_back_to_the_gateway() {
+    let upstream = Server::start(async |request| match request.uri().path() {
+        "/tenant/old" => {
+            let host = request.headers()["host"].to_str().unwrap();
+            answer_with(308, [("location", &*format!("http://{host}/tenant/new?page=2"))], "")
+        }
+        path => answer(200, path.to_owned()),
+    })
+    .await;
+    let (keys, url) = (keys_file("a|sk-a"), format!("http://{}/tenant", upstream.address()));
+    let gateway = Gateway::start(command(["--upstream", &url, "--keys", keys.path()])).await;
+    let response = http().get(gateway.url("/old")).send().await.unwrap();
+    assert_eq!(response.url().as_str(), gateway.url("/new?page=2"));
+    assert_eq!(response.text().await.unwrap(), "/tenant/new");
+}
+
+#[tokio::test]
+async fn what_the_upstream_says_of_its_own_name_is_not_said_of_the_gateways() {
+    let of_origin = [
+        ("strict-transport-security", "max-age=9"),
+        ("alt-svc", "h3=\":443\""),
+        ("clear-site-data", "\"*\""),
+        ("x-kept", "1"),
+    ];
+    let upstream = Server::answering(move || answer_with(200, of_origin, "")).await;
+    let gateway = Gateway::before(upstream.address(), &["a"], []).await;
+    let response = http().get(gateway.url("/")).send().await.unwrap();
+    let passed = of_origin.map(|(name, _)| response.headers().contains_key(name));
+    assert_eq!(passed, [false, false, false, true]);
 }
 
 #[tokio::test]

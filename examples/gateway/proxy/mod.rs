@@ -104,7 +104,7 @@ impl Proxy {
     }
 
     fn pass_on(&self, api: Api, method: &Method, mut response: Response) -> Response {
-        headers::to_caller(response.headers_mut());
+        headers::to_caller(response.headers_mut(), &self.upstream);
         *response.version_mut() = Version::default();
         let status = response.status();
         if status == StatusCode::TOO_MANY_REQUESTS {

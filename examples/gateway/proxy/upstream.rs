@@ -4,7 +4,7 @@ use std::{io, str::FromStr};
 
 use axum::body::Body;
 use http::{
-    Request, Response, Uri,
+    HeaderValue, Request, Response, Uri,
     uri::{Authority, Scheme},
 };
 use hyper_rustls::HttpsConnectorBuilder;
@@ -115,6 +115,33 @@ impl Upstream {
             .build()
             .ok()
     }
+
+    /// Where a caller of the gateway finds what an answer's `Location` means. `None` where that is not there.
+    pub(super) fn path_of(&self, location: &str) -> Option<HeaderValue> {
+        let uri: Uri = location.parse().ok()?;
+        let is_here = match uri.authority() {
+            Some(authority) => {
+                uri.scheme() == Some(&self.scheme)
+                    && authority.host().eq_ignore_ascii_case(self.authority.host())
+                    && self.port_of(authority) == self.port_of(&self.authority)
+            }
+            None => true,
+        };
+        let path = uri.path_and_query()?.as_str().strip_prefix(&*self.base)?;
+        let slash = if path.starts_with('/') { "" } else { "/" };
+        let is_below = self.base.is_empty() || path.is_empty() || path.starts_with(['/', '?']);
+        // To a browser, a host's name follows these.
+        let names_a_host = ["//", "/\\"].iter().any(|slashes| path.starts_with(slashes));
+        if !is_here || !is_below || names_a_host || leads_out(uri.path()) {
+            return None;
+        }
+        HeaderValue::try_from(format!("{slash}{path}")).ok()
+    }
+
+    fn port_of(&self, authority: &Authority) -> u16 {
+        let default = if self.scheme == Scheme::HTTPS { 443 } else { 80 };
+        authority.port_u16().unwrap_or(default)
+    }
 }
 
 fn leads_out(path: &str) -> bool {
@@ -140,5 +167,54 @@ impl FromStr for Upstream {
         }
         let base = path.map_or(String::new(), |path| path.path().trim_end_matches('/').to_owned());
         Ok(Self { scheme, authority, base })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn path(upstream: &str, location: &str) -> Option<String> {
+        let upstream: Upstream = upstream.parse().unwrap();
+        upstream.path_of(location).map(|path| path.to_str().unwrap().to_owned())
+    }
+
+    #[test]
+    fn a_location_under_the_upstream_is_a_path_of_the_gateway() {
+        for (location, expected) in [
+            ("https://api.example.com/tenant/v1/files/1?part=2", "/v1/files/1?part=2"),
+            ("https://API.example.com:443/tenant", "/"),
+            ("https://api.example.com/tenant?page=2", "/?page=2"),
+            ("/tenant/v1/files/1", "/v1/files/1"),
+        ] {
+            assert_eq!(
+                path("https://api.example.com/tenant/", location).as_deref(),
+                Some(expected),
+                "{location}"
+            );
+        }
+        assert_eq!(path("http://localhost:1", "http://localhost:1/v1").as_deref(), Some("/v1"));
+        assert_eq!(path("http://localhost:1", "http://localhost:1?q").as_deref(), Some("/?q"));
+    }
+
+    #[test]
+    fn one_that_leads_elsewhere_is_none() {
+        for location in [
+            "https://files.example.com/tenant/1",
+            "http://api.example.com/tenant/1",
+            "https://api.example.com:8443/tenant/1",
+            "https://api.example.com/tenants",
+            "https://api.example.com/tenant/../other",
+            "https://api.example.com/tenant//files.example.com",
+            "https://api.example.com/tenant/\\files.example.com",
+            "//files.example.com/tenant",
+            "/login",
+            "part/2",
+            "",
+        ] {
+            assert_eq!(path("https://api.example.com/tenant", location), None, "{location}");
+        }
+        assert_eq!(path("https://api.example.com", "//files.example.com"), None);
+        assert_eq!(path("https://api.example.com", "https://api.example.com//files.example.com"), None);
     }
 }
