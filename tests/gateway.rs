@@ -1073,19 +1073,25 @@ fn pem(certificate: &[u8]) -> String {
     format!("-----BEGIN CERTIFICATE-----\n{text}\n-----END CERTIFICATE-----\n")
 }
 
-#[tokio::test]
-async fn an_upstream_is_spoken_to_by_tls_and_in_http_2_where_it_can_and_only_if_it_is_who_it_says() {
+/// An upstream as `localhost` that speaks HTTP/2 by TLS and answers with the version that it is asked in, and the file
+/// with its certificate.
+async fn upstream_with_tls() -> (SocketAddr, TestFile) {
     let certificate = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
     let key = PrivateKeyDer::Pkcs8(certificate.signing_key.serialize_der().into());
     let config = ServerConfig::builder().with_no_client_auth();
     let mut config = config.with_single_cert(vec![certificate.cert.der().clone()], key).unwrap();
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     let listener = Tls(TcpListener::bind("127.0.0.1:0").await.unwrap(), TlsAcceptor::from(Arc::new(config)));
-    let url = format!("https://localhost:{}", listener.local_addr().unwrap().port());
+    let address = listener.local_addr().unwrap();
     let version = async |request: Request<Body>| format!("{:?}", request.version());
     tokio::spawn(async move { axum::serve(listener, Router::new().fallback(version)).await });
+    (address, file("pem", &pem(certificate.cert.der())))
+}
 
-    let (keys, trusted) = (keys_file("a|sk-a"), file("pem", &pem(certificate.cert.der())));
+#[tokio::test]
+async fn an_upstream_is_spoken_to_by_tls_and_in_http_2_where_it_can_and_only_if_it_is_who_it_says() {
+    let (upstream, trusted) = upstream_with_tls().await;
+    let (keys, url) = (keys_file("a|sk-a"), format!("https://localhost:{}", upstream.port()));
     let arguments = ["--upstream", &url, "--keys", keys.path()];
     let mut trusting = command(arguments);
     trusting.env("SSL_CERT_FILE", trusted.path());
@@ -1095,6 +1101,24 @@ async fn an_upstream_is_spoken_to_by_tls_and_in_http_2_where_it_can_and_only_if_
 
     let gateway = Gateway::start(command(arguments)).await;
     assert_eq!(in_time(http().get(gateway.url("/")).send()).await.unwrap().status(), 502);
+}
+
+#[tokio::test]
+async fn an_upstream_that_is_silently_gone_is_noticed_long_before_its_answer_is_late() {
+    let (upstream, trusted) = upstream_with_tls().await;
+    let between = Proxy::to(upstream).await;
+    let (keys, url) = (keys_file("a|sk-a"), format!("https://localhost:{}", between.port()));
+    let mut command = command(["--upstream", &url, "--keys", keys.path(), "--ping", "0.4"]);
+    command.env("SSL_CERT_FILE", trusted.path());
+    let gateway = Gateway::start(command).await;
+    let status = async || in_time(http().get(gateway.url("/")).send()).await.unwrap().status();
+    assert_eq!(status().await, 200);
+    between.set(Fault::Silence);
+    assert_eq!(status().await, 502);
+    // The next one goes over a connection of its own.
+    between.set(Fault::None);
+    assert_eq!(status().await, 200);
+    assert_eq!(between.connections(), 2);
 }
 
 #[tokio::test]

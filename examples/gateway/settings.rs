@@ -103,6 +103,11 @@ pub(crate) struct Settings {
     #[arg(long, value_name = "SECONDS", default_value = "600")]
     pub(crate) response_timeout: Seconds,
 
+    /// How often an HTTP/2 connection is asked whether the other side is still there; it is closed where no answer
+    /// comes in half that time; 0 is never
+    #[arg(long, value_name = "SECONDS", default_value = "20")]
+    pub(crate) ping: Seconds,
+
     /// How long requests under way may take to finish once the gateway is told to stop
     #[arg(long, value_name = "SECONDS", default_value = "30")]
     pub(crate) shutdown_limit: Seconds,

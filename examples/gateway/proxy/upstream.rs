@@ -1,6 +1,6 @@
 //! The upstream, and the client that sends requests to it: failover around rotation around `hyper`.
 
-use std::{io, str::FromStr};
+use std::{io, str::FromStr, time::Duration};
 
 use axum::body::Body;
 use http::{
@@ -29,6 +29,9 @@ pub(super) type Client = BoxCloneSyncService<Request<KeptBody>, Response<Body>, 
 /// How much of an error's body is looked at, for what it says of the key.
 const ERROR_BODY: usize = 16 * 1024;
 
+/// An upstream that acknowledges nothing for so long is gone.
+const GONE_AFTER: Duration = Duration::from_secs(60);
+
 /// A client that puts one of the pool's keys into each request, and sends a limited one again with another.
 pub(super) fn client(pool: &KeyPool, settings: &Settings) -> io::Result<Client> {
     let failover = FailoverLayer::new(pool)
@@ -54,6 +57,13 @@ fn hyper(
     let mut tcp = HttpConnector::new();
     tcp.enforce_http(false);
     tcp.set_nodelay(true);
+    // An upstream that is silently gone is noticed in HTTP/1.1 by these, and in HTTP/2, where one connection carries
+    // all requests, by pings.
+    tcp.set_keepalive(Some(GONE_AFTER / 2));
+    tcp.set_keepalive_interval(Some(GONE_AFTER / 6));
+    tcp.set_keepalive_retries(Some(3));
+    #[cfg(target_os = "linux")]
+    tcp.set_tcp_user_timeout(Some(GONE_AFTER));
     let tls = HttpsConnectorBuilder::new()
         .try_with_platform_verifier()
         .map_err(io::Error::other)?
@@ -64,7 +74,13 @@ fn hyper(
         .map_future(Box::pin)
         .layer(TimeoutLayer::new(settings.connect_timeout.into()))
         .service(tls);
-    Ok(HyperClient::builder(TokioExecutor::new()).pool_timer(TokioTimer::new()).build(connect))
+    let ping = Duration::from(settings.ping);
+    Ok(HyperClient::builder(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .pool_timer(TokioTimer::new())
+        .http2_keep_alive_interval((!ping.is_zero()).then_some(ping))
+        .http2_keep_alive_timeout(ping / 2)
+        .build(connect))
 }
 
 #[derive(Clone)]
