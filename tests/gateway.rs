@@ -39,6 +39,7 @@ use support::{
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
+    process::Command,
     sync::Notify,
     time::timeout,
 };
@@ -1044,6 +1045,98 @@ async fn callers_may_speak_http_2() {
     let response = in_time(client.request(request)).await.unwrap();
     assert_eq!((response.status(), response.version()), (StatusCode::OK, Version::HTTP_2));
     assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "hello");
+}
+
+/// Whether the gateway closes the connection.
+async fn is_closed(connection: &mut TcpStream) -> bool {
+    match in_time(connection.read(&mut [0; 1024])).await {
+        Ok(count) => count == 0,
+        Err(error) => error.kind() == io::ErrorKind::ConnectionReset,
+    }
+}
+
+#[tokio::test]
+async fn a_caller_that_connects_and_says_nothing_or_half_of_a_request_is_not_waited_for() {
+    let upstream = Server::answering(|| answer(200, "fine")).await;
+    let gateway = Gateway::before(upstream.address(), &["a"], ["--head-timeout", "0.3"]).await;
+    let http_2 = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+    for said in ["", "P", "GET / HTTP/1.1\r\nHost: local", http_2] {
+        let mut connection = TcpStream::connect(gateway.address()).await.unwrap();
+        connection.write_all(said.as_bytes()).await.unwrap();
+        let until_closed = async {
+            // In HTTP/2 it has something to say itself.
+            while !is_closed(&mut connection).await {}
+        };
+        in_time(until_closed).await;
+    }
+    assert_eq!(upstream.count(), 0);
+}
+
+#[tokio::test]
+async fn a_connection_is_kept_for_the_next_request_for_a_while() {
+    let upstream = Server::answering(|| answer(200, "fine")).await;
+    let gateway = Gateway::before(upstream.address(), &["a"], ["--keep-alive", "0.3"]).await;
+    let mut connection = TcpStream::connect(gateway.address()).await.unwrap();
+    for _ in 0..2 {
+        connection.write_all(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"fine") {
+            assert_ne!(in_time(connection.read_buf(&mut answer)).await.unwrap(), 0);
+        }
+    }
+    assert!(is_closed(&mut connection).await);
+}
+
+#[tokio::test]
+async fn no_limit_of_a_request_to_come_ends_a_stream_that_is_under_way() {
+    let (mut chunks, body) = stream();
+    let upstream = answering_once("text/plain", body).await;
+    let limits = ["--head-timeout", "0.2", "--keep-alive", "0.2"];
+    let gateway = Gateway::before(upstream.address(), &["a"], limits).await;
+    let mut response = http().get(gateway.url("/")).send().await.unwrap();
+    for _ in 0..6 {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        chunks.send_data("more".into()).await.unwrap();
+        assert_eq!(in_time(response.chunk()).await.unwrap().unwrap(), "more");
+    }
+}
+
+#[tokio::test]
+async fn a_caller_in_http_2_that_is_silently_gone_is_noticed() {
+    let (mut chunks, body) = stream();
+    let upstream = answering_once("text/plain", body).await;
+    let gateway = Gateway::before(upstream.address(), &["a"], ["--ping", "0.4"]).await;
+    let between = Proxy::to(gateway.address()).await;
+    let client = Client::builder(TokioExecutor::new()).http2_only(true).build_http::<Full<Bytes>>();
+    let uri = format!("http://localhost:{}/", between.port());
+    let response = client.request(Request::get(uri).body(Full::default()).unwrap());
+    let mut response = in_time(response).await.unwrap();
+    chunks.send_data("one".into()).await.unwrap();
+    assert_eq!(in_time(response.frame()).await.unwrap().unwrap().into_data().unwrap(), "one");
+    between.set(Fault::Silence);
+    let until_noticed = async {
+        while chunks.send_data("more".into()).await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    in_time(until_noticed).await;
+}
+
+#[tokio::test]
+async fn where_too_many_files_are_open_it_goes_on_once_there_are_fewer() {
+    let upstream = Server::answering(|| answer(200, "fine")).await;
+    let (keys, url) = (keys_file("a|sk-a"), format!("http://{}", upstream.address()));
+    let gateway = command(["--upstream", &url, "--keys", keys.path()]);
+    let gateway = gateway.as_std();
+    let mut with_few_files = Command::new("sh");
+    with_few_files.args(["-c", "ulimit -n 40; exec \"$0\" \"$@\""]).env_clear().kill_on_drop(true);
+    with_few_files.arg(gateway.get_program()).args(gateway.get_args());
+    let gateway = Gateway::start(with_few_files).await;
+    let connect = || TcpStream::connect(gateway.address());
+    let connections = futures_util::future::join_all((0..50).map(|_| connect())).await;
+    eventually("there are too many", || gateway.log().contains("no connection can be accepted")).await;
+    drop(connections);
+    assert_eq!(in_time(http().get(gateway.url("/")).send()).await.unwrap().status(), 200);
 }
 
 /// Connections by TLS; those that come to nothing are left out.
