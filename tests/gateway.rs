@@ -785,6 +785,21 @@ async fn an_upstream_that_accepts_no_connection_in_time_is_502_and_one_that_does
 }
 
 #[tokio::test]
+async fn an_answer_that_stalls_is_broken_off_and_one_that_goes_on_is_not() {
+    let (mut chunks, body) = stream();
+    let upstream = answering_once("text/event-stream", body).await;
+    let gateway = Gateway::before(upstream.address(), &["a"], ["--idle-timeout", "0.4"]).await;
+    let mut response = http().get(gateway.url("/")).send().await.unwrap();
+    for _ in 0..6 {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        chunks.send_data("more".into()).await.unwrap();
+        assert_eq!(in_time(response.chunk()).await.unwrap().unwrap(), "more");
+    }
+    assert!(in_time(response.chunk()).await.is_err(), "the caller would take it for all");
+    assert!(gateway.log().contains("the upstream's answer broke off"), "{}", gateway.log());
+}
+
+#[tokio::test]
 async fn with_sanitize_errors_nothing_of_an_upstreams_error_goes_out_but_its_status_and_retry_after() {
     let errors = |status: u16| {
         let headers = [

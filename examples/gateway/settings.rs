@@ -103,6 +103,10 @@ pub(crate) struct Settings {
     #[arg(long, value_name = "SECONDS", default_value = "600")]
     pub(crate) response_timeout: Seconds,
 
+    /// How long the upstream may then send nothing, before the answer is broken off
+    #[arg(long, value_name = "SECONDS", default_value = "600")]
+    pub(crate) idle_timeout: Seconds,
+
     /// How long a caller that has connected may take until its first request has come, without the body
     #[arg(long, value_name = "SECONDS", default_value = "30")]
     pub(crate) head_timeout: Seconds,

@@ -2,11 +2,12 @@
 
 use std::{io, str::FromStr, time::Duration};
 
-use axum::body::Body;
+use axum::body::{Body, Bytes, HttpBody};
 use http::{
     HeaderValue, Request, Response, Uri,
     uri::{Authority, Scheme},
 };
+use http_body_util::BodyExt;
 use hyper_rustls::HttpsConnectorBuilder;
 use hyper_util::{
     client::legacy::{
@@ -17,12 +18,13 @@ use hyper_util::{
 };
 use percent_encoding::percent_decode_str;
 use tower::{BoxError, ServiceBuilder, timeout::TimeoutLayer, util::BoxCloneSyncService};
+use tower_http::timeout::TimeoutBody;
 use tower_key_rotation::{
     Error, FailoverLayer, KeyPool, KeyRotationLayer, classify::LlmGateway, failover::CloneRequest,
 };
 
 use super::body::KeptBody;
-use crate::{settings::Settings, this_machine};
+use crate::{settings::Settings, this_machine, with_sources};
 
 pub(super) type Client = BoxCloneSyncService<Request<KeptBody>, Response<Body>, Error<BoxError>>;
 
@@ -41,13 +43,30 @@ pub(super) fn client(pool: &KeyPool, settings: &Settings) -> io::Result<Client> 
         .clone_with(SendAgain);
     let rotation =
         KeyRotationLayer::new(pool).classify(LlmGateway::new()).read_error_bodies(ERROR_BODY).expose_key();
+    let idle = settings.idle_timeout.into();
     let client = ServiceBuilder::new()
-        .map_response(|response: Response<_>| response.map(Body::new))
+        .map_response(move |response: Response<_>| response.map(|body| with_limit(idle, body)))
         .layer(failover)
         .layer(rotation)
         .layer(TimeoutLayer::new(settings.response_timeout.into()))
         .service(hyper(settings)?);
     Ok(BoxCloneSyncService::new(client))
+}
+
+/// An answer that stalls for so long fails, and is broken off for the caller, too.
+fn with_limit<B>(idle: Duration, body: B) -> Body
+where
+    B: HttpBody<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
+{
+    // With the limit, it would no longer be known that nothing comes.
+    if body.is_end_stream() {
+        return Body::empty();
+    }
+    let body = TimeoutBody::new(idle, body);
+    Body::new(body.map_err(|error| {
+        tracing::warn!("the upstream's answer broke off: {}", with_sources(&*error));
+        error
+    }))
 }
 
 /// It follows no redirect: a key would go with it.
