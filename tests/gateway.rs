@@ -308,6 +308,18 @@ async fn where_no_further_attempt_is_made_the_one_before_goes_on() {
 }
 
 #[tokio::test]
+async fn a_caller_is_waited_for_where_all_that_has_come_is_sent_and_more_is_wanted() {
+    let (mut chunks, mut body) = kept_body(6);
+    let caller = body.caller();
+    assert!(!caller.is_waited_for(), "nobody has asked for anything");
+    assert!(body.frame().now_or_never().is_none());
+    assert!(caller.is_waited_for());
+    chunks.send_data("one".into()).await.unwrap();
+    assert_eq!(next(&mut body).await.unwrap(), "one");
+    assert!(!caller.is_waited_for());
+}
+
+#[tokio::test]
 async fn a_body_is_as_long_for_each_attempt_as_it_is() {
     let mut first = KeptBody::new(Body::from("12345"), BodyLimits { keep: 10, most: 10 });
     assert_eq!((first.size_hint().exact(), first.is_end_stream()), (Some(5), false));
@@ -782,6 +794,23 @@ async fn an_upstream_that_accepts_no_connection_in_time_is_502_and_one_that_does
     let response = in_time(http().post(gateway.url("/v1/messages")).send()).await.unwrap();
     assert_eq!(response.status(), 504);
     assert_eq!(json_of(response).await["error"]["type"], "timeout_error");
+}
+
+#[tokio::test]
+async fn a_caller_whose_body_does_not_come_is_told_so_and_not_that_the_upstream_is_late() {
+    let upstream = upstream(async |request| {
+        let is_whole = request.into_body().collect().await.is_ok();
+        answer(200, is_whole.to_string())
+    })
+    .await;
+    let gateway = Gateway::before(upstream, &["a"], ["--response-timeout", "0.2"]).await;
+    let (mut chunks, body) = streaming();
+    chunks.send_data("the first half".into()).await.unwrap();
+    let response = in_time(http().post(gateway.url("/")).body(body).send()).await.unwrap();
+    assert_eq!(response.status(), 408);
+    let error = json_of(response).await;
+    assert_eq!(error["error"]["message"], "the request's body did not come in time");
+    assert!(!gateway.log().contains("no answer from the upstream"), "{}", gateway.log());
 }
 
 #[tokio::test]

@@ -27,7 +27,7 @@ use tower_key_rotation::{Error, KeyPool, NoKeyAvailable, ServedBy};
 pub(crate) use self::upstream::Upstream;
 use self::{
     api::{Api, Refusal},
-    body::{BodyLimits, CutOff, KeptBody, TooLarge},
+    body::{BodyLimits, Caller, CutOff, KeptBody, TooLarge},
     upstream::Client,
 };
 use crate::{callers::Callers, metrics, settings::Settings, this_machine, with_sources};
@@ -62,13 +62,15 @@ impl Proxy {
     async fn forward(&self, api: Api, head: Parts, body: Body) -> Result<Response, Refusal> {
         let uri = self.admit(&head, &body)?;
         let method = head.method.clone();
-        let mut request = Request::new(KeptBody::new(body, self.limits));
+        let body = KeptBody::new(body, self.limits);
+        let caller = body.caller();
+        let mut request = Request::new(body);
         *request.method_mut() = head.method;
         *request.uri_mut() = uri;
         *request.headers_mut() = head.headers;
         headers::to_upstream(request.headers_mut());
 
-        let response = self.client.clone().oneshot(request).await.map_err(refuse)?;
+        let response = self.client.clone().oneshot(request).await.map_err(|error| refuse(error, &caller))?;
         Ok(self.pass_on(api, &method, response))
     }
 
@@ -145,10 +147,10 @@ async fn answer(State(proxy): State<Proxy>, request: Request) -> Response {
 }
 
 /// What to tell the caller where there is no response.
-fn refuse(error: Error<BoxError>) -> Refusal {
+fn refuse(error: Error<BoxError>, caller: &Caller) -> Refusal {
     match error {
         Error::NoKeyAvailable(no_key) => no_key_available(&no_key),
-        Error::Inner(error) => not_answered(&*error),
+        Error::Inner(error) => not_answered(&*error, caller),
         other => Refusal::new(StatusCode::BAD_GATEWAY, other.to_string()),
     }
 }
@@ -170,12 +172,15 @@ fn no_key_available(no_key: &NoKeyAvailable) -> Refusal {
     }
 }
 
-fn not_answered(error: &(dyn StdError + 'static)) -> Refusal {
+fn not_answered(error: &(dyn StdError + 'static), caller: &Caller) -> Refusal {
     if is_behind::<TooLarge>(error) {
         return too_large();
     }
     if is_behind::<CutOff>(error) {
         return Refusal::new(StatusCode::BAD_REQUEST, "the request's body broke off");
+    }
+    if error.is::<Elapsed>() && caller.is_waited_for() {
+        return Refusal::new(StatusCode::REQUEST_TIMEOUT, "the request's body did not come in time");
     }
     tracing::warn!("no answer from the upstream: {}", with_sources(error));
     if error.is::<Elapsed>() {
