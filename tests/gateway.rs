@@ -23,7 +23,7 @@ use axum::{
 use base64::prelude::{BASE64_STANDARD, Engine};
 use bytes::Bytes;
 use futures_util::{FutureExt, StreamExt};
-use http::{Request, Response, StatusCode, Version};
+use http::{Method, Request, Response, StatusCode, Version};
 use http_body_util::{
     BodyExt, Full,
     channel::{Channel, Sender},
@@ -39,6 +39,7 @@ use support::{
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
+    process::Command,
     sync::Notify,
     time::timeout,
 };
@@ -307,6 +308,18 @@ async fn where_no_further_attempt_is_made_the_one_before_goes_on() {
 }
 
 #[tokio::test]
+async fn a_caller_is_waited_for_where_all_that_has_come_is_sent_and_more_is_wanted() {
+    let (mut chunks, mut body) = kept_body(6);
+    let caller = body.caller();
+    assert!(!caller.is_waited_for(), "nobody has asked for anything");
+    assert!(body.frame().now_or_never().is_none());
+    assert!(caller.is_waited_for());
+    chunks.send_data("one".into()).await.unwrap();
+    assert_eq!(next(&mut body).await.unwrap(), "one");
+    assert!(!caller.is_waited_for());
+}
+
+#[tokio::test]
 async fn a_body_is_as_long_for_each_attempt_as_it_is() {
     let mut first = KeptBody::new(Body::from("12345"), BodyLimits { keep: 10, most: 10 });
     assert_eq!((first.size_hint().exact(), first.is_end_stream()), (Some(5), false));
@@ -372,6 +385,7 @@ async fn the_callers_credentials_never_reach_the_upstream() {
         let request = format!(
             "GET /v1{query} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nAuthorization: Bearer canary\r\n\
              Authorization: Basic canary\r\nx-api-key: canary\r\nApi-Key: canary\r\nX-Goog-Api-Key: canary\r\n\
+             OpenAI-Organization: org-canary\r\nOpenAI-Project: canary\r\n\
              Proxy-Authorization: Basic canary\r\nx-own: canary\r\n\r\n"
         );
         let request = if places.len() > 2 { request } else { request.replace("x-own: canary\r\n", "") };
@@ -394,6 +408,38 @@ async fn redirects_go_back_to_the_caller_and_are_not_followed() {
     assert_eq!(response.status(), 307);
     assert_eq!(header(&response, "location"), Some(&*elsewhere.url()));
     assert_eq!(elsewhere.count(), 0);
+}
+
+#[tokio::test]
+async fn a_redirect_under_the_upstreams_own_path_leads_back_to_the_gateway() {
+    let upstream = Server::start(async |request| match request.uri().path() {
+        "/tenant/old" => {
+            let host = request.headers()["host"].to_str().unwrap();
+            answer_with(308, [("location", &*format!("http://{host}/tenant/new?page=2"))], "")
+        }
+        path => answer(200, path.to_owned()),
+    })
+    .await;
+    let (keys, url) = (keys_file("a|sk-a"), format!("http://{}/tenant", upstream.address()));
+    let gateway = Gateway::start(command(["--upstream", &url, "--keys", keys.path()])).await;
+    let response = http().get(gateway.url("/old")).send().await.unwrap();
+    assert_eq!(response.url().as_str(), gateway.url("/new?page=2"));
+    assert_eq!(response.text().await.unwrap(), "/tenant/new");
+}
+
+#[tokio::test]
+async fn what_the_upstream_says_of_its_own_name_is_not_said_of_the_gateways() {
+    let of_origin = [
+        ("strict-transport-security", "max-age=9"),
+        ("alt-svc", "h3=\":443\""),
+        ("clear-site-data", "\"*\""),
+        ("x-kept", "1"),
+    ];
+    let upstream = Server::answering(move || answer_with(200, of_origin, "")).await;
+    let gateway = Gateway::before(upstream.address(), &["a"], []).await;
+    let response = http().get(gateway.url("/")).send().await.unwrap();
+    let passed = of_origin.map(|(name, _)| response.headers().contains_key(name));
+    assert_eq!(passed, [false, false, false, true]);
 }
 
 #[tokio::test]
@@ -760,6 +806,38 @@ async fn an_upstream_that_accepts_no_connection_in_time_is_502_and_one_that_does
 }
 
 #[tokio::test]
+async fn a_caller_whose_body_does_not_come_is_told_so_and_not_that_the_upstream_is_late() {
+    let upstream = upstream(async |request| {
+        let is_whole = request.into_body().collect().await.is_ok();
+        answer(200, is_whole.to_string())
+    })
+    .await;
+    let gateway = Gateway::before(upstream, &["a"], ["--response-timeout", "0.2"]).await;
+    let (mut chunks, body) = streaming();
+    chunks.send_data("the first half".into()).await.unwrap();
+    let response = in_time(http().post(gateway.url("/")).body(body).send()).await.unwrap();
+    assert_eq!(response.status(), 408);
+    let error = json_of(response).await;
+    assert_eq!(error["error"]["message"], "the request's body did not come in time");
+    assert!(!gateway.log().contains("no answer from the upstream"), "{}", gateway.log());
+}
+
+#[tokio::test]
+async fn an_answer_that_stalls_is_broken_off_and_one_that_goes_on_is_not() {
+    let (mut chunks, body) = stream();
+    let upstream = answering_once("text/event-stream", body).await;
+    let gateway = Gateway::before(upstream.address(), &["a"], ["--idle-timeout", "0.4"]).await;
+    let mut response = http().get(gateway.url("/")).send().await.unwrap();
+    for _ in 0..6 {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        chunks.send_data("more".into()).await.unwrap();
+        assert_eq!(in_time(response.chunk()).await.unwrap().unwrap(), "more");
+    }
+    assert!(in_time(response.chunk()).await.is_err(), "the caller would take it for all");
+    assert!(gateway.log().contains("the upstream's answer broke off"), "{}", gateway.log());
+}
+
+#[tokio::test]
 async fn with_sanitize_errors_nothing_of_an_upstreams_error_goes_out_but_its_status_and_retry_after() {
     let errors = |status: u16| {
         let headers = [
@@ -923,7 +1001,7 @@ const MESSAGE: &str = r#"{"type":"message","usage":{"input_tokens":1000,"output_
 const MESSAGE_STREAM: &str = "event: message_start\r\ndata: {\"type\":\"message_start\",\"message\":{\"usage\":{\
     \"input_tokens\":10000,\"cache_creation_input_tokens\":0,\"cache_read_input_tokens\":5000,\"output_tokens\":1}}}\r\n\r\n\
     event: message_delta\r\ndata: {\"type\":\"message_delta\",\"usage\":{\"output_tokens\":2500}}\r\n\r\n\
-    event: message_delta\r\ndata: {\"type\":\"message_delta\",\"usage\":{\"output_tokens\":5000}}\r\n\r\n";
+    event: message_delta\r\ndata: {\"type\":\"message_delta\",\"usage\":{\"input_tokens\":0,\"output_tokens\":5000}}\r\n\r\n";
 
 /// In chunks that end anywhere.
 fn in_pieces(text: &'static str) -> Body {
@@ -962,7 +1040,7 @@ async fn tokens_are_credited_to_the_key_that_served_whatever_the_api_and_whether
         ("/text", CHAT),
         ("/cut", r#"{"usage":"much","#),
     ] {
-        let response = http().get(gateway.url(path)).send().await.unwrap();
+        let response = http().post(gateway.url(path)).send().await.unwrap();
         assert_eq!(response.text().await.unwrap(), body, "it passes as it is");
     }
     gateway.terminate().await;
@@ -970,6 +1048,45 @@ async fn tokens_are_credited_to_the_key_that_served_whatever_the_api_and_whether
     let tokens = async |id| number(&mongo.document(id).await, "tokensUsed");
     assert_eq!(tokens("serves").await, 7 + 22_222, "each digit is an API's");
     assert_eq!(tokens("limited").await, 7);
+}
+
+/// All that were credited, once there are any.
+async fn tokens_at(gateway: &Gateway) -> u64 {
+    let mut tokens = 0;
+    for _ in 0..1_000 {
+        let keys: Value =
+            http().get(gateway.url("/admin/api/keys")).send().await.unwrap().json().await.unwrap();
+        tokens = keys["keys"][0]["tokens"].as_u64().unwrap();
+        if tokens > 0 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    tokens
+}
+
+#[tokio::test]
+async fn tokens_are_credited_when_they_are_used_and_not_when_the_answer_is_read_again() {
+    let upstream = Server::answering(|| answer_with(200, [("content-type", "application/json")], CHAT)).await;
+    let gateway = Gateway::before(upstream.address(), &["a"], []).await;
+    for method in [Method::GET, Method::GET, Method::POST] {
+        let response = http().request(method, gateway.url("/v1/responses/1")).send().await.unwrap();
+        assert_eq!(response.text().await.unwrap(), CHAT);
+    }
+    assert_eq!(tokens_at(&gateway).await, 2);
+}
+
+#[tokio::test]
+async fn tokens_are_read_from_a_long_line_of_a_stream() {
+    let line = || {
+        let text = "x".repeat(2 << 20);
+        format!("data: {{\"response\":{{\"output\":\"{text}\",\"usage\":{{\"total_tokens\":2}}}}}}\n\n")
+    };
+    let upstream =
+        Server::answering(move || answer_with(200, [("content-type", "text/event-stream")], line())).await;
+    let gateway = Gateway::before(upstream.address(), &["a"], []).await;
+    http().post(gateway.url("/v1/responses")).send().await.unwrap().bytes().await.unwrap();
+    assert_eq!(tokens_at(&gateway).await, 2);
 }
 
 #[tokio::test]
@@ -981,6 +1098,98 @@ async fn callers_may_speak_http_2() {
     let response = in_time(client.request(request)).await.unwrap();
     assert_eq!((response.status(), response.version()), (StatusCode::OK, Version::HTTP_2));
     assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "hello");
+}
+
+/// Whether the gateway closes the connection.
+async fn is_closed(connection: &mut TcpStream) -> bool {
+    match in_time(connection.read(&mut [0; 1024])).await {
+        Ok(count) => count == 0,
+        Err(error) => error.kind() == io::ErrorKind::ConnectionReset,
+    }
+}
+
+#[tokio::test]
+async fn a_caller_that_connects_and_says_nothing_or_half_of_a_request_is_not_waited_for() {
+    let upstream = Server::answering(|| answer(200, "fine")).await;
+    let gateway = Gateway::before(upstream.address(), &["a"], ["--head-timeout", "0.3"]).await;
+    let http_2 = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+    for said in ["", "P", "GET / HTTP/1.1\r\nHost: local", http_2] {
+        let mut connection = TcpStream::connect(gateway.address()).await.unwrap();
+        connection.write_all(said.as_bytes()).await.unwrap();
+        let until_closed = async {
+            // In HTTP/2 it has something to say itself.
+            while !is_closed(&mut connection).await {}
+        };
+        in_time(until_closed).await;
+    }
+    assert_eq!(upstream.count(), 0);
+}
+
+#[tokio::test]
+async fn a_connection_is_kept_for_the_next_request_for_a_while() {
+    let upstream = Server::answering(|| answer(200, "fine")).await;
+    let gateway = Gateway::before(upstream.address(), &["a"], ["--keep-alive", "0.3"]).await;
+    let mut connection = TcpStream::connect(gateway.address()).await.unwrap();
+    for _ in 0..2 {
+        connection.write_all(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"fine") {
+            assert_ne!(in_time(connection.read_buf(&mut answer)).await.unwrap(), 0);
+        }
+    }
+    assert!(is_closed(&mut connection).await);
+}
+
+#[tokio::test]
+async fn no_limit_of_a_request_to_come_ends_a_stream_that_is_under_way() {
+    let (mut chunks, body) = stream();
+    let upstream = answering_once("text/plain", body).await;
+    let limits = ["--head-timeout", "0.2", "--keep-alive", "0.2"];
+    let gateway = Gateway::before(upstream.address(), &["a"], limits).await;
+    let mut response = http().get(gateway.url("/")).send().await.unwrap();
+    for _ in 0..6 {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        chunks.send_data("more".into()).await.unwrap();
+        assert_eq!(in_time(response.chunk()).await.unwrap().unwrap(), "more");
+    }
+}
+
+#[tokio::test]
+async fn a_caller_in_http_2_that_is_silently_gone_is_noticed() {
+    let (mut chunks, body) = stream();
+    let upstream = answering_once("text/plain", body).await;
+    let gateway = Gateway::before(upstream.address(), &["a"], ["--ping", "0.4"]).await;
+    let between = Proxy::to(gateway.address()).await;
+    let client = Client::builder(TokioExecutor::new()).http2_only(true).build_http::<Full<Bytes>>();
+    let uri = format!("http://localhost:{}/", between.port());
+    let response = client.request(Request::get(uri).body(Full::default()).unwrap());
+    let mut response = in_time(response).await.unwrap();
+    chunks.send_data("one".into()).await.unwrap();
+    assert_eq!(in_time(response.frame()).await.unwrap().unwrap().into_data().unwrap(), "one");
+    between.set(Fault::Silence);
+    let until_noticed = async {
+        while chunks.send_data("more".into()).await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    in_time(until_noticed).await;
+}
+
+#[tokio::test]
+async fn where_too_many_files_are_open_it_goes_on_once_there_are_fewer() {
+    let upstream = Server::answering(|| answer(200, "fine")).await;
+    let (keys, url) = (keys_file("a|sk-a"), format!("http://{}", upstream.address()));
+    let gateway = command(["--upstream", &url, "--keys", keys.path()]);
+    let gateway = gateway.as_std();
+    let mut with_few_files = Command::new("sh");
+    with_few_files.args(["-c", "ulimit -n 40; exec \"$0\" \"$@\""]).env_clear().kill_on_drop(true);
+    with_few_files.arg(gateway.get_program()).args(gateway.get_args());
+    let gateway = Gateway::start(with_few_files).await;
+    let connect = || TcpStream::connect(gateway.address());
+    let connections = futures_util::future::join_all((0..50).map(|_| connect())).await;
+    eventually("there are too many", || gateway.log().contains("no connection can be accepted")).await;
+    drop(connections);
+    assert_eq!(in_time(http().get(gateway.url("/")).send()).await.unwrap().status(), 200);
 }
 
 /// Connections by TLS; those that come to nothing are left out.
@@ -1010,19 +1219,25 @@ fn pem(certificate: &[u8]) -> String {
     format!("-----BEGIN CERTIFICATE-----\n{text}\n-----END CERTIFICATE-----\n")
 }
 
-#[tokio::test]
-async fn an_upstream_is_spoken_to_by_tls_and_in_http_2_where_it_can_and_only_if_it_is_who_it_says() {
+/// An upstream as `localhost` that speaks HTTP/2 by TLS and answers with the version that it is asked in, and the file
+/// with its certificate.
+async fn upstream_with_tls() -> (SocketAddr, TestFile) {
     let certificate = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
     let key = PrivateKeyDer::Pkcs8(certificate.signing_key.serialize_der().into());
     let config = ServerConfig::builder().with_no_client_auth();
     let mut config = config.with_single_cert(vec![certificate.cert.der().clone()], key).unwrap();
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     let listener = Tls(TcpListener::bind("127.0.0.1:0").await.unwrap(), TlsAcceptor::from(Arc::new(config)));
-    let url = format!("https://localhost:{}", listener.local_addr().unwrap().port());
+    let address = listener.local_addr().unwrap();
     let version = async |request: Request<Body>| format!("{:?}", request.version());
     tokio::spawn(async move { axum::serve(listener, Router::new().fallback(version)).await });
+    (address, file("pem", &pem(certificate.cert.der())))
+}
 
-    let (keys, trusted) = (keys_file("a|sk-a"), file("pem", &pem(certificate.cert.der())));
+#[tokio::test]
+async fn an_upstream_is_spoken_to_by_tls_and_in_http_2_where_it_can_and_only_if_it_is_who_it_says() {
+    let (upstream, trusted) = upstream_with_tls().await;
+    let (keys, url) = (keys_file("a|sk-a"), format!("https://localhost:{}", upstream.port()));
     let arguments = ["--upstream", &url, "--keys", keys.path()];
     let mut trusting = command(arguments);
     trusting.env("SSL_CERT_FILE", trusted.path());
@@ -1032,6 +1247,24 @@ async fn an_upstream_is_spoken_to_by_tls_and_in_http_2_where_it_can_and_only_if_
 
     let gateway = Gateway::start(command(arguments)).await;
     assert_eq!(in_time(http().get(gateway.url("/")).send()).await.unwrap().status(), 502);
+}
+
+#[tokio::test]
+async fn an_upstream_that_is_silently_gone_is_noticed_long_before_its_answer_is_late() {
+    let (upstream, trusted) = upstream_with_tls().await;
+    let between = Proxy::to(upstream).await;
+    let (keys, url) = (keys_file("a|sk-a"), format!("https://localhost:{}", between.port()));
+    let mut command = command(["--upstream", &url, "--keys", keys.path(), "--ping", "0.4"]);
+    command.env("SSL_CERT_FILE", trusted.path());
+    let gateway = Gateway::start(command).await;
+    let status = async || in_time(http().get(gateway.url("/")).send()).await.unwrap().status();
+    assert_eq!(status().await, 200);
+    between.set(Fault::Silence);
+    assert_eq!(status().await, 502);
+    // The next one goes over a connection of its own.
+    between.set(Fault::None);
+    assert_eq!(status().await, 200);
+    assert_eq!(between.connections(), 2);
 }
 
 #[tokio::test]
@@ -1051,6 +1284,19 @@ async fn a_path_of_the_upstreams_goes_before_each_and_none_leads_out_of_it() {
         assert!(get(leads_out).await.starts_with("HTTP/1.1 400"), "{leads_out}");
     }
     assert_eq!(upstream.count(), 3);
+}
+
+#[tokio::test]
+async fn no_key_goes_out_with_a_method_that_would_give_it_back_or_lead_past_the_gateway() {
+    let upstream = Server::answering(|| answer(200, "fine")).await;
+    let gateway = Gateway::before(upstream.address(), &["a"], []).await;
+    for line in ["TRACE /v1/messages", "TRACE *", "CONNECT localhost:443"] {
+        let request = format!("{line} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+        let answer = exchange(gateway.address(), &request).await.to_lowercase();
+        assert!(answer.starts_with("http/1.1 405") && answer.contains("allow: get, "), "{line}: {answer}");
+        assert!(answer.contains("invalid_request_error"), "{line}: {answer}");
+    }
+    assert_eq!(upstream.count(), 0);
 }
 
 #[tokio::test]

@@ -1,13 +1,20 @@
-//! Puts the gateway together, and serves until it is told to stop.
+//! Puts the gateway together, and has it serve until it is told to stop.
 
-use std::{error::Error, io, net::SocketAddr, time::Duration};
+use std::{error::Error, io};
 
-use axum::{Router, middleware, serve::ListenerExt};
+use axum::{Router, middleware};
 use futures_util::FutureExt;
-use tokio::{net::TcpListener, time::sleep};
+use tokio::net::TcpListener;
 use tower_key_rotation::RecoveryHandle;
 
-use crate::{admin::Admin, health, keys, metrics, proxy::Proxy, read_on::read_on, settings::Settings};
+use crate::{
+    admin::Admin,
+    health, keys, metrics,
+    proxy::Proxy,
+    read_on::read_on,
+    serve::{Limits, serve},
+    settings::Settings,
+};
 
 pub(crate) async fn run(settings: Settings) -> Result<(), Box<dyn Error>> {
     let exporter = metrics::install()?;
@@ -25,7 +32,8 @@ pub(crate) async fn run(settings: Settings) -> Result<(), Box<dyn Error>> {
         .merge(admin.guard(metrics::router(pool.clone(), exporter)))
         .fallback_service(Proxy::new(&pool, &settings)?.router())
         .layer(middleware::map_request(read_on));
-    serve(listener, app, stop.inspect(move |()| admin.stop()), settings.shutdown_limit.into()).await?;
+    let limits = Limits::of(&settings);
+    serve(listener, app, stop.inspect(move |()| admin.stop()), limits).await;
 
     recovery.shutdown().await?;
     tracing::info!("stopped");
@@ -40,32 +48,6 @@ fn announce(settings: &Settings, listener: &TcpListener) -> io::Result<()> {
     let upstream = settings.upstream.authority();
     tracing::info!("listening on http://{}, for {upstream}", listener.local_addr()?);
     Ok(())
-}
-
-/// Serves until a signal comes, and then until all requests under way are done or the limit is over.
-async fn serve(
-    listener: TcpListener,
-    app: Router,
-    stop: impl Future<Output = ()> + Send + 'static,
-    limit: Duration,
-) -> io::Result<()> {
-    // A stream's small chunks are not held back to be sent together.
-    let listener = listener.tap_io(|connection| _ = connection.set_nodelay(true));
-    let stop = stop.shared();
-    let served = axum::serve(listener, app.into_make_service_with_connect_info::<SocketAddr>())
-        .with_graceful_shutdown(stop.clone());
-    let limit_is_over = async {
-        stop.await;
-        tracing::info!("stopping: requests under way have {limit:?} to finish");
-        sleep(limit).await;
-    };
-    tokio::select! {
-        done = served.into_future() => done,
-        () = limit_is_over => {
-            tracing::warn!("requests under way are broken off after {limit:?}");
-            Ok(())
-        }
-    }
 }
 
 /// Completes at a SIGTERM or Ctrl-C. They are listened for from now on.

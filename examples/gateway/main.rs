@@ -20,6 +20,7 @@ mod keys;
 mod metrics;
 mod proxy;
 mod read_on;
+mod serve;
 mod settings;
 mod this_machine;
 

@@ -103,6 +103,23 @@ pub(crate) struct Settings {
     #[arg(long, value_name = "SECONDS", default_value = "600")]
     pub(crate) response_timeout: Seconds,
 
+    /// How long the upstream may then send nothing, before the answer is broken off
+    #[arg(long, value_name = "SECONDS", default_value = "600")]
+    pub(crate) idle_timeout: Seconds,
+
+    /// How long a caller that has connected may take until its first request has come, without the body
+    #[arg(long, value_name = "SECONDS", default_value = "30")]
+    pub(crate) head_timeout: Seconds,
+
+    /// How long a caller's HTTP/1.1 connection is kept until the next request has come
+    #[arg(long, value_name = "SECONDS", default_value = "180")]
+    pub(crate) keep_alive: Seconds,
+
+    /// How often an HTTP/2 connection is asked whether the other side is still there; it is closed where no answer
+    /// comes in half that time; 0 is never
+    #[arg(long, value_name = "SECONDS", default_value = "20")]
+    pub(crate) ping: Seconds,
+
     /// How long requests under way may take to finish once the gateway is told to stop
     #[arg(long, value_name = "SECONDS", default_value = "30")]
     pub(crate) shutdown_limit: Seconds,

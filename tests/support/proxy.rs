@@ -65,6 +65,10 @@ impl Proxy {
         self.fault.send_replace(fault);
     }
 
+    pub fn port(&self) -> u16 {
+        self.address.port()
+    }
+
     /// What a client connects to in place of the server.
     pub fn uri(&self) -> String {
         format!("mongodb://{}/?directConnection=true", self.address)

@@ -30,9 +30,20 @@ pub(super) struct KeptBody {
     sent: usize,
 }
 
+/// What a caller has still to do for its body.
+pub(super) struct Caller(Arc<Mutex<Shared>>);
+
+impl Caller {
+    /// Whether the upstream could have had more of it than has come.
+    pub(super) fn is_waited_for(&self) -> bool {
+        lock(&self.0).waits_for_source
+    }
+}
+
 struct Shared {
     /// `None` once it has ended or failed.
     source: Option<Body>,
+    waits_for_source: bool,
     received: usize,
     limits: BodyLimits,
     /// All that was received; `None` where that was too much.
@@ -51,6 +62,7 @@ impl KeptBody {
     pub(super) fn new(body: Body, limits: BodyLimits) -> Self {
         let shared = Shared {
             source: Some(body),
+            waits_for_source: false,
             received: 0,
             limits,
             kept: Some(BytesMut::new()),
@@ -71,9 +83,17 @@ impl KeptBody {
         can_be_sent
     }
 
-    fn shared(&self) -> MutexGuard<'_, Shared> {
-        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn caller(&self) -> Caller {
+        Caller(self.shared.clone())
     }
+
+    fn shared(&self) -> MutexGuard<'_, Shared> {
+        lock(&self.shared)
+    }
+}
+
+fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Clone for KeptBody {
@@ -168,7 +188,8 @@ impl Shared {
             return Poll::Ready(Some(Ok(Bytes::copy_from_slice(unsent))));
         }
         let frame = self.poll_source(cx);
-        if frame.is_pending() {
+        self.waits_for_source = frame.is_pending();
+        if self.waits_for_source {
             self.waker = Some(cx.waker().clone());
         }
         frame

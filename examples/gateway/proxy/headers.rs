@@ -1,13 +1,15 @@
-//! Which headers a proxy passes on: all but those of a connection, and but the caller's credentials.
+//! Which headers a proxy passes on: all but those of a connection, but the caller's credentials, and but what the
+//! upstream says of its own name.
 
 use axum::http::{
     HeaderMap, HeaderName, HeaderValue,
     header::{
-        ACCEPT_ENCODING, CONNECTION, EXPECT, HOST, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE,
-        TRANSFER_ENCODING, UPGRADE,
+        ACCEPT_ENCODING, ALT_SVC, CONNECTION, EXPECT, HOST, LOCATION, PROXY_AUTHENTICATE,
+        PROXY_AUTHORIZATION, STRICT_TRANSPORT_SECURITY, TE, TRANSFER_ENCODING, UPGRADE,
     },
 };
 
+use super::Upstream;
 use crate::callers::CREDENTIALS;
 
 /// RFC 9110 section 7.6.1, and what belongs to the proxy itself by section 11.7.
@@ -22,18 +24,33 @@ const HOP_BY_HOP: [HeaderName; 8] = [
     UPGRADE,
 ];
 
+/// They say to whom the caller's own key belongs. A key of another account is refused with them.
+const ACCOUNT: [HeaderName; 2] =
+    [HeaderName::from_static("openai-organization"), HeaderName::from_static("openai-project")];
+
+/// What a server says of all that has its name, which to the caller is the gateway's.
+const OF_ORIGIN: [HeaderName; 3] =
+    [STRICT_TRANSPORT_SECURITY, ALT_SVC, HeaderName::from_static("clear-site-data")];
+
 pub(super) fn to_upstream(headers: &mut HeaderMap) {
     remove_hop_by_hop(headers);
     // The client sets the upstream's own, and has answered the caller's expectation itself.
-    for name in [HOST, EXPECT].into_iter().chain(CREDENTIALS) {
+    for name in [HOST, EXPECT].into_iter().chain(CREDENTIALS).chain(ACCOUNT) {
         headers.remove(name);
     }
     // Tokens are read from the body as it passes.
     headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
 }
 
-pub(super) fn to_caller(headers: &mut HeaderMap) {
+pub(super) fn to_caller(headers: &mut HeaderMap, upstream: &Upstream) {
     remove_hop_by_hop(headers);
+    for name in OF_ORIGIN {
+        headers.remove(name);
+    }
+    let location = headers.get(LOCATION).and_then(|location| location.to_str().ok());
+    if let Some(path) = location.and_then(|location| upstream.path_of(location)) {
+        headers.insert(LOCATION, path);
+    }
 }
 
 fn remove_hop_by_hop(headers: &mut HeaderMap) {

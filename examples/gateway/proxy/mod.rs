@@ -17,7 +17,7 @@ use axum::{
     Router,
     body::{Body, HttpBody},
     extract::{Request, State},
-    http::{HeaderValue, StatusCode, Uri, Version, header::RETRY_AFTER, request::Parts},
+    http::{HeaderValue, Method, StatusCode, Uri, Version, header::RETRY_AFTER, request::Parts},
     response::Response,
 };
 use hyper_util::client::legacy;
@@ -27,7 +27,7 @@ use tower_key_rotation::{Error, KeyPool, NoKeyAvailable, ServedBy};
 pub(crate) use self::upstream::Upstream;
 use self::{
     api::{Api, Refusal},
-    body::{BodyLimits, CutOff, KeptBody, TooLarge},
+    body::{BodyLimits, Caller, CutOff, KeptBody, TooLarge},
     upstream::Client,
 };
 use crate::{callers::Callers, metrics, settings::Settings, this_machine, with_sources};
@@ -61,14 +61,17 @@ impl Proxy {
 
     async fn forward(&self, api: Api, head: Parts, body: Body) -> Result<Response, Refusal> {
         let uri = self.admit(&head, &body)?;
-        let mut request = Request::new(KeptBody::new(body, self.limits));
+        let method = head.method.clone();
+        let body = KeptBody::new(body, self.limits);
+        let caller = body.caller();
+        let mut request = Request::new(body);
         *request.method_mut() = head.method;
         *request.uri_mut() = uri;
         *request.headers_mut() = head.headers;
         headers::to_upstream(request.headers_mut());
 
-        let response = self.client.clone().oneshot(request).await.map_err(refuse)?;
-        Ok(self.pass_on(api, response))
+        let response = self.client.clone().oneshot(request).await.map_err(|error| refuse(error, &caller))?;
+        Ok(self.pass_on(api, &method, response))
     }
 
     /// Where a request goes, if it may go anywhere.
@@ -87,6 +90,13 @@ impl Proxy {
                  other proxy, and not for pages of other origins: set --client-token",
             ));
         }
+        // An answer to TRACE repeats the request, with the key in it, and CONNECT asks for a way past this gateway.
+        if [Method::TRACE, Method::CONNECT].contains(&head.method) {
+            return Err(Refusal::new(
+                StatusCode::METHOD_NOT_ALLOWED,
+                format!("this gateway passes on no {}", head.method),
+            ));
+        }
         if body.size_hint().lower() > self.limits.most as u64 {
             return Err(too_large());
         }
@@ -95,8 +105,8 @@ impl Proxy {
             .ok_or_else(|| Refusal::new(StatusCode::BAD_REQUEST, "this gateway passes on no such path"))
     }
 
-    fn pass_on(&self, api: Api, mut response: Response) -> Response {
-        headers::to_caller(response.headers_mut());
+    fn pass_on(&self, api: Api, method: &Method, mut response: Response) -> Response {
+        headers::to_caller(response.headers_mut(), &self.upstream);
         *response.version_mut() = Version::default();
         let status = response.status();
         if status == StatusCode::TOO_MANY_REQUESTS {
@@ -112,7 +122,7 @@ impl Proxy {
             *error.extensions_mut() = mem::take(response.extensions_mut());
             return error;
         }
-        tokens::count(&self.pool, response)
+        tokens::count(&self.pool, method, response)
     }
 
     /// A limited response speaks of one key. Where all rest, the caller hears when the first of them is back.
@@ -137,10 +147,10 @@ async fn answer(State(proxy): State<Proxy>, request: Request) -> Response {
 }
 
 /// What to tell the caller where there is no response.
-fn refuse(error: Error<BoxError>) -> Refusal {
+fn refuse(error: Error<BoxError>, caller: &Caller) -> Refusal {
     match error {
         Error::NoKeyAvailable(no_key) => no_key_available(&no_key),
-        Error::Inner(error) => not_answered(&*error),
+        Error::Inner(error) => not_answered(&*error, caller),
         other => Refusal::new(StatusCode::BAD_GATEWAY, other.to_string()),
     }
 }
@@ -162,12 +172,15 @@ fn no_key_available(no_key: &NoKeyAvailable) -> Refusal {
     }
 }
 
-fn not_answered(error: &(dyn StdError + 'static)) -> Refusal {
+fn not_answered(error: &(dyn StdError + 'static), caller: &Caller) -> Refusal {
     if is_behind::<TooLarge>(error) {
         return too_large();
     }
     if is_behind::<CutOff>(error) {
         return Refusal::new(StatusCode::BAD_REQUEST, "the request's body broke off");
+    }
+    if error.is::<Elapsed>() && caller.is_waited_for() {
+        return Refusal::new(StatusCode::REQUEST_TIMEOUT, "the request's body did not come in time");
     }
     tracing::warn!("no answer from the upstream: {}", with_sources(error));
     if error.is::<Elapsed>() {

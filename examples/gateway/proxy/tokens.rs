@@ -8,7 +8,7 @@ use std::{
 use axum::{
     body::{Body, Bytes, HttpBody},
     http::{
-        HeaderMap,
+        HeaderMap, Method,
         header::{CONTENT_ENCODING, CONTENT_TYPE},
     },
     response::Response,
@@ -17,11 +17,8 @@ use hyper::body::{Frame, SizeHint};
 use serde::Deserialize;
 use tower_key_rotation::{KeyId, KeyPool, ServedBy};
 
-/// The largest JSON answer that is looked at.
-const LARGEST_ANSWER: usize = 8 << 20;
-
-/// The longest line of an event stream that is looked at.
-const LONGEST_LINE: usize = 1 << 20;
+/// The largest JSON that is looked at: an answer, or a line of an event stream.
+const LARGEST_JSON: usize = 8 << 20;
 
 /// A body that is passed on as it is, and looked at.
 struct Counted {
@@ -31,7 +28,12 @@ struct Counted {
     key: KeyId,
 }
 
-pub(super) fn count(pool: &KeyPool, response: Response) -> Response {
+/// Only what was posted uses tokens: an answer that is kept can be read as often as one likes, and says each time what
+/// was used once.
+pub(super) fn count(pool: &KeyPool, method: &Method, response: Response) -> Response {
+    if method != Method::POST {
+        return response;
+    }
     let key = response.extensions().get().map(|ServedBy(key)| key.clone());
     let (Some(key), Some(reader)) = (key, Reader::of(response.headers())) else { return response };
     let pool = pool.clone();
@@ -95,7 +97,7 @@ impl Reader {
         match self {
             Self::Json { chunks, length } => {
                 *length += data.len();
-                if *length > LARGEST_ANSWER {
+                if *length > LARGEST_JSON {
                     chunks.clear();
                 } else {
                     chunks.push(data.clone());
@@ -116,7 +118,7 @@ impl Reader {
 /// `line` is what has come of a line that has not ended yet.
 fn read_events(data: &[u8], line: &mut Vec<u8>, usage: &mut Usage) {
     for piece in data.split_inclusive(|&byte| byte == b'\n') {
-        if line.len() <= LONGEST_LINE {
+        if line.len() <= LARGEST_JSON {
             line.extend_from_slice(piece);
         }
         if piece.ends_with(b"\n") {
@@ -160,14 +162,15 @@ struct Usage {
 }
 
 impl Usage {
-    /// Takes over what a later event says: its numbers count from the beginning.
+    /// Takes over what a later event says. Its numbers count from the beginning, and one that has become smaller was
+    /// left out: some services say 0 for the input once it has been told.
     fn update(&mut self, later: Self) {
-        self.total_tokens = later.total_tokens.or(self.total_tokens);
-        self.input_tokens = later.input_tokens.or(self.input_tokens);
-        self.output_tokens = later.output_tokens.or(self.output_tokens);
+        self.total_tokens = self.total_tokens.max(later.total_tokens);
+        self.input_tokens = self.input_tokens.max(later.input_tokens);
+        self.output_tokens = self.output_tokens.max(later.output_tokens);
         self.cache_creation_input_tokens =
-            later.cache_creation_input_tokens.or(self.cache_creation_input_tokens);
-        self.cache_read_input_tokens = later.cache_read_input_tokens.or(self.cache_read_input_tokens);
+            self.cache_creation_input_tokens.max(later.cache_creation_input_tokens);
+        self.cache_read_input_tokens = self.cache_read_input_tokens.max(later.cache_read_input_tokens);
     }
 
     /// The total where the API says it: OpenAI's input has what was cached in it already. Anthropic's has not.

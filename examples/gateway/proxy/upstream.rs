@@ -1,12 +1,13 @@
 //! The upstream, and the client that sends requests to it: failover around rotation around `hyper`.
 
-use std::{io, str::FromStr};
+use std::{io, str::FromStr, time::Duration};
 
-use axum::body::Body;
+use axum::body::{Body, Bytes, HttpBody};
 use http::{
-    Request, Response, Uri,
+    HeaderValue, Request, Response, Uri,
     uri::{Authority, Scheme},
 };
+use http_body_util::BodyExt;
 use hyper_rustls::HttpsConnectorBuilder;
 use hyper_util::{
     client::legacy::{
@@ -17,17 +18,21 @@ use hyper_util::{
 };
 use percent_encoding::percent_decode_str;
 use tower::{BoxError, ServiceBuilder, timeout::TimeoutLayer, util::BoxCloneSyncService};
+use tower_http::timeout::TimeoutBody;
 use tower_key_rotation::{
     Error, FailoverLayer, KeyPool, KeyRotationLayer, classify::LlmGateway, failover::CloneRequest,
 };
 
 use super::body::KeptBody;
-use crate::{settings::Settings, this_machine};
+use crate::{settings::Settings, this_machine, with_sources};
 
 pub(super) type Client = BoxCloneSyncService<Request<KeptBody>, Response<Body>, Error<BoxError>>;
 
 /// How much of an error's body is looked at, for what it says of the key.
 const ERROR_BODY: usize = 16 * 1024;
+
+/// An upstream that acknowledges nothing for so long is gone.
+const GONE_AFTER: Duration = Duration::from_secs(60);
 
 /// A client that puts one of the pool's keys into each request, and sends a limited one again with another.
 pub(super) fn client(pool: &KeyPool, settings: &Settings) -> io::Result<Client> {
@@ -38,13 +43,30 @@ pub(super) fn client(pool: &KeyPool, settings: &Settings) -> io::Result<Client> 
         .clone_with(SendAgain);
     let rotation =
         KeyRotationLayer::new(pool).classify(LlmGateway::new()).read_error_bodies(ERROR_BODY).expose_key();
+    let idle = settings.idle_timeout.into();
     let client = ServiceBuilder::new()
-        .map_response(|response: Response<_>| response.map(Body::new))
+        .map_response(move |response: Response<_>| response.map(|body| with_limit(idle, body)))
         .layer(failover)
         .layer(rotation)
         .layer(TimeoutLayer::new(settings.response_timeout.into()))
         .service(hyper(settings)?);
     Ok(BoxCloneSyncService::new(client))
+}
+
+/// An answer that stalls for so long fails, and is broken off for the caller, too.
+fn with_limit<B>(idle: Duration, body: B) -> Body
+where
+    B: HttpBody<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
+{
+    // With the limit, it would no longer be known that nothing comes.
+    if body.is_end_stream() {
+        return Body::empty();
+    }
+    let body = TimeoutBody::new(idle, body);
+    Body::new(body.map_err(|error| {
+        tracing::warn!("the upstream's answer broke off: {}", with_sources(&*error));
+        error
+    }))
 }
 
 /// It follows no redirect: a key would go with it.
@@ -54,6 +76,13 @@ fn hyper(
     let mut tcp = HttpConnector::new();
     tcp.enforce_http(false);
     tcp.set_nodelay(true);
+    // An upstream that is silently gone is noticed in HTTP/1.1 by these, and in HTTP/2, where one connection carries
+    // all requests, by pings.
+    tcp.set_keepalive(Some(GONE_AFTER / 2));
+    tcp.set_keepalive_interval(Some(GONE_AFTER / 6));
+    tcp.set_keepalive_retries(Some(3));
+    #[cfg(target_os = "linux")]
+    tcp.set_tcp_user_timeout(Some(GONE_AFTER));
     let tls = HttpsConnectorBuilder::new()
         .try_with_platform_verifier()
         .map_err(io::Error::other)?
@@ -64,7 +93,13 @@ fn hyper(
         .map_future(Box::pin)
         .layer(TimeoutLayer::new(settings.connect_timeout.into()))
         .service(tls);
-    Ok(HyperClient::builder(TokioExecutor::new()).pool_timer(TokioTimer::new()).build(connect))
+    let ping = Duration::from(settings.ping);
+    Ok(HyperClient::builder(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .pool_timer(TokioTimer::new())
+        .http2_keep_alive_interval((!ping.is_zero()).then_some(ping))
+        .http2_keep_alive_timeout(ping / 2)
+        .build(connect))
 }
 
 #[derive(Clone)]
@@ -115,6 +150,33 @@ impl Upstream {
             .build()
             .ok()
     }
+
+    /// Where a caller of the gateway finds what an answer's `Location` means. `None` where that is not there.
+    pub(super) fn path_of(&self, location: &str) -> Option<HeaderValue> {
+        let uri: Uri = location.parse().ok()?;
+        let is_here = match uri.authority() {
+            Some(authority) => {
+                uri.scheme() == Some(&self.scheme)
+                    && authority.host().eq_ignore_ascii_case(self.authority.host())
+                    && self.port_of(authority) == self.port_of(&self.authority)
+            }
+            None => true,
+        };
+        let path = uri.path_and_query()?.as_str().strip_prefix(&*self.base)?;
+        let slash = if path.starts_with('/') { "" } else { "/" };
+        let is_below = self.base.is_empty() || path.is_empty() || path.starts_with(['/', '?']);
+        // To a browser, a host's name follows these.
+        let names_a_host = ["//", "/\\"].iter().any(|slashes| path.starts_with(slashes));
+        if !is_here || !is_below || names_a_host || leads_out(uri.path()) {
+            return None;
+        }
+        HeaderValue::try_from(format!("{slash}{path}")).ok()
+    }
+
+    fn port_of(&self, authority: &Authority) -> u16 {
+        let default = if self.scheme == Scheme::HTTPS { 443 } else { 80 };
+        authority.port_u16().unwrap_or(default)
+    }
 }
 
 fn leads_out(path: &str) -> bool {
@@ -140,5 +202,54 @@ impl FromStr for Upstream {
         }
         let base = path.map_or(String::new(), |path| path.path().trim_end_matches('/').to_owned());
         Ok(Self { scheme, authority, base })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn path(upstream: &str, location: &str) -> Option<String> {
+        let upstream: Upstream = upstream.parse().unwrap();
+        upstream.path_of(location).map(|path| path.to_str().unwrap().to_owned())
+    }
+
+    #[test]
+    fn a_location_under_the_upstream_is_a_path_of_the_gateway() {
+        for (location, expected) in [
+            ("https://api.example.com/tenant/v1/files/1?part=2", "/v1/files/1?part=2"),
+            ("https://API.example.com:443/tenant", "/"),
+            ("https://api.example.com/tenant?page=2", "/?page=2"),
+            ("/tenant/v1/files/1", "/v1/files/1"),
+        ] {
+            assert_eq!(
+                path("https://api.example.com/tenant/", location).as_deref(),
+                Some(expected),
+                "{location}"
+            );
+        }
+        assert_eq!(path("http://localhost:1", "http://localhost:1/v1").as_deref(), Some("/v1"));
+        assert_eq!(path("http://localhost:1", "http://localhost:1?q").as_deref(), Some("/?q"));
+    }
+
+    #[test]
+    fn one_that_leads_elsewhere_is_none() {
+        for location in [
+            "https://files.example.com/tenant/1",
+            "http://api.example.com/tenant/1",
+            "https://api.example.com:8443/tenant/1",
+            "https://api.example.com/tenants",
+            "https://api.example.com/tenant/../other",
+            "https://api.example.com/tenant//files.example.com",
+            "https://api.example.com/tenant/\\files.example.com",
+            "//files.example.com/tenant",
+            "/login",
+            "part/2",
+            "",
+        ] {
+            assert_eq!(path("https://api.example.com/tenant", location), None, "{location}");
+        }
+        assert_eq!(path("https://api.example.com", "//files.example.com"), None);
+        assert_eq!(path("https://api.example.com", "https://api.example.com//files.example.com"), None);
     }
 }
