@@ -44,14 +44,15 @@ pub(super) fn read(media_type: &str, body: &[u8]) -> Result<Vec<Line>, Refusal> 
 pub(super) async fn add(pool: &KeyPool, lines: Vec<Line>) -> Imported {
     let (mut outcomes, mut named, mut keys) = (Vec::new(), Vec::new(), Vec::new());
     for Line { number, key } in lines {
-        match key.and_then(nameable) {
-            Ok((id, secret)) => {
-                named.push((number, id.clone()));
-                keys.push((id, secret));
-            }
-            Err(reason) => {
-                outcomes.push(Outcome { line: number, id: None, error: Some(reason.to_owned()) });
-            }
+        match key {
+            Err(reason) => outcomes.push(Outcome::refused(number, None, reason)),
+            Ok((id, secret)) => match cannot_name(&id) {
+                Some(reason) => outcomes.push(Outcome::refused(number, KeyId::new(id).ok(), reason)),
+                None => {
+                    named.push((number, id.clone()));
+                    keys.push((id, secret));
+                }
+            },
         }
     }
     let added = pool.insert_all(keys).await;
@@ -60,11 +61,11 @@ pub(super) async fn add(pool: &KeyPool, lines: Vec<Line>) -> Imported {
     Imported::of(outcomes)
 }
 
-fn nameable(key: (String, Secret)) -> Result<(String, Secret), &'static str> {
-    cannot_name(&key.0).map_or(Ok(key), Err)
-}
-
 impl Outcome {
+    fn refused(line: usize, id: Option<KeyId>, reason: &str) -> Self {
+        Self { line, id, error: Some(reason.to_owned()) }
+    }
+
     fn of(line: usize, id: String, added: Result<(), OperateError>) -> Self {
         Action::Add.log(&id, &added);
         let error = added.err().map(|error| Action::Add.failed(&error));
