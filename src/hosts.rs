@@ -173,9 +173,13 @@ mod tests {
         ] {
             assert_eq!(rule(&hosts, fine), Ruling::Key, "{fine}");
         }
-        for refused in
-            ["http://example.com", "http://10.0.0.1", "http://notlocalhost", "http://127.0.0.1.evil.test"]
-        {
+        for refused in [
+            "http://example.com",
+            "http://10.0.0.1",
+            "http://notlocalhost",
+            "http://.localhost",
+            "http://127.0.0.1.evil.test",
+        ] {
             assert_eq!(rule(&hosts, refused), Ruling::RefuseCleartext, "{refused}");
         }
     }

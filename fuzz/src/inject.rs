@@ -363,6 +363,8 @@ fn lists(entry: &str, host: &str, port: u16) -> bool {
 fn is_loopback(host: &str) -> bool {
     match host.trim_matches(['[', ']']).parse::<IpAddr>() {
         Ok(address) => address.to_canonical().is_loopback(),
-        Err(_) => host == "localhost" || host.ends_with(".localhost"),
+        Err(_) => {
+            host == "localhost" || host.strip_suffix(".localhost").is_some_and(|below| !below.is_empty())
+        }
     }
 }
