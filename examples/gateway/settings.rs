@@ -8,6 +8,7 @@ use std::{
     fmt, fs,
     net::SocketAddr,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use clap::{
@@ -195,7 +196,17 @@ impl Settings {
                 "--upstream: keys would go there in cleartext: use https, or say --allow-cleartext",
             );
         }
-        Ok(())
+        let limits = [
+            ("connect-timeout", self.connect_timeout),
+            ("response-timeout", self.response_timeout),
+            ("idle-timeout", self.idle_timeout),
+            ("head-timeout", self.head_timeout),
+            ("keep-alive", self.keep_alive),
+        ];
+        match limits.into_iter().find(|(_, limit)| Duration::from(*limit).is_zero()) {
+            Some((name, _)) => wrong(&format!("--{name}: in 0 seconds nothing can be done: give it more")),
+            None => Ok(()),
+        }
     }
 }
 

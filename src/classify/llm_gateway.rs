@@ -25,7 +25,7 @@ use super::{ClassifyResponse, ResponseHead, Verdict};
 /// A revoked key stays out of service until somebody resets it. So a 401 or 403 that another key would get as well must
 /// not count, or a failover would lose one key after the other to a single request: one for a model or an organization
 /// that is not the key's, or from a country that is not served (`model_not_found`, `mismatched_organization` and the like
-/// of OpenAI's, `permission_error` of Anthropic's), and one that a firewall answers with a page of HTML. Without the body,
+/// of OpenAI's, `permission_error` of Anthropic's), and one that a firewall answers with 403 and a page of HTML. Without the body,
 /// or where a service has other words for it, such a request takes keys out: then use a classifier of your own.
 ///
 /// Of a 400, only its code and the beginning of its message count. What follows may repeat the request.
@@ -70,13 +70,17 @@ impl ClassifyResponse for LlmGateway {
     fn classify(&self, response: &ResponseHead<'_>) -> Verdict {
         let body = || response.body().unwrap_or_default();
         match response.status() {
-            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN if is_about_the_request(body()) => {
+            status @ (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN)
+                if is_about_the_request(status, body()) =>
+            {
                 Verdict::Nothing
             }
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Verdict::Revoked,
             StatusCode::PAYMENT_REQUIRED => Verdict::Exhausted { wait: None },
             StatusCode::TOO_MANY_REQUESTS => too_many_requests(response, &Words::of(body())),
-            StatusCode::BAD_REQUEST => bad_request(&ErrorBody::read(body())),
+            StatusCode::BAD_REQUEST => {
+                bad_request(&ErrorBody::read(body()).unwrap_or_else(|| ErrorBody::of_text(body())))
+            }
             _ => Verdict::Nothing,
         }
     }
@@ -92,9 +96,18 @@ impl ClassifyResponse for LlmGateway {
     }
 }
 
-fn is_about_the_request(body: &[u8]) -> bool {
-    let is_a_page = body.trim_ascii_start().starts_with(b"<");
-    is_a_page || ErrorBody::read(body).has_code_of(&ABOUT_THE_REQUEST)
+fn is_about_the_request(status: StatusCode, body: &[u8]) -> bool {
+    let text = Words::of(body);
+    let is_a_page = ["<!doctype html", "<html"].iter().any(|begin| text.0.trim_start().starts_with(begin));
+    match ErrorBody::read(body) {
+        // A firewall's. With a 401, it may be whoever looks at the keys.
+        _ if is_a_page => status == StatusCode::FORBIDDEN,
+        // Of Anthropic's, that is a key that has had its time, and not what a key may do.
+        Some(error) if error.message.starts_with("oauth ") => false,
+        Some(error) => error.has_code_of(&ABOUT_THE_REQUEST),
+        // It may be the beginning of one.
+        None => ABOUT_THE_REQUEST.iter().any(|code| text.have(code)),
+    }
 }
 
 fn too_many_requests(response: &ResponseHead<'_>, body: &Words) -> Verdict {
@@ -124,25 +137,30 @@ fn bad_request(error: &ErrorBody) -> Verdict {
 }
 
 /// An error as OpenAI, Anthropic, Google and the gateways before them write it, in lower case.
-#[derive(Default)]
 struct ErrorBody {
     codes: Vec<String>,
     message: String,
 }
 
 impl ErrorBody {
-    fn read(body: &[u8]) -> Self {
-        let Ok(json) = serde_json::from_slice::<Value>(body) else {
-            return Self { codes: Vec::new(), message: String::from_utf8_lossy(body).trim().to_lowercase() };
-        };
-        let error = json.get("error").filter(|error| error.is_object()).unwrap_or(&json);
+    /// None where it is no JSON, or not all of it.
+    fn read(body: &[u8]) -> Option<Self> {
+        let json: Value = serde_json::from_slice(body).ok()?;
+        // Gemini's streams are arrays.
+        let json = json.get(0).unwrap_or(&json);
+        let error = json.get("error").unwrap_or(json);
         let text = |of: &Value, name| of.get(name).and_then(Value::as_str).map(str::to_lowercase);
         let details = error.get("details").and_then(Value::as_array).into_iter().flatten();
         let reasons = details.filter_map(|detail| text(detail, "reason"));
-        Self {
+        let message = text(error, "message").or_else(|| error.as_str().map(str::to_lowercase));
+        Some(Self {
             codes: ["type", "code"].into_iter().filter_map(|name| text(error, name)).chain(reasons).collect(),
-            message: text(error, "message").unwrap_or_default(),
-        }
+            message: message.unwrap_or_default(),
+        })
+    }
+
+    fn of_text(body: &[u8]) -> Self {
+        Self { codes: Vec::new(), message: String::from_utf8_lossy(body).trim().to_lowercase() }
     }
 
     fn has_code_of(&self, codes: &[&str]) -> bool {
@@ -159,7 +177,9 @@ impl Words {
     }
 
     fn have(&self, word: &str) -> bool {
-        self.0.split(|c: char| !c.is_alphanumeric() && c != '_').any(|own| own == word)
+        // A model may be called un-blocked.
+        let is_of_a_word = |c: char| c.is_alphanumeric() || "_-/".contains(c);
+        self.0.split(|c| !is_of_a_word(c)).any(|own| own == word)
     }
 }
 
@@ -214,7 +234,7 @@ mod tests {
 
     #[test]
     fn a_word_within_a_word_does_not_count() {
-        assert_eq!(classify(429, "unblocked requests, abandoned"), LIMITED);
+        assert_eq!(classify(429, "unblocked requests, abandoned, of acme/un-blocked-7b"), LIMITED);
     }
 
     #[test]
@@ -227,6 +247,8 @@ mod tests {
         let invalid = r#"{"error":{"code":400,"status":"INVALID_ARGUMENT","message":"API key not valid.",
             "details":[{"reason":"API_KEY_INVALID","domain":"googleapis.com"}]}}"#;
         assert_eq!(classify(400, invalid), Verdict::Revoked);
+        assert_eq!(classify(400, &format!("[{invalid}]")), Verdict::Revoked);
+        assert_eq!(classify(400, r#"{"error":"Budget has been exceeded!"}"#), EXHAUSTED);
         let disabled = r#"{"error":{"message":"This organization has been disabled."}}"#;
         assert_eq!(classify(400, disabled), Verdict::Revoked);
         assert_eq!(classify(400, "thinking.budget_tokens must be less than max_tokens"), Verdict::Nothing);
@@ -255,6 +277,8 @@ mod tests {
             (403, r#"{"error":{"code":"unsupported_country_region_territory"}}"#),
             (403, r#"{"type":"error","error":{"type":"permission_error"}}"#),
             (403, "\n<!DOCTYPE html><title>Attention Required!</title>"),
+            (403, r#"[{"error":{"code":"model_not_found"}}]"#),
+            (403, r#"{"error":{"code":"model_not_found","message":"cut o"#),
         ] {
             assert_eq!(classify(status, body), Verdict::Nothing, "{body}");
         }
@@ -262,7 +286,10 @@ mod tests {
             (401, r#"{"error":{"code":"invalid_api_key"}}"#),
             (401, r#"{"type":"error","error":{"type":"authentication_error"}}"#),
             (403, r#"{"error":{"status":"PERMISSION_DENIED","details":[{"reason":"CONSUMER_SUSPENDED"}]}}"#),
-            (403, "model_not_found"),
+            (401, "<html><title>401 Authorization Required</title>"),
+            (403, r#"{"error":{"type":"permission_error","message":"OAuth token has been revoked."}}"#),
+            (403, r#"{"error":"you are not allowed here"}"#),
+            (403, "no"),
         ] {
             assert_eq!(classify(status, body), Verdict::Revoked, "{body}");
         }

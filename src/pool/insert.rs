@@ -6,6 +6,8 @@ use std::{
     sync::Arc,
 };
 
+use tokio::runtime::Handle;
+
 use super::{
     KeyPool,
     key::{Key, UsableKey},
@@ -20,6 +22,9 @@ use crate::{
 /// The most keys that the store is given at once. Where as many in a row have failed, the rest are not tried: each would
 /// wait for a store that is gone.
 const AT_ONCE: usize = 8;
+
+/// After so many, others have a turn.
+const IN_A_TURN: usize = 500;
 
 impl KeyPool {
     /// Adds a key. It is picked as soon as the store, if there is one, has it.
@@ -51,8 +56,9 @@ impl KeyPool {
     /// Adds many keys, and says of each, in their order, what became of it. One that can't be added is no matter for the
     /// others.
     ///
-    /// It takes less time than an [`insert`](Self::insert) of each: the store is given several at once. All are picked
-    /// from the moment on in which it has the last of them.
+    /// It takes less time than an [`insert`](Self::insert) of each: the store is given several at once, and some hundreds
+    /// are picked from the same moment on. Of those with the same id or secret the first counts, also where it can't be
+    /// added. Where this is dropped, what the store has by then comes in with the next reload.
     ///
     /// ```
     /// use tower_key_rotation::KeyPool;
@@ -82,15 +88,18 @@ impl KeyPool {
         let mut keys: Vec<_> =
             keys.into_iter().map(|(id, secret)| self.new_key(id.as_ref(), secret.into())).collect();
         let persistence = &self.inner.persistence;
-        let _turn = persistence.turn.lock().await;
-        let planted = self.plant_seeds_in_turn().await;
-        self.refuse_known(&mut keys);
-        if let Some(store) = &persistence.store {
-            Giving::new(store.clone(), planted).give(&mut keys).await;
-        }
-        let new: Vec<_> = keys.iter().flatten().map(|new| new.key.clone()).collect();
-        if !new.is_empty() {
-            self.edit(|before| Some(before.keys().iter().cloned().chain(new).collect()));
+        let mut giving = persistence.store.clone().map(Giving::new);
+        for keys in keys.chunks_mut(IN_A_TURN) {
+            let _turn = persistence.turn.lock().await;
+            let planted = self.plant_seeds_in_turn().await;
+            self.refuse_known(keys);
+            if let Some(giving) = &mut giving {
+                giving.give(keys, planted).await;
+            }
+            let new: Vec<_> = keys.iter().flatten().map(|new| new.key.clone()).collect();
+            if !new.is_empty() {
+                self.edit(|before| Some(before.keys().iter().cloned().chain(new).collect()));
+            }
         }
         keys.into_iter().map(|key| key.map(drop)).collect()
     }
@@ -116,11 +125,12 @@ impl KeyPool {
         for key in keys {
             let Ok(new) = key else { continue };
             let id = &new.key.id;
-            if snapshot.get(id.as_str()).is_some() || !ids.insert(id.clone()) {
+            if snapshot.get(id.as_str()).is_some() || ids.contains(id) {
                 *key = Err(OperateError::KeyExists(id.clone()));
             } else if let Some(other) = secrets.get(&new.secret) {
                 *key = Err(OperateError::DuplicateSecret(other.clone()));
             } else {
+                ids.insert(id.clone());
                 secrets.insert(new.secret.clone(), id.clone());
             }
         }
@@ -135,20 +145,28 @@ struct NewKey {
 /// Keys on their way to the store.
 struct Giving {
     store: Arc<dyn KeyStore>,
-    under_way: JoinSet<(usize, Result<NewKey, OperateError>)>,
+    under_way: JoinSet<Given>,
     failures_in_a_row: usize,
-    /// Why the store could not be asked at all.
-    unreachable: Option<StoreError>,
 }
 
+/// By its place.
+type Given = (usize, Result<NewKey, OperateError>);
+
 impl Giving {
-    fn new(store: Arc<dyn KeyStore>, planted: Result<(), StoreError>) -> Self {
-        let unreachable = planted.err();
-        let failures_in_a_row = if unreachable.is_some() { AT_ONCE } else { 0 };
-        Self { store, under_way: JoinSet::default(), failures_in_a_row, unreachable }
+    fn new(store: Arc<dyn KeyStore>) -> Self {
+        Self { store, under_way: JoinSet::default(), failures_in_a_row: 0 }
     }
 
-    async fn give(mut self, keys: &mut [Result<NewKey, OperateError>]) {
+    /// `could_be_asked`: whether the store was there a moment ago.
+    async fn give(
+        &mut self,
+        keys: &mut [Result<NewKey, OperateError>],
+        could_be_asked: Result<(), StoreError>,
+    ) {
+        let mut reason = could_be_asked.err();
+        if reason.is_some() {
+            self.failures_in_a_row = AT_ONCE;
+        }
         for place in 0..keys.len() {
             if self.under_way.len() == AT_ONCE {
                 self.finish_one(keys).await;
@@ -157,28 +175,37 @@ impl Giving {
                 continue;
             }
             if self.failures_in_a_row >= AT_ONCE {
-                keys[place] =
-                    Err(self.unreachable.take().map_or(OperateError::NotTried, OperateError::Store));
+                keys[place] = Err(reason.take().map_or(OperateError::NotTried, OperateError::Store));
                 continue;
             }
             // What a panic says might hold anything.
             let panicked = Err(OperateError::Store(StoreError::new("an insert panicked")));
             if let Ok(new) = mem::replace(&mut keys[place], panicked) {
                 let store = self.store.clone();
-                self.under_way.spawn(async move { (place, new.given_to(&*store).await) });
+                let giving = async move { (place, new.given_to(&*store).await) };
+                if Handle::try_current().is_ok() {
+                    self.under_way.spawn(giving);
+                } else {
+                    let given = giving.await;
+                    self.settle(Some(given), keys);
+                }
             }
         }
         while self.finish_one(keys).await {}
     }
 
     async fn finish_one(&mut self, keys: &mut [Result<NewKey, OperateError>]) -> bool {
-        let Some(finished) = self.under_way.join_next().await else { return false };
-        let was_answered = matches!(finished, Ok((_, Ok(_) | Err(OperateError::KeyExists(_)))));
+        let Some(given) = self.under_way.join_next().await else { return false };
+        self.settle(given.ok(), keys);
+        true
+    }
+
+    fn settle(&mut self, given: Option<Given>, keys: &mut [Result<NewKey, OperateError>]) {
+        let was_answered = matches!(given, Some((_, Ok(_) | Err(OperateError::KeyExists(_)))));
         self.failures_in_a_row = if was_answered { 0 } else { self.failures_in_a_row + 1 };
-        if let Ok((place, key)) = finished {
+        if let Some((place, key)) = given {
             keys[place] = key;
         }
-        true
     }
 }
 

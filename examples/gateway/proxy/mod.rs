@@ -93,7 +93,7 @@ impl Proxy {
         // An answer to TRACE repeats the request, with the key in it, and CONNECT asks for a way past this gateway.
         if [Method::TRACE, Method::CONNECT].contains(&head.method) {
             return Err(Refusal::new(
-                StatusCode::METHOD_NOT_ALLOWED,
+                StatusCode::NOT_IMPLEMENTED,
                 format!("this gateway passes on no {}", head.method),
             ));
         }

@@ -31,7 +31,7 @@ pub(super) type Client = BoxCloneSyncService<Request<KeptBody>, Response<Body>, 
 /// How much of an error's body is looked at, for what it says of the key.
 const ERROR_BODY: usize = 16 * 1024;
 
-/// An upstream that acknowledges nothing for so long is gone.
+/// An upstream from which nothing comes for so long, not even that it is still there, is gone.
 const GONE_AFTER: Duration = Duration::from_secs(60);
 
 /// A client that puts one of the pool's keys into each request, and sends a limited one again with another.
@@ -81,8 +81,6 @@ fn hyper(
     tcp.set_keepalive(Some(GONE_AFTER / 2));
     tcp.set_keepalive_interval(Some(GONE_AFTER / 6));
     tcp.set_keepalive_retries(Some(3));
-    #[cfg(target_os = "linux")]
-    tcp.set_tcp_user_timeout(Some(GONE_AFTER));
     let tls = HttpsConnectorBuilder::new()
         .try_with_platform_verifier()
         .map_err(io::Error::other)?
