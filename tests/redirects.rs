@@ -129,6 +129,8 @@ async fn s02_a_redirect_that_is_no_ascii_or_has_the_key_elsewhere_takes_it_nowhe
         let response = client.oneshot(request(Method::GET, &first)).await.unwrap();
         assert!(!response.headers().values().any(holds_the_key), "{path}: {:?}", response.headers());
         assert!(!second.requests().iter().any(got_the_key), "{path}");
+        // Where there is nowhere left to go, it is not asked again and again.
+        assert_eq!(first.count(), 1, "{path}");
     }
 }
 
