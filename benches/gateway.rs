@@ -1,5 +1,5 @@
 //! The example `gateway` beside `nginx` as a reverse proxy: requests a second, how long they take, how soon a stream's
-//! first event is there, and memory.
+//! first event is there, beside a whole answer, and memory.
 //!
 //! ```text
 //! apt-get install nginx wrk
@@ -27,8 +27,9 @@ const CONNECTIONS: [usize; 3] = [1, 32, 256];
 const ROUNDS: usize = 5;
 const SECONDS: u64 = 4;
 const KEYS: usize = 100;
-const STREAMS: usize = 2_000;
+const STREAMS: usize = 1_000;
 const BETWEEN_EVENTS: Duration = Duration::from_millis(5);
+const EVENT: &str = "data: 1\n\n";
 const FIRST_EVENT: &str = "9\r\ndata: 1\n\n\r\n";
 const LAST_EVENT: &str = "9\r\ndata: 2\n\n\r\n0\r\n\r\n";
 /// After which the gateway's memory is looked at, and after how many more.
@@ -77,24 +78,29 @@ fn main() {
     println!("\nresident, after {WARM} requests more: {before} KiB; after another {MORE}: {after} KiB");
 }
 
-/// How long the first event of a stream takes. Where it is held back until there is more, that is [`BETWEEN_EVENTS`] at
-/// least.
+/// How long the first event of a stream takes, beside an answer that is nothing but that event. Where it is held back
+/// until there is more, that is [`BETWEEN_EVENTS`] at least.
 fn first_events(folder: &Folder) {
     let upstream = streaming();
     let nginx = Nginx::start(folder, "streaming", |_| proxy_to(upstream));
     let gateway = Gateway::start(folder, upstream);
     let mut cases =
         [("the upstream itself", upstream), ("nginx", nginx.address), ("the gateway", gateway.address)]
-            .map(|(name, address)| (name, TcpStream::connect(address).unwrap(), Vec::new()));
+            .map(|(name, address)| (name, TcpStream::connect(address).unwrap(), [const { Vec::new() }; 2]));
     for _ in 0..STREAMS {
-        for (_, connection, times) in &mut cases {
-            times.push(first_event(connection).as_secs_f64());
+        for (_, connection, [streams, wholes]) in &mut cases {
+            streams.push(first_event(connection).as_secs_f64());
+            wholes.push(whole(connection).as_secs_f64());
         }
     }
-    println!("\n| the first event of a stream | p50 | p99 |\n|---|---|---|");
+    println!("\n| | the first event of a stream, p50 | p99 | the same as a whole answer, p50 | p99 |");
+    println!("|---|---|---|---|---|");
     for (name, _, times) in &mut cases {
-        times.sort_by(f64::total_cmp);
-        println!("| {name} | {} | {} |", shown(times[STREAMS / 2]), shown(times[STREAMS * 99 / 100]));
+        let shown = times.each_mut().map(|times| {
+            times.sort_by(f64::total_cmp);
+            format!("{} | {}", shown(times[STREAMS / 2]), shown(times[STREAMS * 99 / 100]))
+        });
+        println!("| {name} | {} |", shown.join(" | "));
     }
 }
 
@@ -113,26 +119,46 @@ fn streaming() -> SocketAddr {
 fn stream_on(mut connection: TcpStream) -> io::Result<()> {
     connection.set_nodelay(true)?;
     loop {
-        read_until(&mut connection, b"\r\n\r\n")?;
-        let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
-        write!(connection, "{head}{FIRST_EVENT}")?;
-        thread::sleep(BETWEEN_EVENTS);
-        write!(connection, "{LAST_EVENT}")?;
+        if read_until(&mut connection, b"\r\n\r\n")?.starts_with(b"GET /whole") {
+            let length = EVENT.len();
+            connection
+                .write_all(format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n").as_bytes())?;
+            connection.write_all(EVENT.as_bytes())?;
+        } else {
+            let head =
+                "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
+            connection.write_all(head.as_bytes())?;
+            connection.write_all(FIRST_EVENT.as_bytes())?;
+            thread::sleep(BETWEEN_EVENTS);
+            connection.write_all(LAST_EVENT.as_bytes())?;
+        }
     }
 }
 
 /// From the request until the first event is here.
 fn first_event(connection: &mut TcpStream) -> Duration {
-    let began = Instant::now();
-    connection.write_all(b"GET /v1/stream HTTP/1.1\r\nhost: localhost\r\n\r\n").unwrap();
-    read_until(connection, b"data: 1\n\n").unwrap();
-    let took = began.elapsed();
+    let took = until_an_event(connection, "stream");
     read_until(connection, b"0\r\n\r\n").unwrap();
     took
 }
 
+/// The same of an answer that ends with it.
+fn whole(connection: &mut TcpStream) -> Duration {
+    until_an_event(connection, "whole")
+}
+
+fn until_an_event(connection: &mut TcpStream, path: &str) -> Duration {
+    let request = format!("GET /{path} HTTP/1.1\r\nhost: localhost\r\n\r\n");
+    // Each comes after as long a time in which nothing was done.
+    thread::sleep(BETWEEN_EVENTS);
+    let began = Instant::now();
+    connection.write_all(request.as_bytes()).unwrap();
+    read_until(connection, EVENT.as_bytes()).unwrap();
+    began.elapsed()
+}
+
 /// Reads until these bytes are there.
-fn read_until(connection: &mut TcpStream, end: &[u8]) -> io::Result<()> {
+fn read_until(connection: &mut TcpStream, end: &[u8]) -> io::Result<Vec<u8>> {
     let mut read = Vec::new();
     while !read.windows(end.len()).any(|bytes| bytes == end) {
         let mut more = [0; 4096];
@@ -141,7 +167,7 @@ fn read_until(connection: &mut TcpStream, end: &[u8]) -> io::Result<()> {
             count => read.extend_from_slice(&more[..count]),
         }
     }
-    Ok(())
+    Ok(read)
 }
 
 fn proxy_to(upstream: SocketAddr) -> String {
