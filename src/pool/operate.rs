@@ -234,6 +234,8 @@ impl Drop for Leaving<'_> {
                     before.keys().iter().cloned().chain([key]).collect()
                 })
             });
+            // A mark that was made meanwhile could not be found.
+            self.pool.inner.persistence.mark_waits();
         }
         self.pool.inner.persistence.leaving().remove(&self.id);
     }
