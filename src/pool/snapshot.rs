@@ -335,6 +335,16 @@ mod tests {
     }
 
     #[test]
+    fn a_mark_is_taken_out_of_the_places_that_are_asked_for_only() {
+        let snapshot = snapshot(&["alpha", "beta"]);
+        snapshot.keys()[1].written.changing();
+        snapshot.refresh_slot(1);
+        assert!(snapshot.take_unwritten(0..1).is_none());
+        assert_eq!(snapshot.take_unwritten(0..2).map(|(slot, _)| slot), Some(1));
+        assert!(snapshot.take_unwritten(0..2).is_none());
+    }
+
+    #[test]
     fn a_key_is_found_by_its_id_and_no_other_is() {
         let snapshot = snapshot(&["alpha", "beta"]);
         assert_eq!(snapshot.get("beta").unwrap().id.as_str(), "beta");
