@@ -25,8 +25,8 @@ use super::{ClassifyResponse, ResponseHead, Verdict};
 /// A revoked key stays out of service until somebody resets it. So a 401 or 403 that another key would get as well must
 /// not count, or a failover would lose one key after the other to a single request: one for a model or an organization
 /// that is not the key's, or from a country that is not served (`model_not_found`, `mismatched_organization` and the like
-/// of OpenAI's, `permission_error` of Anthropic's), and one that a firewall answers with 403 and a page of HTML. Without the body,
-/// or where a service has other words for it, such a request takes keys out: then use a classifier of your own.
+/// of OpenAI's, `permission_error` of Anthropic's), and one that a firewall answers with 403 and a page of HTML. Without
+/// the body, or where a service has other words for it, such a request takes keys out: then use a classifier of your own.
 ///
 /// Of a 400, only its code and the beginning of its message count. What follows may repeat the request.
 ///
@@ -252,6 +252,7 @@ mod tests {
         let disabled = r#"{"error":{"message":"This organization has been disabled."}}"#;
         assert_eq!(classify(400, disabled), Verdict::Revoked);
         assert_eq!(classify(400, "thinking.budget_tokens must be less than max_tokens"), Verdict::Nothing);
+        assert_eq!(classify(400, "budget_tokens exceeded max_tokens"), Verdict::Nothing);
         assert_eq!(classify(400, "maximum context length exceeded"), Verdict::Nothing);
     }
 
