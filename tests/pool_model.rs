@@ -313,7 +313,10 @@ impl Pair {
             Step::Reset(which) => {
                 let id = self.some_id(which);
                 let done = immediately(self.pool.reset(&id)).is_ok();
-                self.operate(&id, done, |key| key.condition.rest = None)?;
+                self.operate(&id, done, |key| {
+                    key.condition.rest = None;
+                    key.unwritten = false;
+                })?;
             }
             Step::Disable(which) => self.set_disabled(which, true)?,
             Step::Enable(which) => self.set_disabled(which, false)?,

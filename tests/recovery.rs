@@ -1327,6 +1327,28 @@ async fn f09_an_operators_reset_wins_over_an_older_mark_that_another_process_sti
     assert!(bench.store.record("alpha").await.rest.is_some());
 }
 
+/// Broken once: where a mark had the store told all that was known of the key, it had the 10 minutes back.
+#[tokio::test]
+async fn f09_a_mark_does_not_bring_back_to_the_store_what_was_reset_there_while_it_was_read() {
+    let bench = Bench::new(["alpha"]).await;
+    let mut caller = Caller::new(&bench.pool);
+    let under_way = caller.send().unwrap();
+    let recovery = recovery(&bench.pool).await;
+    let other = bench.another().await;
+    let mark = Mark::new(id("alpha"), "sk-alpha".into(), Rest::RateLimited, Some(10 * MINUTE));
+    bench.store.memory.write(mark).await.unwrap();
+    let (reload, reset) = behind_a_reload(&bench, |_| async move { other.reset("alpha").await }).await;
+    in_time(reset).await.unwrap().unwrap();
+    bench.clock.advance(SECOND);
+    under_way.answer(LIMITED);
+    bench.store.loads.set(Mode::Works);
+    in_time(reload).await.unwrap().unwrap();
+    eventually("the mark is written", || bench.pool.stats().marks_waiting == 0).await;
+    assert_eq!(bench.store.record("alpha").await.rest, Some((Rest::RateLimited, Some(2 * MINUTE))));
+    recovery.sweep_now().await.outcome.unwrap();
+    assert_eq!(time_left(&bench.pool, "alpha"), Some(2 * MINUTE));
+}
+
 #[tokio::test]
 async fn f09_a_reset_here_forgets_a_mark_that_waits() {
     let bench = Bench::new(["alpha"]).await;

@@ -108,9 +108,6 @@ struct World {
     secrets: SecretNumber,
     moments: u64,
     outcome: Outcome,
-    /// Rests that were reset in the store while a process was reading: a mark of that process's then takes over what is
-    /// left of the rest that was read, and brings it back to the store with its own.
-    reset_while_read: Vec<(Id, Option<Duration>)>,
 }
 
 /// What came of a step at once.
@@ -149,6 +146,8 @@ struct Process {
     reading: Option<Reading>,
     /// Writes that hang.
     writing: Vec<Mark>,
+    /// Whether some have just failed: who writes marks takes a break.
+    writer_pauses: bool,
     /// What operators have asked for, in its turn.
     queue: VecDeque<Asked>,
     done: Done,
@@ -164,14 +163,15 @@ struct Known {
     /// When it was last reset here.
     reset_at: Duration,
     told_at: Duration,
-    waits: bool,
+    /// What it was told that the store is still to know.
+    waiting: Option<Rest>,
     acknowledged: u64,
 }
 
 impl Known {
     fn new(born: u64, secret: SecretNumber, condition: Condition) -> Self {
-        let (reset_at, told_at, waits, acknowledged) = Default::default();
-        Self { secret, born, condition, reset_at, told_at, waits, acknowledged }
+        let (reset_at, told_at, waiting, acknowledged) = Default::default();
+        Self { secret, born, condition, reset_at, told_at, waiting, acknowledged }
     }
 }
 
@@ -340,7 +340,6 @@ impl World {
             log: Log::default(),
             secrets: keys as SecretNumber,
             moments: 0,
-            reset_while_read: Vec::new(),
             outcome: Outcome::Nothing,
         };
         (0..processes).for_each(|process| world.start(process));
@@ -388,7 +387,8 @@ impl World {
             Step::ShutDown(process, connection) => {
                 self.heal(*process, *connection);
                 self.write_marks(*process);
-                let left_behind = self.processes[*process].keys.values().filter(|key| key.waits).count();
+                let left_behind =
+                    self.processes[*process].keys.values().filter(|key| key.waiting.is_some()).count();
                 self.outcome = Outcome::LeftBehind(left_behind);
                 self.start(*process);
             }
@@ -441,7 +441,7 @@ impl World {
         if let Some(key) = known
             && key.condition.extend(rest)
         {
-            (key.told_at, key.waits) = (now, true);
+            (key.told_at, key.waiting) = (now, Some(rest));
             self.log.0.push(Told { born, secret: key.secret, rest, at: now, fate: Fate::Waits });
         }
     }
@@ -451,9 +451,9 @@ impl World {
         if self.processes[process].may_write() {
             let acknowledged = self.moment();
             let Process { keys, writing, .. } = &mut self.processes[process];
-            for (id, key) in keys.iter_mut().filter(|(_, key)| key.waits) {
-                match key.condition.rest(self.now) {
-                    Some(rest) => writing.push(Mark {
+            for (id, key) in keys.iter_mut() {
+                match key.waiting {
+                    Some(rest) if !rest.is_over(self.now) => writing.push(Mark {
                         id,
                         born: key.born,
                         secret: key.secret,
@@ -461,8 +461,9 @@ impl World {
                         told_at: key.told_at,
                         arrived: false,
                     }),
-                    // There is nothing to say of a key that doesn't rest any more.
-                    None => (key.waits, key.acknowledged) = (false, acknowledged),
+                    // There is nothing to say of a rest that is over.
+                    Some(_) => (key.waiting, key.acknowledged) = (None, acknowledged),
+                    None => {}
                 }
             }
         }
@@ -483,6 +484,7 @@ impl World {
                 _ => nothing_failed = false,
             }
         }
+        self.processes[process].writer_pauses = !nothing_failed;
         nothing_failed
     }
 
@@ -499,8 +501,8 @@ impl World {
     fn acknowledge(&mut self, process: usize, mark: &Mark) {
         let acknowledged = self.moment();
         let key = self.processes[process].keys.get_mut(mark.id);
-        if let Some(key) = key.filter(|key| key.born == mark.born && key.told_at == mark.told_at) {
-            (key.waits, key.acknowledged) = (false, acknowledged);
+        if let Some(key) = key.filter(|key| key.born == mark.born && key.waiting == Some(mark.rest)) {
+            (key.waiting, key.acknowledged) = (None, acknowledged);
         }
     }
 
@@ -571,7 +573,7 @@ impl World {
             if !is_on_its_way(id, &[Change::Disable, Change::Enable]) {
                 key.condition.disabled = condition.disabled;
             }
-            let had_all = !key.waits && key.acknowledged < reading.began;
+            let had_all = key.waiting.is_none() && key.acknowledged < reading.began;
             match condition.rest {
                 _ if is_on_its_way(id, &[Change::Reset]) => {}
                 rest if had_all => key.condition.rest = rest,
@@ -618,7 +620,9 @@ impl World {
         match change {
             Change::Reset => {
                 key.reset_at = key.reset_at.max(*at);
-                key.condition.rest = key.condition.rest.filter(|_| key.told_at > key.reset_at);
+                if key.told_at <= key.reset_at {
+                    (key.condition.rest, key.waiting) = (None, None);
+                }
                 self.log.forget(key.born, key.reset_at);
             }
             Change::Disable | Change::Enable => key.condition.disabled = *change == Change::Disable,
@@ -659,7 +663,8 @@ impl World {
                 }
             }
             self.processes[process].done.changes.push(came);
-            if asked.holds_back_writes {
+            // Who writes marks has been waiting longer than the next change, or is told first of what is news.
+            if is_reset && !self.processes[process].writer_pauses {
                 self.write_marks(process);
             }
         }
@@ -692,7 +697,9 @@ impl World {
             (Change::Remove, _) => {}
             _ if !changed => return Some(Changing::UnknownKey),
             // That is news, and the store has forgotten it, if it had it.
-            (Change::Reset, Some(key)) if key.told_at > at => (key.told_at, key.waits) = (self.now, true),
+            (Change::Reset, Some(key)) if key.told_at > at => {
+                (key.told_at, key.waiting) = (self.now, key.condition.rest);
+            }
             _ => {}
         }
         Some(Changing::Done)
@@ -715,10 +722,7 @@ impl World {
         let Some(stored) = self.store.get_mut(id) else { return false };
         match change {
             Change::Reset => {
-                let before = stored.condition.rest.take();
-                if self.processes.iter().any(|process| process.reading.is_some()) {
-                    self.reset_while_read.extend(before.map(|rest| (id, rest.until)));
-                }
+                stored.condition.rest = None;
                 stored.reset_at = Some(self.now);
                 self.log.reset(stored.secret, asked, self.now);
             }
@@ -735,14 +739,15 @@ impl World {
             if let Step::Wait(seconds) = step { Duration::from_secs(*seconds) } else { Duration::ZERO };
         let (from, to) = (self.now + waited, self.now + waited + SECOND);
         self.processes.iter().any(|process| {
-            let may_be_written = |key: &&Known| key.waits || !process.queue.is_empty();
+            let may_be_written = |key: &&Known| key.waiting.is_some() || !process.queue.is_empty();
             let leaving = process.queue.iter().filter_map(|asked| asked.leaving.as_ref());
             process
                 .keys
                 .values()
                 .chain(leaving)
                 .filter(may_be_written)
-                .any(|key| key.condition.rest(from).is_some_and(|rest| rest.is_over(to)))
+                .flat_map(|key| [key.condition.rest, key.waiting])
+                .any(|rest| rest.is_some_and(|rest| !rest.is_over(from) && rest.is_over(to)))
         })
     }
 
@@ -1170,7 +1175,7 @@ impl StateMachineTest for Real {
         for (number, (process, model)) in real.processes.iter().zip(&world.processes).enumerate() {
             let known = model.keys.iter().map(|(id, key)| (id, &key.condition));
             assert_eq!(process.seen(), seen(known, now), "what process {number} knows");
-            let waiting = model.keys.values().filter(|key| key.waits).count();
+            let waiting = model.keys.values().filter(|key| key.waiting.is_some()).count();
             assert_eq!(process.pool.stats().marks_waiting, waiting, "marks that wait in process {number}");
             assert_eq!(
                 *process.done.lock().expect("not poisoned"),
@@ -1205,12 +1210,7 @@ impl StateMachineTest for Real {
             let left = |rest: Option<Rest>| rest.map(|rest| rest.until);
             let told = world.log.rest(*secret, world.now);
             let (left, told) = (left(condition.rest(world.now)), left(told));
-            let was_reset =
-                |until| world.reset_while_read.iter().any(|reset| (reset.0, reset.1) == (&**id, until));
-            assert!(
-                left == told || (told.is_some() && left.is_some_and(was_reset)),
-                "{id} rests until {left:?}, by all that the service said until {told:?}"
-            );
+            assert_eq!(left, told, "until when {id} rests, and by all that the service said");
         }
         while !real.processes.is_empty() {
             assert_eq!(real.end(0, RealProcess::shut_down), 0, "marks are left");

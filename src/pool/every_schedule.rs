@@ -432,8 +432,8 @@ fn reload(pool: &KeyPool) {
 }
 
 /// The first mark is what makes a write begin while the second one is made.
-/// Broken once: without the second `changing()`, without the last `extend()`, and with changes counted after a
-/// write, it failed.
+/// Broken once: where the key's state changed before what waits to be written, and where a write was taken for one of
+/// all that waits, it failed.
 #[test]
 fn f08_a_mark_beside_a_write_and_a_reload_is_not_lost() {
     model(|| {

@@ -83,10 +83,8 @@ impl Key {
         let same = same.with_state(self.state.load(), self.pool.clone());
         same.set_last_status(self.last_status.load(Relaxed));
         same.counts.take_over(&self.counts);
-        if self.written.waits() {
-            same.written.set_marked_at(self.written.marked_at());
-            same.written.changing();
-        }
+        same.written.set_marked_at(self.written.marked_at());
+        same.written.extend(self.written.waiting());
         same
     }
 
@@ -157,20 +155,35 @@ impl Drop for OnItsWay {
     }
 }
 
-/// How much of what this process knows of a key has reached the store.
-#[derive(Debug, Default)]
+/// How much of what responses said of a key has reached the store.
+#[derive(Debug)]
 pub(crate) struct Written {
-    changes: AtomicU64,
-    acknowledged: AtomicU64,
+    /// What the store has still to be told. The key may rest longer, by what was read from the store: that is not
+    /// told to it again, or a rest would come back that was reset there meanwhile.
+    waiting: AtomicState,
     in_reload: AtomicU64,
     marked_at: AtomicU64,
 }
 
+impl Default for Written {
+    fn default() -> Self {
+        Self {
+            waiting: AtomicState::new(State::HEALTHY),
+            in_reload: AtomicU64::new(0),
+            marked_at: AtomicU64::new(0),
+        }
+    }
+}
+
 impl Written {
-    /// To be said before and after a change, so that a write that begins in between is not taken for one
-    /// that carried it.
-    pub(crate) fn changing(&self) {
-        self.changes.fetch_add(1, SeqCst);
+    /// To be said before the key's own state changes, or a reload might take that for what it has read.
+    pub(crate) fn extend(&self, rest: State) {
+        self.waiting.update(|waiting| waiting.later(rest));
+    }
+
+    /// What an operator's reset leaves of it.
+    pub(crate) fn reset(&self, next: impl Fn(State) -> State) {
+        self.waiting.update(next);
     }
 
     pub(crate) fn marked_at(&self) -> u64 {
@@ -182,21 +195,20 @@ impl Written {
     }
 
     pub(crate) fn waits(&self) -> bool {
-        self.acknowledged.load(SeqCst) != self.changes.load(SeqCst)
+        self.waiting() != State::HEALTHY
     }
 
-    /// What an [`acknowledge`](Self::acknowledge) of a write that begins now has to name.
-    pub(crate) fn changes(&self) -> u64 {
-        self.changes.load(SeqCst)
+    pub(crate) fn waiting(&self) -> State {
+        self.waiting.load()
     }
 
-    /// The store has all up to `changes`; `reload` is the newest one that has begun to read.
-    pub(crate) fn acknowledge(&self, changes: u64, reload: u64) {
+    /// The store knows of that; `reload` is the newest one that has begun to read.
+    pub(crate) fn acknowledge(&self, written: State, reload: u64) {
         self.in_reload.fetch_max(reload, SeqCst);
-        self.acknowledged.fetch_max(changes, SeqCst);
+        self.waiting.update(|waiting| if waiting == written { State::HEALTHY } else { waiting });
     }
 
-    /// Whether all that this process knows was in the store before that reload began to read.
+    /// Whether all that this process was told was in the store before that reload began to read.
     pub(crate) fn was_read_by(&self, reload: u64) -> bool {
         !self.waits() && self.in_reload.load(SeqCst) < reload
     }

@@ -42,10 +42,10 @@ impl KeyPool {
             return Ok(());
         }
         let persistence = &self.inner.persistence;
-        let changes = key.written.changes();
+        let waiting = key.written.waiting();
         let now = self.now();
-        // A key that doesn't rest any more has nothing to say: its cooldown ended before it was written.
-        if let Some((rest, left)) = key.state.load().rest(now) {
+        // A rest that is over has nothing to say: it ended before it was written.
+        if let Some((rest, left)) = waiting.rest(now) {
             let mark = Mark {
                 id: key.id.clone(),
                 secret: key.secret(),
@@ -61,7 +61,7 @@ impl KeyPool {
                 persistence.key_failed();
             }
         }
-        key.written.acknowledge(changes, persistence.newest_reload());
+        key.written.acknowledge(waiting, persistence.newest_reload());
         Ok(())
     }
 }

@@ -254,14 +254,10 @@ impl KeyPool {
         }
         self.meter().marked(rest);
         key.written.set_marked_at(nanos(now));
-        let extend = || key.state.update(|before| before.later(state));
         if self.inner.persistence.store.is_some() {
-            key.written.changing();
-            extend();
-            key.written.changing();
-            // And once more: a reload may have taken the first change for one that had been written.
+            key.written.extend(state);
         }
-        extend();
+        key.state.update(|before| before.later(state));
         self.refresh(key);
         self.inner.persistence.mark_waits();
 

@@ -91,12 +91,15 @@ impl KeyPool {
         let _on_its_way = self.known(id.as_ref())?.reset_on_its_way();
         let reset = || {
             let key = self.known(id.as_ref())?;
-            self.change(&key, |state| {
+            let end = |state: State| {
                 // What a response has said since then is news. To be asked with each look at the state: a mark may
                 // come just now.
                 let is_news = key.written.marked_at() > asked;
                 if is_news { state } else { State::HEALTHY.disabled(state.is_disabled()) }
-            });
+            };
+            // A mark that comes in between would otherwise have the store told of the old rest.
+            key.written.reset(end);
+            self.change(&key, end);
             Ok::<_, OperateError>(key)
         };
         reset()?;
@@ -112,7 +115,7 @@ impl KeyPool {
         if key.written.marked_at() > asked {
             // The store took that mark for an older one than the reset, which has only now come to it.
             key.written.set_marked_at(self.now());
-            key.written.changing();
+            key.written.extend(key.state.load().disabled(false));
             self.refresh(&key);
             persistence.mark_waits();
         }

@@ -337,7 +337,7 @@ mod tests {
     #[test]
     fn a_mark_is_taken_out_of_the_places_that_are_asked_for_only() {
         let snapshot = snapshot(&["alpha", "beta"]);
-        snapshot.keys()[1].written.changing();
+        snapshot.keys()[1].written.extend(State::resting(Rest::Revoked, None));
         snapshot.refresh_slot(1);
         assert!(snapshot.take_unwritten(0..1).is_none());
         assert_eq!(snapshot.take_unwritten(0..2).map(|(slot, _)| slot), Some(1));
