@@ -1349,6 +1349,26 @@ async fn f09_a_mark_does_not_bring_back_to_the_store_what_was_reset_there_while_
     assert_eq!(time_left(&bench.pool, "alpha"), Some(2 * MINUTE));
 }
 
+/// Broken once: where only what is longer than all that is known was told, the store never heard of it.
+#[tokio::test]
+async fn f09_what_is_said_after_a_reset_elsewhere_counts_also_where_a_longer_rest_is_known_here() {
+    let bench = Bench::new(["alpha"]).await;
+    let mut caller = Caller::new(&bench.pool);
+    let under_way = caller.send().unwrap();
+    let recovery = recovery(&bench.pool).await;
+    let mark = Mark::new(id("alpha"), "sk-alpha".into(), Rest::RateLimited, Some(10 * MINUTE));
+    bench.store.memory.write(mark).await.unwrap();
+    bench.pool.reload().await.unwrap();
+    bench.another().await.reset("alpha").await.unwrap();
+    bench.clock.advance(SECOND);
+    under_way.answer(LIMITED);
+    eventually("the mark is written", || bench.pool.stats().marks_waiting == 0).await;
+    assert_eq!(time_left(&bench.pool, "alpha"), Some(10 * MINUTE - SECOND));
+    recovery.sweep_now().await.outcome.unwrap();
+    assert_eq!(time_left(&bench.pool, "alpha"), Some(2 * MINUTE));
+    assert_eq!(bench.store.record("alpha").await.rest, Some((Rest::RateLimited, Some(2 * MINUTE))));
+}
+
 #[tokio::test]
 async fn f09_a_reset_here_forgets_a_mark_that_waits() {
     let bench = Bench::new(["alpha"]).await;

@@ -240,7 +240,7 @@ enum Changing {
     StoreFailed,
 }
 
-/// Every word of the service that had a key rest longer than its process knew, and what became of it.
+/// Every word of the service that had a key rest longer than what its process was still to tell, and what became of it.
 #[derive(Clone, Debug, Default)]
 struct Log(Vec<Told>);
 
@@ -438,9 +438,11 @@ impl World {
         let Process { keys, queue, .. } = &mut self.processes[process];
         let leaving = queue.iter_mut().filter_map(|asked| asked.leaving.as_mut());
         let known = keys.get_mut(id).into_iter().chain(leaving).find(|key| key.born == born);
+        // What is known may have been read from the store, and may have been reset there since.
         if let Some(key) = known
-            && key.condition.extend(rest)
+            && rest.outlasts(key.waiting)
         {
+            key.condition.extend(rest);
             (key.told_at, key.waiting) = (now, Some(rest));
             self.log.0.push(Told { born, secret: key.secret, rest, at: now, fate: Fate::Waits });
         }

@@ -45,7 +45,7 @@ impl UsableKey {
             counts: Counts::default(),
             last_status: AtomicU16::new(0),
             slot: AtomicU32::new(0),
-            written: Written::default(),
+            unwritten: Unwritten::default(),
             resets: AtomicU32::new(0),
             switches: AtomicU32::new(0),
             pool,
@@ -67,7 +67,7 @@ pub(crate) struct Key {
     last_status: AtomicU16,
     /// Where the newest snapshot holds it. A hint: the reader checks who is there.
     slot: AtomicU32,
-    pub(crate) written: Written,
+    pub(crate) unwritten: Unwritten,
     /// How many of an operator's changes to it are on their way to the store: resets, and disables and enables.
     resets: AtomicU32,
     switches: AtomicU32,
@@ -83,8 +83,8 @@ impl Key {
         let same = same.with_state(self.state.load(), self.pool.clone());
         same.set_last_status(self.last_status.load(Relaxed));
         same.counts.take_over(&self.counts);
-        same.written.set_marked_at(self.written.marked_at());
-        same.written.extend(self.written.waiting());
+        same.unwritten.extend(self.unwritten.rest());
+        same.unwritten.set_marked_at(self.unwritten.marked_at());
         same
     }
 
@@ -155,35 +155,46 @@ impl Drop for OnItsWay {
     }
 }
 
-/// How much of what responses said of a key has reached the store.
+/// What responses said of a key that the store is still to be told.
+///
+/// The key itself may rest longer, by what was read from the store. That is not told to the store again: it may have
+/// been reset there meanwhile.
 #[derive(Debug)]
-pub(crate) struct Written {
-    /// What the store has still to be told. The key may rest longer, by what was read from the store: that is not
-    /// told to it again, or a rest would come back that was reset there meanwhile.
-    waiting: AtomicState,
-    in_reload: AtomicU64,
+pub(crate) struct Unwritten {
+    /// Healthy where nothing waits.
+    rest: AtomicState,
     marked_at: AtomicU64,
+    written_before: AtomicU64,
 }
 
-impl Default for Written {
+impl Default for Unwritten {
     fn default() -> Self {
-        Self {
-            waiting: AtomicState::new(State::HEALTHY),
-            in_reload: AtomicU64::new(0),
-            marked_at: AtomicU64::new(0),
-        }
+        let (marked_at, written_before) = Default::default();
+        Self { rest: AtomicState::new(State::HEALTHY), marked_at, written_before }
     }
 }
 
-impl Written {
-    /// To be said before the key's own state changes, or a reload might take that for what it has read.
-    pub(crate) fn extend(&self, rest: State) {
-        self.waiting.update(|waiting| waiting.later(rest));
+impl Unwritten {
+    pub(crate) fn rest(&self) -> State {
+        self.rest.load()
     }
 
-    /// What an operator's reset leaves of it.
-    pub(crate) fn reset(&self, next: impl Fn(State) -> State) {
-        self.waiting.update(next);
+    pub(crate) fn waits(&self) -> bool {
+        self.rest() != State::HEALTHY
+    }
+
+    /// Whether a rest until then is more than waits already.
+    pub(crate) fn lacks(&self, rest: State) -> bool {
+        self.rest().later(rest) != self.rest()
+    }
+
+    /// Returns what waits then.
+    pub(crate) fn extend(&self, rest: State) -> State {
+        self.rest.extend(rest)
+    }
+
+    pub(crate) fn update(&self, next: impl Fn(State) -> State) {
+        self.rest.update(next);
     }
 
     pub(crate) fn marked_at(&self) -> u64 {
@@ -194,23 +205,15 @@ impl Written {
         self.marked_at.fetch_max(now, Relaxed);
     }
 
-    pub(crate) fn waits(&self) -> bool {
-        self.waiting() != State::HEALTHY
-    }
-
-    pub(crate) fn waiting(&self) -> State {
-        self.waiting.load()
-    }
-
-    /// The store knows of that; `reload` is the newest one that has begun to read.
+    /// The store has that one; `reload` is the newest that has begun to read.
     pub(crate) fn acknowledge(&self, written: State, reload: u64) {
-        self.in_reload.fetch_max(reload, SeqCst);
-        self.waiting.update(|waiting| if waiting == written { State::HEALTHY } else { waiting });
+        self.written_before.fetch_max(reload, SeqCst);
+        self.rest.update(|waiting| if waiting == written { State::HEALTHY } else { waiting });
     }
 
-    /// Whether all that this process was told was in the store before that reload began to read.
+    /// Whether the store had all that it is to be told before that reload began to read.
     pub(crate) fn was_read_by(&self, reload: u64) -> bool {
-        !self.waits() && self.in_reload.load(SeqCst) < reload
+        !self.waits() && self.written_before.load(SeqCst) < reload
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use super::{KeyPool, Rest, key::Key};
+use super::{KeyPool, Rest, key::Key, state::State};
 use crate::{
     store::{KeyStore, Mark, StoreError},
     sync::{JoinError, JoinSet},
@@ -38,11 +38,11 @@ impl KeyPool {
     }
 
     pub(super) async fn write_mark(self, key: Arc<Key>, store: Arc<dyn KeyStore>) -> Result<(), StoreError> {
-        if !key.written.waits() {
+        let waiting = key.unwritten.rest();
+        if waiting == State::HEALTHY {
             return Ok(());
         }
         let persistence = &self.inner.persistence;
-        let waiting = key.written.waiting();
         let now = self.now();
         // A rest that is over has nothing to say: it ended before it was written.
         if let Some((rest, left)) = waiting.rest(now) {
@@ -51,7 +51,7 @@ impl KeyPool {
                 secret: key.secret(),
                 rest,
                 left,
-                age: Duration::from_nanos(now.saturating_sub(key.written.marked_at())),
+                age: Duration::from_nanos(now.saturating_sub(key.unwritten.marked_at())),
                 http_status: key.last_status(),
             };
             let returns = PutBack { pool: &self, key: &key };
@@ -61,7 +61,7 @@ impl KeyPool {
                 persistence.key_failed();
             }
         }
-        key.written.acknowledge(waiting, persistence.newest_reload());
+        key.unwritten.acknowledge(waiting, persistence.newest_reload());
         Ok(())
     }
 }
@@ -97,7 +97,7 @@ fn finished(write: Result<Result<(), StoreError>, JoinError>) -> Result<(), Stor
     write.unwrap_or_else(|_| Err(StoreError::new("a write panicked")))
 }
 
-/// Marks a key as unwritten again, unless it is forgotten: the write failed, panicked or was dropped.
+/// Has a key looked at again by whoever writes marks, unless it is forgotten: the write failed, panicked or was dropped.
 struct PutBack<'a> {
     pool: &'a KeyPool,
     key: &'a Arc<Key>,

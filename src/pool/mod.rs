@@ -249,18 +249,26 @@ impl KeyPool {
         key.counts.limited.fetch_add(1, Relaxed);
         key.set_last_status(status);
         let before = key.state.load();
-        if before.later(state) == before {
+        let rests_longer = before.later(state) != before;
+        let stored = self.inner.persistence.store.is_some();
+        // What is known may have been read from the store, and may have been reset there since.
+        if !rests_longer && !(stored && key.unwritten.lacks(state)) {
             return;
         }
-        self.meter().marked(rest);
-        key.written.set_marked_at(nanos(now));
-        if self.inner.persistence.store.is_some() {
-            key.written.extend(state);
-        }
+        key.unwritten.set_marked_at(nanos(now));
+        let tell = || _ = stored.then(|| key.unwritten.extend(state));
+        // Before the change, or a reload puts what it has read in its place; and after it, since a reset may have had it
+        // written in between, and tells again what it then finds.
+        tell();
         key.state.update(|before| before.later(state));
+        tell();
         self.refresh(key);
         self.inner.persistence.mark_waits();
 
+        if !rests_longer {
+            return;
+        }
+        self.meter().marked(rest);
         let cooldown_ms = cooldown.map(|cooldown| cooldown.as_millis() as u64);
         if before == State::HEALTHY {
             tracing::info!(key = %key.id, cooldown_ms, reason = ?rest, http_status = status, "key rests");

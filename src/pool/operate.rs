@@ -88,34 +88,25 @@ impl KeyPool {
     /// Where there is no such key, or the store fails.
     pub async fn reset(&self, id: impl AsRef<str>) -> Result<(), OperateError> {
         let asked = self.now();
-        let _on_its_way = self.known(id.as_ref())?.reset_on_its_way();
-        let reset = || {
-            let key = self.known(id.as_ref())?;
-            let end = |state: State| {
-                // What a response has said since then is news. To be asked with each look at the state: a mark may
-                // come just now.
-                let is_news = key.written.marked_at() > asked;
-                if is_news { state } else { State::HEALTHY.disabled(state.is_disabled()) }
-            };
-            // A mark that comes in between would otherwise have the store told of the old rest.
-            key.written.reset(end);
-            self.change(&key, end);
-            Ok::<_, OperateError>(key)
-        };
-        reset()?;
+        let key = self.known(id.as_ref())?;
+        let _on_its_way = key.clone().reset_on_its_way();
+        self.end_rest(&key, || false);
         let persistence = &self.inner.persistence;
         let _turn = persistence.turn.lock().await;
         self.plant_seeds_in_turn().await?;
-        // It may be another one of that name by now.
-        let key = reset()?;
+        // It may be another one of that name by now. What a response has said since then is news.
+        let key = self.known(id.as_ref())?;
+        let is_news = || key.unwritten.marked_at() > asked;
+        self.end_rest(&key, is_news);
         // A mark that is on its way arrives before the reset, not after it.
         let _no_write_under_way = persistence.writing.lock().await;
         let Some(store) = &persistence.store else { return Ok(()) };
         found(&key, store.reset(&key.id).await?)?;
-        if key.written.marked_at() > asked {
-            // The store took that mark for an older one than the reset, which has only now come to it.
-            key.written.set_marked_at(self.now());
-            key.written.extend(key.state.load().disabled(false));
+        if is_news() {
+            // The store took that mark for an older one than the reset, which has only now come to it. There is nothing
+            // else in the key's state: no reload has brought in a rest meanwhile.
+            key.unwritten.set_marked_at(self.now());
+            key.unwritten.extend(key.state.load());
             self.refresh(&key);
             persistence.mark_waits();
         }
@@ -177,6 +168,14 @@ impl KeyPool {
         let snapshot = self.inner.snapshot.load();
         // As much of it as a key's name can have: it may be anything.
         snapshot.get(id).cloned().ok_or_else(|| OperateError::UnknownKey(id.chars().take(256).collect()))
+    }
+
+    /// Forgets that the key rests, unless that is news, which is asked with each look: a mark may come just now.
+    fn end_rest(&self, key: &Arc<Key>, is_news: impl Fn() -> bool) {
+        let end = |state: State| if is_news() { state } else { State::HEALTHY.disabled(state.is_disabled()) };
+        // A mark that comes in between would otherwise have the store told of the old rest.
+        key.unwritten.update(&end);
+        self.change(key, end);
     }
 
     fn change(&self, key: &Arc<Key>, next: impl Fn(State) -> State) {

@@ -5,6 +5,7 @@
 
 use std::{collections::BTreeMap, env, sync::Arc, time::Duration};
 
+use futures_util::FutureExt;
 use shuttle::{
     future::{block_on, yield_now},
     thread,
@@ -12,7 +13,7 @@ use shuttle::{
 
 use super::{KeyPool, Lease, Rest, Status};
 use crate::{
-    clock::{Clock, ManualClock},
+    clock::ManualClock,
     secret::{KeyId, Secret},
     store::{KeyRecord, KeyStore, Loaded, Mark, MemoryStore, Recovered, StoreFuture},
 };
@@ -294,35 +295,28 @@ fn f09_a_mark_that_is_news_to_a_reset_outlives_it() {
     in_many_schedules(|| {
         let process = Process::start();
         process.mark("alpha", COOLDOWN);
-        let reset = thread::spawn({
-            let Process { pool, clock, .. } = process.clone();
-            move || {
-                block_on(async {
-                    let asked = clock.now();
-                    pool.reset("alpha").await.unwrap();
-                    asked
-                })
-            }
+        let persistence = &process.pool.inner.persistence;
+        let turn = persistence.turn.try_lock().unwrap();
+        let mut reset = Box::pin({
+            let pool = process.pool.clone();
+            async move { pool.reset("alpha").await.unwrap() }
         });
+        assert!(reset.as_mut().now_or_never().is_none(), "it waits for its turn");
+        process.clock.advance(SECOND);
+        drop(turn);
+        let reset = thread::spawn(|| block_on(reset));
         at_once(
             &process,
             [
-                |process| {
-                    process.clock.advance(SECOND);
-                    process.mark("alpha", LONGER);
-                },
+                |process| process.mark("alpha", LONGER),
                 |process| process.write_marks(),
                 |process| process.reload(),
             ],
         );
-        let is_news = reset.join().unwrap() < SECOND;
-        if is_news {
-            assert_eq!(process.rests()["alpha"], Some(LONGER));
-        }
+        reset.join().unwrap();
+        assert_eq!(process.rests()["alpha"], Some(LONGER));
         process.come_to_rest();
-        if is_news {
-            assert_eq!(process.stored()["alpha"], Some(LONGER));
-        }
+        assert_eq!(process.stored()["alpha"], Some(LONGER));
     });
 }
 

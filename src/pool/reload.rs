@@ -157,7 +157,7 @@ impl KeyPool {
             if key.is_being_reset() {
                 // It may be what the reset is about to end.
                 state.disabled(stored.is_disabled())
-            } else if !key.written.was_read_by(reload) {
+            } else if !key.unwritten.was_read_by(reload) {
                 // What an operator did is not overruled by a mark.
                 state.later(stored).disabled(stored.is_disabled())
             } else if stored.is_disabled() == state.is_disabled()
@@ -169,6 +169,9 @@ impl KeyPool {
             }
         });
         if changed.is_some() {
+            // Of a mark that comes just now, and is for less than what was known, the state did not tell.
+            let waiting = key.unwritten.extend(State::HEALTHY);
+            key.state.update(|state| state.later(waiting));
             self.refresh(key);
             self.inner.returned.notify_waiters();
         }

@@ -222,7 +222,7 @@ impl Snapshot {
                 self.cooling.set(slot, state.deadline());
                 self.available.remove(slot);
             }
-            if key.written.waits() {
+            if key.unwritten.waits() {
                 self.unwritten.insert(slot);
             }
             // Two refreshes of one slot may overlap; the one that wrote last still has to look.
@@ -233,7 +233,7 @@ impl Snapshot {
         self.ended.fetch_add(1, SeqCst);
     }
 
-    /// Takes the next key in these places that the store does not know all about.
+    /// Takes the next key in these places of which a mark waits.
     pub(crate) fn take_unwritten(&self, slots: Range<usize>) -> Option<(usize, &Arc<Key>)> {
         let slot = self.unwritten.next_from(slots.start).filter(|slot| *slot < slots.end)?;
         self.unwritten.remove(slot);
@@ -241,7 +241,7 @@ impl Snapshot {
     }
 
     pub(crate) fn count_unwritten(&self) -> usize {
-        self.keys.iter().filter(|key| key.written.waits()).count()
+        self.keys.iter().filter(|key| key.unwritten.waits()).count()
     }
 
     /// Fails where an index does not say what the states say, while nobody changes one.
@@ -261,7 +261,7 @@ impl Snapshot {
         assert!(self.keys.iter().all(|key| self.earliest() <= deadline(key)), "a deadline is overlooked");
         let healthy = slots_where(&|key| key.state.load() == State::HEALTHY);
         assert_eq!(slots_of(&|slot| self.available.next_from(slot)), healthy, "available");
-        let waiting = slots_where(&|key| key.written.waits());
+        let waiting = slots_where(&|key| key.unwritten.waits());
         let unwritten = slots_of(&|slot| self.unwritten.next_from(slot));
         assert!(waiting.iter().all(|slot| unwritten.contains(slot)), "a mark waits, and nobody knows");
     }
@@ -337,7 +337,7 @@ mod tests {
     #[test]
     fn a_mark_is_taken_out_of_the_places_that_are_asked_for_only() {
         let snapshot = snapshot(&["alpha", "beta"]);
-        snapshot.keys()[1].written.extend(State::resting(Rest::Revoked, None));
+        snapshot.keys()[1].unwritten.extend(State::resting(Rest::Revoked, None));
         snapshot.refresh_slot(1);
         assert!(snapshot.take_unwritten(0..1).is_none());
         assert_eq!(snapshot.take_unwritten(0..2).map(|(slot, _)| slot), Some(1));

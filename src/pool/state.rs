@@ -141,6 +141,12 @@ impl AtomicState {
         State(self.0.load(SeqCst))
     }
 
+    /// Has it last until `other` ends, if that is later, and returns what it is then. Also where nothing changes, whoever
+    /// does this afterwards sees what was done before.
+    pub(crate) fn extend(&self, other: State) -> State {
+        State(self.0.fetch_max(other.0, SeqCst).max(other.0))
+    }
+
     /// Replaces the state by what `next` makes of it, and returns the one before, where `next` makes
     /// another one.
     pub(crate) fn update(&self, next: impl Fn(State) -> State) -> Option<State> {
