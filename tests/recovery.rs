@@ -845,6 +845,33 @@ async fn f09_a_reset_that_waits_for_its_turn_wins_also_where_a_response_says_som
     assert_eq!(bench.store.record("alpha").await.rest.unwrap().1, Some(2 * MINUTE - 2 * SECOND));
 }
 
+/// Broken once: where what was to be told had the key's own mark of being disabled, no later mark was longer.
+#[tokio::test]
+async fn f09_of_a_disabled_key_what_is_news_to_a_reset_is_told_too_and_what_comes_after_it() {
+    let bench = Bench::new(["alpha"]).await;
+    let mut caller = Caller::new(&bench.pool);
+    let (first, second) = (caller.send().unwrap(), caller.send().unwrap());
+    let recovery = recovery(&bench.pool).await;
+    let (reload, reset) = reset_behind_a_reload(&bench).await;
+    let disable = tokio::spawn({
+        let pool = bench.pool.clone();
+        async move { pool.disable("alpha").await }
+    });
+    bench.clock.advance(SECOND);
+    first.answer(LIMITED);
+    eventually("the mark is written", || bench.pool.stats().marks_waiting == 0).await;
+    bench.store.writes.set(Mode::Fails);
+    bench.store.loads.set(Mode::Works);
+    in_time(reload).await.unwrap().unwrap();
+    in_time(reset).await.unwrap().unwrap();
+    in_time(disable).await.unwrap().unwrap();
+    second.answer(Answer { status: 429, retry_after: Some(600) });
+    bench.store.writes.set(Mode::Works);
+    recovery.sweep_now().await.outcome.unwrap();
+    let record = bench.store.record("alpha").await;
+    assert_eq!((record.rest, record.disabled), (Some((Rest::RateLimited, Some(10 * MINUTE))), true));
+}
+
 #[tokio::test]
 async fn an_operator_is_told_of_a_key_that_is_unknown_or_there_already() {
     let bench = Bench::new(["alpha"]).await;

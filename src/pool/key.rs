@@ -190,7 +190,7 @@ impl Unwritten {
 
     /// Returns what waits then.
     pub(crate) fn extend(&self, rest: State) -> State {
-        self.rest.extend(rest)
+        self.rest.extend(rest.disabled(false))
     }
 
     pub(crate) fn update(&self, next: impl Fn(State) -> State) {
