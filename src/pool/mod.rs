@@ -250,21 +250,11 @@ impl KeyPool {
         key.set_last_status(status);
         let before = key.state.load();
         let rests_longer = before.later(state) != before;
-        let stored = self.inner.persistence.store.is_some();
         // What is known may have been read from the store, and may have been reset there since.
-        if !rests_longer && !(stored && key.unwritten.lacks(state)) {
-            return;
+        let is_to_be_told = self.inner.persistence.store.is_some() && key.unwritten.lacks(state);
+        if rests_longer || is_to_be_told {
+            self.extend_rest(key, state, nanos(now));
         }
-        key.unwritten.set_marked_at(nanos(now));
-        let tell = || _ = stored.then(|| key.unwritten.extend(state));
-        // Before the change, or a reload puts what it has read in its place; and after it, since a reset may have had it
-        // written in between, and tells again what it then finds.
-        tell();
-        key.state.update(|before| before.later(state));
-        tell();
-        self.refresh(key);
-        self.inner.persistence.mark_waits();
-
         if !rests_longer {
             return;
         }
@@ -275,6 +265,22 @@ impl KeyPool {
         } else {
             tracing::debug!(key = %key.id, cooldown_ms, reason = ?rest, http_status = status, "key rests longer");
         }
+    }
+
+    fn extend_rest(&self, key: &Arc<Key>, state: State, now: u64) {
+        key.unwritten.set_marked_at(now);
+        let tell = || {
+            if self.inner.persistence.store.is_some() {
+                key.unwritten.extend(state);
+            }
+        };
+        // Before the change, or a reload puts what it has read in its place; and after it, since a reset may have had it
+        // written in between, and tells again what it then finds.
+        tell();
+        key.state.update(|before| before.later(state));
+        tell();
+        self.refresh(key);
+        self.inner.persistence.mark_waits();
     }
 
     /// Credits tokens, or whatever else the service counts, to a key. An unknown id is ignored: the key may

@@ -174,7 +174,7 @@ impl KeyPool {
     fn end_rest(&self, key: &Arc<Key>, is_news: impl Fn() -> bool) {
         let end = |state: State| if is_news() { state } else { State::HEALTHY.disabled(state.is_disabled()) };
         // A mark that comes in between would otherwise have the store told of the old rest.
-        key.unwritten.update(&end);
+        key.unwritten.update(end);
         self.change(key, end);
     }
 
