@@ -1396,6 +1396,26 @@ async fn f09_what_is_said_after_a_reset_elsewhere_counts_also_where_a_longer_res
     assert_eq!(bench.store.record("alpha").await.rest, Some((Rest::RateLimited, Some(2 * MINUTE))));
 }
 
+/// Broken once: where each mark gave what waits its own date, the 10 minutes came back after the reset.
+#[tokio::test]
+async fn f09_a_mark_that_waits_is_made_no_younger_by_one_for_less() {
+    let bench = Bench::new(["alpha"]).await;
+    let mut caller = Caller::new(&bench.pool);
+    let (first, second) = (caller.send().unwrap(), caller.send().unwrap());
+    let recovery = recovery(&bench.pool).await;
+    bench.store.writes.set(Mode::Fails);
+    first.answer(Answer { status: 429, retry_after: Some(600) });
+    bench.clock.advance(SECOND);
+    bench.another().await.reset("alpha").await.unwrap();
+    bench.clock.advance(SECOND);
+    second.answer(LIMITED);
+    bench.store.writes.set(Mode::Works);
+    recovery.sweep_now().await.outcome.unwrap();
+    assert_eq!(bench.store.record("alpha").await.rest, None);
+    recovery.sweep_now().await.outcome.unwrap();
+    assert_eq!(stats_of(&bench.pool, "alpha").status, Status::Healthy);
+}
+
 #[tokio::test]
 async fn f09_a_reset_here_forgets_a_mark_that_waits() {
     let bench = Bench::new(["alpha"]).await;
