@@ -12,7 +12,7 @@ use std::{
 
 use futures_util::FutureExt;
 use support::{
-    model::{Answer, Caller, LIMITED},
+    model::{Answer, Caller, FINE, LIMITED},
     *,
 };
 use tokio::task::JoinHandle;
@@ -845,7 +845,7 @@ async fn f09_a_reset_that_waits_for_its_turn_wins_also_where_a_response_says_som
     assert_eq!(bench.store.record("alpha").await.rest.unwrap().1, Some(2 * MINUTE - 2 * SECOND));
 }
 
-/// Broken once: where what was to be told had the key's own mark of being disabled, no later mark was longer.
+/// Broken once: where what waits kept the bit that says that the key is disabled, no later mark was longer.
 #[tokio::test]
 async fn f09_of_a_disabled_key_what_is_news_to_a_reset_is_told_too_and_what_comes_after_it() {
     let bench = Bench::new(["alpha"]).await;
@@ -1396,6 +1396,7 @@ async fn f09_what_is_said_after_a_reset_elsewhere_counts_also_where_a_longer_res
     assert_eq!(bench.store.record("alpha").await.rest, Some((Rest::RateLimited, Some(2 * MINUTE))));
 }
 
+/// The lesser one counts as a part of it, and the reset wins over both.
 /// Broken once: where each mark gave what waits its own date, the 10 minutes came back after the reset.
 #[tokio::test]
 async fn f09_a_mark_that_waits_is_made_no_younger_by_one_for_less() {
@@ -1414,6 +1415,26 @@ async fn f09_a_mark_that_waits_is_made_no_younger_by_one_for_less() {
     assert_eq!(bench.store.record("alpha").await.rest, None);
     recovery.sweep_now().await.outcome.unwrap();
     assert_eq!(stats_of(&bench.pool, "alpha").status, Status::Healthy);
+}
+
+/// Broken once: where a reload brought back what was over but still waited, it failed.
+#[tokio::test]
+async fn a_rest_that_is_over_before_it_could_be_written_is_no_second_return() {
+    let bench = Bench::new(["alpha"]).await;
+    let recovery = recovery(&bench.pool).await;
+    let other = bench.another().await;
+    let mut caller = Caller::new(&bench.pool);
+    bench.store.writes.set(Mode::Hangs);
+    caller.send().unwrap().answer(LIMITED);
+    bench.clock.advance(2 * MINUTE);
+    caller.send().unwrap().answer(FINE);
+    other.disable("alpha").await.unwrap();
+    bench.pool.reload().await.unwrap();
+    other.enable("alpha").await.unwrap();
+    bench.pool.reload().await.unwrap();
+    caller.send().unwrap().answer(FINE);
+    assert_eq!(stats_of(&bench.pool, "alpha").recovered, 1);
+    drop(recovery);
 }
 
 #[tokio::test]

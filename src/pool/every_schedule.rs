@@ -494,7 +494,7 @@ fn f08_a_reload_that_ends_a_rest_leaves_the_shorter_one_of_a_mark_beside_it() {
 /// The reset was asked for before the mark, and has to wait for its turn until then.
 /// Broken once: where a mark did not look again at what waits to be written, it failed.
 #[test]
-fn f09_a_mark_that_is_written_before_it_is_made_outlives_the_end_of_a_reset() {
+fn f09_a_mark_that_is_written_before_the_key_rests_by_it_outlives_the_end_of_a_reset() {
     model(|| {
         let (pool, store, clock) = pool_over_store();
         let turn = pool.inner.persistence.turn.try_lock().unwrap();

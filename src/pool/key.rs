@@ -157,21 +157,15 @@ impl Drop for OnItsWay {
 
 /// What responses said of a key that the store is still to be told.
 ///
-/// The key itself may rest longer, by what was read from the store. That is not told to the store again: it may have
-/// been reset there meanwhile.
-#[derive(Debug)]
+/// The key itself may rest longer, by what was read from the store or told to it before. That is not told again: it may
+/// have been reset there meanwhile.
+#[derive(Debug, Default)]
 pub(crate) struct Unwritten {
     /// Healthy where nothing waits.
     rest: AtomicState,
     marked_at: AtomicU64,
-    written_before: AtomicU64,
-}
-
-impl Default for Unwritten {
-    fn default() -> Self {
-        let (marked_at, written_before) = Default::default();
-        Self { rest: AtomicState::new(State::HEALTHY), marked_at, written_before }
-    }
+    /// The newest reload that had begun to read when the store was last told something.
+    reload_when_told: AtomicU64,
 }
 
 impl Unwritten {
@@ -183,9 +177,10 @@ impl Unwritten {
         self.rest() != State::HEALTHY
     }
 
-    /// Whether a rest until then is more than waits already.
+    /// Whether that rest is longer than what waits.
     pub(crate) fn lacks(&self, rest: State) -> bool {
-        self.rest().later(rest) != self.rest()
+        let waiting = self.rest();
+        waiting.later(rest) != waiting
     }
 
     /// Returns what waits then.
@@ -207,13 +202,13 @@ impl Unwritten {
 
     /// The store has that one; `reload` is the newest that has begun to read.
     pub(crate) fn acknowledge(&self, written: State, reload: u64) {
-        self.written_before.fetch_max(reload, SeqCst);
+        self.reload_when_told.fetch_max(reload, SeqCst);
         self.rest.update(|waiting| if waiting == written { State::HEALTHY } else { waiting });
     }
 
     /// Whether the store had all that it is to be told before that reload began to read.
     pub(crate) fn was_read_by(&self, reload: u64) -> bool {
-        !self.waits() && self.written_before.load(SeqCst) < reload
+        !self.waits() && self.reload_when_told.load(SeqCst) < reload
     }
 }
 

@@ -250,7 +250,7 @@ impl KeyPool {
         key.set_last_status(status);
         let before = key.state.load();
         let rests_longer = before.later(state) != before;
-        // What is known may have been read from the store, and may have been reset there since.
+        // What is known here may have been reset in the store since.
         let is_to_be_told = self.inner.persistence.store.is_some() && key.unwritten.lacks(state);
         if rests_longer || is_to_be_told {
             self.extend_rest(key, state, nanos(now));
@@ -274,8 +274,8 @@ impl KeyPool {
                 key.unwritten.extend(state);
             }
         };
-        // Before the change, or a reload puts what it has read in its place; and after it, since a reset may have had it
-        // written in between, and tells again what it then finds.
+        // Before the change, or a reload takes the state for one that the store had, and replaces it. And after it: the mark
+        // may have been written and then reset in between, and the reset tells again what it finds in the state.
         tell();
         key.state.update(|before| before.later(state));
         tell();

@@ -87,10 +87,10 @@ impl KeyPool {
     ///
     /// Where there is no such key, or the store fails.
     pub async fn reset(&self, id: impl AsRef<str>) -> Result<(), OperateError> {
-        let asked = self.now();
         let key = self.known(id.as_ref())?;
         let _on_its_way = key.clone().reset_on_its_way();
         self.end_rest(&key, || false);
+        let asked = self.now();
         let persistence = &self.inner.persistence;
         let _turn = persistence.turn.lock().await;
         self.plant_seeds_in_turn().await?;
@@ -103,8 +103,8 @@ impl KeyPool {
         let Some(store) = &persistence.store else { return Ok(()) };
         found(&key, store.reset(&key.id).await?)?;
         if is_news() {
-            // The store took that mark for an older one than the reset, which has only now come to it. There is nothing
-            // else in the key's state: no reload has brought in a rest meanwhile.
+            // The store took that mark for an older one than the reset, which has only now come to it. The key's state is
+            // that mark: no reload has brought in a rest meanwhile.
             key.unwritten.set_marked_at(self.now());
             key.unwritten.extend(key.state.load());
             self.refresh(&key);
@@ -173,7 +173,7 @@ impl KeyPool {
     /// Forgets that the key rests, unless that is news, which is asked with each look: a mark may come just now.
     fn end_rest(&self, key: &Arc<Key>, is_news: impl Fn() -> bool) {
         let end = |state: State| if is_news() { state } else { State::HEALTHY.disabled(state.is_disabled()) };
-        // A mark that comes in between would otherwise have the store told of the old rest.
+        // In this order, or a mark that comes in between has the store told of the old rest.
         key.unwritten.update(end);
         self.change(key, end);
     }

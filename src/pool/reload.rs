@@ -125,7 +125,7 @@ impl KeyPool {
                 }
                 let state = record.state(now);
                 if let Some(key) = known.filter(|key| key.credentials.is_of(&record.secret)) {
-                    self.reconcile(key, state, number);
+                    self.reconcile(key, state, number, now);
                     continue;
                 }
                 match UsableKey::new(record.id.clone(), &record.secret, &self.inner.inject) {
@@ -151,7 +151,7 @@ impl KeyPool {
 
     /// Takes the store's word for a key: at once where it says "longer", and otherwise where the store
     /// already had this process's last mark when it was read.
-    fn reconcile(&self, key: &Arc<Key>, stored: State, reload: u64) {
+    fn reconcile(&self, key: &Arc<Key>, stored: State, reload: u64, now: u64) {
         let changed = key.state.update(|state| {
             let stored = if key.is_being_switched() { stored.disabled(state.is_disabled()) } else { stored };
             if key.is_being_reset() {
@@ -169,9 +169,9 @@ impl KeyPool {
             }
         });
         if changed.is_some() {
-            // Of a mark that comes just now, and is for less than what was known, the state did not tell.
+            // A mark that comes just now, for less than what was known, has left no trace in the state.
             let waiting = key.unwritten.extend(State::HEALTHY);
-            key.state.update(|state| state.later(waiting));
+            key.state.update(|state| if waiting.is_over(now) { state } else { state.later(waiting) });
             self.refresh(key);
             self.inner.returned.notify_waiters();
         }

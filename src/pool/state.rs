@@ -128,7 +128,7 @@ pub(crate) fn nanos(duration: Duration) -> u64 {
     duration.as_secs().saturating_mul(1_000_000_000).saturating_add(duration.subsec_nanos().into())
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct AtomicState(AtomicU64);
 
 impl AtomicState {
@@ -141,8 +141,9 @@ impl AtomicState {
         State(self.0.load(SeqCst))
     }
 
-    /// Has it last until `other` ends, if that is later, and returns what it is then. Also where nothing changes, whoever
-    /// does this afterwards sees what was done before.
+    /// Has it last until `other` ends, if that is later, and returns what it is then; of two that end together the graver
+    /// one stays. Neither may be disabled. Also where it changes nothing, whoever does it afterwards sees what was done
+    /// before.
     pub(crate) fn extend(&self, other: State) -> State {
         State(self.0.fetch_max(other.0, SeqCst).max(other.0))
     }
