@@ -991,6 +991,8 @@ async fn without_mongodb_it_does_not_start_unless_there_are_keys_to_begin_with()
 
 const CHAT: &str = r#"{"object":"chat.completion","choices":[{"message":{"content":"hi"}}],
     "usage":{"prompt_tokens":1,"completion_tokens":1,"total_tokens":2,"prompt_tokens_details":{"cached_tokens":1}}}"#;
+const CHAT_WITHOUT_TOTAL: &str =
+    r#"{"choices":[],"usage":{"prompt_tokens":40000,"completion_tokens":60000}}"#;
 const CHAT_STREAM: &str = "data: {\"choices\":[{\"delta\":{\"content\":\"hi\"}}],\"usage\":null}\n\n\
     data: {\"choices\":[],\"usage\":{\"prompt_tokens\":10,\"completion_tokens\":10,\"total_tokens\":20}}\n\n\
     data: [DONE]\n\n";
@@ -1021,6 +1023,7 @@ async fn tokens_are_credited_to_the_key_that_served_whatever_the_api_and_whether
         }
         let (kind, body) = match request.uri().path() {
             "/chat" => ("application/json; charset=utf-8", CHAT),
+            "/chat-without-total" => ("application/json", CHAT_WITHOUT_TOTAL),
             "/chat-stream" => ("text/event-stream; charset=utf-8", CHAT_STREAM),
             "/responses-stream" => ("text/event-stream", RESPONSES_STREAM),
             "/message" => ("application/json", MESSAGE),
@@ -1034,6 +1037,7 @@ async fn tokens_are_credited_to_the_key_that_served_whatever_the_api_and_whether
     let mut gateway = Gateway::start(command(over(&mongo, upstream.address()))).await;
     for (path, body) in [
         ("/chat", CHAT),
+        ("/chat-without-total", CHAT_WITHOUT_TOTAL),
         ("/chat-stream", CHAT_STREAM),
         ("/responses-stream", RESPONSES_STREAM),
         ("/message", MESSAGE),
@@ -1047,7 +1051,7 @@ async fn tokens_are_credited_to_the_key_that_served_whatever_the_api_and_whether
     gateway.terminate().await;
     assert_eq!(gateway.ended().await.code(), Some(0));
     let tokens = async |id| number(&mongo.document(id).await, "tokensUsed");
-    assert_eq!(tokens("serves").await, 7 + 22_222, "each digit is an API's");
+    assert_eq!(tokens("serves").await, 7 + 122_222, "each digit is an API's");
     assert_eq!(tokens("limited").await, 7);
 }
 

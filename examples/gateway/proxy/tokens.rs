@@ -155,6 +155,8 @@ struct Part {
 #[derive(Clone, Copy, Default, Deserialize)]
 struct Usage {
     total_tokens: Option<u64>,
+    prompt_tokens: Option<u64>,
+    completion_tokens: Option<u64>,
     input_tokens: Option<u64>,
     output_tokens: Option<u64>,
     cache_creation_input_tokens: Option<u64>,
@@ -166,6 +168,8 @@ impl Usage {
     /// left out: some services say 0 for the input once it has been told.
     fn update(&mut self, later: Self) {
         self.total_tokens = self.total_tokens.max(later.total_tokens);
+        self.prompt_tokens = self.prompt_tokens.max(later.prompt_tokens);
+        self.completion_tokens = self.completion_tokens.max(later.completion_tokens);
         self.input_tokens = self.input_tokens.max(later.input_tokens);
         self.output_tokens = self.output_tokens.max(later.output_tokens);
         self.cache_creation_input_tokens =
@@ -174,10 +178,11 @@ impl Usage {
     }
 
     /// The total where the API says it: OpenAI's input has what was cached in it already. Anthropic's has not.
+    /// Services that are like OpenAI's may leave out the total, and may call the same number by both names.
     fn tokens(self) -> Option<u64> {
         let parts = [
-            self.input_tokens,
-            self.output_tokens,
+            self.input_tokens.or(self.prompt_tokens),
+            self.output_tokens.or(self.completion_tokens),
             self.cache_creation_input_tokens,
             self.cache_read_input_tokens,
         ];
