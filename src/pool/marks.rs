@@ -97,7 +97,8 @@ fn finished(write: Result<Result<(), StoreError>, JoinError>) -> Result<(), Stor
     write.unwrap_or_else(|_| Err(StoreError::new("a write panicked")))
 }
 
-/// Has a key looked at again by whoever writes marks, unless this guard is forgotten: the write failed, panicked or was dropped.
+/// Has a key looked at again by whoever writes marks, unless this guard is forgotten: the write failed, panicked or was
+/// dropped.
 struct PutBack<'a> {
     pool: &'a KeyPool,
     key: &'a Arc<Key>,
