@@ -76,6 +76,16 @@ impl Bench {
         status(&rotating(&self.pool), &self.server.url()).await
     }
 
+    async fn mark_is_written(&self) {
+        eventually("the mark is written", || self.pool.stats().marks_waiting == 0).await;
+    }
+
+    /// As if another process had seen `alpha` limited for so long, and had written that.
+    async fn limited_elsewhere(&self, left: Duration) {
+        let mark = Mark::new(id("alpha"), "sk-alpha".into(), Rest::RateLimited, Some(left));
+        self.store.memory.write(mark).await.unwrap();
+    }
+
     /// Another pool over what is in the store, as another process has it.
     async fn another(&self) -> KeyPool {
         KeyPool::builder().clock(self.clock.clone()).open(self.store.memory.clone()).await.unwrap()
@@ -184,7 +194,7 @@ async fn a_mark_reaches_the_store_and_a_sweep_resets_it_there_once_it_is_over() 
     let bench = Bench::new(["alpha", "beta"]).await;
     let recovery = recovery(&bench.pool).await;
     assert_eq!(bench.get().await, 429);
-    eventually("the mark is written", || bench.pool.stats().marks_waiting == 0).await;
+    bench.mark_is_written().await;
     assert_eq!(bench.store.record("alpha").await.rest, Some((Rest::RateLimited, Some(2 * MINUTE))));
     let mark = bench.store.marks().remove(0);
     assert_eq!((mark.id.as_str(), mark.http_status, mark.age), ("alpha", Some(429), Duration::ZERO));
@@ -205,7 +215,7 @@ async fn a_mark_of_one_pool_is_honoured_by_another_after_its_next_pass() {
     let _ours = recovery(&bench.pool).await;
     let theirs = recovery(&other).await;
     assert_eq!(bench.get().await, 429);
-    eventually("the mark is written", || bench.pool.stats().marks_waiting == 0).await;
+    bench.mark_is_written().await;
     assert_eq!(stats_of(&other, "alpha").status, Status::Healthy);
 
     bench.clock.advance(INTERVAL);
@@ -291,7 +301,7 @@ async fn f02_marks_are_written_soon_after_the_store_is_back_not_only_at_the_next
     bench.store.writes.set(Mode::Works);
     settle().await;
     bench.clock.advance(SECOND);
-    eventually("the mark is written", || bench.pool.stats().marks_waiting == 0).await;
+    bench.mark_is_written().await;
     assert_eq!(passes(&recovery), 1);
     assert_eq!(bench.store.record("alpha").await.rest.unwrap().1, Some(2 * MINUTE - SECOND));
 }
@@ -508,7 +518,7 @@ async fn where_no_standby_key_takes_the_place_of_one_that_failed_nothing_is_load
     let refusing = Server::answering(|| answer(401, "")).await;
     let client = KeyRotationLayer::new(&bench.pool).classify(LlmGateway::new()).layer(http());
     assert_eq!(status(&client, &refusing.url()).await, 401);
-    eventually("the mark is written", || bench.pool.stats().marks_waiting == 0).await;
+    bench.mark_is_written().await;
     settle().await;
     assert_eq!((bench.store.marks().len(), bench.store.loads.begun()), (1, loads));
     drop(recovery);
@@ -788,7 +798,7 @@ async fn a_key_that_could_not_be_removed_is_there_again_with_all_that_is_known_o
     in_time(removal).await.unwrap().unwrap_err();
     assert_eq!(time_left(&bench.pool, "alpha"), Some(2 * MINUTE));
     let recovery = recovery(&bench.pool).await;
-    eventually("the mark is written", || bench.pool.stats().marks_waiting == 0).await;
+    bench.mark_is_written().await;
     assert_eq!(bench.store.record("alpha").await.rest, Some((Rest::RateLimited, Some(2 * MINUTE))));
     drop(recovery);
 }
@@ -811,7 +821,7 @@ async fn f09_what_a_response_says_while_a_reset_waits_for_its_turn_is_not_undone
     let (reload, reset) = reset_behind_a_reload(&bench).await;
     bench.clock.advance(SECOND);
     assert_eq!(bench.get().await, 429);
-    eventually("the mark is written", || bench.pool.stats().marks_waiting == 0).await;
+    bench.mark_is_written().await;
     bench.clock.advance(SECOND);
     bench.store.loads.set(Mode::Works);
     in_time(reload).await.unwrap().unwrap();
@@ -830,7 +840,7 @@ async fn f09_a_reset_that_waits_for_its_turn_wins_also_where_a_response_says_som
     let (first, second) = (caller.send().unwrap(), caller.send().unwrap());
     let _recovery = recovery(&bench.pool).await;
     first.answer(Answer { status: 401, retry_after: None });
-    eventually("the mark is written", || bench.pool.stats().marks_waiting == 0).await;
+    bench.mark_is_written().await;
 
     let (reload, reset) = reset_behind_a_reload(&bench).await;
     bench.clock.advance(SECOND);
@@ -841,7 +851,7 @@ async fn f09_a_reset_that_waits_for_its_turn_wins_also_where_a_response_says_som
     in_time(reset).await.unwrap().unwrap();
     assert_eq!(time_left(&bench.pool, "alpha"), Some(2 * MINUTE - SECOND));
     bench.clock.advance(SECOND);
-    eventually("the mark is written", || bench.pool.stats().marks_waiting == 0).await;
+    bench.mark_is_written().await;
     assert_eq!(bench.store.record("alpha").await.rest.unwrap().1, Some(2 * MINUTE - 2 * SECOND));
 }
 
@@ -859,7 +869,7 @@ async fn f09_of_a_disabled_key_what_is_news_to_a_reset_is_told_too_and_what_come
     });
     bench.clock.advance(SECOND);
     first.answer(LIMITED);
-    eventually("the mark is written", || bench.pool.stats().marks_waiting == 0).await;
+    bench.mark_is_written().await;
     bench.store.writes.set(Mode::Fails);
     bench.store.loads.set(Mode::Works);
     in_time(reload).await.unwrap().unwrap();
@@ -982,7 +992,7 @@ async fn f32_a_write_that_panics_loses_no_mark() {
     assert_eq!(bench.pool.stats().marks_waiting, 1);
     bench.store.writes.set(Mode::Works);
     bench.clock.advance(SECOND);
-    eventually("the mark is written", || bench.pool.stats().marks_waiting == 0).await;
+    bench.mark_is_written().await;
     assert!(bench.store.record("alpha").await.rest.is_some());
     recovery.shutdown().await.unwrap();
 }
@@ -1303,7 +1313,7 @@ async fn f08_a_reload_that_began_to_read_before_a_mark_does_not_clear_it() {
         assert_eq!(bench.get().await, 429);
         let recovery = written_meanwhile.then(|| RecoveryHandle::spawn(&bench.pool));
         if written_meanwhile {
-            eventually("the mark is written", || bench.pool.stats().marks_waiting == 0).await;
+            bench.mark_is_written().await;
         }
         bench.store.loads.set(Mode::Works);
         in_time(reload).await.unwrap().unwrap();
@@ -1325,7 +1335,7 @@ async fn f08_a_reload_does_not_clear_a_mark_whose_write_has_not_ended() {
     bench.pool.reload().await.unwrap();
     assert_eq!(time_left(&bench.pool, "alpha"), Some(2 * MINUTE));
     bench.store.writes.set(Mode::Works);
-    eventually("the mark is written", || bench.pool.stats().marks_waiting == 0).await;
+    bench.mark_is_written().await;
     bench.pool.reload().await.unwrap();
     assert_eq!(time_left(&bench.pool, "alpha"), Some(2 * MINUTE));
     drop(recovery);
@@ -1362,15 +1372,14 @@ async fn f09_a_mark_does_not_bring_back_to_the_store_what_was_reset_there_while_
     let under_way = caller.send().unwrap();
     let recovery = recovery(&bench.pool).await;
     let other = bench.another().await;
-    let mark = Mark::new(id("alpha"), "sk-alpha".into(), Rest::RateLimited, Some(10 * MINUTE));
-    bench.store.memory.write(mark).await.unwrap();
+    bench.limited_elsewhere(10 * MINUTE).await;
     let (reload, reset) = behind_a_reload(&bench, |_| async move { other.reset("alpha").await }).await;
     in_time(reset).await.unwrap().unwrap();
     bench.clock.advance(SECOND);
     under_way.answer(LIMITED);
     bench.store.loads.set(Mode::Works);
     in_time(reload).await.unwrap().unwrap();
-    eventually("the mark is written", || bench.pool.stats().marks_waiting == 0).await;
+    bench.mark_is_written().await;
     assert_eq!(bench.store.record("alpha").await.rest, Some((Rest::RateLimited, Some(2 * MINUTE))));
     recovery.sweep_now().await.outcome.unwrap();
     assert_eq!(time_left(&bench.pool, "alpha"), Some(2 * MINUTE));
@@ -1383,13 +1392,12 @@ async fn f09_what_is_said_after_a_reset_elsewhere_counts_also_where_a_longer_res
     let mut caller = Caller::new(&bench.pool);
     let under_way = caller.send().unwrap();
     let recovery = recovery(&bench.pool).await;
-    let mark = Mark::new(id("alpha"), "sk-alpha".into(), Rest::RateLimited, Some(10 * MINUTE));
-    bench.store.memory.write(mark).await.unwrap();
+    bench.limited_elsewhere(10 * MINUTE).await;
     bench.pool.reload().await.unwrap();
     bench.another().await.reset("alpha").await.unwrap();
     bench.clock.advance(SECOND);
     under_way.answer(LIMITED);
-    eventually("the mark is written", || bench.pool.stats().marks_waiting == 0).await;
+    bench.mark_is_written().await;
     assert_eq!(time_left(&bench.pool, "alpha"), Some(10 * MINUTE - SECOND));
     recovery.sweep_now().await.outcome.unwrap();
     assert_eq!(time_left(&bench.pool, "alpha"), Some(2 * MINUTE));
@@ -1458,7 +1466,7 @@ async fn a_reset_by_another_process_is_honoured_by_the_first_reload_after_it() {
     let other = bench.another().await;
     let recovery = RecoveryHandle::spawn_with(&bench.pool, passes_by_hand());
     assert_eq!(bench.get().await, 429);
-    eventually("the mark is written", || bench.pool.stats().marks_waiting == 0).await;
+    bench.mark_is_written().await;
     other.reset("alpha").await.unwrap();
     bench.pool.reload().await.unwrap();
     assert_eq!(stats_of(&bench.pool, "alpha").status, Status::Healthy);
@@ -1473,10 +1481,9 @@ async fn a_store_that_has_a_cooldown_shorter_is_believed_where_that_is_a_tenth_o
         let bench = Bench::new(["alpha"]).await;
         let recovery = RecoveryHandle::spawn_with(&bench.pool, passes_by_hand());
         assert_eq!(bench.get().await, 429);
-        eventually("the mark is written", || bench.pool.stats().marks_waiting == 0).await;
-        let mark = |left| Mark::new(id("alpha"), "sk-alpha".into(), Rest::RateLimited, Some(left));
+        bench.mark_is_written().await;
         assert!(bench.store.memory.reset(&id("alpha")).await.unwrap());
-        bench.store.memory.write(mark(2 * MINUTE - less)).await.unwrap();
+        bench.limited_elsewhere(2 * MINUTE - less).await;
         bench.pool.reload().await.unwrap();
         assert_eq!(time_left(&bench.pool, "alpha"), Some(2 * MINUTE - expected));
 
@@ -1494,7 +1501,7 @@ async fn a_rest_that_was_over_before_it_was_loaded_is_no_return_here() {
     let bench = Bench::new(["alpha"]).await;
     let recovery = RecoveryHandle::spawn_with(&bench.pool, passes_by_hand());
     assert_eq!(bench.get().await, 429);
-    eventually("the mark is written", || bench.pool.stats().marks_waiting == 0).await;
+    bench.mark_is_written().await;
     bench.clock.advance(2 * MINUTE);
     let other = bench.another().await;
     let alpha = stats_of(&other, "alpha");

@@ -305,6 +305,10 @@ impl Process {
         self.broken.get(&part).copied().unwrap_or(Mode::Works)
     }
 
+    fn marks_waiting(&self) -> usize {
+        self.keys.values().filter(|key| key.waiting.is_some()).count()
+    }
+
     /// Not beside other writes, nor beside a reset in the store.
     fn may_write(&self) -> bool {
         self.writing.is_empty() && !self.queue.front().is_some_and(|asked| asked.holds_back_writes)
@@ -387,9 +391,7 @@ impl World {
             Step::ShutDown(process, connection) => {
                 self.heal(*process, *connection);
                 self.write_marks(*process);
-                let left_behind =
-                    self.processes[*process].keys.values().filter(|key| key.waiting.is_some()).count();
-                self.outcome = Outcome::LeftBehind(left_behind);
+                self.outcome = Outcome::LeftBehind(self.processes[*process].marks_waiting());
                 self.start(*process);
             }
             Step::Crash(process) => self.start(*process),
@@ -1177,8 +1179,11 @@ impl StateMachineTest for Real {
         for (number, (process, model)) in real.processes.iter().zip(&world.processes).enumerate() {
             let known = model.keys.iter().map(|(id, key)| (id, &key.condition));
             assert_eq!(process.seen(), seen(known, now), "what process {number} knows");
-            let waiting = model.keys.values().filter(|key| key.waiting.is_some()).count();
-            assert_eq!(process.pool.stats().marks_waiting, waiting, "marks that wait in process {number}");
+            assert_eq!(
+                process.pool.stats().marks_waiting,
+                model.marks_waiting(),
+                "marks that wait in process {number}"
+            );
             assert_eq!(
                 *process.done.lock().expect("not poisoned"),
                 model.done,

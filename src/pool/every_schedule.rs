@@ -497,13 +497,7 @@ fn f08_a_reload_that_ends_a_rest_leaves_the_shorter_one_of_a_mark_beside_it() {
 fn f09_a_mark_that_is_written_before_the_key_rests_by_it_outlives_the_end_of_a_reset() {
     model(|| {
         let (pool, store, clock) = pool_over_store();
-        let turn = pool.inner.persistence.turn.try_lock().unwrap();
-        let mut reset = Box::pin({
-            let pool = pool.clone();
-            async move { pool.reset("key-0").await }
-        });
-        assert!(reset.as_mut().now_or_never().is_none(), "it waits for its turn");
-        drop(turn);
+        let reset = pool.reset_that_waits("key-0");
         clock.advance(SECOND);
         let write_and_end_reset = {
             let store = store.clone();

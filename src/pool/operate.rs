@@ -113,6 +113,19 @@ impl KeyPool {
         Ok(())
     }
 
+    /// A reset that is asked for, and waits for its turn until it is polled again.
+    #[cfg(all(test, any(schedules = "loom", schedules = "shuttle")))]
+    pub(super) fn reset_that_waits(
+        &self,
+        id: &'static str,
+    ) -> impl Future<Output = Result<(), OperateError>> + use<> {
+        let _turn = self.inner.persistence.turn.try_lock().expect("nobody has the turn");
+        let pool = self.clone();
+        let mut reset = Box::pin(async move { pool.reset(id).await });
+        assert!(futures_util::FutureExt::now_or_never(reset.as_mut()).is_none(), "it waits for its turn");
+        reset
+    }
+
     /// Takes a key out of service until [`enable`](Self::enable). Its cooldown, if it has one, goes on.
     ///
     /// ```

@@ -5,7 +5,6 @@
 
 use std::{collections::BTreeMap, env, sync::Arc, time::Duration};
 
-use futures_util::FutureExt;
 use shuttle::{
     future::{block_on, yield_now},
     thread,
@@ -295,16 +294,9 @@ fn f09_a_mark_that_is_news_to_a_reset_outlives_it() {
     in_many_schedules(|| {
         let process = Process::start();
         process.mark("alpha", COOLDOWN);
-        let persistence = &process.pool.inner.persistence;
-        let turn = persistence.turn.try_lock().unwrap();
-        let mut reset = Box::pin({
-            let pool = process.pool.clone();
-            async move { pool.reset("alpha").await.unwrap() }
-        });
-        assert!(reset.as_mut().now_or_never().is_none(), "it waits for its turn");
+        let reset = process.pool.reset_that_waits("alpha");
         process.clock.advance(SECOND);
-        drop(turn);
-        let reset = thread::spawn(|| block_on(reset));
+        let reset = thread::spawn(|| block_on(reset).unwrap());
         at_once(
             &process,
             [
