@@ -131,14 +131,16 @@ impl Drop for Prometheus {
     }
 }
 
-/// Each panel's questions, as they are asked for all pools.
+/// Each panel's questions, as they are asked for all pools of all gateways.
 fn questions() -> Vec<String> {
     let dashboard = dashboard();
     let targets =
         dashboard["panels"].as_array().unwrap().iter().flat_map(|panel| panel["targets"].as_array().unwrap());
     targets
         .map(|target| {
-            target["expr"].as_str().unwrap().replace("$pool", ".*").replace("$__rate_interval", "5s")
+            let expression =
+                target["expr"].as_str().unwrap().replace("$pool", ".*").replace("$instance", ".*");
+            expression.replace("$__rate_interval", "5s")
         })
         .collect()
 }

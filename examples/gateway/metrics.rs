@@ -15,7 +15,8 @@ use tower_key_rotation::KeyPool;
 const REQUESTS: &str = "gateway_request_seconds";
 
 /// From a cached answer to a model that thinks for minutes.
-const SECONDS: [f64; 14] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0];
+const SECONDS: [f64; 16] =
+    [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0];
 
 /// From now on, what is told to the recorder of the `metrics` crate comes to this exporter.
 pub(crate) fn install() -> Result<PrometheusHandle, Box<dyn Error>> {
