@@ -1,11 +1,11 @@
 //! `http` and `reqwest` messages, seen alike.
 
-use std::{error::Error as StdError, fmt};
+use std::{borrow::Cow, error::Error as StdError, fmt};
 
 use bytes::Bytes;
 use http::{
     HeaderMap, HeaderValue, Request, Response, StatusCode, Uri,
-    header::{HOST, LOCATION},
+    header::{CONTENT_LOCATION, Entry, HOST, HeaderName, LINK, LOCATION},
     uri::PathAndQuery,
 };
 use http_body::Body;
@@ -46,7 +46,7 @@ pub trait ResponseMessage: sealed::Sealed + Sized {
     fn extensions(&self) -> &http::Extensions;
     #[doc(hidden)]
     fn extensions_mut(&mut self) -> &mut http::Extensions;
-    /// Takes a key out of `Location`, and of the URL that the response remembers, if it does.
+    /// Takes a key out of the headers, and of the URL that the response remembers, if it does.
     #[doc(hidden)]
     fn forget_query(&mut self, parameters: &[Parameter]);
 }
@@ -161,21 +161,45 @@ impl<B> ResponseMessage for Response<B> {
     }
 
     fn forget_query(&mut self, parameters: &[Parameter]) {
-        forget_in_location(self.headers_mut(), parameters);
+        forget_in_headers(self.headers_mut(), parameters);
     }
 }
 
-/// Servers redirect with the query that they were asked with, and who follows takes it to another host.
-fn forget_in_location(headers: &mut HeaderMap, parameters: &[Parameter]) {
-    // Not only ASCII: who follows reads UTF-8, too.
-    let Some(location) = headers.get(LOCATION) else { return };
-    let location = String::from_utf8_lossy(location.as_bytes());
-    let Some(without) = query::url_without(&location, parameters) else { return };
-    // An empty one would lead to where the request went.
-    match HeaderValue::from_bytes(without.as_bytes()) {
-        Ok(without) if !without.is_empty() => _ = headers.insert(LOCATION, without),
-        _ => _ = headers.remove(LOCATION),
+/// Servers redirect with the query that they were asked with, and who follows takes it to another host. They link with it
+/// to the next page, too.
+fn forget_in_headers(headers: &mut HeaderMap, parameters: &[Parameter]) {
+    let holds_one = |value: &HeaderValue| parameters.iter().any(|own| own.is_in(&text_of(value)));
+    let holding: Vec<_> =
+        headers.iter().filter(|(_, value)| holds_one(value)).map(|(name, _)| name.clone()).collect();
+    for name in holding {
+        let Entry::Occupied(values) = headers.entry(&name) else { continue };
+        let values: Vec<_> = values.remove_entry_mult().1.collect();
+        for value in values.iter().filter_map(|value| value_without(&name, value, parameters)) {
+            headers.append(&name, value);
+        }
     }
+}
+
+/// `None` where nothing is left: an empty URL would lead to where the request went.
+fn value_without(name: &HeaderName, value: &HeaderValue, parameters: &[Parameter]) -> Option<HeaderValue> {
+    let text = text_of(value);
+    let without = if [LOCATION, CONTENT_LOCATION].contains(name) {
+        query::url_without(&text, parameters)
+    } else if *name == LINK {
+        query::links_without(&text, parameters)
+    } else {
+        parameters.iter().any(|own| own.is_in(&text)).then(String::new)
+    };
+    match without {
+        None => Some(value.clone()),
+        Some(without) if without.is_empty() => None,
+        Some(without) => HeaderValue::from_bytes(without.as_bytes()).ok(),
+    }
+}
+
+/// Not only ASCII: who follows a URL reads UTF-8, too.
+fn text_of(value: &HeaderValue) -> Cow<'_, str> {
+    String::from_utf8_lossy(value.as_bytes())
 }
 
 impl<B> ReadableResponse for Response<B>

@@ -65,6 +65,26 @@ pub(crate) fn url_without(url: &str, parameters: &[Parameter]) -> Option<String>
     Some(if holds_one(&without) { String::new() } else { without })
 }
 
+/// The same of RFC 8288's links, `<URL>; rel="next", …`.
+pub(crate) fn links_without(links: &str, parameters: &[Parameter]) -> Option<String> {
+    let holds_one = |text: &str| parameters.iter().any(|own| own.is_in(text));
+    if !holds_one(links) {
+        return None;
+    }
+    let mut without = String::new();
+    let mut rest = links;
+    while let Some((before, (url, after))) =
+        rest.split_once('<').and_then(|(before, rest)| Some((before, rest.split_once('>')?)))
+    {
+        let url = url_without(url, parameters).map_or(url.into(), Cow::Owned);
+        without.extend([before, "<", &*url, ">"]);
+        rest = after;
+    }
+    without.push_str(rest);
+    // A link to nothing is one to where the request went.
+    Some(if without.contains("<>") || holds_one(&without) { String::new() } else { without })
+}
+
 fn others<'q>(query: Option<&'q str>, parameters: &[Parameter]) -> impl Iterator<Item = &'q str> {
     query.unwrap_or_default().split('&').filter(|pair| !pair.is_empty()).filter(|pair| {
         let name = decoded_name(pair);
@@ -118,6 +138,23 @@ mod tests {
             ("/v1?", None),
         ] {
             assert_eq!(url_without(url, &key).as_deref(), without, "{url}");
+        }
+    }
+
+    #[test]
+    fn a_key_is_taken_out_of_links_or_the_links_are_left_out() {
+        let key = [Parameter::new("key", "s&cret/1")];
+        for (links, without) in [
+            (
+                r#"</v1?page=2&key=s%26cret%2F1>; rel="next", </v1?key=s%26cret/1&page=9>; rel=last"#,
+                Some(r#"</v1?page=2>; rel="next", </v1?page=9>; rel=last"#),
+            ),
+            ("<?key=s%26cret%2F1>; rel=self", Some("")),
+            (r#"</v1>; title="key=s&cret/1""#, Some("")),
+            ("</v1?key=s%26cret%2F1", Some("")),
+            ("</v1?key=somebody-elses>; rel=next", None),
+        ] {
+            assert_eq!(links_without(links, &key).as_deref(), without, "{links}");
         }
     }
 }

@@ -134,6 +134,38 @@ async fn s02_a_redirect_that_is_no_ascii_or_has_the_key_elsewhere_takes_it_nowhe
     }
 }
 
+/// Broken once: with a look at `Location` alone, it failed.
+#[tokio::test]
+async fn s02_no_header_that_repeats_the_query_tells_the_key() {
+    let server = Server::answering(|| {
+        let own = format!("/v1?page=2&key={PERCENT_ENCODED}");
+        let mut response = answer(200, "{}");
+        for (name, value) in [
+            ("link", format!("<{own}>; rel=next")),
+            ("link", "</v1?page=1>; rel=prev".to_owned()),
+            ("content-location", own.clone()),
+            ("refresh", format!("5; url={own}")),
+            ("x-page", "2".to_owned()),
+        ] {
+            response.headers_mut().append(name, value.parse().unwrap());
+        }
+        response
+    })
+    .await;
+    let pool = pool(&Inject::query("key")).build().unwrap();
+    let client = KeyRotationLayer::new(&pool).layer(hyper());
+    let response = client.oneshot(request(Method::GET, &server)).await.unwrap();
+    let headers = response.headers();
+    assert!(!headers.values().any(holds_the_key), "{headers:?}");
+    let links: Vec<_> = headers.get_all("link").iter().collect();
+    assert_eq!(links, ["</v1?page=2>; rel=next", "</v1?page=1>; rel=prev"]);
+    assert_eq!(
+        (&headers["content-location"], &headers["x-page"]),
+        (&"/v1?page=2".parse().unwrap(), &"2".parse().unwrap())
+    );
+    assert!(!headers.contains_key("refresh"));
+}
+
 /// Broken once: with the `Location` left as it comes, a key in the query reached the second server.
 #[tokio::test]
 async fn s02_redirects_that_are_followed_around_the_layer_take_a_key_to_allowed_hosts_only() {

@@ -23,10 +23,17 @@ use super::{ClassifyResponse, ResponseHead, Verdict};
 /// is not looked at, and a 400 says nothing.
 ///
 /// A revoked key stays out of service until somebody resets it. So a 401 or 403 that another key would get as well must
-/// not count, or a failover would lose one key after the other to a single request: one for a model or an organization
-/// that is not the key's, or from a country that is not served (`model_not_found`, `mismatched_organization` and the like
-/// of OpenAI's, `permission_error` of Anthropic's), and one that a firewall answers with 403 and a page of HTML. Without
-/// the body, or where a service has other words for it, such a request takes keys out: then use a classifier of your own.
+/// not count, or a failover would lose one key after the other to a single request. Those are:
+///
+/// - one for a model, an organization, a file or an operation that is not the key's (`model_not_found`, `missing_scope`
+///   and the like of OpenAI's, `permission_error` of Anthropic's, `model_permission_blocked_…` of Groq's,
+///   `…_model_access_denied` of LiteLLM's, Google's `PERMISSION_DENIED` without a reason in its details that is the
+///   key's), or from a country that is not served;
+/// - one with a content that is refused (OpenRouter's moderation, xAI's usage guidelines);
+/// - one that a firewall answers with 403 and a page of HTML.
+///
+/// Without the body, or where a service has other words for it, such a request takes keys out: then use a classifier of
+/// your own.
 ///
 /// Of a 400, only its code and the beginning of its message count. What follows may repeat the request.
 ///
@@ -56,14 +63,35 @@ impl LlmGateway {
 
 const LOCKED_OUT: [&str; 4] = ["banned", "blocked", "suspended", "disabled"];
 
-/// What another key would be answered, too.
-const ABOUT_THE_REQUEST: [&str; 6] = [
+/// What another key would be answered, too, or one with other rights.
+const ABOUT_THE_REQUEST: [&str; 16] = [
+    // OpenAI's, and Anthropic's last.
     "model_not_found",
     "mismatched_organization",
     "invalid_organization",
     "mismatched_project",
+    "missing_scope",
     "unsupported_country_region_territory",
     "permission_error",
+    // Groq's.
+    "model_permission_blocked_org",
+    "model_permission_blocked_project",
+    // LiteLLM's.
+    "key_model_access_denied",
+    "user_model_access_denied",
+    "team_model_access_denied",
+    "project_model_access_denied",
+    "org_model_access_denied",
+    // Google's: of the reasons that it gives with PERMISSION_DENIED, those that are not the key's.
+    "iam_permission_denied",
+    "access_token_scope_insufficient",
+];
+
+/// Where there is no code for it, or one for much else. The first two are OpenAI's, the third is xAI's.
+const ABOUT_THE_REQUEST_IN_WORDS: [&str; 3] = [
+    "you have insufficient permissions for this operation",
+    "you are not allowed to sample from this model",
+    "content violates usage guidelines",
 ];
 
 impl ClassifyResponse for LlmGateway {
@@ -104,7 +132,12 @@ fn is_about_the_request(status: StatusCode, body: &[u8]) -> bool {
         _ if is_a_page => status == StatusCode::FORBIDDEN,
         // Of Anthropic's, that is a key that has had its time, and not what a key may do.
         Some(error) if error.message.starts_with("oauth ") => false,
-        Some(error) => error.has_code_of(&ABOUT_THE_REQUEST),
+        Some(error) => {
+            error.has_code_of(&ABOUT_THE_REQUEST)
+                || error.begins_with_one_of(&ABOUT_THE_REQUEST_IN_WORDS)
+                || error.is_of_moderation
+                || error.is_permission_denied_by_google()
+        }
         // It may be the beginning of one.
         None => ABOUT_THE_REQUEST.iter().any(|code| text.have(code)),
     }
@@ -122,13 +155,12 @@ fn too_many_requests(response: &ResponseHead<'_>, body: &Words) -> Verdict {
 }
 
 fn bad_request(error: &ErrorBody) -> Verdict {
-    let begins_with_one_of =
-        |beginnings: &[&str]| beginnings.iter().any(|text| error.message.starts_with(text));
-    if error.has_code_of(&["api_key_invalid"]) || begins_with_one_of(&["this organization has been disabled"])
+    if error.has_code_of(&["api_key_invalid"])
+        || error.begins_with_one_of(&["this organization has been disabled"])
     {
         Verdict::Revoked
     } else if error.has_code_of(&["budget_exceeded"])
-        || begins_with_one_of(&["budget has been exceeded", "your credit balance is too low"])
+        || error.begins_with_one_of(&["budget has been exceeded", "your credit balance is too low"])
     {
         Verdict::Exhausted { wait: None }
     } else {
@@ -139,7 +171,12 @@ fn bad_request(error: &ErrorBody) -> Verdict {
 /// An error as OpenAI, Anthropic, Google and the gateways before them write it, in lower case.
 struct ErrorBody {
     codes: Vec<String>,
+    /// Google's own name for the status, and why.
+    status: Option<String>,
+    reasons: Vec<String>,
     message: String,
+    /// As OpenRouter says it, openrouter.ai/docs/errors.
+    is_of_moderation: bool,
 }
 
 impl ErrorBody {
@@ -151,20 +188,40 @@ impl ErrorBody {
         let error = json.get("error").unwrap_or(json);
         let text = |of: &Value, name| of.get(name).and_then(Value::as_str).map(str::to_lowercase);
         let details = error.get("details").and_then(Value::as_array).into_iter().flatten();
-        let reasons = details.filter_map(|detail| text(detail, "reason"));
         let message = text(error, "message").or_else(|| error.as_str().map(str::to_lowercase));
         Some(Self {
-            codes: ["type", "code"].into_iter().filter_map(|name| text(error, name)).chain(reasons).collect(),
+            codes: ["type", "code"].into_iter().filter_map(|name| text(error, name)).collect(),
+            status: text(error, "status"),
+            reasons: details.filter_map(|detail| text(detail, "reason")).collect(),
             message: message.unwrap_or_default(),
+            is_of_moderation: error.pointer("/metadata/flagged_input").is_some(),
         })
     }
 
     fn of_text(body: &[u8]) -> Self {
-        Self { codes: Vec::new(), message: String::from_utf8_lossy(body).trim().to_lowercase() }
+        Self {
+            codes: Vec::new(),
+            status: None,
+            reasons: Vec::new(),
+            message: String::from_utf8_lossy(body).trim().to_lowercase(),
+            is_of_moderation: false,
+        }
     }
 
     fn has_code_of(&self, codes: &[&str]) -> bool {
-        self.codes.iter().any(|code| codes.contains(&&**code))
+        self.codes.iter().chain(&self.reasons).any(|code| codes.contains(&&**code))
+    }
+
+    fn begins_with_one_of(&self, beginnings: &[&str]) -> bool {
+        beginnings.iter().any(|beginning| self.message.starts_with(beginning))
+    }
+
+    /// Of a model, a file or the like that is not the key's. Where it is the key itself, Google gives a reason
+    /// (google.api.ErrorReason), or says so: that your key was reported as leaked, your project denied.
+    fn is_permission_denied_by_google(&self) -> bool {
+        self.status.as_deref() == Some("permission_denied")
+            && self.reasons.is_empty()
+            && !self.begins_with_one_of(&["your "])
     }
 }
 
@@ -280,6 +337,34 @@ mod tests {
             (403, "\n<!DOCTYPE html><title>Attention Required!</title>"),
             (403, r#"[{"error":{"code":"model_not_found"}}]"#),
             (403, r#"{"error":{"code":"model_not_found","message":"cut o"#),
+            (
+                401,
+                r#"{"error":{"type":"invalid_request_error","code":"missing_scope","message":"You have"}}"#,
+            ),
+            (
+                401,
+                r#"{"error":{"message":"You have insufficient permissions for this operation. Missing","code":null}}"#,
+            ),
+            (403, r#"{"error":{"message":"You are not allowed to sample from this model","code":null}}"#),
+            (403, r#"{"error":{"type":"permissions_error","code":"model_permission_blocked_project"}}"#),
+            (401, r#"{"error":{"message":"no","type":"key_model_access_denied","code":"401"}}"#),
+            (
+                403,
+                r#"{"error":{"code":403,"message":"flagged","metadata":{"flagged_input":"…","reasons":["x"]}}}"#,
+            ),
+            (403, r#"{"code":"permission-denied","error":"Content violates usage guidelines. "}"#),
+            (
+                403,
+                r#"{"error":{"code":403,"message":"You do not have permission to access the File abc or it may not exist.","status":"PERMISSION_DENIED"}}"#,
+            ),
+            (
+                403,
+                r#"[{"error":{"status":"PERMISSION_DENIED","message":"The caller does not have permission"}}]"#,
+            ),
+            (
+                403,
+                r#"{"error":{"status":"PERMISSION_DENIED","message":"no","details":[{"reason":"IAM_PERMISSION_DENIED"}]}}"#,
+            ),
         ] {
             assert_eq!(classify(status, body), Verdict::Nothing, "{body}");
         }
@@ -287,6 +372,15 @@ mod tests {
             (401, r#"{"error":{"code":"invalid_api_key"}}"#),
             (401, r#"{"type":"error","error":{"type":"authentication_error"}}"#),
             (403, r#"{"error":{"status":"PERMISSION_DENIED","details":[{"reason":"CONSUMER_SUSPENDED"}]}}"#),
+            (
+                403,
+                r#"{"error":{"status":"PERMISSION_DENIED","message":"Your API key was reported as leaked."}}"#,
+            ),
+            (403, r#"{"code":"permission-denied","error":"Access to the chat endpoint is denied."}"#),
+            (
+                401,
+                r#"{"error":{"type":"auth_error","code":"401","message":"Invalid proxy server token passed."}}"#,
+            ),
             (401, "<html><title>401 Authorization Required</title>"),
             (403, r#"{"error":{"type":"permission_error","message":"OAuth token has been revoked."}}"#),
             (403, r#"{"error":"you are not allowed here"}"#),
