@@ -37,7 +37,7 @@ use support::{
     *,
 };
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncRead, AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     process::Command,
     sync::Notify,
@@ -1224,9 +1224,8 @@ fn pem(certificate: &[u8]) -> String {
     format!("-----BEGIN CERTIFICATE-----\n{text}\n-----END CERTIFICATE-----\n")
 }
 
-/// An upstream as `localhost` that speaks HTTP/2 by TLS and answers with the version that it is asked in, and the file
-/// with its certificate.
-async fn upstream_with_tls() -> (SocketAddr, TestFile) {
+/// Where an upstream of HTTP/2 by TLS listens as `localhost`, and the file with its certificate.
+async fn listening_by_tls() -> (Tls, SocketAddr, TestFile) {
     let certificate = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
     let key = PrivateKeyDer::Pkcs8(certificate.signing_key.serialize_der().into());
     let config = ServerConfig::builder().with_no_client_auth();
@@ -1234,9 +1233,111 @@ async fn upstream_with_tls() -> (SocketAddr, TestFile) {
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     let listener = Tls(TcpListener::bind("127.0.0.1:0").await.unwrap(), TlsAcceptor::from(Arc::new(config)));
     let address = listener.local_addr().unwrap();
+    (listener, address, file("pem", &pem(certificate.cert.der())))
+}
+
+/// An upstream that speaks HTTP/2 and answers with the version that it is asked in.
+async fn upstream_with_tls() -> (SocketAddr, TestFile) {
+    let (listener, address, trusted) = listening_by_tls().await;
     let version = async |request: Request<Body>| format!("{:?}", request.version());
     tokio::spawn(async move { axum::serve(listener, Router::new().fallback(version)).await });
-    (address, file("pem", &pem(certificate.cert.der())))
+    (address, trusted)
+}
+
+/// The type and the flags of a frame, the stream, and what is in it.
+type Frame = (u8, u8, u32, Vec<u8>);
+
+async fn read_frame(connection: &mut (impl AsyncRead + Unpin)) -> io::Result<Frame> {
+    let head = connection.read_u64().await?;
+    let (stream, length) = (connection.read_u8().await?, head >> 40);
+    let mut payload = vec![0; length as usize];
+    connection.read_exact(&mut payload).await?;
+    Ok(((head >> 32) as u8, (head >> 24) as u8, (head as u32) << 8 | u32::from(stream), payload))
+}
+
+fn frame((kind, flags, stream, payload): Frame) -> Vec<u8> {
+    let length = (payload.len() as u32).to_be_bytes();
+    [&length[1..], &[kind, flags], &stream.to_be_bytes(), &payload].concat()
+}
+
+const END: u8 = 0x1;
+
+/// It has taken no request after the one with that number.
+fn go_away(last: u32, code: u32) -> Frame {
+    (7, 0, 0, [last.to_be_bytes(), code.to_be_bytes()].concat())
+}
+
+fn reset(stream: u32, code: u32) -> Frame {
+    (3, 0, stream, code.to_be_bytes().to_vec())
+}
+
+/// An upstream of HTTP/2, frame by frame: it answers so many requests with these frames first, and all others with 204.
+/// It tells each request's body as it arrived.
+async fn upstream_in_frames(
+    times: usize,
+    refusal: impl Fn(u32) -> Frame + Send + 'static,
+) -> (SocketAddr, TestFile, Arc<Mutex<Vec<String>>>) {
+    let (mut listener, address, trusted) = listening_by_tls().await;
+    let arrived = Arc::new(Mutex::new(Vec::new()));
+    let bodies = arrived.clone();
+    tokio::spawn(async move {
+        loop {
+            let (mut connection, _) = listener.accept().await;
+            connection.read_exact(&mut [0; "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".len()]).await.unwrap();
+            connection.write_all(&frame((4, 0, 0, Vec::new()))).await.unwrap();
+            let mut body = Vec::new();
+            while let Ok((kind, flags, stream, payload)) = read_frame(&mut connection).await {
+                match kind {
+                    0 => body.extend(payload),
+                    1 => {}
+                    _ => continue,
+                }
+                if flags & END == 0 {
+                    continue;
+                }
+                arrived.lock().unwrap().push(String::from_utf8(std::mem::take(&mut body)).unwrap());
+                let is_refused = arrived.lock().unwrap().len() <= times;
+                // ":status: 204" has a place of its own in RFC 7541's table.
+                let answer = if is_refused { refusal(stream) } else { (1, END | 4, stream, vec![0x89]) };
+                connection.write_all(&frame(answer)).await.unwrap();
+            }
+        }
+    });
+    (address, trusted, bodies)
+}
+
+/// What a caller gets who posts "kept" to a gateway before that upstream, and the bodies that the upstream got.
+async fn through_frames(
+    times: usize,
+    refusal: impl Fn(u32) -> Frame + Send + 'static,
+    keep: &str,
+) -> (u16, Vec<String>) {
+    let (upstream, trusted, bodies) = upstream_in_frames(times, refusal).await;
+    let (keys, url) = (keys_file("a|sk-a"), format!("https://localhost:{}", upstream.port()));
+    let mut command = command(["--upstream", &url, "--keys", keys.path(), "--keep-body", keep]);
+    command.env("SSL_CERT_FILE", trusted.path());
+    let gateway = Gateway::start(command).await;
+    let response = in_time(http().post(gateway.url("/v1/messages")).body("kept").send()).await.unwrap();
+    let bodies = bodies.lock().unwrap().clone();
+    (response.status().as_u16(), bodies)
+}
+
+/// Broken once: without sending it again, and by RST_STREAM with any code, it failed.
+#[tokio::test]
+async fn what_an_http_2_upstream_says_it_has_not_begun_is_sent_again_with_its_body() {
+    const NO_ERROR: u32 = 0;
+    const INTERNAL_ERROR: u32 = 2;
+    const REFUSED_STREAM: u32 = 7;
+    let closed = |_| go_away(0, NO_ERROR);
+    assert_eq!(through_frames(1, closed, "4").await, (204, vec!["kept".to_owned(); 2]), "it closes");
+    let refused = |stream| reset(stream, REFUSED_STREAM);
+    assert_eq!(through_frames(3, refused, "4").await, (204, vec!["kept".to_owned(); 4]), "it refuses");
+    assert_eq!(through_frames(9, refused, "4").await, (502, vec!["kept".to_owned(); 4]), "and goes on so");
+    assert_eq!(through_frames(1, closed, "3").await, (502, vec!["kept".to_owned()]), "it is not kept");
+    let begun = |stream| reset(stream, INTERNAL_ERROR);
+    assert_eq!(through_frames(1, begun, "4").await, (502, vec!["kept".to_owned()]), "it may have begun");
+    let broken = |_| go_away(0, INTERNAL_ERROR);
+    assert_eq!(through_frames(1, broken, "4").await, (502, vec!["kept".to_owned()]), "it is broken");
 }
 
 #[tokio::test]

@@ -22,7 +22,7 @@ pub(super) struct BodyLimits {
 }
 
 /// A caller's body, as one attempt sends it. A clone is for another attempt, and begins at the beginning; of all of
-/// them only one reads what is still to come: the last that was begun to be sent.
+/// them only one reads what is still to come: the last that was held before it was sent.
 pub(super) struct KeptBody {
     shared: Arc<Mutex<Shared>>,
     attempt: u32,
@@ -132,7 +132,7 @@ impl HttpBody for KeptBody {
     ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         let (attempt, sent) = (self.attempt, self.sent);
         let mut shared = self.shared();
-        if attempt > shared.reader {
+        if shared.held_for == Some(attempt) {
             shared.reader = attempt;
             shared.held_for = None;
             // So that the one before sees that it is over.
@@ -176,7 +176,7 @@ impl Shared {
         sent: usize,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Bytes, BoxError>>> {
-        if attempt < self.reader || (sent < self.received && self.kept.is_none()) {
+        if attempt != self.reader || (sent < self.received && self.kept.is_none()) {
             return Poll::Ready(Some(Err(SentByAnother.into())));
         }
         if self.held_for.is_some() {

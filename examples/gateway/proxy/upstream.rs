@@ -1,8 +1,15 @@
 //! The upstream, and the client that sends requests to it: failover around rotation around `hyper`.
 
-use std::{io, str::FromStr, time::Duration};
+use std::{
+    error::Error,
+    future::{Ready, ready},
+    io, iter,
+    str::FromStr,
+    time::Duration,
+};
 
 use axum::body::{Body, Bytes, HttpBody};
+use h2::Reason;
 use http::{
     HeaderValue, Request, Response, Uri,
     uri::{Authority, Scheme},
@@ -17,19 +24,28 @@ use hyper_util::{
     rt::{TokioExecutor, TokioTimer},
 };
 use percent_encoding::percent_decode_str;
-use tower::{BoxError, ServiceBuilder, timeout::TimeoutLayer, util::BoxCloneSyncService};
+use tower::{
+    BoxError, ServiceBuilder,
+    retry::{Policy, RetryLayer},
+    timeout::TimeoutLayer,
+    util::BoxCloneSyncService,
+};
 use tower_http::timeout::TimeoutBody;
 use tower_key_rotation::{
-    Error, FailoverLayer, KeyPool, KeyRotationLayer, classify::LlmGateway, failover::CloneRequest,
+    Error as RotationError, FailoverLayer, KeyPool, KeyRotationLayer, classify::LlmGateway,
+    failover::CloneRequest,
 };
 
 use super::body::KeptBody;
 use crate::{settings::Settings, this_machine, with_sources};
 
-pub(super) type Client = BoxCloneSyncService<Request<KeptBody>, Response<Body>, Error<BoxError>>;
+pub(super) type Client = BoxCloneSyncService<Request<KeptBody>, Response<Body>, RotationError<BoxError>>;
 
 /// How much of an error's body is looked at, for what it says of the key.
 const ERROR_BODY: usize = 16 * 1024;
+
+/// How often a request is sent again with the same key, where the upstream says that it has done nothing with it.
+const RESENDS: u32 = 3;
 
 /// An upstream from which nothing comes for so long, not even that it is still there, is gone.
 const GONE_AFTER: Duration = Duration::from_secs(60);
@@ -48,6 +64,7 @@ pub(super) fn client(pool: &KeyPool, settings: &Settings) -> io::Result<Client> 
         .map_response(move |response: Response<_>| response.map(|body| with_limit(idle, body)))
         .layer(failover)
         .layer(rotation)
+        .layer(RetryLayer::new(NotProcessed { more: RESENDS }))
         .layer(TimeoutLayer::new(settings.response_timeout.into()))
         .service(hyper(settings)?);
     Ok(BoxCloneSyncService::new(client))
@@ -111,6 +128,40 @@ impl CloneRequest<Request<KeptBody>> for SendAgain {
     fn can_send_again(&self, request: &Request<KeptBody>) -> bool {
         request.body().hold()
     }
+}
+
+/// What an HTTP/2 server has not begun, it can be sent again by RFC 9113, section 8.7: where it closes the connection in
+/// good order, as nginx does after a thousand requests, or refuses the stream.
+#[derive(Clone)]
+struct NotProcessed {
+    more: u32,
+}
+
+impl<B> Policy<Request<KeptBody>, Response<B>, BoxError> for NotProcessed {
+    type Future = Ready<()>;
+
+    fn retry(
+        &mut self,
+        request: &mut Request<KeptBody>,
+        result: &mut Result<Response<B>, BoxError>,
+    ) -> Option<Self::Future> {
+        let error = result.as_ref().err()?;
+        self.more = self.more.checked_sub(1)?;
+        (is_not_processed(&**error) && request.body().hold()).then(|| ready(()))
+    }
+
+    fn clone_request(&mut self, request: &Request<KeptBody>) -> Option<Request<KeptBody>> {
+        Some(request.clone())
+    }
+}
+
+fn is_not_processed(error: &(dyn Error + 'static)) -> bool {
+    let sources = iter::successors(Some(error), |&error| error.source());
+    let errors = sources.filter_map(|error| error.downcast_ref::<h2::Error>());
+    errors.filter(|error| error.is_remote()).any(|error| {
+        (error.is_go_away() && error.reason() == Some(Reason::NO_ERROR))
+            || (error.is_reset() && error.reason() == Some(Reason::REFUSED_STREAM))
+    })
 }
 
 /// Where the API is.
