@@ -5,6 +5,7 @@ use std::{
     collections::BTreeMap,
     env,
     error::Error,
+    ffi::OsString,
     fmt, fs,
     net::SocketAddr,
     path::{Path, PathBuf},
@@ -12,8 +13,9 @@ use std::{
 };
 
 use clap::{
-    Arg, ArgMatches, Command, CommandFactory, FromArgMatches, Parser, builder::BoolishValueParser,
-    error::ContextKind,
+    Arg, ArgMatches, Command, CommandFactory, FromArgMatches, Parser,
+    builder::BoolishValueParser,
+    error::{ContextKind, ContextValue, ErrorKind},
 };
 use toml::{Table, Value};
 
@@ -166,6 +168,7 @@ impl Error for WrongSetting {}
 impl Settings {
     /// Reads all of them. Where `--help` is asked for, it is printed, and the program ends.
     pub(crate) fn read() -> Result<Self, WrongSetting> {
+        all_are_text()?;
         let command = Self::command().mut_args(with_environment);
         let config = parse(command.clone().mut_args(|arg| arg.required(false)))?;
         let file = match config.get_one::<PathBuf>("config") {
@@ -210,6 +213,20 @@ impl Settings {
     }
 }
 
+/// `clap` says of one that isn't that it isn't, and not which it is.
+fn all_are_text() -> Result<(), WrongSetting> {
+    let is_text = |text: &OsString| text.to_str().is_some();
+    if let Some((name, _)) = env::vars_os().find(|(name, value)| {
+        name.to_str().is_some_and(|name| name.starts_with("GATEWAY_")) && !is_text(value)
+    }) {
+        return Err(WrongSetting(format!("{}: it is not UTF-8", name.display())));
+    }
+    match env::args_os().position(|argument| !is_text(&argument)) {
+        Some(place) => Err(WrongSetting(format!("argument {place}: it is not UTF-8"))),
+        None => Ok(()),
+    }
+}
+
 fn with_environment(arg: Arg) -> Arg {
     let name = format!("GATEWAY_{}", arg.get_id().as_str().to_uppercase());
     // One that is empty is as good as not set: this is how a compose file passes on what nobody has set.
@@ -248,8 +265,15 @@ fn read_file(path: &Path) -> Result<File, WrongSetting> {
         let line = error.span().map_or(1, |span| text[..span.start].lines().count().max(1));
         wrong(format!("line {line}: {}", error.message()))
     })?;
-    let values = |(name, value)| match values(value) {
+    let is_list = |name: &str| {
+        let command = Settings::command();
+        command.get_arguments().any(|arg| arg.get_long() == Some(name) && arg.get_value_delimiter().is_some())
+    };
+    let values = |(name, value): (String, Value)| match values(value) {
         _ if name == "config" => Err(wrong("config: a file names no other".to_owned())),
+        Some(values) if is_list(&name) && values.iter().any(|value| value.contains(',')) => {
+            Err(wrong(format!("{name}: a value has no comma in it: write several as a list")))
+        }
         Some(values) => Ok((name, values)),
         None => Err(wrong(format!("{name}: it is text, a number, true or false, or a list of these"))),
     };
@@ -278,6 +302,12 @@ fn values(value: Value) -> Option<Vec<String>> {
 
 /// What `clap` says of an error, without the value.
 fn in_one_line(error: &clap::Error) -> String {
+    if error.kind() == ErrorKind::UnknownArgument
+        && let Some(ContextValue::String(unknown)) = error.get(ContextKind::InvalidArg)
+        && !unknown.starts_with("--")
+    {
+        return "there is a value without a name: write each as --name value".to_owned();
+    }
     if let (Some(argument), Some(reason)) = (error.get(ContextKind::InvalidArg), error.source()) {
         return format!("{argument}: {reason}");
     }

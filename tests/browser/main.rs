@@ -145,6 +145,11 @@ async fn a_wrong_token_is_refused_and_said_to_be_wrong_and_the_right_one_lets_in
     page.browser.press(Key::Enter).await;
     page.see("document.querySelector('#token-error').innerText === 'That is not the admin token.'").await;
     assert_eq!(page.eval("document.querySelector('#overview').hidden").await, json!(true));
+    // As a text processor makes it, which can't be sent.
+    page.type_into("#token", &format!("“{TOKEN}”")).await;
+    page.eval("document.querySelector('#token-error').innerText = ''").await;
+    page.browser.press(Key::Enter).await;
+    page.see("document.querySelector('#token-error').innerText === 'That is not the admin token.'").await;
 
     page.type_into("#token", TOKEN).await;
     page.browser.press(Key::Enter).await;

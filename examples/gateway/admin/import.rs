@@ -1,9 +1,12 @@
 //! Many keys at once: one `id|secret` a line, or JSON. What can't be read of one is no matter for the others.
 
-use std::str;
+use std::{fmt, iter, str};
 
 use axum::http::StatusCode;
-use serde::Serialize;
+use serde::{
+    Deserialize, Deserializer, Serialize,
+    de::{MapAccess, SeqAccess, Visitor},
+};
 use serde_json::Value;
 use tower_key_rotation::{KeyId, KeyPool, OperateError, Secret};
 
@@ -34,7 +37,7 @@ struct Outcome {
 }
 
 pub(super) fn read(media_type: &str, body: &[u8]) -> Result<Vec<Line>, Refusal> {
-    match media_type {
+    match media_type.to_ascii_lowercase().as_str() {
         "text/plain" => Ok(lines(body)),
         "application/json" => json(body),
         _ => Err(Refusal::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "it is text/plain or application/json")),
@@ -101,12 +104,45 @@ fn divided(line: &[u8]) -> Result<(String, Secret), &'static str> {
 
 /// `[{"id": …, "secret": …}, …]` or `{"id": "secret", …}`.
 fn json(text: &[u8]) -> Result<Vec<Line>, Refusal> {
-    let keys: Vec<_> = match serde_json::from_slice(text).map_err(|error| no_json(&error))? {
-        Value::Object(keys) => keys.into_iter().map(|(id, secret)| named(id, secret)).collect(),
-        Value::Array(entries) => entries.into_iter().map(entry).collect(),
-        _ => vec![Err(FORM)],
+    let keys: Vec<_> = match serde_json::from_slice(text) {
+        Ok(Entries::Named(keys)) => keys.into_iter().map(|(id, secret)| named(id, secret)).collect(),
+        Ok(Entries::Listed(entries)) => entries.into_iter().map(entry).collect(),
+        Err(error) if error.is_data() => vec![Err(FORM)],
+        Err(error) => return Err(no_json(&error)),
     };
     Ok((1..).zip(keys).map(|(number, key)| Line { number, key }).collect())
+}
+
+/// All of them, also where two have the same name.
+enum Entries {
+    Named(Vec<(String, Value)>),
+    Listed(Vec<Value>),
+}
+
+impl<'de> Deserialize<'de> for Entries {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct OfEither;
+
+        impl<'de> Visitor<'de> for OfEither {
+            type Value = Entries;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object or a list")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Entries, A::Error> {
+                iter::from_fn(|| map.next_entry().transpose()).collect::<Result<_, _>>().map(Entries::Named)
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Entries, A::Error> {
+                iter::from_fn(|| list.next_element().transpose())
+                    .collect::<Result<_, _>>()
+                    .map(Entries::Listed)
+            }
+        }
+
+        deserializer.deserialize_any(OfEither)
+    }
 }
 
 /// Where it isn't, and not what stands there.
@@ -167,6 +203,10 @@ mod tests {
             [(1, key("alpha", "sk-1")), (2, None), (3, None), (4, None)]
         );
         assert_eq!(shown(read_json(br#"{"alpha":"sk-1","beta":2}"#)), [(1, key("alpha", "sk-1")), (2, None)]);
+        assert_eq!(
+            shown(read_json(br#"{"beta":"sk-1","alpha":"sk-2","beta":"sk-3"}"#)),
+            [(1, key("beta", "sk-1")), (2, key("alpha", "sk-2")), (3, key("beta", "sk-3"))]
+        );
         assert_eq!(shown(read_json(b"4")), [(1, None)]);
         assert!(json(b"{").is_err());
     }

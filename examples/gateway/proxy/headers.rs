@@ -4,7 +4,7 @@
 use axum::http::{
     HeaderMap, HeaderName, HeaderValue,
     header::{
-        ACCEPT_ENCODING, ALT_SVC, CONNECTION, EXPECT, HOST, LOCATION, PROXY_AUTHENTICATE,
+        ACCEPT_ENCODING, ALT_SVC, CONNECTION, COOKIE, EXPECT, HOST, LOCATION, PROXY_AUTHENTICATE,
         PROXY_AUTHORIZATION, STRICT_TRANSPORT_SECURITY, TE, TRANSFER_ENCODING, UPGRADE,
     },
 };
@@ -34,12 +34,24 @@ const OF_ORIGIN: [HeaderName; 3] =
 
 pub(super) fn to_upstream(headers: &mut HeaderMap) {
     remove_hop_by_hop(headers);
-    // The client sets the upstream's own, and has answered the caller's expectation itself.
+    // The client sets the upstream's own, and an expectation is the gateway's to meet: by HTTP/1.1 it has been, and in
+    // HTTP/2 callers go on after a while.
     for name in [HOST, EXPECT].into_iter().chain(CREDENTIALS).chain(ACCOUNT) {
         headers.remove(name);
     }
+    join_cookies(headers);
     // Tokens are read from the body as it passes.
     headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+}
+
+/// HTTP/2 lets a caller split them, RFC 9113 section 8.2.3, and HTTP/1.1 knows one line of them only.
+fn join_cookies(headers: &mut HeaderMap) {
+    let cookies: Vec<_> = headers.get_all(COOKIE).iter().map(HeaderValue::as_bytes).collect();
+    if cookies.len() > 1
+        && let Ok(joined) = HeaderValue::from_bytes(&cookies.join(&b"; "[..]))
+    {
+        headers.insert(COOKIE, joined);
+    }
 }
 
 pub(super) fn to_caller(headers: &mut HeaderMap, upstream: &Upstream) {

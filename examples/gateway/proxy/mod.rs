@@ -20,6 +20,7 @@ use axum::{
     http::{HeaderValue, Method, StatusCode, Uri, Version, header::RETRY_AFTER, request::Parts},
     response::Response,
 };
+use hyper::ext::ReasonPhrase;
 use hyper_util::client::legacy;
 use tower::{BoxError, ServiceExt, timeout::error::Elapsed};
 use tower_key_rotation::{Error, KeyPool, NoKeyAvailable, ServedBy};
@@ -112,7 +113,8 @@ impl Proxy {
         if status == StatusCode::TOO_MANY_REQUESTS {
             self.correct_retry_after(&mut response);
         }
-        if self.sanitize_errors && (status.is_client_error() || status.is_server_error()) {
+        // Those beyond 599 are errors of no class.
+        if self.sanitize_errors && status.as_u16() >= 400 {
             let refusal = Refusal {
                 status,
                 message: format!("the upstream answered {status}"),
@@ -120,6 +122,8 @@ impl Proxy {
             };
             let mut error = api.error(refusal);
             *error.extensions_mut() = mem::take(response.extensions_mut());
+            // What stands behind the status in HTTP/1.1 is the upstream's text, too.
+            error.extensions_mut().remove::<ReasonPhrase>();
             return error;
         }
         tokens::count(&self.pool, method, response)
@@ -128,7 +132,10 @@ impl Proxy {
     /// A limited response speaks of one key. Where all rest, the caller hears when the first of them is back.
     fn correct_retry_after(&self, response: &mut Response) {
         let Some(wait) = self.pool.next_return().filter(|wait| !wait.is_zero()) else { return };
-        response.headers_mut().remove("retry-after-ms");
+        // Clients believe these first.
+        for of_one_key in ["retry-after-ms", "x-ms-retry-after-ms"] {
+            response.headers_mut().remove(of_one_key);
+        }
         response.headers_mut().insert(RETRY_AFTER, whole_seconds(wait));
     }
 }

@@ -15,6 +15,7 @@ use axum::{
 };
 use hyper::body::{Frame, SizeHint};
 use serde::Deserialize;
+use serde_json::Deserializer;
 use tower_key_rotation::{KeyId, KeyPool, ServedBy};
 
 /// The largest JSON that is looked at: an answer, or a line of an event stream.
@@ -77,19 +78,21 @@ impl HttpBody for Counted {
 
 enum Reader {
     Json { chunks: Vec<Bytes>, length: usize },
-    Events { line: Vec<u8>, usage: Usage },
+    Events(Events),
 }
 
 impl Reader {
     fn of(headers: &HeaderMap) -> Option<Self> {
         let is_plain = headers.get(CONTENT_ENCODING).is_none_or(|encoding| encoding == "identity");
         let kind = headers.get(CONTENT_TYPE)?.to_str().ok()?.split(';').next()?.trim();
-        match kind {
-            "application/json" if is_plain => Some(Self::Json { chunks: Vec::new(), length: 0 }),
-            "text/event-stream" if is_plain => {
-                Some(Self::Events { line: Vec::new(), usage: Usage::default() })
-            }
-            _ => None,
+        if !is_plain {
+            None
+        } else if kind.eq_ignore_ascii_case("application/json") {
+            Some(Self::Json { chunks: Vec::new(), length: 0 })
+        } else if kind.eq_ignore_ascii_case("text/event-stream") {
+            Some(Self::Events(Events::default()))
+        } else {
+            None
         }
     }
 
@@ -103,40 +106,78 @@ impl Reader {
                     chunks.push(data.clone());
                 }
             }
-            Self::Events { line, usage } => read_events(data, line, usage),
+            Self::Events(events) => events.read(data),
         }
     }
 
-    fn usage(&self) -> Usage {
+    /// After all that has come.
+    fn usage(&mut self) -> Usage {
         match self {
-            Self::Json { chunks, .. } => usage_in(&chunks.concat()),
-            Self::Events { usage, .. } => *usage,
-        }
-    }
-}
-
-/// `line` is what has come of a line that has not ended yet.
-fn read_events(data: &[u8], line: &mut Vec<u8>, usage: &mut Usage) {
-    for piece in data.split_inclusive(|&byte| byte == b'\n') {
-        if line.len() <= LARGEST_JSON {
-            line.extend_from_slice(piece);
-        }
-        if piece.ends_with(b"\n") {
-            if let Some(event) = line.strip_prefix(b"data:") {
-                usage.update(usage_in(event));
+            Self::Json { chunks, .. } => {
+                serde_json::from_slice(&chunks.concat()).map(Answer::usage).unwrap_or_default()
             }
-            line.clear();
+            Self::Events(events) => events.end(),
         }
     }
 }
 
-/// What an answer or an event says of the tokens that were used.
-fn usage_in(json: &[u8]) -> Usage {
-    let Ok(answer) = serde_json::from_slice::<Answer>(json) else { return Usage::default() };
-    let of_part = answer.message.or(answer.response).and_then(|part| part.usage);
-    answer.usage.or(of_part).unwrap_or_default()
+/// An event stream as far as it has come, read as the HTML standard says, section 9.2.6.
+#[derive(Default)]
+struct Events {
+    is_begun: bool,
+    /// What has come of a line that has not ended yet.
+    line: Vec<u8>,
+    /// A line break in `\r\n` ends no second line.
+    is_after_return: bool,
+    /// Of the event that has not ended yet.
+    data: Vec<u8>,
+    usage: Usage,
 }
 
+impl Events {
+    fn read(&mut self, bytes: &[u8]) {
+        for piece in bytes.split_inclusive(|byte| b"\r\n".contains(byte)) {
+            let text = piece.strip_suffix(b"\r").or(piece.strip_suffix(b"\n")).unwrap_or(piece);
+            let is_after_return = std::mem::replace(&mut self.is_after_return, piece.ends_with(b"\r"));
+            if is_after_return && piece == b"\n" {
+                continue;
+            }
+            if self.line.len() <= LARGEST_JSON {
+                self.line.extend_from_slice(text);
+            }
+            if text.len() < piece.len() {
+                self.end_line();
+            }
+        }
+    }
+
+    fn end_line(&mut self) {
+        let is_first = !std::mem::replace(&mut self.is_begun, true);
+        let line = self.line.strip_prefix(b"\xef\xbb\xbf").filter(|_| is_first).unwrap_or(&self.line);
+        if line.is_empty() {
+            // One, but for services that leave out the empty lines.
+            for answer in Deserializer::from_slice(&self.data).into_iter::<Answer>().map_while(Result::ok) {
+                self.usage.update(answer.usage());
+            }
+            self.data.clear();
+        } else if let Some(data) = line.strip_prefix(b"data:")
+            && self.data.len() + data.len() <= LARGEST_JSON
+        {
+            self.data.extend_from_slice(data);
+            self.data.push(b'\n');
+        }
+        self.line.clear();
+    }
+
+    /// What was used counts also where the caller had no patience for the last line break.
+    fn end(&mut self) -> Usage {
+        self.end_line();
+        self.end_line();
+        self.usage
+    }
+}
+
+/// An answer, or an event of one.
 #[derive(Deserialize)]
 struct Answer {
     usage: Option<Usage>,
@@ -144,6 +185,13 @@ struct Answer {
     message: Option<Part>,
     /// In OpenAI's `response.completed`.
     response: Option<Part>,
+}
+
+impl Answer {
+    fn usage(self) -> Usage {
+        let of_part = self.message.or(self.response).and_then(|part| part.usage);
+        self.usage.or(of_part).unwrap_or_default()
+    }
 }
 
 #[derive(Deserialize)]

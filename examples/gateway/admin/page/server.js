@@ -36,7 +36,10 @@ export async function call(method, path, body, type = "application/json") {
 
 async function send(path, options) {
   const headers = { ...options.headers };
-  if (token.get()) headers.authorization = `Bearer ${token.get()}`;
+  const given = token.get();
+  // Some can't stand in a header, and none is one of a token's.
+  if (given && !/^[!-~]+$/.test(given)) throw new Refused(401, "a token has no such characters");
+  if (given) headers.authorization = `Bearer ${given}`;
   const response = await fetch(API + path, { ...options, headers, cache: "no-store" }).catch((error) => {
     throw options.signal?.aborted ? error : new Refused(0, "the gateway can't be reached");
   });
