@@ -168,7 +168,7 @@ impl<B> ResponseMessage for Response<B> {
 /// Servers redirect with the query that they were asked with, and who follows takes it to another host. They link with it
 /// to the next page, too.
 fn forget_in_headers(headers: &mut HeaderMap, parameters: &[Parameter]) {
-    let holds_one = |value: &HeaderValue| parameters.iter().any(|own| own.is_in(&text_of(value)));
+    let holds_one = |value: &HeaderValue| query::holds_one(parameters, &text_of(value));
     let holding: Vec<_> =
         headers.iter().filter(|(_, value)| holds_one(value)).map(|(name, _)| name.clone()).collect();
     for name in holding {
@@ -183,18 +183,15 @@ fn forget_in_headers(headers: &mut HeaderMap, parameters: &[Parameter]) {
 /// `None` where nothing is left: an empty URL would lead to where the request went.
 fn value_without(name: &HeaderName, value: &HeaderValue, parameters: &[Parameter]) -> Option<HeaderValue> {
     let text = text_of(value);
-    let without = if [LOCATION, CONTENT_LOCATION].contains(name) {
-        query::url_without(&text, parameters)
-    } else if *name == LINK {
-        query::links_without(&text, parameters)
-    } else {
-        parameters.iter().any(|own| own.is_in(&text)).then(String::new)
-    };
-    match without {
-        None => Some(value.clone()),
-        Some(without) if without.is_empty() => None,
-        Some(without) => HeaderValue::from_bytes(without.as_bytes()).ok(),
+    if !query::holds_one(parameters, &text) {
+        return Some(value.clone());
     }
+    let without = match *name {
+        LOCATION | CONTENT_LOCATION => query::url_without(&text, parameters)?,
+        LINK => query::links_without(&text, parameters),
+        _ => return None,
+    };
+    if without.is_empty() { None } else { HeaderValue::from_bytes(without.as_bytes()).ok() }
 }
 
 /// Not only ASCII: who follows a URL reads UTF-8, too.
@@ -324,7 +321,7 @@ mod for_reqwest {
         let left = query::without(url.query(), parameters);
         url.set_query(left.as_deref());
         // A redirect may have put it elsewhere.
-        let elsewhere = |url: &Url| parameters.iter().any(|own| own.is_in(url.as_str()));
+        let elsewhere = |url: &Url| query::holds_one(parameters, url.as_str());
         if elsewhere(url) {
             url.set_query(None);
             url.set_fragment(None);

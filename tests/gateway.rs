@@ -402,7 +402,7 @@ async fn the_callers_credentials_never_reach_the_upstream() {
         let request = format!(
             "GET /v1{query} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nAuthorization: Bearer canary\r\n\
              Authorization: Basic canary\r\nx-api-key: canary\r\nApi-Key: canary\r\nX-Goog-Api-Key: canary\r\n\
-             OpenAI-Organization: org-canary\r\nOpenAI-Project: canary\r\n\
+             OpenAI-Organization: org-canary\r\nOpenAI-Project: canary\r\nX-Goog-User-Project: canary\r\n\
              Proxy-Authorization: Basic canary\r\nx-own: canary\r\n\r\n"
         );
         let request = if places.len() > 2 { request } else { request.replace("x-own: canary\r\n", "") };
@@ -1139,7 +1139,7 @@ async fn tokens_are_read_from_each_form_that_an_event_stream_and_its_media_type_
         format!("\u{feff}data: {used}\n\n"),
         "data: {\"usage\":\ndata: {\"total_tokens\":2}}\n\n".to_owned(),
         "data: {\"usage\":\r\ndata: {\"total_tokens\":2}}\r\n\r\n".to_owned(),
-        format!("data: {{\"choices\":[]}}\ndata: {used}\ndata: [DONE]\n"),
+        format!("data: {{\"choices\":[]}}\ndata: ping\ndata: {used}\ndata: [DONE]\n"),
     ];
     for stream in &streams {
         for step in [1, 1_000] {
@@ -1380,18 +1380,19 @@ async fn upstream_in_frames(
     (address, trusted, bodies)
 }
 
-/// What a caller gets who posts "kept" to a gateway before that upstream, and the bodies that the upstream got.
+/// What a caller gets who posts that to a gateway before that upstream, and the bodies that the upstream got.
 async fn through_frames(
     times: usize,
     refusal: impl Fn(u32) -> Frame + Send + 'static,
     keep: &str,
+    body: &'static str,
 ) -> (u16, Vec<String>) {
     let (upstream, trusted, bodies) = upstream_in_frames(times, refusal).await;
     let (keys, url) = (keys_file("a|sk-a"), format!("https://localhost:{}", upstream.port()));
     let mut command = command(["--upstream", &url, "--keys", keys.path(), "--keep-body", keep]);
     command.env("SSL_CERT_FILE", trusted.path());
     let gateway = Gateway::start(command).await;
-    let response = in_time(http().post(gateway.url("/v1/messages")).body("kept").send()).await.unwrap();
+    let response = in_time(http().post(gateway.url("/v1/messages")).body(body).send()).await.unwrap();
     let bodies = bodies.lock().unwrap().clone();
     (response.status().as_u16(), bodies)
 }
@@ -1403,15 +1404,33 @@ async fn what_an_http_2_upstream_says_it_has_not_begun_is_sent_again_with_its_bo
     const INTERNAL_ERROR: u32 = 2;
     const REFUSED_STREAM: u32 = 7;
     let closed = |_| go_away(0, NO_ERROR);
-    assert_eq!(through_frames(1, closed, "4").await, (204, vec!["kept".to_owned(); 2]), "it closes");
+    assert_eq!(through_frames(1, closed, "4", "kept").await, (204, vec!["kept".to_owned(); 2]), "it closes");
     let refused = |stream| reset(stream, REFUSED_STREAM);
-    assert_eq!(through_frames(3, refused, "4").await, (204, vec!["kept".to_owned(); 4]), "it refuses");
-    assert_eq!(through_frames(9, refused, "4").await, (502, vec!["kept".to_owned(); 4]), "and goes on so");
-    assert_eq!(through_frames(1, closed, "3").await, (502, vec!["kept".to_owned()]), "it is not kept");
+    assert_eq!(
+        through_frames(3, refused, "4", "kept").await,
+        (204, vec!["kept".to_owned(); 4]),
+        "it refuses"
+    );
+    assert_eq!(
+        through_frames(9, refused, "4", "kept").await,
+        (502, vec!["kept".to_owned(); 4]),
+        "and goes on so"
+    );
+    assert_eq!(
+        through_frames(1, closed, "3", "kept").await,
+        (502, vec!["kept".to_owned()]),
+        "it is not kept"
+    );
     let begun = |stream| reset(stream, INTERNAL_ERROR);
-    assert_eq!(through_frames(1, begun, "4").await, (502, vec!["kept".to_owned()]), "it may have begun");
+    assert_eq!(
+        through_frames(1, begun, "4", "kept").await,
+        (502, vec!["kept".to_owned()]),
+        "it may have begun"
+    );
     let broken = |_| go_away(0, INTERNAL_ERROR);
-    assert_eq!(through_frames(1, broken, "4").await, (502, vec!["kept".to_owned()]), "it is broken");
+    assert_eq!(through_frames(1, broken, "4", "kept").await, (502, vec!["kept".to_owned()]), "it is broken");
+    let cut_short = through_frames(1, closed, "4", "").await;
+    assert_eq!(cut_short, (502, vec![String::new()]), "its head may be all there is of it, and have arrived");
 }
 
 #[tokio::test]

@@ -168,7 +168,6 @@ impl Error for WrongSetting {}
 impl Settings {
     /// Reads all of them. Where `--help` is asked for, it is printed, and the program ends.
     pub(crate) fn read() -> Result<Self, WrongSetting> {
-        all_are_text()?;
         let command = Self::command().mut_args(with_environment);
         let config = parse(command.clone().mut_args(|arg| arg.required(false)))?;
         let file = match config.get_one::<PathBuf>("config") {
@@ -213,17 +212,16 @@ impl Settings {
     }
 }
 
-/// `clap` says of one that isn't that it isn't, and not which it is.
-fn all_are_text() -> Result<(), WrongSetting> {
+/// Which it is, `clap` doesn't say.
+fn not_text() -> String {
     let is_text = |text: &OsString| text.to_str().is_some();
-    if let Some((name, _)) = env::vars_os().find(|(name, value)| {
-        name.to_str().is_some_and(|name| name.starts_with("GATEWAY_")) && !is_text(value)
-    }) {
-        return Err(WrongSetting(format!("{}: it is not UTF-8", name.display())));
-    }
-    match env::args_os().position(|argument| !is_text(&argument)) {
-        Some(place) => Err(WrongSetting(format!("argument {place}: it is not UTF-8"))),
-        None => Ok(()),
+    let is_ours = |name: &OsString| name.to_str().is_some_and(|name| name.starts_with("GATEWAY_"));
+    let argument = env::args_os().skip(1).position(|argument| !is_text(&argument));
+    let variable = env::vars_os().find(|(name, value)| is_ours(name) && !is_text(value));
+    match (argument, variable) {
+        (Some(before), _) => format!("argument {}: it is not UTF-8", before + 1),
+        (None, Some((name, _))) => format!("{}: it is not UTF-8", name.display()),
+        (None, None) => "an argument is not UTF-8".to_owned(),
     }
 }
 
@@ -302,6 +300,9 @@ fn values(value: Value) -> Option<Vec<String>> {
 
 /// What `clap` says of an error, without the value.
 fn in_one_line(error: &clap::Error) -> String {
+    if error.kind() == ErrorKind::InvalidUtf8 {
+        return not_text();
+    }
     if error.kind() == ErrorKind::UnknownArgument
         && let Some(ContextValue::String(unknown)) = error.get(ContextKind::InvalidArg)
         && !unknown.starts_with("--")

@@ -27,8 +27,7 @@ use super::{ClassifyResponse, ResponseHead, Verdict};
 ///
 /// - one for a model, an organization, a file or an operation that is not the key's (`model_not_found`, `missing_scope`
 ///   and the like of OpenAI's, `permission_error` of Anthropic's, `model_permission_blocked_…` of Groq's,
-///   `…_model_access_denied` of LiteLLM's, Google's `PERMISSION_DENIED` without a reason in its details that is the
-///   key's), or from a country that is not served;
+///   `…_model_access_denied` of LiteLLM's, `IAM_PERMISSION_DENIED` of Google's), or from a country that is not served;
 /// - one with a content that is refused (OpenRouter's moderation, xAI's usage guidelines);
 /// - one that a firewall answers with 403 and a page of HTML.
 ///
@@ -64,7 +63,7 @@ impl LlmGateway {
 const LOCKED_OUT: [&str; 4] = ["banned", "blocked", "suspended", "disabled"];
 
 /// What another key would be answered, too, or one with other rights.
-const ABOUT_THE_REQUEST: [&str; 16] = [
+const ABOUT_THE_REQUEST: [&str; 17] = [
     // OpenAI's, and Anthropic's last.
     "model_not_found",
     "mismatched_organization",
@@ -82,16 +81,22 @@ const ABOUT_THE_REQUEST: [&str; 16] = [
     "team_model_access_denied",
     "project_model_access_denied",
     "org_model_access_denied",
-    // Google's: of the reasons that it gives with PERMISSION_DENIED, those that are not the key's.
+    // Google's, of google.api.ErrorReason: most others are the key's.
     "iam_permission_denied",
     "access_token_scope_insufficient",
+    "user_project_denied",
 ];
 
-/// Where there is no code for it, or one for much else. The first two are OpenAI's, the third is xAI's.
-const ABOUT_THE_REQUEST_IN_WORDS: [&str; 3] = [
+/// Where there is no code for it, or one for much else.
+const ABOUT_THE_REQUEST_IN_WORDS: [&str; 5] = [
+    // OpenAI's.
     "you have insufficient permissions for this operation",
     "you are not allowed to sample from this model",
+    // xAI's.
     "content violates usage guidelines",
+    // Google's, of a file or the like, and of a model.
+    "you do not have permission to access the ",
+    "the caller does not have permission",
 ];
 
 impl ClassifyResponse for LlmGateway {
@@ -136,7 +141,6 @@ fn is_about_the_request(status: StatusCode, body: &[u8]) -> bool {
             error.has_code_of(&ABOUT_THE_REQUEST)
                 || error.begins_with_one_of(&ABOUT_THE_REQUEST_IN_WORDS)
                 || error.is_of_moderation
-                || error.is_permission_denied_by_google()
         }
         // It may be the beginning of one.
         None => ABOUT_THE_REQUEST.iter().any(|code| text.have(code)),
@@ -171,9 +175,6 @@ fn bad_request(error: &ErrorBody) -> Verdict {
 /// An error as OpenAI, Anthropic, Google and the gateways before them write it, in lower case.
 struct ErrorBody {
     codes: Vec<String>,
-    /// Google's own name for the status, and why.
-    status: Option<String>,
-    reasons: Vec<String>,
     message: String,
     /// As OpenRouter says it, openrouter.ai/docs/errors.
     is_of_moderation: bool,
@@ -188,11 +189,10 @@ impl ErrorBody {
         let error = json.get("error").unwrap_or(json);
         let text = |of: &Value, name| of.get(name).and_then(Value::as_str).map(str::to_lowercase);
         let details = error.get("details").and_then(Value::as_array).into_iter().flatten();
+        let reasons = details.filter_map(|detail| text(detail, "reason"));
         let message = text(error, "message").or_else(|| error.as_str().map(str::to_lowercase));
         Some(Self {
-            codes: ["type", "code"].into_iter().filter_map(|name| text(error, name)).collect(),
-            status: text(error, "status"),
-            reasons: details.filter_map(|detail| text(detail, "reason")).collect(),
+            codes: ["type", "code"].into_iter().filter_map(|name| text(error, name)).chain(reasons).collect(),
             message: message.unwrap_or_default(),
             is_of_moderation: error.pointer("/metadata/flagged_input").is_some(),
         })
@@ -201,27 +201,17 @@ impl ErrorBody {
     fn of_text(body: &[u8]) -> Self {
         Self {
             codes: Vec::new(),
-            status: None,
-            reasons: Vec::new(),
             message: String::from_utf8_lossy(body).trim().to_lowercase(),
             is_of_moderation: false,
         }
     }
 
     fn has_code_of(&self, codes: &[&str]) -> bool {
-        self.codes.iter().chain(&self.reasons).any(|code| codes.contains(&&**code))
+        self.codes.iter().any(|code| codes.contains(&&**code))
     }
 
     fn begins_with_one_of(&self, beginnings: &[&str]) -> bool {
         beginnings.iter().any(|beginning| self.message.starts_with(beginning))
-    }
-
-    /// Of a model, a file or the like that is not the key's. Where it is the key itself, Google gives a reason
-    /// (google.api.ErrorReason), or says so: that your key was reported as leaked, your project denied.
-    fn is_permission_denied_by_google(&self) -> bool {
-        self.status.as_deref() == Some("permission_denied")
-            && self.reasons.is_empty()
-            && !self.begins_with_one_of(&["your "])
     }
 }
 
@@ -375,6 +365,10 @@ mod tests {
             (
                 403,
                 r#"{"error":{"status":"PERMISSION_DENIED","message":"Your API key was reported as leaked."}}"#,
+            ),
+            (
+                403,
+                r#"{"error":{"status":"PERMISSION_DENIED","message":"This service has been disabled in this account"}}"#,
             ),
             (403, r#"{"code":"permission-denied","error":"Access to the chat endpoint is denied."}"#),
             (

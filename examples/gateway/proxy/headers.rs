@@ -25,8 +25,11 @@ const HOP_BY_HOP: [HeaderName; 8] = [
 ];
 
 /// They say to whom the caller's own key belongs. A key of another account is refused with them.
-const ACCOUNT: [HeaderName; 2] =
-    [HeaderName::from_static("openai-organization"), HeaderName::from_static("openai-project")];
+const ACCOUNT: [HeaderName; 3] = [
+    HeaderName::from_static("openai-organization"),
+    HeaderName::from_static("openai-project"),
+    HeaderName::from_static("x-goog-user-project"),
+];
 
 /// What a server says of all that has its name, which to the caller is the gateway's.
 const OF_ORIGIN: [HeaderName; 3] =
@@ -34,8 +37,8 @@ const OF_ORIGIN: [HeaderName; 3] =
 
 pub(super) fn to_upstream(headers: &mut HeaderMap) {
     remove_hop_by_hop(headers);
-    // The client sets the upstream's own, and an expectation is the gateway's to meet: by HTTP/1.1 it has been, and in
-    // HTTP/2 callers go on after a while.
+    // The client sets the upstream's own, and an expectation is the gateway's to meet: hyper does in HTTP/1.1, once the
+    // body is read, and in HTTP/2 callers go on after a while.
     for name in [HOST, EXPECT].into_iter().chain(CREDENTIALS).chain(ACCOUNT) {
         headers.remove(name);
     }

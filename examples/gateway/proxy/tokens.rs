@@ -15,10 +15,9 @@ use axum::{
 };
 use hyper::body::{Frame, SizeHint};
 use serde::Deserialize;
-use serde_json::Deserializer;
 use tower_key_rotation::{KeyId, KeyPool, ServedBy};
 
-/// The largest JSON that is looked at: an answer, or a line of an event stream.
+/// The largest JSON that is looked at: an answer, or an event of a stream.
 const LARGEST_JSON: usize = 8 << 20;
 
 /// A body that is passed on as it is, and looked at.
@@ -113,9 +112,7 @@ impl Reader {
     /// After all that has come.
     fn usage(&mut self) -> Usage {
         match self {
-            Self::Json { chunks, .. } => {
-                serde_json::from_slice(&chunks.concat()).map(Answer::usage).unwrap_or_default()
-            }
+            Self::Json { chunks, .. } => usage_in(&chunks.concat()),
             Self::Events(events) => events.end(),
         }
     }
@@ -155,16 +152,16 @@ impl Events {
         let is_first = !std::mem::replace(&mut self.is_begun, true);
         let line = self.line.strip_prefix(b"\xef\xbb\xbf").filter(|_| is_first).unwrap_or(&self.line);
         if line.is_empty() {
-            // One, but for services that leave out the empty lines.
-            for answer in Deserializer::from_slice(&self.data).into_iter::<Answer>().map_while(Result::ok) {
-                self.usage.update(answer.usage());
-            }
+            self.usage.update(usage_in(&self.data));
             self.data.clear();
-        } else if let Some(data) = line.strip_prefix(b"data:")
-            && self.data.len() + data.len() <= LARGEST_JSON
-        {
-            self.data.extend_from_slice(data);
-            self.data.push(b'\n');
+        } else if let Some(data) = line.strip_prefix(b"data:") {
+            // Some services leave out the empty lines.
+            let used = usage_in(data);
+            self.usage.update(used);
+            if used.tokens().is_none() && self.data.len() + data.len() <= LARGEST_JSON {
+                self.data.extend_from_slice(data);
+                self.data.push(b'\n');
+            }
         }
         self.line.clear();
     }
@@ -177,7 +174,13 @@ impl Events {
     }
 }
 
-/// An answer, or an event of one.
+/// What an answer or an event says of the tokens that were used.
+fn usage_in(json: &[u8]) -> Usage {
+    let Ok(answer) = serde_json::from_slice::<Answer>(json) else { return Usage::default() };
+    let of_part = answer.message.or(answer.response).and_then(|part| part.usage);
+    answer.usage.or(of_part).unwrap_or_default()
+}
+
 #[derive(Deserialize)]
 struct Answer {
     usage: Option<Usage>,
@@ -185,13 +188,6 @@ struct Answer {
     message: Option<Part>,
     /// In OpenAI's `response.completed`.
     response: Option<Part>,
-}
-
-impl Answer {
-    fn usage(self) -> Usage {
-        let of_part = self.message.or(self.response).and_then(|part| part.usage);
-        self.usage.or(of_part).unwrap_or_default()
-    }
 }
 
 #[derive(Deserialize)]

@@ -1,12 +1,6 @@
 //! The upstream, and the client that sends requests to it: failover around rotation around `hyper`.
 
-use std::{
-    error::Error,
-    future::{Ready, ready},
-    io, iter,
-    str::FromStr,
-    time::Duration,
-};
+use std::{error::Error, io, iter, str::FromStr, time::Duration};
 
 use axum::body::{Body, Bytes, HttpBody};
 use h2::Reason;
@@ -24,6 +18,7 @@ use hyper_util::{
     rt::{TokioExecutor, TokioTimer},
 };
 use percent_encoding::percent_decode_str;
+use tokio::time::{Sleep, sleep};
 use tower::{
     BoxError, ServiceBuilder,
     retry::{Policy, RetryLayer},
@@ -47,6 +42,9 @@ const ERROR_BODY: usize = 16 * 1024;
 /// How often a request is sent again with the same key, where the upstream says that it has done nothing with it.
 const RESENDS: u32 = 3;
 
+/// How long it waits for that; twice as long each time.
+const FIRST_PAUSE: Duration = Duration::from_millis(10);
+
 /// An upstream from which nothing comes for so long, not even that it is still there, is gone.
 const GONE_AFTER: Duration = Duration::from_secs(60);
 
@@ -64,7 +62,7 @@ pub(super) fn client(pool: &KeyPool, settings: &Settings) -> io::Result<Client> 
         .map_response(move |response: Response<_>| response.map(|body| with_limit(idle, body)))
         .layer(failover)
         .layer(rotation)
-        .layer(RetryLayer::new(NotProcessed { more: RESENDS }))
+        .layer(RetryLayer::new(NotProcessed::default()))
         .layer(TimeoutLayer::new(settings.response_timeout.into()))
         .service(hyper(settings)?);
     Ok(BoxCloneSyncService::new(client))
@@ -132,13 +130,13 @@ impl CloneRequest<Request<KeptBody>> for SendAgain {
 
 /// What an HTTP/2 server has not begun, it can be sent again by RFC 9113, section 8.7: where it closes the connection in
 /// good order, as nginx does after a thousand requests, or refuses the stream.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 struct NotProcessed {
-    more: u32,
+    pauses: u32,
 }
 
 impl<B> Policy<Request<KeptBody>, Response<B>, BoxError> for NotProcessed {
-    type Future = Ready<()>;
+    type Future = Sleep;
 
     fn retry(
         &mut self,
@@ -146,8 +144,13 @@ impl<B> Policy<Request<KeptBody>, Response<B>, BoxError> for NotProcessed {
         result: &mut Result<Response<B>, BoxError>,
     ) -> Option<Self::Future> {
         let error = result.as_ref().err()?;
-        self.more = self.more.checked_sub(1)?;
-        (is_not_processed(&**error) && request.body().hold()).then(|| ready(()))
+        if self.pauses >= RESENDS || !is_not_processed(&**error, request) || !request.body().hold() {
+            return None;
+        }
+        tracing::debug!("sent again, since the upstream has not begun: {}", with_sources(&**error));
+        let pause = FIRST_PAUSE * 2_u32.pow(self.pauses);
+        self.pauses += 1;
+        Some(sleep(pause))
     }
 
     fn clone_request(&mut self, request: &Request<KeptBody>) -> Option<Request<KeptBody>> {
@@ -155,11 +158,14 @@ impl<B> Policy<Request<KeptBody>, Response<B>, BoxError> for NotProcessed {
     }
 }
 
-fn is_not_processed(error: &(dyn Error + 'static)) -> bool {
+fn is_not_processed(error: &(dyn Error + 'static), request: &Request<KeptBody>) -> bool {
+    // What was about to be sent on a connection that is closed later in good order, h2 tells by the same error. The
+    // server may then have got a head, and no body.
+    let is_harmless = request.method().is_idempotent() || !request.body().is_end_stream();
     let sources = iter::successors(Some(error), |&error| error.source());
     let errors = sources.filter_map(|error| error.downcast_ref::<h2::Error>());
     errors.filter(|error| error.is_remote()).any(|error| {
-        (error.is_go_away() && error.reason() == Some(Reason::NO_ERROR))
+        (error.is_go_away() && error.reason() == Some(Reason::NO_ERROR) && is_harmless)
             || (error.is_reset() && error.reason() == Some(Reason::REFUSED_STREAM))
     })
 }
