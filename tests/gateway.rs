@@ -1413,7 +1413,7 @@ async fn what_an_http_2_upstream_says_it_has_not_begun_is_sent_again_with_its_bo
     );
     assert_eq!(
         through_frames(9, refused, "4", "kept").await,
-        (502, vec!["kept".to_owned(); 4]),
+        (502, vec!["kept".to_owned(); 6]),
         "and goes on so"
     );
     assert_eq!(

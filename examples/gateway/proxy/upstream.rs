@@ -40,7 +40,7 @@ pub(super) type Client = BoxCloneSyncService<Request<KeptBody>, Response<Body>, 
 const ERROR_BODY: usize = 16 * 1024;
 
 /// How often a request is sent again with the same key, where the upstream says that it has done nothing with it.
-const RESENDS: u32 = 3;
+const RESENDS: u32 = 5;
 
 /// How long it waits for that; twice as long each time.
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
