@@ -892,9 +892,11 @@ async fn with_sanitize_errors_nothing_of_an_upstreams_error_goes_out_but_its_sta
             "{body}"
         );
     }
-    for own in ["HTTP/1.1 404 org-canary owes", "HTTP/1.1 650 org-canary owes"] {
-        let own = format!("{own}\r\ncontent-length: 10\r\n\r\norg-canary");
-        let (upstream, _) = raw_upstream(own.leak()).await;
+    for own in [
+        "HTTP/1.1 404 org-canary owes\r\ncontent-length: 10\r\n\r\norg-canary",
+        "HTTP/1.1 650 org-canary owes\r\ncontent-length: 10\r\n\r\norg-canary",
+    ] {
+        let (upstream, _) = raw_upstream(own).await;
         let gateway = Gateway::before(upstream, &["a"], ["--sanitize-errors"]).await;
         let request = "GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
         let answer = exchange(gateway.address(), request).await;
@@ -1318,6 +1320,14 @@ async fn upstream_with_tls() -> (SocketAddr, TestFile) {
     (address, trusted)
 }
 
+/// A gateway before an upstream at that port of `localhost`, whose certificate it trusts.
+async fn before_tls<const N: usize>(port: u16, trusted: &TestFile, arguments: [&str; N]) -> Gateway {
+    let (keys, url) = (keys_file("a|sk-a"), format!("https://localhost:{}", port));
+    let mut command = command(["--upstream", &url, "--keys", keys.path()].into_iter().chain(arguments));
+    command.env("SSL_CERT_FILE", trusted.path());
+    Gateway::start(command).await
+}
+
 /// The type and the flags of a frame, the stream, and what is in it.
 type Frame = (u8, u8, u32, Vec<u8>);
 
@@ -1388,10 +1398,7 @@ async fn through_frames(
     body: &'static str,
 ) -> (u16, Vec<String>) {
     let (upstream, trusted, bodies) = upstream_in_frames(times, refusal).await;
-    let (keys, url) = (keys_file("a|sk-a"), format!("https://localhost:{}", upstream.port()));
-    let mut command = command(["--upstream", &url, "--keys", keys.path(), "--keep-body", keep]);
-    command.env("SSL_CERT_FILE", trusted.path());
-    let gateway = Gateway::start(command).await;
+    let gateway = before_tls(upstream.port(), &trusted, ["--keep-body", keep]).await;
     let response = in_time(http().post(gateway.url("/v1/messages")).body(body).send()).await.unwrap();
     let bodies = bodies.lock().unwrap().clone();
     (response.status().as_u16(), bodies)
@@ -1436,15 +1443,12 @@ async fn what_an_http_2_upstream_says_it_has_not_begun_is_sent_again_with_its_bo
 #[tokio::test]
 async fn an_upstream_is_spoken_to_by_tls_and_in_http_2_where_it_can_and_only_if_it_is_who_it_says() {
     let (upstream, trusted) = upstream_with_tls().await;
-    let (keys, url) = (keys_file("a|sk-a"), format!("https://localhost:{}", upstream.port()));
-    let arguments = ["--upstream", &url, "--keys", keys.path()];
-    let mut trusting = command(arguments);
-    trusting.env("SSL_CERT_FILE", trusted.path());
-    let gateway = Gateway::start(trusting).await;
+    let gateway = before_tls(upstream.port(), &trusted, []).await;
     let response = in_time(http().get(gateway.url("/")).send()).await.unwrap();
     assert_eq!(response.text().await.unwrap(), "HTTP/2.0");
 
-    let gateway = Gateway::start(command(arguments)).await;
+    let (keys, url) = (keys_file("a|sk-a"), format!("https://localhost:{}", upstream.port()));
+    let gateway = Gateway::start(command(["--upstream", &url, "--keys", keys.path()])).await;
     assert_eq!(in_time(http().get(gateway.url("/")).send()).await.unwrap().status(), 502);
 }
 
@@ -1452,10 +1456,7 @@ async fn an_upstream_is_spoken_to_by_tls_and_in_http_2_where_it_can_and_only_if_
 async fn an_upstream_that_is_silently_gone_is_noticed_long_before_its_answer_is_late() {
     let (upstream, trusted) = upstream_with_tls().await;
     let between = Proxy::to(upstream).await;
-    let (keys, url) = (keys_file("a|sk-a"), format!("https://localhost:{}", between.port()));
-    let mut command = command(["--upstream", &url, "--keys", keys.path(), "--ping", "0.4"]);
-    command.env("SSL_CERT_FILE", trusted.path());
-    let gateway = Gateway::start(command).await;
+    let gateway = before_tls(between.port(), &trusted, ["--ping", "0.4"]).await;
     let status = async || in_time(http().get(gateway.url("/")).send()).await.unwrap().status();
     assert_eq!(status().await, 200);
     between.set(Fault::Silence);

@@ -17,6 +17,7 @@ mod callers;
 mod gateway;
 mod health;
 mod keys;
+mod media_type;
 mod metrics;
 mod proxy;
 mod read_on;
@@ -52,10 +53,14 @@ async fn run() -> Result<(), Box<dyn Error>> {
     gateway::run(settings).await
 }
 
-/// An error and what is behind it, on one line.
+/// An error and what is behind it.
+fn sources<'e>(error: &'e (dyn Error + 'static)) -> impl Iterator<Item = &'e (dyn Error + 'static)> {
+    iter::successors(Some(error), |&error| error.source())
+}
+
+/// The same, on one line.
 fn with_sources(error: &(dyn Error + 'static)) -> String {
-    let mut line: Vec<_> =
-        iter::successors(Some(error), |&error| error.source()).map(ToString::to_string).collect();
+    let mut line: Vec<_> = sources(error).map(ToString::to_string).collect();
     // A transparent error says the same as its source.
     line.dedup();
     line.join(": ")

@@ -263,8 +263,8 @@ fn read_file(path: &Path) -> Result<File, WrongSetting> {
         let line = error.span().map_or(1, |span| text[..span.start].lines().count().max(1));
         wrong(format!("line {line}: {}", error.message()))
     })?;
+    let command = Settings::command().mut_args(|arg| arg.required(false));
     let is_list = |name: &str| {
-        let command = Settings::command();
         command.get_arguments().any(|arg| arg.get_long() == Some(name) && arg.get_value_delimiter().is_some())
     };
     let values = |(name, value): (String, Value)| match values(value) {
@@ -279,7 +279,6 @@ fn read_file(path: &Path) -> Result<File, WrongSetting> {
     // Read as a command line of its own, so that what is wrong is said to be the file's.
     let arguments =
         file.iter().flat_map(|(name, values)| values.iter().map(move |v| format!("--{name}={v}")));
-    let command = Settings::command().mut_args(|arg| arg.required(false));
     let arguments = std::iter::once("gateway".to_owned()).chain(arguments);
     command.try_get_matches_from(arguments).map_err(|error| wrong(in_one_line(&error)))?;
     Ok(file)

@@ -27,6 +27,7 @@ use super::{
     refusal::Refusal,
     search::{Page, Search, rests},
 };
+use crate::media_type::media_type;
 
 const DESCRIPTION: &str = include_str!("openapi.json");
 
@@ -100,18 +101,13 @@ async fn import(
     headers: HeaderMap,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Json<Imported>, Refusal> {
-    let lines = import::read(media_type(&headers), &body?)?;
+    let lines = import::read(&media_type(&headers).unwrap_or_default(), &body?)?;
     to_the_end(async move {
         let imported = import::add(live.pool(), lines).await;
         live.look(Look::Everything);
         Ok(Json(imported))
     })
     .await
-}
-
-fn media_type(headers: &HeaderMap) -> &str {
-    let value = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    value.split(';').next().unwrap_or_default().trim()
 }
 
 async fn reset(State(live): State<Arc<Live>>, Id(id): Id) -> Result<Json<Shown>, Refusal> {

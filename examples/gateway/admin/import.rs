@@ -37,7 +37,7 @@ struct Outcome {
 }
 
 pub(super) fn read(media_type: &str, body: &[u8]) -> Result<Vec<Line>, Refusal> {
-    match media_type.to_ascii_lowercase().as_str() {
+    match media_type {
         "text/plain" => Ok(lines(body)),
         "application/json" => json(body),
         _ => Err(Refusal::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "it is text/plain or application/json")),

@@ -8,7 +8,7 @@ mod upstream;
 
 use std::{
     error::Error as StdError,
-    io, iter, mem,
+    io, mem,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -31,7 +31,7 @@ use self::{
     body::{BodyLimits, Caller, CutOff, KeptBody, TooLarge},
     upstream::Client,
 };
-use crate::{callers::Callers, metrics, settings::Settings, this_machine, with_sources};
+use crate::{callers::Callers, metrics, settings::Settings, sources, this_machine, with_sources};
 
 #[derive(Clone)]
 pub(crate) struct Proxy {
@@ -207,7 +207,7 @@ fn too_large() -> Refusal {
 }
 
 fn is_behind<E: StdError + 'static>(error: &(dyn StdError + 'static)) -> bool {
-    iter::successors(Some(error), |&error| error.source()).any(|error| error.is::<E>())
+    sources(error).any(|error| error.is::<E>())
 }
 
 fn whole_seconds(wait: Duration) -> HeaderValue {

@@ -1,21 +1,21 @@
 //! Tokens used: read from a response as it passes, and credited to the key that served it.
 
 use std::{
+    mem,
     pin::Pin,
     task::{Context, Poll, ready},
 };
 
 use axum::{
     body::{Body, Bytes, HttpBody},
-    http::{
-        HeaderMap, Method,
-        header::{CONTENT_ENCODING, CONTENT_TYPE},
-    },
+    http::{HeaderMap, Method, header::CONTENT_ENCODING},
     response::Response,
 };
 use hyper::body::{Frame, SizeHint};
 use serde::Deserialize;
 use tower_key_rotation::{KeyId, KeyPool, ServedBy};
+
+use crate::media_type::media_type;
 
 /// The largest JSON that is looked at: an answer, or an event of a stream.
 const LARGEST_JSON: usize = 8 << 20;
@@ -83,15 +83,10 @@ enum Reader {
 impl Reader {
     fn of(headers: &HeaderMap) -> Option<Self> {
         let is_plain = headers.get(CONTENT_ENCODING).is_none_or(|encoding| encoding == "identity");
-        let kind = headers.get(CONTENT_TYPE)?.to_str().ok()?.split(';').next()?.trim();
-        if !is_plain {
-            None
-        } else if kind.eq_ignore_ascii_case("application/json") {
-            Some(Self::Json { chunks: Vec::new(), length: 0 })
-        } else if kind.eq_ignore_ascii_case("text/event-stream") {
-            Some(Self::Events(Events::default()))
-        } else {
-            None
+        match media_type(headers)?.as_str() {
+            "application/json" if is_plain => Some(Self::Json { chunks: Vec::new(), length: 0 }),
+            "text/event-stream" if is_plain => Some(Self::Events(Events::default())),
+            _ => None,
         }
     }
 
@@ -135,7 +130,7 @@ impl Events {
     fn read(&mut self, bytes: &[u8]) {
         for piece in bytes.split_inclusive(|byte| b"\r\n".contains(byte)) {
             let text = piece.strip_suffix(b"\r").or(piece.strip_suffix(b"\n")).unwrap_or(piece);
-            let is_after_return = std::mem::replace(&mut self.is_after_return, piece.ends_with(b"\r"));
+            let is_after_return = mem::replace(&mut self.is_after_return, piece.ends_with(b"\r"));
             if is_after_return && piece == b"\n" {
                 continue;
             }
@@ -149,18 +144,23 @@ impl Events {
     }
 
     fn end_line(&mut self) {
-        let is_first = !std::mem::replace(&mut self.is_begun, true);
+        let is_first = !mem::replace(&mut self.is_begun, true);
         let line = self.line.strip_prefix(b"\xef\xbb\xbf").filter(|_| is_first).unwrap_or(&self.line);
         if line.is_empty() {
-            self.usage.update(usage_in(&self.data));
+            // Of one line, all is known.
+            if self.data.contains(&b'\n') {
+                self.usage.update(usage_in(&self.data));
+            }
             self.data.clear();
         } else if let Some(data) = line.strip_prefix(b"data:") {
             // Some services leave out the empty lines.
             let used = usage_in(data);
             self.usage.update(used);
             if used.tokens().is_none() && self.data.len() + data.len() <= LARGEST_JSON {
+                if !self.data.is_empty() {
+                    self.data.push(b'\n');
+                }
                 self.data.extend_from_slice(data);
-                self.data.push(b'\n');
             }
         }
         self.line.clear();

@@ -1,6 +1,6 @@
 //! The upstream, and the client that sends requests to it: failover around rotation around `hyper`.
 
-use std::{error::Error, io, iter, str::FromStr, time::Duration};
+use std::{error::Error, io, str::FromStr, time::Duration};
 
 use axum::body::{Body, Bytes, HttpBody};
 use h2::Reason;
@@ -32,7 +32,7 @@ use tower_key_rotation::{
 };
 
 use super::body::KeptBody;
-use crate::{settings::Settings, this_machine, with_sources};
+use crate::{settings::Settings, sources, this_machine, with_sources};
 
 pub(super) type Client = BoxCloneSyncService<Request<KeptBody>, Response<Body>, RotationError<BoxError>>;
 
@@ -162,8 +162,7 @@ fn is_not_processed(error: &(dyn Error + 'static), request: &Request<KeptBody>) 
     // What was about to be sent on a connection that is closed later in good order, h2 tells by the same error. The
     // server may then have got a head, and no body.
     let is_harmless = request.method().is_idempotent() || !request.body().is_end_stream();
-    let sources = iter::successors(Some(error), |&error| error.source());
-    let errors = sources.filter_map(|error| error.downcast_ref::<h2::Error>());
+    let errors = sources(error).filter_map(|error| error.downcast_ref::<h2::Error>());
     errors.filter(|error| error.is_remote()).any(|error| {
         (error.is_go_away() && error.reason() == Some(Reason::NO_ERROR) && is_harmless)
             || (error.is_reset() && error.reason() == Some(Reason::REFUSED_STREAM))
