@@ -71,49 +71,37 @@
 
 pub mod classify;
 pub mod clock;
-mod error;
-#[cfg(feature = "failover")]
-pub mod failover;
-mod hosts;
-mod inject;
-pub mod layer;
+mod key;
+mod limit;
 mod message;
-mod metrics;
+mod meter;
 mod pool;
-mod query;
 mod recovery;
-#[cfg(feature = "reqwest")]
-mod redirects;
-mod replay;
-#[cfg(feature = "reqwest-middleware")]
-mod reqwest_middleware;
-mod rotation;
-mod secret;
+mod service;
 pub mod store;
 mod sync;
-#[cfg(feature = "failover")]
-mod tried;
 
-#[cfg(feature = "failover")]
-pub use self::failover::FailoverLayer;
-#[cfg(feature = "reqwest")]
-pub use self::redirects::same_origin_redirects;
 #[cfg(feature = "reqwest-middleware")]
-pub use self::reqwest_middleware::KeyRotationMiddleware;
+pub use self::service::KeyRotationMiddleware;
+#[cfg(feature = "failover")]
+pub use self::service::failover::{self, FailoverLayer};
+#[cfg(feature = "reqwest")]
+pub use self::service::same_origin_redirects;
 pub use self::{
-    error::{Error, InjectError},
-    hosts::InvalidHost,
-    inject::{Credentials, Inject, UnusableSecret},
-    layer::{KeyRotation, KeyRotationLayer},
-    message::{ReadableResponse, RequestMessage, ResponseMessage, UriTooLong},
+    key::{
+        Credentials, Inject, InjectError, InvalidHost, InvalidKeyId, KeyId, Place, Rejected, Rejection,
+        Secret, UnusableSecret, UriTooLong,
+    },
+    limit::{Rest, Status},
+    message::{ReadableResponse, Replay, RequestMessage, ResponseMessage},
     pool::{
-        BuildError, KeyPool, KeyPoolBuilder, KeyStats, NoKeyAvailable, OpenError, OperateError, Place,
-        PoolStats, Rejected, Rejection, Rest, Status,
+        BuildError, KeyPool, KeyPoolBuilder, KeyStats, NoKeyAvailable, OpenError, OperateError, PoolStats,
     },
     recovery::{MarksNotWritten, PassError, RecoveryConfig, RecoveryHandle, Report},
-    replay::Replay,
-    rotation::ServedBy,
-    secret::{InvalidKeyId, KeyId, Secret},
+    service::{
+        Error, ServedBy,
+        layer::{self, KeyRotation, KeyRotationLayer},
+    },
 };
 
 #[cfg(doctest)]

@@ -10,7 +10,8 @@ use tokio::{
 
 use crate::{
     clock::Clock,
-    pool::{KeyPool, nanos},
+    limit::nanos,
+    pool::KeyPool,
     store::{Changed, Recovered, StoreError},
 };
 

@@ -67,7 +67,11 @@ fn the_dashboard_asks_for_what_there_is_and_for_all_of_it() {
             words.filter(is_name).map(|name| name.trim_end_matches("_bucket").trim_end_matches("_count")),
         );
     }
-    let sources = [include_str!("../src/metrics.rs"), include_str!("../examples/gateway/metrics.rs")];
+    let sources = [
+        include_str!("../src/meter.rs"),
+        include_str!("../src/pool/metrics.rs"),
+        include_str!("../examples/gateway/metrics.rs"),
+    ];
     let there = sources.iter().flat_map(|source| source.split('"').skip(1).step_by(2)).filter(is_name);
     assert_eq!(asked, there.collect());
 }

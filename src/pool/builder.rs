@@ -9,16 +9,17 @@ use std::{
     time::Duration,
 };
 
-use super::{
-    Cooldowns, KeyPool, Persistence, Rejected, Rejection, UsableKey,
-    sources::{self, Candidate, Place},
-};
+use super::{KeyPool, Persistence, UsableKey};
 use crate::{
     clock::{Clock, SystemClock},
-    hosts::{Host, Hosts, InvalidHost},
-    inject::Inject,
-    metrics::Meter,
-    secret::{KeyId, Secret},
+    key::hosts::{Host, Hosts, InvalidHost},
+    key::inject::Inject,
+    key::{
+        KeyId, Place, Rejected, Rejection, Secret,
+        source::{self, Candidate},
+    },
+    limit::Cooldowns,
+    meter::Meter,
     store::{KeyStore, StoreError},
 };
 
@@ -309,7 +310,7 @@ impl Given {
             Self::Env(variable) => {
                 let value = env::var_os(variable).ok_or_else(|| BuildError::NoVariable(variable.clone()))?;
                 let value = value.to_str().ok_or_else(|| BuildError::VariableNotText(variable.clone()))?;
-                Ok(sources::env(variable, value))
+                Ok(source::env(variable, value))
             }
             Self::File(path) => read_file(path),
         }
@@ -319,14 +320,14 @@ impl Given {
 fn read_file(path: &Path) -> Result<Vec<Candidate>, BuildError> {
     let text =
         fs::read_to_string(path).map_err(|source| BuildError::File { path: path.to_owned(), source })?;
-    if sources::is_json(path, &text) {
-        sources::json(path, &text).map_err(|source| BuildError::Json {
+    if source::is_json(path, &text) {
+        source::json(path, &text).map_err(|source| BuildError::Json {
             path: path.to_owned(),
             line: source.line(),
             source,
         })
     } else {
-        Ok(sources::lines(path, &text))
+        Ok(source::lines(path, &text))
     }
 }
 

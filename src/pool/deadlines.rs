@@ -5,10 +5,8 @@
 //! and looks again. It may be later only for the moment in which it is being put right, which
 //! [`Deadlines::earliest_for_certain`] knows about.
 
+use crate::limit::NEVER;
 use crate::sync::atomic::{AtomicU64, Ordering::SeqCst};
-
-/// The deadline of a slot that is not waiting for one.
-pub(crate) const NEVER: u64 = u64::MAX;
 
 /// Fewer where every schedule is tried, so that a few slots are spread over three levels.
 const FANOUT: usize = if cfg!(any(schedules = "loom", schedules = "shuttle")) { 2 } else { 64 };

@@ -14,7 +14,7 @@ use super::{
     operate::OperateError,
 };
 use crate::{
-    secret::{KeyId, Secret},
+    key::{KeyId, Secret},
     store::{KeyStore, StoreError},
     sync::JoinSet,
 };

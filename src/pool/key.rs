@@ -2,13 +2,11 @@
 
 use std::sync::{Arc, Weak};
 
-use super::{
-    Inner, KeyPool,
-    state::{AtomicState, State},
-};
+use super::{Inner, KeyPool};
 use crate::{
-    inject::{Inject, Rendered, UnusableSecret},
-    secret::{KeyId, Secret},
+    key::inject::{Inject, Rendered, UnusableSecret},
+    key::{KeyId, Secret},
+    limit::{AtomicState, State},
     sync::atomic::{
         AtomicU16, AtomicU32, AtomicU64,
         Ordering::{Relaxed, SeqCst},

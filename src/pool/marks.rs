@@ -2,8 +2,9 @@
 
 use std::{sync::Arc, time::Duration};
 
-use super::{KeyPool, Rest, key::Key, state::State};
+use super::{KeyPool, key::Key};
 use crate::{
+    limit::{Rest, State},
     store::{KeyStore, Mark, StoreError},
     sync::{JoinError, JoinSet},
 };

@@ -2,21 +2,21 @@
 
 mod bitset;
 mod builder;
-mod cooldowns;
 mod deadlines;
 #[cfg(all(test, schedules = "loom"))]
 mod every_schedule;
 mod insert;
 mod key;
 mod marks;
+#[cfg(feature = "metrics")]
+mod metrics;
+mod no_key;
 mod operate;
 mod persist;
 #[cfg(all(test, schedules = "shuttle"))]
 mod random_schedules;
 mod reload;
 mod snapshot;
-mod sources;
-mod state;
 mod stats;
 mod usage;
 
@@ -29,28 +29,25 @@ use std::{
 use arc_swap::ArcSwap;
 use tokio::sync::Notify;
 
+pub(crate) use self::key::Lease;
 pub use self::{
     builder::{BuildError, KeyPoolBuilder, OpenError},
+    no_key::NoKeyAvailable,
     operate::OperateError,
-    sources::{Place, Rejected, Rejection},
-    state::{Rest, Status},
     stats::{KeyStats, PoolStats},
 };
 use self::{
-    cooldowns::Cooldowns,
-    deadlines::NEVER,
     key::{Key, UsableKey},
     persist::Persistence,
     snapshot::Snapshot,
-    state::State,
 };
-pub(crate) use self::{key::Lease, state::nanos};
 use crate::{
     clock::Clock,
-    hosts::Hosts,
-    inject::Inject,
-    metrics::Meter,
-    secret::KeyId,
+    key::hosts::Hosts,
+    key::inject::Inject,
+    key::{KeyId, Rejected},
+    limit::{Cooldowns, NEVER, Rest, State, nanos},
+    meter::Meter,
     store::Recovered,
     sync::{Mutex, atomic::Ordering::Relaxed},
 };
@@ -400,56 +397,6 @@ impl fmt::Debug for KeyPool {
         f.debug_struct("KeyPool").field("keys", &self.len()).finish_non_exhaustive()
     }
 }
-
-/// There is no key that a request could be sent with now.
-///
-/// ```
-/// use tower_key_rotation::{Error, NoKeyAvailable};
-///
-/// fn retry_after<E>(error: &Error<E>) -> Option<u64> {
-///     let time = error.no_key_available()?.retry_in()?;
-///     Some(time.as_secs() + 1)
-/// }
-/// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct NoKeyAvailable {
-    keys: usize,
-    retry_in: Option<Duration>,
-}
-
-impl NoKeyAvailable {
-    /// The time until the first key is back, for a `Retry-After` or a wait of one's own. `None` where no
-    /// key comes back by itself: the pool is empty, or its keys are revoked or disabled.
-    #[must_use]
-    pub fn retry_in(&self) -> Option<Duration> {
-        self.retry_in
-    }
-
-    /// Whether the pool holds no key at all.
-    #[must_use]
-    pub fn is_empty_pool(&self) -> bool {
-        self.keys == 0
-    }
-}
-
-impl fmt::Display for NoKeyAvailable {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match (self.keys, self.retry_in) {
-            (0, _) => f.write_str("no key available: the pool is empty"),
-            (keys, Some(time)) => write!(
-                f,
-                "no key available: all {keys} are resting or out of service, the first is back in {:.1} s",
-                time.as_secs_f64()
-            ),
-            (keys, None) => write!(
-                f,
-                "no key available: all {keys} are revoked or disabled, and stay so until reset or enabled"
-            ),
-        }
-    }
-}
-
-impl std::error::Error for NoKeyAvailable {}
 
 #[cfg(test)]
 mod tests {

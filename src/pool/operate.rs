@@ -4,10 +4,11 @@
 
 use std::sync::Arc;
 
-use super::{KeyPool, key::Key, state::State};
+use super::{KeyPool, key::Key};
 use crate::{
-    inject::UnusableSecret,
-    secret::{InvalidKeyId, KeyId},
+    key::inject::UnusableSecret,
+    key::{InvalidKeyId, KeyId},
+    limit::State,
     store::StoreError,
 };
 

@@ -13,7 +13,7 @@ use super::{
     usage::{Account, Predecessors},
 };
 use crate::{
-    secret::{KeyId, Secret},
+    key::{KeyId, Secret},
     store::{Changed, KeyStore, Recovered, StoreError},
     sync::{
         Mutex, MutexGuard,

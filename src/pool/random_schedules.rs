@@ -13,7 +13,7 @@ use shuttle::{
 use super::{KeyPool, Lease, Rest, Status};
 use crate::{
     clock::ManualClock,
-    secret::{KeyId, Secret},
+    key::{KeyId, Secret},
     store::{KeyRecord, KeyStore, Loaded, Mark, MemoryStore, Recovered, StoreFuture},
 };
 

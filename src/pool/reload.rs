@@ -12,10 +12,10 @@ use super::{
     KeyPool,
     key::{Key, UsableKey},
     snapshot::Snapshot,
-    state::{State, nanos},
 };
 use crate::{
-    secret::KeyId,
+    key::KeyId,
+    limit::{State, nanos},
     store::{Changed, KeyRecord, Loaded, StoreError, Unreadable},
     sync::Mutex,
 };

@@ -11,14 +11,10 @@ use std::{
 
 use hashbrown::HashTable;
 
-use super::{
-    bitset::AtomicBitSet,
-    deadlines::{Deadlines, NEVER},
-    key::Key,
-    state::State,
-};
+use super::{bitset::AtomicBitSet, deadlines::Deadlines, key::Key};
 use crate::{
-    secret::KeyId,
+    key::KeyId,
+    limit::{NEVER, State},
     sync::atomic::{
         AtomicU64, AtomicUsize,
         Ordering::{Relaxed, SeqCst},
@@ -297,10 +293,7 @@ mod tests {
     use std::{sync::Weak, time::Duration};
 
     use super::*;
-    use crate::{
-        inject::Inject,
-        pool::{Rest, key::UsableKey},
-    };
+    use crate::{key::inject::Inject, limit::Rest, pool::key::UsableKey};
 
     fn snapshot(ids: &[&str]) -> Snapshot {
         let key =

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use super::{KeyPool, Status, key::Key};
-use crate::{secret::KeyId, sync::atomic::Ordering::Relaxed};
+use super::{KeyPool, key::Key};
+use crate::{key::KeyId, limit::Status, sync::atomic::Ordering::Relaxed};
 
 /// The totals of a pool, and each key: see [`KeyPool::stats`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

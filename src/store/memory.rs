@@ -10,8 +10,8 @@ use std::{
 use super::{KeyRecord, KeyStore, Loaded, Mark, Recovered, StoreFuture};
 use crate::{
     clock::{Clock, SystemClock},
-    pool::Rest,
-    secret::{KeyId, Secret},
+    key::{KeyId, Secret},
+    limit::Rest,
     sync::{Mutex, MutexGuard},
 };
 

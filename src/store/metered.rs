@@ -6,8 +6,8 @@ use tokio::sync::mpsc;
 
 use super::{Changed, KeyStore, Loaded, Mark, Recovered, Replaced, StoreError, StoreFuture, UsageBatch};
 use crate::{
-    metrics::{Meter, Operation},
-    secret::{KeyId, Secret},
+    key::{KeyId, Secret},
+    meter::{Meter, Operation},
 };
 
 #[derive(Debug)]

@@ -20,8 +20,8 @@ pub use self::memory::MemoryStore;
 #[cfg(feature = "mongodb")]
 pub use self::mongodb::MongoStore;
 use crate::{
-    pool::Rest,
-    secret::{KeyId, Secret},
+    key::{KeyId, Secret},
+    limit::Rest,
 };
 
 /// What the methods of a [`KeyStore`] return.

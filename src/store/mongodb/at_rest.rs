@@ -9,7 +9,7 @@ use std::{
 #[cfg(feature = "encryption")]
 use super::data_keys::DataKeys;
 use super::error::Failure;
-use crate::secret::{KeyId, Secret, is_encrypted};
+use crate::key::{KeyId, Secret, is_encrypted};
 
 /// The field that secrets stand in, and how they stand there.
 pub(super) struct AtRest {

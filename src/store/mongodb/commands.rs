@@ -15,8 +15,8 @@ use super::{
     fields::{Fields, ours},
 };
 use crate::{
-    pool::Rest,
-    secret::KeyId,
+    key::KeyId,
+    limit::Rest,
     store::{Mark, Usage, UsageBatch},
 };
 

@@ -7,7 +7,7 @@ use base64::{Engine, prelude::BASE64_STANDARD, prelude::BASE64_URL_SAFE_NO_PAD};
 use zeroize::Zeroizing;
 
 use super::error::Failure;
-use crate::secret::Secret;
+use crate::key::Secret;
 
 /// What an encrypted value begins with: then the data key's name, a dot, and base64.
 const VERSION_1: &str = "encrypted.v1.";

@@ -9,8 +9,8 @@ use super::{
     fields::{Fields, ours},
 };
 use crate::{
-    pool::Rest,
-    secret::KeyId,
+    key::KeyId,
+    limit::Rest,
     store::{KeyRecord, Unreadable},
 };
 

@@ -16,7 +16,7 @@ use super::{
     standby,
 };
 use crate::{
-    secret::KeyId,
+    key::KeyId,
     store::{StoreError, Unreadable},
 };
 

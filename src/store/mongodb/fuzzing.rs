@@ -8,7 +8,7 @@ use super::{
     document,
 };
 use crate::{
-    secret::{KeyId, Secret},
+    key::{KeyId, Secret},
     store::{KeyRecord, Unreadable},
 };
 

@@ -51,7 +51,7 @@ pub use self::{
     encrypt::Encrypted,
 };
 use super::{Changed, KeyStore, Loaded, Mark, Recovered, Replaced, StoreError, StoreFuture, UsageBatch};
-use crate::secret::{KeyId, Secret};
+use crate::key::{KeyId, Secret};
 
 /// So many keys' usage goes to the server at once.
 const USAGE_AT_ONCE: usize = 500;

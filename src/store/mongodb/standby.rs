@@ -20,8 +20,7 @@ use super::{
     fields::ours,
 };
 use crate::{
-    inject,
-    secret::{KeyId, Secret},
+    key::{KeyId, Secret, inject},
     store::Replaced,
 };
 

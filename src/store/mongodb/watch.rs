@@ -9,7 +9,7 @@ use ::mongodb::{
 use tokio::{sync::mpsc, time::sleep};
 
 use super::{Inner, error::Failure};
-use crate::{secret::KeyId, store::Changed};
+use crate::{key::KeyId, store::Changed};
 
 /// How long until a stream that broke off is begun again.
 const BEFORE_ANOTHER_TRY: Duration = Duration::from_millis(500);

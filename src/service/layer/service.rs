@@ -9,9 +9,9 @@ use tower_service::Service;
 use super::ResponseFuture;
 use crate::{
     classify::{ClassifyResponse, TooManyRequests},
-    error::Error,
     message::{RequestMessage, ResponseMessage},
-    rotation::Rotation,
+    service::error::Error,
+    service::rotation::Rotation,
 };
 
 /// A client that sends each request with a key: see the [module](super).

@@ -13,9 +13,9 @@ use tower_service::Service;
 
 use crate::{
     classify::ClassifyResponse,
-    hosts::Ruling,
-    message::{ReadableResponse, RequestMessage},
-    rotation::{BodyLimits, Rotation},
+    key::hosts::Ruling,
+    message::{ReadableResponse, RequestMessage, rule},
+    service::rotation::{BodyLimits, Rotation},
 };
 
 /// A client whose errors come with the beginning of their bodies: what
@@ -55,7 +55,7 @@ where
     }
 
     fn call(&mut self, request: Req) -> Self::Future {
-        let keyed = self.rotation.pool.hosts().rule(&request) == Ruling::Key;
+        let keyed = rule(self.rotation.pool.hosts(), &request) == Ruling::Key;
         ReadErrorBodyFuture {
             state: State::Calling { response: self.inner.call(request), keyed },
             rotation: self.rotation.clone(),

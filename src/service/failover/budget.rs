@@ -10,7 +10,7 @@ use std::{
 
 use tower::retry::budget::Budget;
 
-use crate::{clock::Clock, pool::nanos};
+use crate::{clock::Clock, limit::nanos};
 
 /// One further attempt for every five requests that went well, and ten more a second. Of either a hundred can be
 /// saved up, so that a good hour does not pay for a storm in a bad one.

@@ -6,11 +6,11 @@ use tower::retry::budget::Budget;
 
 use super::{attempts::History, budget::EarnedBudget, gate::Gate};
 use crate::{
-    error::Error,
-    hosts::Ruling,
-    message::{ReadableResponse, RequestMessage},
+    key::hosts::Ruling,
+    message::{ReadableResponse, RequestMessage, rule},
     pool::{KeyPool, Lease},
-    rotation::{BodyLimits, SpokeAgainstKey},
+    service::error::Error,
+    service::rotation::{BodyLimits, SpokeAgainstKey},
 };
 
 /// What all requests of a layer share.
@@ -43,7 +43,7 @@ impl Shared {
 
     /// Whether this request has to queue before it is sent at all.
     pub(super) fn is_closed_to<Req: RequestMessage>(&self, request: &Req) -> bool {
-        self.is_closed() && self.pool.hosts().rule(request) == Ruling::Key
+        self.is_closed() && rule(self.pool.hosts(), request) == Ruling::Key
     }
 
     /// What to do after an attempt that [settled](Self::settles) nothing, of a request that can be sent again.

@@ -4,7 +4,7 @@
 use std::{borrow::Cow, time::Duration};
 
 use crate::{
-    pool::Rest,
+    limit::Rest,
     sync::atomic::{AtomicU64, Ordering::Relaxed},
 };
 
@@ -97,73 +97,27 @@ mod recorded {
     };
 
     use super::{Meter, OPERATIONS, REASONS};
-    use crate::{
-        pool::{KeyPool, PoolStats},
-        sync::atomic::{AtomicU64, Ordering::Relaxed},
-    };
-
-    impl KeyPool {
-        /// Tells the recorder of the [`metrics`](https://docs.rs/metrics) crate how things stand: to be called before
-        /// its metrics are read. A [`RecoveryHandle`](crate::RecoveryHandle) does so after each pass, too. Takes a
-        /// time that grows with the number of keys; requests don't notice.
-        ///
-        /// The recorder is the one of the calling thread,
-        /// or the global one; without one, nothing happens. Each metric has the label `pool`, which is
-        /// [the pool's name](crate::KeyPoolBuilder::name); none has a label for each key.
-        ///
-        /// | metric | type | what |
-        /// |---|---|---|
-        /// | `key_rotation_keys` | gauge | keys by `status`: `healthy`, `rate_limited`, `exhausted`, `revoked`, `disabled` |
-        /// | `key_rotation_unreadable_keys` | gauge | what the store holds that can't be used as a key |
-        /// | `key_rotation_marks_waiting` | gauge | marks that the store does not have yet |
-        /// | `key_rotation_next_return_seconds` | gauge | time until a key can be picked: 0 where one can be now, infinite where none comes back by itself |
-        /// | `key_rotation_picks_total` | counter | requests that were given a key |
-        /// | `key_rotation_marks_total` | counter | responses that had a key rest, or rest longer, by `reason`: `rate_limited`, `exhausted`, `revoked` |
-        /// | `key_rotation_no_key_total` | counter | attempts that found no key, those among them that waited for one afterwards |
-        /// | `key_rotation_failovers_total` | counter | further attempts |
-        /// | `key_rotation_failover_budget_used_up_total` | counter | further attempts that the budget did not allow |
-        /// | `key_rotation_wait_seconds` | histogram | how long requests waited for a key |
-        /// | `key_rotation_pass_seconds` | histogram | how long the recovery's passes took |
-        /// | `key_rotation_pass_failures_total` | counter | passes that failed |
-        /// | `key_rotation_recovered_total` | counter | keys that passes have reset |
-        /// | `key_rotation_store_errors_total` | counter | what the store failed at, by `operation`: `load`, `write`, `recover`, `usage`, `operate`, `replace` |
-        ///
-        /// ```
-        /// use tower_key_rotation::KeyPool;
-        ///
-        /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-        /// let pool = KeyPool::builder().name("openai").key("alpha", "sk-1").build()?;
-        /// // a Prometheus exporter's handler:
-        /// pool.record_metrics();
-        /// # Ok(())
-        /// # }
-        /// ```
-        pub fn record_metrics(&self) {
-            describe();
-            self.meter().record(&self.totals(), self.picks());
-            let next = self.next_return().map_or(f64::INFINITY, |time| time.as_secs_f64());
-            self.meter().set("key_rotation_next_return_seconds", next);
-        }
-    }
+    use crate::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
     impl Meter {
         pub(super) fn observe(&self, name: &'static str, time: Duration) {
             histogram!(name, self.labels(None)).record(time);
         }
 
-        fn record(&self, totals: &PoolStats, picks: u64) {
-            let keys = [
-                ("healthy", totals.healthy),
-                ("rate_limited", totals.rate_limited),
-                ("exhausted", totals.exhausted),
-                ("revoked", totals.revoked),
-                ("disabled", totals.disabled),
-            ];
+        /// Tells the recorder what was counted here, how many keys there are by status, and these gauges.
+        pub(crate) fn record(
+            &self,
+            picks: u64,
+            keys: &[(&'static str, usize)],
+            gauges: &[(&'static str, f64)],
+        ) {
+            describe();
             for (status, count) in keys {
-                gauge!("key_rotation_keys", self.labels(Some(("status", status)))).set(count as f64);
+                gauge!("key_rotation_keys", self.labels(Some(("status", status)))).set(*count as f64);
             }
-            self.set("key_rotation_unreadable_keys", totals.unreadable as f64);
-            self.set("key_rotation_marks_waiting", totals.marks_waiting as f64);
+            for (name, value) in gauges {
+                gauge!(*name, self.labels(None)).set(*value);
+            }
             counter!("key_rotation_picks_total", self.labels(None)).absolute(picks);
             self.counted("key_rotation_no_key_total", &self.no_key);
             self.counted("key_rotation_failovers_total", &self.failovers);
@@ -172,10 +126,6 @@ mod recorded {
             self.counted("key_rotation_recovered_total", &self.recovered);
             self.counted_by("key_rotation_marks_total", "reason", &REASONS, &self.marks);
             self.counted_by("key_rotation_store_errors_total", "operation", &OPERATIONS, &self.store_errors);
-        }
-
-        fn set(&self, name: &'static str, value: f64) {
-            gauge!(name, self.labels(None)).set(value);
         }
 
         fn counted(&self, name: &'static str, count: &AtomicU64) {

@@ -172,7 +172,7 @@ mod tests {
     use super::*;
     use crate::{
         clock::{Clock, ManualClock, Sleep},
-        pool::Rest,
+        limit::Rest,
     };
 
     const FIRST_IS_BACK: Duration = Duration::from_secs(1);

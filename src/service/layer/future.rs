@@ -9,10 +9,10 @@ use pin_project_lite::pin_project;
 
 use crate::{
     classify::ClassifyResponse,
-    error::{Error, Refused},
     message::ResponseMessage,
     pool::Lease,
-    rotation::Observer,
+    service::error::{Error, Refused},
+    service::rotation::Observer,
 };
 
 pin_project! {

@@ -1,6 +1,6 @@
 //! What a keyed client can fail with.
 
-use crate::{message::UriTooLong, pool::NoKeyAvailable};
+use crate::{key::InjectError, pool::NoKeyAvailable};
 
 /// The error of [`KeyRotation`](crate::KeyRotation): its own, or the inner service's.
 ///
@@ -27,24 +27,6 @@ pub enum Error<E> {
     /// The inner service's error.
     #[error(transparent)]
     Inner(E),
-}
-
-/// Why a request was not given a key.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum InjectError {
-    /// It would travel in cleartext to a host that is not loopback.
-    #[error("{host} would get a key in cleartext: use https, or name it to the pool's `allow_cleartext_to`")]
-    Cleartext {
-        /// The host.
-        host: String,
-    },
-    /// With the key in it, the URI would be longer than one can be.
-    #[error(transparent)]
-    UriTooLong(#[from] UriTooLong),
-    /// The key goes into the query, and the URI is one that has none: that of a `CONNECT`, or `*`.
-    #[error("the request's URI is one that can't have a query, where the key would go")]
-    NoQuery,
 }
 
 /// The rotation's own part of [`Error`].

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::state::Rest;
+use super::status::Rest;
 
 /// The rules by which the service's hint and the pool's own default become a cooldown.
 #[derive(Clone, Copy, Debug)]

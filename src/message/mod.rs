@@ -1,6 +1,6 @@
 //! `http` and `reqwest` messages, seen alike.
 
-use std::{borrow::Cow, error::Error as StdError, fmt};
+use std::borrow::Cow;
 
 use bytes::Bytes;
 use http::{
@@ -10,12 +10,17 @@ use http::{
 };
 use http_body::Body;
 
+pub use self::replay::Replay;
 use crate::{
     clock::Sleep,
-    error::InjectError,
-    query::{self, Parameter},
-    replay::Replay,
+    key::{
+        InjectError, UriTooLong,
+        hosts::{Destination, Hosts, Ruling},
+        query::{self, Parameter},
+    },
 };
+
+mod replay;
 
 mod sealed {
     pub trait Sealed {}
@@ -33,6 +38,15 @@ pub trait RequestMessage: sealed::Sealed {
     fn headers_mut(&mut self) -> &mut HeaderMap;
     #[doc(hidden)]
     fn set_query(&mut self, parameters: &[Parameter]) -> Result<(), InjectError>;
+}
+
+/// Whether a request gets a key of a pool with these hosts.
+#[inline]
+pub(crate) fn rule<R: RequestMessage>(hosts: &Hosts, request: &R) -> Ruling {
+    if hosts.allows_all() && request.is_https() {
+        return Ruling::Key;
+    }
+    hosts.rule(request.destination())
 }
 
 /// A response that is read for what it says of a key: `http::Response<B>` of any `B` or, with the feature
@@ -65,26 +79,6 @@ pub trait ReadableResponse: ResponseMessage {
     #[doc(hidden)]
     fn begin(self, most: usize, time_over: Sleep) -> impl Future<Output = (Self::Replayed, Bytes)> + Send;
 }
-
-/// Where a request is going, as far as it says.
-#[derive(Clone, Copy, Debug)]
-pub struct Destination<'a> {
-    pub(crate) is_cleartext: bool,
-    pub(crate) host: Option<&'a str>,
-    pub(crate) port: Option<u16>,
-}
-
-/// A request's URI would become longer than one can be with the key in it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct UriTooLong;
-
-impl fmt::Display for UriTooLong {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("with the key in its query, the request's URI would be too long")
-    }
-}
-
-impl StdError for UriTooLong {}
 
 impl<B> sealed::Sealed for Request<B> {}
 
@@ -221,13 +215,10 @@ where
 }
 
 #[cfg(feature = "reqwest")]
-mod for_reqwest {
-    use std::any::Any;
-
+pub(crate) mod for_reqwest {
     use reqwest::{Request, Response, ResponseBuilderExt, Url};
 
     use super::*;
-    use crate::error::Error;
 
     impl sealed::Sealed for Request {}
 
@@ -331,43 +322,9 @@ mod for_reqwest {
         }
     }
 
-    /// Whatever is around it: this crate's own error, where another pool is further in, or `reqwest-middleware`'s.
-    macro_rules! redact_any {
-        ($error:expr, $parameters:expr) => {{
-            if let Some(error) = $error.downcast_mut() {
-                redact_url(error, $parameters);
-            } else if let Some(Error::Inner(error)) = $error.downcast_mut() {
-                redact_url(error, $parameters);
-            }
-            #[cfg(feature = "reqwest-middleware")]
-            if let Some(reqwest_middleware::Error::Reqwest(error)) = $error.downcast_mut() {
-                redact_url(error, $parameters);
-            } else if let Some(Error::Inner(reqwest_middleware::Error::Reqwest(error))) =
-                $error.downcast_mut()
-            {
-                redact_url(error, $parameters);
-            }
-        }};
-    }
-
-    pub(crate) fn redact(error: &mut dyn Any, parameters: &[Parameter]) {
-        match error.downcast_mut::<Box<dyn StdError + Send + Sync>>() {
-            Some(error) => redact_any!(error, parameters),
-            None => redact_any!(error, parameters),
-        }
-    }
-
-    fn redact_url(error: &mut reqwest::Error, parameters: &[Parameter]) {
+    pub(crate) fn redact_url(error: &mut reqwest::Error, parameters: &[Parameter]) {
         if let Some(url) = error.url_mut() {
             forget(url, parameters);
         }
     }
-}
-
-/// Takes a key out of the URL that an error of `reqwest` remembers, and prints.
-pub(crate) fn redact<E: 'static>(error: &mut E, parameters: &[Parameter]) {
-    #[cfg(feature = "reqwest")]
-    for_reqwest::redact(error, parameters);
-    #[cfg(not(feature = "reqwest"))]
-    let _ = (error, parameters);
 }

@@ -5,52 +5,16 @@
 
 use std::time::Duration;
 
-use super::deadlines::NEVER;
+use super::status::{Rest, Status};
 use crate::sync::atomic::{AtomicU64, Ordering::SeqCst};
+
+/// The deadline of what does not come back by itself.
+pub(crate) const NEVER: u64 = u64::MAX;
 
 const DISABLED: u64 = 1 << 63;
 const REST_BITS: u32 = 2;
 /// 2^61 nanoseconds are 73 years.
 const FOREVER: u64 = (DISABLED >> REST_BITS) - 1;
-
-/// What a key is good for at the moment.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize), serde(rename_all = "snake_case"))]
-#[non_exhaustive]
-pub enum Status {
-    /// It is picked.
-    Healthy,
-    /// The service limits it; it comes back when its cooldown ends.
-    RateLimited,
-    /// Its quota is used up; it comes back when its rest ends.
-    Exhausted,
-    /// The service no longer accepts it. It stays out until somebody resets it.
-    Revoked,
-    /// An operator took it out of service.
-    Disabled,
-}
-
-/// Why a key rests.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Rest {
-    /// The service limits it.
-    RateLimited,
-    /// Its quota is used up.
-    Exhausted,
-    /// The service no longer accepts it.
-    Revoked,
-}
-
-impl From<Rest> for Status {
-    fn from(rest: Rest) -> Self {
-        match rest {
-            Rest::RateLimited => Self::RateLimited,
-            Rest::Exhausted => Self::Exhausted,
-            Rest::Revoked => Self::Revoked,
-        }
-    }
-}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct State(u64);

@@ -4,17 +4,17 @@ use std::{fmt, path::Path};
 
 use serde_json::Value;
 
-use crate::{
+use super::{
     inject::UnusableSecret,
     secret::{InvalidKeyId, KeyId, Secret},
 };
 
 /// A key as it was given, not yet checked.
 #[derive(Debug)]
-pub(super) struct Candidate {
-    pub(super) place: Place,
-    pub(super) id: Option<String>,
-    pub(super) secret: Result<Secret, Rejection>,
+pub(crate) struct Candidate {
+    pub(crate) place: Place,
+    pub(crate) id: Option<String>,
+    pub(crate) secret: Result<Secret, Rejection>,
 }
 
 /// Something given to the builder that can't be used as a key.
@@ -86,7 +86,7 @@ pub enum Rejection {
 }
 
 /// `id=secret,…` or bare secrets. Spaces after a comma belong to the comma.
-pub(super) fn env(variable: &str, text: &str) -> Vec<Candidate> {
+pub(crate) fn env(variable: &str, text: &str) -> Vec<Candidate> {
     (1..)
         .zip(text.split(','))
         .map(|(number, entry)| (number, entry.trim_start()))
@@ -111,7 +111,7 @@ fn is_padded(entry: &str) -> bool {
 }
 
 /// `id|secret` or a bare secret a line; empty lines and those that begin with `#` are skipped.
-pub(super) fn lines(file: &Path, text: &str) -> Vec<Candidate> {
+pub(crate) fn lines(file: &Path, text: &str) -> Vec<Candidate> {
     (1..)
         .zip(without_byte_order_mark(text).lines())
         .filter(|(_, line)| !line.trim().is_empty() && !line.trim_start().starts_with('#'))
@@ -130,13 +130,13 @@ fn candidate(place: Place, divided: Option<(&str, &str)>, whole: &str) -> Candid
 }
 
 /// Whether a file's text is JSON rather than lines.
-pub(super) fn is_json(file: &Path, text: &str) -> bool {
+pub(crate) fn is_json(file: &Path, text: &str) -> bool {
     let named = file.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("json"));
     named || without_byte_order_mark(text).trim_start().starts_with(['[', '{'])
 }
 
 /// `["secret", …]`, `[{"id": "…", "secret": "…"}, …]` or `{"id": "secret", …}`.
-pub(super) fn json(file: &Path, text: &str) -> Result<Vec<Candidate>, serde_json::Error> {
+pub(crate) fn json(file: &Path, text: &str) -> Result<Vec<Candidate>, serde_json::Error> {
     let entries: Vec<(Option<String>, Value)> = match serde_json::from_str(without_byte_order_mark(text))? {
         Value::Object(entry)
             if entry.len() == 2 && entry.contains_key("id") && entry.contains_key("secret") =>

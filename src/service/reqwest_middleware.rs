@@ -8,12 +8,12 @@ use reqwest_middleware::{Error as ClientError, Middleware, Next, Result};
 
 use crate::{
     classify::{ClassifyResponse, TooManyRequests},
-    error::Error,
-    failover::{FailoverLayer, FailoverPolicy, SendOnce, Sending, TryClone, send_with_failover},
-    layer::{Bodies, KeyRotationLayer},
     pool::Lease,
-    rotation::{BodyLimits, Rotation},
-    tried,
+    service::error::Error,
+    service::failover::{FailoverLayer, FailoverPolicy, SendOnce, Sending, TryClone, send_with_failover},
+    service::layer::{Bodies, KeyRotationLayer},
+    service::rotation::{BodyLimits, Rotation},
+    service::tried,
 };
 
 /// [`KeyRotationLayer`], and [`FailoverLayer`] if wanted, as a middleware of `reqwest-middleware`.

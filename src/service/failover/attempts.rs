@@ -8,9 +8,9 @@ use super::{
     policy::{FailoverPolicy, Next, Shared, spoke_against},
 };
 use crate::{
-    error::Error,
     message::{ReadableResponse, RequestMessage},
     pool::{Lease, NoKeyAvailable},
+    service::error::Error,
 };
 
 /// Makes one attempt, with a key that is picked for it and is none of `tried`.

@@ -6,7 +6,7 @@ use super::{KeyRotation, ReadErrorBody};
 use crate::{
     classify::TooManyRequests,
     pool::KeyPool,
-    rotation::{BodyLimits, Rotation},
+    service::rotation::{BodyLimits, Rotation},
 };
 
 /// Gives each request a key, and rests a key for 2 minutes after a 429: see the [module](super).

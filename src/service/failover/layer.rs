@@ -8,7 +8,7 @@ use super::{
     clone::TryClone,
     policy::{FailoverPolicy, Shared},
 };
-use crate::{pool::KeyPool, rotation::BodyLimits};
+use crate::{pool::KeyPool, service::rotation::BodyLimits};
 
 /// Sends a limited request again with another key: see the [module](super).
 ///

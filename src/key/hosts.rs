@@ -2,14 +2,20 @@
 
 use std::net::IpAddr;
 
-use crate::message::{Destination, RequestMessage};
-
 /// The hosts that may get a key, and in which way.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Hosts {
     /// All, where `None`.
     pub(crate) allowed: Option<Vec<Host>>,
     pub(crate) cleartext: Vec<Host>,
+}
+
+/// Where a request is going, as far as it says.
+#[derive(Clone, Copy, Debug)]
+pub struct Destination<'a> {
+    pub(crate) is_cleartext: bool,
+    pub(crate) host: Option<&'a str>,
+    pub(crate) port: Option<u16>,
 }
 
 /// What to do with a request.
@@ -21,15 +27,13 @@ pub(crate) enum Ruling {
 }
 
 impl Hosts {
+    /// Whether every host gets a key by https.
     #[inline]
-    pub(crate) fn rule<R: RequestMessage>(&self, request: &R) -> Ruling {
-        if self.allowed.is_none() && request.is_https() {
-            return Ruling::Key;
-        }
-        self.judge(request.destination())
+    pub(crate) fn allows_all(&self) -> bool {
+        self.allowed.is_none()
     }
 
-    fn judge(&self, to: Destination<'_>) -> Ruling {
+    pub(crate) fn rule(&self, to: Destination<'_>) -> Ruling {
         if let Some(allowed) = &self.allowed
             && !listed(allowed, to)
         {
@@ -121,7 +125,7 @@ mod tests {
     use super::*;
 
     fn rule(hosts: &Hosts, url: &str) -> Ruling {
-        hosts.rule(&http::Request::get(url).body(()).unwrap())
+        crate::message::rule(hosts, &http::Request::get(url).body(()).unwrap())
     }
 
     fn allowed(host: &str) -> Hosts {

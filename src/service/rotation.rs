@@ -6,15 +6,19 @@ use bytes::Bytes;
 use http::StatusCode;
 
 #[cfg(feature = "failover")]
-use crate::tried;
+use super::tried;
 use crate::{
     classify::{ClassifyResponse, ResponseHead, TooManyRequests, Verdict},
-    error::{Error, InjectError, Refused},
-    hosts::Ruling,
+    key::KeyId,
+    key::query::Parameter,
+    key::{InjectError, hosts::Ruling},
+    limit::Rest,
     message::{self, ReadableResponse, RequestMessage, ResponseMessage},
-    pool::{KeyPool, Lease, Rest},
-    query::Parameter,
-    secret::KeyId,
+    pool::{KeyPool, Lease},
+    service::{
+        error::{Error, Refused},
+        redact,
+    },
 };
 
 /// Says in a response's extensions which key it was asked for with.
@@ -75,7 +79,7 @@ impl<C> Rotation<C> {
     /// The refusal is boxed so that what is usual stays small.
     #[inline(always)]
     pub(crate) fn prepare<R: RequestMessage>(&self, request: &mut R) -> Result<Option<Lease>, Box<Refused>> {
-        match self.pool.hosts().rule(request) {
+        match message::rule(self.pool.hosts(), request) {
             Ruling::Key => {}
             Ruling::PassThrough => return Ok(None),
             Ruling::RefuseCleartext => return Err(refuse_cleartext(request)),
@@ -115,7 +119,7 @@ where
 {
     match result {
         Ok(response) => response.forget_query(parameters),
-        Err(Error::Inner(error)) => message::redact(error, parameters),
+        Err(Error::Inner(error)) => redact::redact(error, parameters),
         Err(_) => {}
     }
 }

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, header::AUTHORIZATION};
 use zeroize::Zeroizing;
 
-use crate::{
+use super::{
     query,
     secret::{Secret, is_encrypted},
 };
@@ -321,6 +321,36 @@ pub enum UnusableSecret {
     #[error("the secret is encrypted: it is what a store holds, not a key")]
     Encrypted,
 }
+
+/// Why a request was not given a key.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum InjectError {
+    /// It would travel in cleartext to a host that is not loopback.
+    #[error("{host} would get a key in cleartext: use https, or name it to the pool's `allow_cleartext_to`")]
+    Cleartext {
+        /// The host.
+        host: String,
+    },
+    /// With the key in it, the URI would be longer than one can be.
+    #[error(transparent)]
+    UriTooLong(#[from] UriTooLong),
+    /// The key goes into the query, and the URI is one that has none: that of a `CONNECT`, or `*`.
+    #[error("the request's URI is one that can't have a query, where the key would go")]
+    NoQuery,
+}
+
+/// A request's URI would become longer than one can be with the key in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UriTooLong;
+
+impl fmt::Display for UriTooLong {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("with the key in its query, the request's URI would be too long")
+    }
+}
+
+impl std::error::Error for UriTooLong {}
 
 #[cfg(test)]
 mod tests {

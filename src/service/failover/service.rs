@@ -14,10 +14,10 @@ use super::{
     policy::FailoverPolicy,
 };
 use crate::{
-    error::Error,
     message::{ReadableResponse, RequestMessage},
     pool::Lease,
-    tried,
+    service::error::Error,
+    service::tried,
 };
 
 /// A client that sends a limited request again with another key: see the [module](super).

@@ -1,0 +1,61 @@
+//! How a pool stands, for the recorder of the `metrics` crate.
+
+use super::KeyPool;
+
+impl KeyPool {
+    /// Tells the recorder of the [`metrics`](https://docs.rs/metrics) crate how things stand: to be called before
+    /// its metrics are read. A [`RecoveryHandle`](crate::RecoveryHandle) does so after each pass, too. Takes a
+    /// time that grows with the number of keys; requests don't notice.
+    ///
+    /// The recorder is the one of the calling thread,
+    /// or the global one; without one, nothing happens. Each metric has the label `pool`, which is
+    /// [the pool's name](crate::KeyPoolBuilder::name); none has a label for each key.
+    ///
+    /// | metric | type | what |
+    /// |---|---|---|
+    /// | `key_rotation_keys` | gauge | keys by `status`: `healthy`, `rate_limited`, `exhausted`, `revoked`, `disabled` |
+    /// | `key_rotation_unreadable_keys` | gauge | what the store holds that can't be used as a key |
+    /// | `key_rotation_marks_waiting` | gauge | marks that the store does not have yet |
+    /// | `key_rotation_next_return_seconds` | gauge | time until a key can be picked: 0 where one can be now, infinite where none comes back by itself |
+    /// | `key_rotation_picks_total` | counter | requests that were given a key |
+    /// | `key_rotation_marks_total` | counter | responses that had a key rest, or rest longer, by `reason`: `rate_limited`, `exhausted`, `revoked` |
+    /// | `key_rotation_no_key_total` | counter | attempts that found no key, those among them that waited for one afterwards |
+    /// | `key_rotation_failovers_total` | counter | further attempts |
+    /// | `key_rotation_failover_budget_used_up_total` | counter | further attempts that the budget did not allow |
+    /// | `key_rotation_wait_seconds` | histogram | how long requests waited for a key |
+    /// | `key_rotation_pass_seconds` | histogram | how long the recovery's passes took |
+    /// | `key_rotation_pass_failures_total` | counter | passes that failed |
+    /// | `key_rotation_recovered_total` | counter | keys that passes have reset |
+    /// | `key_rotation_store_errors_total` | counter | what the store failed at, by `operation`: `load`, `write`, `recover`, `usage`, `operate`, `replace` |
+    ///
+    /// ```
+    /// use tower_key_rotation::KeyPool;
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let pool = KeyPool::builder().name("openai").key("alpha", "sk-1").build()?;
+    /// // a Prometheus exporter's handler:
+    /// pool.record_metrics();
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn record_metrics(&self) {
+        let totals = self.totals();
+        let keys = [
+            ("healthy", totals.healthy),
+            ("rate_limited", totals.rate_limited),
+            ("exhausted", totals.exhausted),
+            ("revoked", totals.revoked),
+            ("disabled", totals.disabled),
+        ];
+        let next = self.next_return().map_or(f64::INFINITY, |time| time.as_secs_f64());
+        self.meter().record(
+            self.picks(),
+            &keys,
+            &[
+                ("key_rotation_unreadable_keys", totals.unreadable as f64),
+                ("key_rotation_marks_waiting", totals.marks_waiting as f64),
+                ("key_rotation_next_return_seconds", next),
+            ],
+        );
+    }
+}
