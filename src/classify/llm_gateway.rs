@@ -24,7 +24,8 @@ use super::{ClassifyResponse, ResponseHead, Verdict};
 /// classifier decides from the status alone and ignores every 400.
 ///
 /// A revoked key stays out of service until an operator resets it. Failover sends a refused request again with
-/// another key, so a 401 or 403 that refuses the request itself would revoke key after key. Such refusals are:
+/// another key. If a 401 or 403 counted although it refuses the request itself, one request would revoke key after
+/// key. Such refusals are:
 ///
 /// - The key has no access to a model, an organization, a file or an operation. Examples are `model_not_found` and
 ///   `missing_scope` (OpenAI), `permission_error` (Anthropic), `model_permission_blocked_…` (Groq),
