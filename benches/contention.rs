@@ -1,4 +1,4 @@
-//! What a pick costs where two threads pick at once.
+//! Time of a request while two threads pick concurrently.
 //!
 //! ```text
 //! cargo bench --bench contention
@@ -25,16 +25,16 @@ use tower::Service;
 const THREADS: usize = 2;
 const KEYS: usize = 1_000;
 
-const SAME_HEADER: &str = "`SetRequestHeader`, which shares its header";
+const SAME_HEADER: &str = "`SetRequestHeader`, one header value for both threads";
 const LAYER: &str = "`KeyRotationLayer`";
 const MUTEX: &str = "by hand: `Mutex`, first key";
 const RW_LOCK: &str = "by hand: `RwLock`, in turn";
 
-/// What one thread alone uses, on cache lines that no other one uses.
+/// State of one thread, aligned so that no two threads share a cache line.
 #[repr(align(128))]
 struct Apart<S>(S, Turns);
 
-/// So many requests by each thread, all at once.
+/// Sends the given number of requests in each thread, all threads at once, and returns the total time.
 fn together<S>(clients: Vec<S>) -> impl FnMut(u64) -> Duration
 where
     S: Service<Request<StatusCode>, Error: Debug> + Send,
@@ -64,8 +64,8 @@ fn for_each_thread<S>(client: impl Fn() -> S) -> Vec<S> {
 
 fn main() {
     let by_hand = || peers::keys(KEYS, |_| false);
-    let comparison = Comparison::new(format!("two threads at once, {KEYS} healthy keys: a request of each"))
-        // Long enough that how the threads are woken makes no difference.
+    let comparison = Comparison::new(format!("two concurrent threads, {KEYS} healthy keys"))
+        // Long enough to make the time to wake the threads negligible.
         .batches_of(Duration::from_millis(3))
         .timed(SAME_HEADER, || {
             let header = support::authorization();
@@ -86,7 +86,7 @@ fn main() {
     let Some(outcome) = comparison.run() else { return };
     outcome.print(LAYER);
     for (name, by_hand) in [(MUTEX, "`Mutex`"), (RW_LOCK, "`RwLock`")] {
-        println!("picks a second, the layer / {by_hand}: {:.2}", outcome.ratio(name, LAYER));
+        println!("picks per second, the layer / {by_hand}: {:.2}", outcome.ratio(name, LAYER));
     }
     outcome.bar(MUTEX, LAYER, Bar::AtLeast(2.0));
 }

@@ -1,11 +1,11 @@
-//! How many instructions a request takes through the layer, and through what it stands beside.
+//! Instructions per request through the layer, compared with no middleware and with `SetRequestHeader`.
 //!
 //! ```text
 //! cargo install gungraun-runner --version 0.20.0    # and valgrind
 //! cargo bench --bench instructions
 //! ```
 
-#![allow(missing_docs)] // Of what the macros make.
+#![allow(missing_docs)] // The macros generate undocumented items.
 
 mod support;
 

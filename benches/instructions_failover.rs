@@ -1,12 +1,11 @@
-//! How many instructions a request takes through failover and rotation, and through tower's retry of a request that
-//! always has the same header.
+//! Instructions per request through failover and rotation, compared with tower's `Retry` around `SetRequestHeader`.
 //!
 //! ```text
 //! cargo install gungraun-runner --version 0.20.0    # and valgrind
 //! cargo bench --bench instructions_failover
 //! ```
 
-#![allow(missing_docs)] // Of what the macros make.
+#![allow(missing_docs)] // The macros generate undocumented items.
 
 mod support;
 

@@ -1,12 +1,11 @@
-//! How many instructions the layer adds to a whole HTTP/1.1 request, of client and server, over a connection in
-//! memory.
+//! Instructions of a whole HTTP/1.1 request, client and server included, over an in-memory connection.
 //!
 //! ```text
 //! cargo install gungraun-runner --version 0.20.0    # and valgrind
 //! cargo bench --bench instructions_http
 //! ```
 
-#![allow(missing_docs)] // Of what the macros make.
+#![allow(missing_docs)] // The macros generate undocumented items.
 
 mod support;
 
@@ -43,7 +42,7 @@ use tower_key_rotation::{FailoverLayer, KeyRotation, KeyRotationLayer, failover:
 type Body = Full<Bytes>;
 type OverHttp = Client<InMemory, Body>;
 
-/// Connects to a server of this process.
+/// Connects to a server in this process.
 #[derive(Clone)]
 struct InMemory;
 
@@ -101,7 +100,7 @@ impl hyper::rt::Write for Connected {
     }
 }
 
-/// A client, and the runtime that it and its server run in.
+/// A client and the runtime that drives both client and server.
 struct Wire<S> {
     runtime: Runtime,
     client: S,

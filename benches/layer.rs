@@ -1,4 +1,4 @@
-//! What a request pays for the layer, beside what it would pay for something else.
+//! Cost of the layer per request, compared with alternatives.
 //!
 //! ```text
 //! cargo bench --bench layer
@@ -26,7 +26,7 @@ const LAYER: &str = "`KeyRotationLayer`";
 const HEALTHY: &str = "`KeyRotationLayer`, 100 keys";
 const HALF_RESTING: &str = "`KeyRotationLayer`, 100 keys of which 50 rest";
 
-/// As many keys as a program that holds several might have.
+/// A typical number of keys.
 const KEYS: usize = 10;
 
 fn sends(mut client: impl Service<Request<&'static str>, Error: Debug>) -> impl FnMut() {

@@ -1,5 +1,4 @@
-//! What the layer adds to a request that goes over a socket to a server on the same machine: about the cheapest
-//! request that there is.
+//! Cost of the layer for a request over a socket to a server on the same machine, the cheapest request over a network.
 //!
 //! ```text
 //! cargo bench --bench loopback
@@ -31,7 +30,7 @@ type Body = Full<bytes::Bytes>;
 const BODY: &str = r#"{"model":"m","messages":[]}"#;
 const KEYS: usize = 100;
 
-const BARE: &str = "header set by hand";
+const BARE: &str = "header set by the caller";
 const SET_HEADER: &str = "`SetRequestHeader`";
 const LAYER: &str = "`KeyRotationLayer`";
 const FAILOVER: &str = "`FailoverLayer` and `KeyRotationLayer`";
@@ -39,7 +38,7 @@ const RETRY: &str = "tower's `Retry`, cloning, and `SetRequestHeader`";
 
 static PREPARED: LazyLock<HeaderValue> = LazyLock::new(authorization);
 
-/// Where a server of this process listens, on a thread of its own.
+/// The URL of a server in this process, which runs on its own thread.
 static URL: LazyLock<String> = LazyLock::new(|| {
     let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
     listener.set_nonblocking(true).unwrap();
@@ -63,7 +62,7 @@ fn http_request() -> Request<Body> {
     request.body(Full::from(BODY)).unwrap()
 }
 
-/// A way to send a request over `hyper-util`, and to read its answer.
+/// Returns a closure that sends a request with `hyper-util` and reads the response.
 fn hyper<S>(
     layer: impl FnOnce(Client<HttpConnector, Body>) -> S,
     prepare: fn(&mut Request<Body>),
@@ -99,7 +98,7 @@ impl IntoAnswer for reqwest::Response {
     }
 }
 
-/// The same over `reqwest`.
+/// Returns a closure that sends a request with `reqwest` and reads the response.
 fn reqwest<S>(layer: impl FnOnce(reqwest::Client) -> S, prepare: fn(&mut reqwest::Request)) -> impl FnMut()
 where
     S: Service<reqwest::Request, Response: IntoAnswer, Error: std::fmt::Debug> + Clone,
@@ -119,7 +118,7 @@ where
 }
 
 fn main() {
-    let comparison = Comparison::new("over loopback, by hyper-util's client")
+    let comparison = Comparison::new("over loopback, with hyper-util")
         .case(BARE, || {
             hyper(|client| client, |request| _ = request.headers_mut().insert(HEADER, PREPARED.clone()))
         })
@@ -135,7 +134,7 @@ fn main() {
         outcome.print(LAYER);
     }
 
-    let comparison = Comparison::new("over loopback, by reqwest")
+    let comparison = Comparison::new("over loopback, with reqwest")
         .case(BARE, || {
             reqwest(|client| client, |request| _ = request.headers_mut().insert(HEADER, PREPARED.clone()))
         })

@@ -1,4 +1,4 @@
-//! What a 429 costs, and what it costs when very many cooldowns end at one moment.
+//! Time of a request that is answered 429, and of a request just after many cooldowns have ended at once.
 //!
 //! ```text
 //! cargo bench --bench marks
@@ -18,11 +18,11 @@ use tower::Layer;
 use tower_key_rotation::{KeyPool, KeyRotation, KeyRotationLayer, clock::ManualClock, store::MemoryStore};
 
 const SIZES: [usize; 4] = [1, 100, 10_000, 100_000];
-/// How many marks are timed for each size.
+/// The number of marks timed for each size.
 const MARKS: usize = 20_000;
 
 fn main() {
-    // `cargo test --benches` only wants to know whether it runs.
+    // `cargo test --benches` only checks that the benchmark runs.
     let (marks, crowd, times) = if is_benchmark() { (MARKS, 100_000, 7) } else { (10, 100, 1) };
     marking(marks);
     a_crowd_returns(crowd, times);
@@ -49,7 +49,7 @@ fn marking(marks: usize) {
             dearest = dearest.max(limited.at(0.5) - usual.at(0.5));
         }
     }
-    Bar::AtMost(1_000.0).print("marking a key, at any size of the pool", dearest, " ns");
+    Bar::AtMost(1_000.0).print("marking a key, at any pool size", dearest, " ns");
 }
 
 fn built(keys: usize) -> KeyPool {
@@ -58,11 +58,11 @@ fn built(keys: usize) -> KeyPool {
 
 fn opened(keys: usize) -> KeyPool {
     let builder = KeyPool::builder().keys(support::keys(keys));
-    // Outside of a runtime, all is done at once.
+    // Outside a runtime, `open` completes at the first poll.
     futures_util::FutureExt::now_or_never(builder.open(MemoryStore::new())).unwrap().unwrap()
 }
 
-/// Requests of a pool whose keys are healthy, and then those that mark one key each.
+/// Times requests on healthy keys, then requests that each mark a key.
 fn mark(keys: usize, new_pool: fn(usize) -> KeyPool, marks: usize) -> (Times, Times) {
     let (mut usual, mut limited) = (Vec::new(), Vec::new());
     while limited.len() < marks {
@@ -78,8 +78,10 @@ fn mark(keys: usize, new_pool: fn(usize) -> KeyPool, marks: usize) -> (Times, Ti
     (usual.into(), limited.into())
 }
 
-/// All cooldowns of a pool end at once. A thread is interrupted now and then, for milliseconds and at no particular
-/// request; so each request is timed several times over, and the median of those times counts.
+/// Times requests after all cooldowns of a pool have ended at once.
+///
+/// The operating system interrupts a thread at random for milliseconds. So the run is repeated, and each request counts
+/// with its median over all runs.
 fn a_crowd_returns(keys: usize, times: usize) {
     let requests = keys / 8;
     let runs: Vec<Vec<u64>> = (0..times).map(|_| after_a_crowd_returned(keys, requests)).collect();
@@ -92,10 +94,10 @@ fn a_crowd_returns(keys: usize, times: usize) {
     let usual = medians[requests - requests / 10..].to_vec();
     let medians = Times::from(medians);
     Times::print_head("a request");
-    medians.print(&format!("from the moment on when {keys} cooldowns have ended, medians of {times} times"));
-    Times::from(runs.concat()).print("each of these times");
-    Times::from(usual).print("when all keys are back, medians");
-    Bar::AtMost(50_000.0).print("the longest request, by its median", medians.at(1.0), " ns");
+    medians.print(&format!("after {keys} cooldowns have ended, medians of {times} runs"));
+    Times::from(runs.concat()).print("after they have ended, all runs");
+    Times::from(usual).print("after all keys are back, medians");
+    Bar::AtMost(50_000.0).print("the longest request, by medians", medians.at(1.0), " ns");
 }
 
 fn after_a_crowd_returned(keys: usize, requests: usize) -> Vec<u64> {

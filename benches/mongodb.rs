@@ -1,10 +1,10 @@
-//! What 100,000 keys in MongoDB cost: to load, to keep in memory, and to requests while they are loaded.
+//! Cost of 100,000 keys in MongoDB: load time, memory, and latency of requests during loads.
 //!
 //! ```text
 //! cargo bench --bench mongodb --features full
 //! ```
 //!
-//! It starts a MongoDB of its own, unless `MONGODB_URI` names one.
+//! The benchmark starts its own MongoDB unless `MONGODB_URI` is set.
 
 #[path = "../examples/local/mongod.rs"]
 mod mongod;
@@ -43,14 +43,14 @@ use tower_key_rotation::{
 static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 
 const KEYS: usize = 100_000;
-/// As long as those of the services in use.
+/// The usual length of a secret.
 const SECRET_BYTES: usize = 51;
 const DATABASE: &str = "key_rotation_benchmark";
 const REPETITIONS: usize = 7;
 
 #[tokio::main(flavor = "multi_thread", worker_threads = 2)]
 async fn main() {
-    // `cargo test --benches` only wants to know whether it runs.
+    // `cargo test --benches` only checks that the benchmark compiles and starts.
     if !is_benchmark() {
         return;
     }
@@ -80,7 +80,7 @@ async fn main() {
     tokio::time::sleep(Duration::from_millis(500)).await;
     let change = region.change();
     let bytes = change.bytes_allocated - change.bytes_deallocated;
-    println!("{:<42} {:>10} B", "memory per key, without its secret's bytes", bytes / KEYS - SECRET_BYTES);
+    println!("{:<42} {:>10} B", "memory per key, without the secret", bytes / KEYS - SECRET_BYTES);
 
     let mut reloads = Vec::new();
     for _ in 0..REPETITIONS {
@@ -88,7 +88,7 @@ async fn main() {
         pool.reload().await.unwrap();
         reloads.push(started.elapsed());
     }
-    row("reload, nothing has changed", median(reloads));
+    row("reload without changes", median(reloads));
 
     passes(&pool, &documents).await;
     changes(&store).await;
@@ -100,14 +100,10 @@ async fn main() {
     stop.store(true, Relaxed);
     let reloads = reloading.await.unwrap();
     Times::print_head("a request");
-    quiet.print("nothing else going on");
-    loaded.print(&format!("beside {reloads} reloads"));
+    quiet.print("idle");
+    loaded.print(&format!("during {reloads} reloads"));
     println!();
-    Bar::AtMost(3.0).print(
-        "the p99 of a request beside reloads / alone",
-        loaded.at(0.99) / quiet.at(0.99),
-        "",
-    );
+    Bar::AtMost(3.0).print("p99 of a request, during reloads / idle", loaded.at(0.99) / quiet.at(0.99), "");
 
     database.drop().await.unwrap();
     drop(server);
@@ -134,7 +130,7 @@ fn median(mut times: Vec<Duration>) -> Duration {
 }
 
 async fn passes(pool: &KeyPool, documents: &Collection<Document>) {
-    // Passes are made by hand alone.
+    // No pass starts by itself, so that each pass is timed.
     let config = RecoveryConfig::new().start_jitter(Duration::MAX).limit(Duration::from_secs(60));
     let recovery = RecoveryHandle::spawn_with(pool, config);
     let (mut idle, mut busy) = (Vec::new(), Vec::new());
@@ -150,11 +146,11 @@ async fn passes(pool: &KeyPool, documents: &Collection<Document>) {
         assert_eq!(report.outcome.unwrap().count, KEYS as u64 / 2);
         busy.push(report.duration);
     }
-    row("a pass with nothing to do", median(idle));
-    row("a pass that resets half of the keys", median(busy));
+    row("recovery pass without changes", median(idle));
+    row("recovery pass that resets half of the keys", median(busy));
 }
 
-/// What it takes to follow another process's change of one key.
+/// Times the load of one key, as after a change by another process.
 async fn changes(store: &MongoStore) {
     let mut times = Vec::new();
     for number in 0..REPETITIONS {
@@ -163,7 +159,7 @@ async fn changes(store: &MongoStore) {
         assert_eq!(store.load_some(&[id]).await.unwrap().records.len(), 1);
         times.push(started.elapsed());
     }
-    row("read one key that has changed", median(times));
+    row("load of one changed key", median(times));
 }
 
 async fn reload_until(stop: Arc<AtomicBool>, pool: KeyPool) -> usize {
@@ -175,7 +171,7 @@ async fn reload_until(stop: Arc<AtomicBool>, pool: KeyPool) -> usize {
     reloads
 }
 
-/// How long each of very many requests takes, on a thread of their own.
+/// Times many requests on a separate thread.
 fn requests(pool: &KeyPool, time: Duration) -> Times {
     let mut client = KeyRotationLayer::new(pool).layer(GivesBack);
     let measure = move || {

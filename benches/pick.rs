@@ -1,12 +1,11 @@
-//! What a pick costs, by the size of the pool and by how many of its keys rest; and the plot of it.
+//! Time of a pick by pool size and by share of resting keys. Draws `docs/pick.svg`.
 //!
 //! ```text
 //! cargo bench --bench pick
 //! ```
 //!
-//! A pick is not to be had alone. The request that is timed here is one that comes back and is sent again, so that
-//! little is timed but the way through the middleware; what remains is shown by the middleware that sets the
-//! same header each time, and what a pick costs is the difference to that.
+//! A pick can't be timed alone. The benchmark sends one request repeatedly through the layer and through
+//! `SetRequestHeader`, which always sets the same header. The time of a pick is the difference.
 
 mod support;
 
@@ -26,13 +25,13 @@ use tower::Service;
 const SIZES: [usize; 6] = [1, 10, 100, 1_000, 10_000, 100_000];
 const SAME_HEADER: &str = "`SetRequestHeader`";
 
-/// How the resting keys lie.
+/// How the resting keys are distributed.
 #[derive(Clone, Copy, PartialEq)]
 enum Rests {
     None,
     HalfAtRandom,
     MostAtRandom,
-    /// All but the last one in a hundred, and the last of fewer.
+    /// All but the last 1 %, and at least one key is available.
     MostInFront,
 }
 
@@ -40,9 +39,9 @@ impl Rests {
     fn name(self) -> &'static str {
         match self {
             Self::None => "all healthy",
-            Self::HalfAtRandom => "50 % rest, at random",
-            Self::MostAtRandom => "99 % rest, at random",
-            Self::MostInFront => "all rest but the last 1 %",
+            Self::HalfAtRandom => "random 50 % rest",
+            Self::MostAtRandom => "random 99 % rest",
+            Self::MostInFront => "all but the last 1 % rest",
         }
     }
 
@@ -107,7 +106,7 @@ impl Cases for Comparison {
     }
 }
 
-/// What a case takes beyond setting the same header each time.
+/// Returns the time of a case beyond `SetRequestHeader`.
 fn pick(outcome: &Outcome, case: &str) -> f64 {
     outcome.beyond(case, SAME_HEADER)
 }
@@ -120,8 +119,8 @@ fn main() {
     plot::draw(
         "docs/pick.svg",
         &[
-            line("Mutex<Vec<Key>>, all rest but the last 1 %", &resting, by_hand, Rests::MostInFront),
-            line("KeyRotationLayer, all rest but the last 1 %", &resting, layer, Rests::MostInFront),
+            line("Mutex<Vec<Key>>, all but the last 1 % rest", &resting, by_hand, Rests::MostInFront),
+            line("KeyRotationLayer, all but the last 1 % rest", &resting, layer, Rests::MostInFront),
             line("KeyRotationLayer, all healthy", &healthy, layer, Rests::None),
         ],
     );
@@ -132,13 +131,13 @@ fn line(name: &'static str, outcome: &Outcome, case: fn(usize, Rests) -> String,
 }
 
 fn by_size() -> Option<Outcome> {
-    let cases = Comparison::new("by the size of the pool, all keys healthy").same_header();
+    let cases = Comparison::new("by pool size, all keys healthy").same_header();
     let outcome = SIZES.iter().fold(cases, |cases, keys| cases.layer(*keys, Rests::None)).run()?;
     let (least, most) = (layer(1, Rests::None), layer(100_000, Rests::None));
     outcome.print(&least);
     let (of_1, of_100_000) = (pick(&outcome, &least), pick(&outcome, &most));
-    println!("a pick alone: {of_1:.1} ns of 1 key, {of_100_000:.1} ns of 100,000");
-    Bar::AtMost(1.2).print("a pick alone, of 100,000 keys / of 1", of_100_000 / of_1, "");
+    println!("a pick alone: {of_1:.1} ns with 1 key, {of_100_000:.1} ns with 100,000");
+    Bar::AtMost(1.2).print("a pick alone, 100,000 keys / 1 key", of_100_000 / of_1, "");
     outcome.bar(&most, &least, Bar::AtMost(1.2));
     Some(outcome)
 }
@@ -146,7 +145,7 @@ fn by_size() -> Option<Outcome> {
 fn by_share() {
     for keys in [100, 10_000] {
         let shares = [Rests::None, Rests::HalfAtRandom, Rests::MostAtRandom, Rests::MostInFront];
-        let cases = Comparison::new(format!("by how many of {} rest", number_of(keys))).same_header();
+        let cases = Comparison::new(format!("by share of resting keys, {}", number_of(keys))).same_header();
         let comparison = shares.into_iter().fold(cases, |cases, rests| cases.layer(keys, rests));
         let Some(outcome) = comparison.run() else { continue };
         outcome.print(&layer(keys, Rests::None));
@@ -155,7 +154,7 @@ fn by_share() {
 
 fn beside_a_scan() -> Option<Outcome> {
     let rests = Rests::MostInFront;
-    let cases = Comparison::new("beside a list behind a lock, where all rest but the last 1 %").same_header();
+    let cases = Comparison::new("compared with a locked list, all but the last 1 % rest").same_header();
     let outcome =
         SIZES.iter().fold(cases, |cases, keys| cases.layer(*keys, rests).by_hand(*keys, rests)).run()?;
     outcome.print(&layer(10_000, rests));

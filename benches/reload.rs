@@ -1,4 +1,4 @@
-//! Whether requests notice that 100,000 keys are loaded from a store.
+//! Latency of requests while the pool reloads 100,000 keys.
 //!
 //! ```text
 //! cargo bench --bench reload
@@ -44,8 +44,7 @@ fn main() {
     let beside_work = beside(&|| _ = std::hint::black_box((0..100_000_u64).sum::<u64>()), || requests(&pool));
     let (changes, reloads) = (AtomicUsize::new(0), AtomicUsize::new(0));
     let reload = || {
-        // With each time another set of keys, as another process would leave it, so that there is something to be
-        // put in place of what was.
+        // Each reload finds a new key, as if another process had inserted it, so that the pool replaces its snapshot.
         let id = KeyId::new(format!("more-{}", changes.fetch_add(1, Relaxed))).unwrap();
         runtime.block_on(async {
             let secret = format!("sk-{id}");
@@ -57,16 +56,19 @@ fn main() {
     let reloading = beside(&reload, || requests(&pool));
 
     Times::print_head("a request");
-    alone.print("nothing else going on");
-    beside_work.print("beside a thread that does something else");
-    reloading.print(&format!("beside {} reloads of {keys} keys", reloads.into_inner()));
+    alone.print("idle");
+    beside_work.print("during other work on a second thread");
+    reloading.print(&format!("during {} reloads of {keys} keys", reloads.into_inner()));
     println!();
     let ratio = reloading.at(0.99) / alone.at(0.99);
-    Bar::AtMost(3.0).print("the p99 of a request beside reloads / alone", ratio, "");
-    println!("and / beside other work: {:.2}", reloading.at(0.99) / beside_work.at(0.99));
+    Bar::AtMost(3.0).print("p99 of a request, during reloads / idle", ratio, "");
+    println!(
+        "p99 of a request, during reloads / during other work: {:.2}",
+        reloading.at(0.99) / beside_work.at(0.99)
+    );
 }
 
-/// What `measure` measures while `work` is done again and again.
+/// Runs `measure` while another thread repeats `work`.
 fn beside<T>(work: &(impl Fn() + Sync), measure: impl FnOnce() -> T) -> T {
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {

@@ -1,9 +1,8 @@
-//! Where the crate's time comes from.
+//! The clock of a pool, replaceable in tests.
 //!
-//! Everything that waits or expires asks one [`Clock`]: cooldowns, the 30-second sweep, its limit. A
-//! program uses [`SystemClock`] without naming it. A test passes a [`ManualClock`] to
-//! [`KeyPoolBuilder::clock`](crate::KeyPoolBuilder::clock) and moves it by hand, so that "2 minutes later"
-//! takes no time, also where real sockets are involved.
+//! Cooldowns, the 30-second sweep and all time limits use one [`Clock`] per pool, by default [`SystemClock`].
+//! A test passes a [`ManualClock`] to [`KeyPoolBuilder::clock`](crate::KeyPoolBuilder::clock) and advances that
+//! clock by hand. "2 minutes later" then takes no time, even in a test with real sockets.
 //!
 //! ```
 //! use std::time::Duration;
@@ -26,28 +25,28 @@ use std::{fmt, future::Future, pin::Pin, time::Duration};
 
 use tokio::{sync::watch, time::Instant};
 
-/// What [`Clock::sleep_until`] returns.
+/// The future that [`Clock::sleep_until`] returns.
 pub type Sleep = Pin<Box<dyn Future<Output = ()> + Send + Sync>>;
 
 /// A monotonic clock.
 pub trait Clock: fmt::Debug + Send + Sync + 'static {
-    /// The time since a start of the clock's own choosing. It never goes back.
+    /// Returns the time since an arbitrary, fixed start. Never decreases.
     fn now(&self) -> Duration;
 
-    /// Completes once [`now`](Clock::now) has reached `deadline`; at once where it already has.
+    /// Completes as soon as [`now`](Clock::now) reaches `deadline`, or at once if `deadline` has passed.
     fn sleep_until(&self, deadline: Duration) -> Sleep;
 }
 
 /// The machine's monotonic clock, read through `tokio::time`.
 ///
-/// Because it is tokio's, a paused tokio clock (`#[tokio::test(start_paused = true)]`) drives it too.
+/// Under a paused tokio clock (`#[tokio::test(start_paused = true)]`), this clock is paused too.
 #[derive(Clone, Copy, Debug)]
 pub struct SystemClock {
     start: Instant,
 }
 
 impl SystemClock {
-    /// A clock that starts now.
+    /// Creates a clock that starts now, at zero.
     #[must_use]
     pub fn new() -> Self {
         Self { start: Instant::now() }
@@ -70,20 +69,22 @@ impl Clock for SystemClock {
     }
 }
 
-/// A clock that stands still until [`advance`](ManualClock::advance) moves it. Clones share one time.
+/// A clock that moves only by [`advance`](ManualClock::advance).
+///
+/// All clones show the same time.
 #[derive(Clone, Debug)]
 pub struct ManualClock {
     now: watch::Sender<Duration>,
 }
 
 impl ManualClock {
-    /// A clock that stands at zero.
+    /// Creates a clock at zero.
     #[must_use]
     pub fn new() -> Self {
         Self { now: watch::Sender::new(Duration::ZERO) }
     }
 
-    /// Moves the clock on and wakes every sleeper whose time has come.
+    /// Advances the clock and wakes every sleeper whose deadline has passed.
     pub fn advance(&self, by: Duration) {
         self.now.send_modify(|now| *now = now.saturating_add(by));
     }
@@ -101,7 +102,7 @@ impl Clock for ManualClock {
     }
 
     fn sleep_until(&self, deadline: Duration) -> Sleep {
-        // The sleeper keeps the clock alive, so the channel cannot close under it.
+        // The sleeper owns a sender, so the channel cannot close while it sleeps.
         let clock = self.now.clone();
         Box::pin(async move {
             let _ = clock.subscribe().wait_for(|now| *now >= deadline).await;
@@ -114,7 +115,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_sleeper_wakes_when_the_clock_reaches_its_deadline_and_not_before() {
+    async fn a_sleeper_wakes_exactly_at_its_deadline() {
         let clock = ManualClock::new();
         let mut sleeper = tokio_test::task::spawn(clock.sleep_until(Duration::from_secs(2)));
         assert!(sleeper.poll().is_pending());

@@ -1,5 +1,7 @@
-//! What has happened to a pool, for the recorder of the `metrics` crate. It is counted here and told when somebody asks:
-//! so nothing on the way of a request allocates, or calls what is not ours.
+//! Counters of a pool's rare events, for the recorder of the `metrics` crate.
+//!
+//! The pool counts in atomics, and passes the counts to the recorder only on request. So a request neither allocates
+//! labels nor calls a recorder.
 
 use std::{borrow::Cow, time::Duration};
 
@@ -8,7 +10,7 @@ use crate::{
     sync::atomic::{AtomicU64, Ordering::Relaxed},
 };
 
-/// Counts what is rare; what each request adds to is counted by its key.
+/// Counters of rare events. Each key counts its own requests.
 #[cfg_attr(not(feature = "metrics"), allow(dead_code))]
 #[derive(Debug)]
 pub(crate) struct Meter {
@@ -104,7 +106,7 @@ mod recorded {
             histogram!(name, self.labels(None)).record(time);
         }
 
-        /// Tells the recorder what was counted here, how many keys there are by status, and these gauges.
+        /// Passes all counters, the number of keys by status and the given gauges to the recorder.
         pub(crate) fn record(
             &self,
             picks: u64,
@@ -154,33 +156,29 @@ mod recorded {
 
     const GAUGES: [Described; 4] = [
         ("key_rotation_keys", Unit::Count, "Keys by status."),
-        ("key_rotation_unreadable_keys", Unit::Count, "What the store holds that can't be used as a key."),
-        ("key_rotation_marks_waiting", Unit::Count, "Marks that the store does not have yet."),
+        ("key_rotation_unreadable_keys", Unit::Count, "Entries in the store that are not valid keys."),
+        ("key_rotation_marks_waiting", Unit::Count, "Marks not yet written to the store."),
         (
             "key_rotation_next_return_seconds",
             Unit::Seconds,
-            "Time until a key can be picked; infinite where none comes back by itself.",
+            "Time until a key is available; infinite if no rest ends by itself.",
         ),
     ];
 
     const COUNTERS: [Described; 8] = [
-        ("key_rotation_picks_total", Unit::Count, "Requests that were given a key."),
-        ("key_rotation_marks_total", Unit::Count, "Responses that had a key rest, by reason."),
-        ("key_rotation_no_key_total", Unit::Count, "Attempts that found no key."),
-        ("key_rotation_failovers_total", Unit::Count, "Further attempts."),
-        (
-            "key_rotation_failover_budget_used_up_total",
-            Unit::Count,
-            "Further attempts that the budget did not allow.",
-        ),
-        ("key_rotation_pass_failures_total", Unit::Count, "Passes that failed."),
-        ("key_rotation_recovered_total", Unit::Count, "Keys that passes have reset."),
-        ("key_rotation_store_errors_total", Unit::Count, "What the store failed at, by operation."),
+        ("key_rotation_picks_total", Unit::Count, "Requests that got a key."),
+        ("key_rotation_marks_total", Unit::Count, "Responses that marked their key, by reason."),
+        ("key_rotation_no_key_total", Unit::Count, "Attempts that found no available key."),
+        ("key_rotation_failovers_total", Unit::Count, "Retries after a limited response."),
+        ("key_rotation_failover_budget_used_up_total", Unit::Count, "Retries that the retry budget refused."),
+        ("key_rotation_pass_failures_total", Unit::Count, "Recovery passes that failed."),
+        ("key_rotation_recovered_total", Unit::Count, "Keys that recovery passes reset."),
+        ("key_rotation_store_errors_total", Unit::Count, "Failed store operations, by operation."),
     ];
 
     const HISTOGRAMS: [Described; 2] = [
-        ("key_rotation_wait_seconds", Unit::Seconds, "How long requests waited for a key."),
-        ("key_rotation_pass_seconds", Unit::Seconds, "How long the recovery's passes took."),
+        ("key_rotation_wait_seconds", Unit::Seconds, "Time that requests waited for a key."),
+        ("key_rotation_pass_seconds", Unit::Seconds, "Duration of recovery passes."),
     ];
 
     fn describe() {

@@ -1,8 +1,7 @@
-//! What the pool's threads and tasks share state by: what the standard library and tokio have for it. In tests that
-//! try the orders in which threads may run, what `loom` or `shuttle` has in its place.
+//! Synchronisation primitives, swappable for `loom` and `shuttle`.
 //!
-//! `loom` knows nothing of `arc_swap` and of tokio's locks, `shuttle` neither: they work, and their own steps are
-//! not taken apart.
+//! The `cfg` value `schedules` selects the primitives of `loom` or `shuttle` in tests that explore thread schedules.
+//! Neither tool models `arc_swap` or tokio's locks: both work there, but each of their operations counts as one step.
 
 #[cfg(all(test, schedules = "loom"))]
 pub(crate) use loom::sync::{Mutex, MutexGuard, atomic};

@@ -1,9 +1,9 @@
-//! Times cases against each other.
+//! A harness that compares the times of several cases.
 //!
-//! Cases that run one after the other can't be compared: a machine is faster in one second than in the next.
-//! Here they take turns in short batches, in random order, and a ratio is taken between batches of one round.
-//! A process keeps its luck with addresses, so that is done in several processes, and what counts is the median
-//! of their medians. The first case is timed once more under a name of its own, to show what noise is left.
+//! Cases that run one after the other can't be compared: a machine's speed changes from one second to the next.
+//! Here the cases take turns in short batches, in random order. Each ratio compares two batches of the same round.
+//! Memory addresses affect the times of a whole process. So several processes measure, and the result is the median
+//! of their medians. The first case runs a second time under another name, to show the remaining noise.
 
 use std::{
     env,
@@ -15,10 +15,10 @@ use std::{
 const PROCESSES: usize = 5;
 const ROUNDS: usize = 200;
 
-/// Tells a process which comparison it is to make for the process that started it.
+/// The environment variable that tells a child process which comparison to measure.
 const CHILD: &str = "COMPARISON";
 
-pub const AGAIN: &str = "the first once more";
+pub const AGAIN: &str = "the first case again";
 
 type Batch = Box<dyn FnMut(u64) -> Duration>;
 
@@ -38,12 +38,12 @@ impl Comparison {
         Self { title: title.into(), cases: Vec::new(), batch: Duration::from_micros(100) }
     }
 
-    /// How long a case goes on before it is another one's turn, at least. By default 100 µs.
+    /// Sets the minimum duration of a batch. By default 100 µs.
     pub fn batches_of(self, batch: Duration) -> Self {
         Self { batch, ..self }
     }
 
-    /// A case: `start` makes what is then called again and again.
+    /// Adds a case: `start` creates the closure that is timed.
     pub fn case<F: FnMut() + 'static>(
         self,
         name: impl Into<String>,
@@ -61,7 +61,7 @@ impl Comparison {
         })
     }
 
-    /// A case that times so many calls itself.
+    /// Adds a case that times its own calls: the closure gets the number of calls and returns their total time.
     pub fn timed<F: FnMut(u64) -> Duration + 'static>(
         mut self,
         name: impl Into<String>,
@@ -71,9 +71,9 @@ impl Comparison {
         self
     }
 
-    /// What came out; `None` in a process that has been started for another comparison.
+    /// Measures all cases. Returns `None` in a child process that measures another comparison.
     pub fn run(self) -> Option<Outcome> {
-        // `cargo test --benches` only wants to know whether it runs.
+        // `cargo test --benches` only checks that each case runs.
         if !is_benchmark() {
             self.cases.iter().for_each(|case| {
                 black_box((case.start)()(1));
@@ -117,7 +117,7 @@ impl Comparison {
     }
 }
 
-/// A round holds the nanoseconds that a call of each case took in it.
+/// For each round, the nanoseconds per call of each case.
 type Rounds = Vec<Vec<f64>>;
 
 struct Running {
@@ -127,7 +127,7 @@ struct Running {
 
 impl Running {
     fn new(mut batch: Batch, at_least: Duration) -> Self {
-        // The shortest of several: the first calls are slow, and a thread may be interrupted in any.
+        // The shortest of three: the first calls are slow, and the thread may be interrupted during a batch.
         let mut shortest = |times| (0..3).map(|_| batch(times)).min();
         let mut times = 1;
         while shortest(times).is_some_and(|time| time < at_least) {
@@ -141,7 +141,7 @@ impl Running {
     }
 }
 
-/// Whether this is `cargo bench` rather than `cargo test --benches`.
+/// Returns `true` under `cargo bench`, `false` under `cargo test --benches`.
 pub fn is_benchmark() -> bool {
     env::args().any(|argument| argument == "--bench")
 }
@@ -152,7 +152,7 @@ pub struct Outcome {
     processes: Vec<Rounds>,
 }
 
-/// What a figure must be.
+/// The target of a figure.
 #[derive(Clone, Copy, Debug)]
 pub enum Bar {
     AtMost(f64),
@@ -175,13 +175,13 @@ impl Outcome {
         self.names.iter().position(|name| name == case).unwrap_or_else(|| panic!("no case {case:?}"))
     }
 
-    /// Nanoseconds a call.
+    /// Returns the nanoseconds per call.
     pub fn time(&self, case: &str) -> f64 {
         let case = self.position(case);
         median_of_medians(&self.processes, |round| round[case])
     }
 
-    /// Nanoseconds that a call of one takes beyond one of the other.
+    /// Returns the nanoseconds that a call of `case` takes beyond a call of `other`.
     pub fn beyond(&self, case: &str, other: &str) -> f64 {
         let (case, other) = (self.position(case), self.position(other));
         median_of_medians(&self.processes, |round| round[case] - round[other])
@@ -191,7 +191,7 @@ impl Outcome {
         median(self.ratios(case, other))
     }
 
-    /// A ratio for each process.
+    /// Returns one ratio per process.
     fn ratios(&self, case: &str, other: &str) -> Vec<f64> {
         let (case, other) = (self.position(case), self.position(other));
         let of_process =
@@ -199,7 +199,7 @@ impl Outcome {
         self.processes.iter().map(of_process).collect()
     }
 
-    /// Each case beside the first, and `subject` beside each case.
+    /// Prints each case compared with the first, and `subject` compared with each case.
     pub fn print(&self, subject: &str) {
         let first = &self.names[0];
         println!("\n{}\n", self.title);
@@ -227,7 +227,7 @@ impl Outcome {
     }
 }
 
-/// As many digits as mean something.
+/// Formats nanoseconds with the significant digits only.
 pub fn rounded(nanoseconds: f64) -> String {
     if nanoseconds < 100.0 { format!("{nanoseconds:.1}") } else { format!("{nanoseconds:.0}") }
 }

@@ -1,4 +1,4 @@
-//! What the counts of instructions share.
+//! Shared code of the benchmarks that count instructions.
 
 use std::fmt::Debug;
 
@@ -9,7 +9,7 @@ use super::{request, send};
 
 pub const REQUESTS: usize = 100;
 
-/// What only the first request pays for is no part of the others.
+/// Sends one request, so that one-time costs are not counted.
 pub fn warm<S: Service<Request<&'static str>, Error: Debug>>(mut service: S) -> S {
     send(&mut service, request());
     service

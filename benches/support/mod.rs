@@ -1,6 +1,6 @@
-//! What the benchmarks share: requests as programs send them, a service that answers at once, and pools.
+//! Shared code of the benchmarks: typical requests, services that answer at once, and pools.
 
-#![allow(dead_code, unreachable_pub)] // Each benchmark uses a part of it.
+#![allow(dead_code, unreachable_pub)] // Each benchmark uses only some of these items.
 
 pub mod compare;
 pub mod instructions;
@@ -28,13 +28,13 @@ use http_body_util::Empty;
 use tower::{Layer, Service};
 use tower_key_rotation::{KeyPool, KeyRotation, KeyRotationLayer};
 
-/// What a provider's secret looks like.
+/// A secret of the usual length and form.
 pub const SECRET: &str = "sk-proj-0123456789abcdefghijklmnopqrstuvwxyz01234567";
 
 static TARGET: LazyLock<Uri> =
     LazyLock::new(|| Uri::from_static("https://api.example.com/v1/chat/completions"));
 
-/// A new request with three headers and a body, of parts that need no parsing.
+/// Creates a request with three headers and a body, from parts that need no parsing.
 pub fn request() -> Request<&'static str> {
     let mut request = Request::new(r#"{"model":"m","messages":[]}"#);
     *request.method_mut() = Method::POST;
@@ -49,15 +49,15 @@ pub fn request() -> Request<&'static str> {
 pub fn authorization() -> HeaderValue {
     let mut value = HeaderValue::from_str(&format!("Bearer {SECRET}")).unwrap();
     value.set_sensitive(true);
-    // Its first clone allocates.
+    // The first clone allocates, which must not be timed.
     drop(value.clone());
     value
 }
 
-/// The header that a program without rotation sets.
+/// The header that a program without this crate sets.
 pub const HEADER: http::HeaderName = AUTHORIZATION;
 
-/// Answers each request at once.
+/// A service that answers each request at once.
 #[derive(Clone, Debug)]
 pub struct Answers;
 
@@ -77,13 +77,14 @@ impl<B> Service<Request<B>> for Answers {
 }
 
 thread_local! {
-    /// The request that a thread has sent last.
+    /// The last request that this thread sent.
     static BACK: Cell<Option<Request<StatusCode>>> = const { Cell::new(None) };
 }
 
-/// Answers with the status that a request has for a body, and lays the request back, so that it can be sent again: that
-/// leaves little to be timed but the way through the layer. (A response that holds the request is three times as large as
-/// others are, and how often it is moved differs between builds.)
+/// A service that answers with the status in the request's body, and puts the request into [`BACK`].
+///
+/// The caller sends the same request again, so that little but the layer is timed. The response does not carry the
+/// request: such a response is three times as large, and the number of its moves differs between builds.
 #[derive(Clone, Debug)]
 pub struct GivesBack;
 
@@ -104,7 +105,7 @@ impl Service<Request<StatusCode>> for GivesBack {
     }
 }
 
-/// A request that is sent again and again.
+/// A request that is sent repeatedly.
 pub struct Turns(Option<Request<StatusCode>>);
 
 impl Turns {
@@ -114,12 +115,12 @@ impl Turns {
         Self(Some(request))
     }
 
-    /// Sends it once, to be answered with that status.
+    /// Sends the request once; [`GivesBack`] answers with `status`.
     pub fn take<S>(&mut self, service: &mut S, status: StatusCode)
     where
         S: Service<Request<StatusCode>, Error: Debug>,
     {
-        let mut request = self.0.take().expect("the last one came back");
+        let mut request = self.0.take().expect("the last request came back");
         *request.body_mut() = status;
         let _ = black_box(answer(service, request).expect("an answer"));
         self.0 = BACK.take();
@@ -134,7 +135,7 @@ pub fn pool(number_of_keys: usize) -> KeyPool {
     KeyPool::builder().keys(keys(number_of_keys)).build().unwrap()
 }
 
-/// A client with so many keys, of which those rest that `rests` names.
+/// Creates a client with this many keys; the keys rest for which `rests` returns `true`.
 pub fn rotation<S>(inner: S, keys: usize, rests: impl Fn(usize) -> bool) -> KeyRotation<S> {
     let pool = pool(keys);
     let (mut client, mut turns) = (KeyRotationLayer::new(&pool).layer(GivesBack), Turns::new());
@@ -151,11 +152,11 @@ fn answer<B, S: Service<Request<B>>>(service: &mut S, request: Request<B>) -> Re
     assert!(matches!(service.poll_ready(&mut context), Poll::Ready(Ok(()))));
     match pin!(service.call(request)).poll(&mut context) {
         Poll::Ready(answer) => answer,
-        Poll::Pending => panic!("no answer at once"),
+        Poll::Pending => panic!("the service did not answer at once"),
     }
 }
 
-/// Sends one request and drops its answer.
+/// Sends one request and drops the response.
 pub fn send<S: Service<Request<&'static str>, Error: Debug>>(
     service: &mut S,
     request: Request<&'static str>,

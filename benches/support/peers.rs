@@ -1,5 +1,5 @@
-//! What a program has instead of this crate: middleware that sets a header or limits requests, and lists of keys
-//! behind a lock, as they are written by hand.
+//! Alternatives to this crate: middleware that sets a header or limits the rate, and handwritten lists of keys behind
+//! a lock.
 
 use std::{
     convert::Infallible,
@@ -42,7 +42,7 @@ pub fn add_authorization<B, S: Client<B>>(inner: S) -> impl Client<B, Body = S::
     AddAuthorizationLayer::bearer(SECRET).as_sensitive(true).layer(inner)
 }
 
-/// A limit that is never reached. It needs a runtime's timer.
+/// Adds a rate limit that is never reached. Needs a tokio runtime with timers.
 pub fn rate_limit<B, S: Client<B>>(inner: S) -> impl Client<B, Body = S::Body> {
     RateLimitLayer::new(u64::MAX, Duration::from_secs(3600)).layer(set_header(inner))
 }
@@ -59,7 +59,7 @@ pub fn governor_direct<B, S: Client<B>>(inner: S) -> impl Client<B, Body = S::Bo
     })
 }
 
-/// A limit for each of several keys, which take turns.
+/// Adds one rate limit per key; the keys take turns.
 pub fn governor_keyed<B, S: Client<B>>(inner: S, keys: usize) -> impl Client<B, Body = S::Body> {
     let limiter: DefaultKeyedRateLimiter<usize> = RateLimiter::keyed(unreachable_quota());
     let values: Vec<_> = (0..keys).map(|_| authorization()).collect();
@@ -72,7 +72,7 @@ pub fn governor_keyed<B, S: Client<B>>(inner: S, keys: usize) -> impl Client<B, 
     })
 }
 
-/// What such a list usually holds of a key.
+/// The usual state of a key in a handwritten list.
 #[derive(Clone)]
 pub struct Key {
     id: String,
@@ -95,7 +95,7 @@ impl Key {
 
 const COOLDOWN: Duration = Duration::from_secs(120);
 
-/// Keys of which those rest that `rests` names.
+/// Creates keys; those rest for which `rests` returns `true`.
 pub fn keys(keys: usize, rests: impl Fn(usize) -> bool) -> Vec<Key> {
     let resting_until = Instant::now().checked_add(Duration::from_secs(3600));
     let key = |number| Key {
@@ -110,7 +110,7 @@ pub fn keys(keys: usize, rests: impl Fn(usize) -> bool) -> Vec<Key> {
 
 /// A list of keys behind a lock.
 pub trait List {
-    /// A key that doesn't rest: its place, and its secret.
+    /// Picks an available key, and returns its index and its secret.
     fn pick(&self) -> impl Future<Output = (usize, String)>;
     fn rest(&self, number: usize) -> impl Future<Output = ()>;
 }
@@ -122,7 +122,7 @@ fn first(keys: &mut [Key]) -> (usize, String) {
     (number, keys[number].secret.clone())
 }
 
-/// The first key that doesn't rest.
+/// Picks the first available key.
 impl List for Mutex<Vec<Key>> {
     async fn pick(&self) -> (usize, String) {
         first(&mut self.lock().unwrap())
@@ -133,7 +133,7 @@ impl List for Mutex<Vec<Key>> {
     }
 }
 
-/// The first key that doesn't rest.
+/// Picks the first available key.
 impl List for tokio::sync::Mutex<Vec<Key>> {
     async fn pick(&self) -> (usize, String) {
         first(&mut self.lock().await)
@@ -144,7 +144,7 @@ impl List for tokio::sync::Mutex<Vec<Key>> {
     }
 }
 
-/// The next key in turn that doesn't rest.
+/// A list that picks the next available key in turn.
 pub struct InTurn {
     keys: RwLock<Vec<Key>>,
     turn: AtomicUsize,
@@ -170,7 +170,7 @@ impl List for InTurn {
     }
 }
 
-/// Rotation as it is written by hand.
+/// Rotation as programs write it by hand.
 pub fn by_hand<B, S, L>(inner: S, list: Arc<L>) -> impl Client<B, Body = S::Body>
 where
     S: Client<B> + Clone,
@@ -191,7 +191,7 @@ where
     })
 }
 
-/// Clones each request and never goes again.
+/// A retry policy that clones each request and never retries.
 #[derive(Clone)]
 pub struct Cloning;
 

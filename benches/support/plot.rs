@@ -1,16 +1,16 @@
-//! A plot as an SVG, both axes logarithmic.
+//! Draws an SVG plot with two logarithmic axes.
 
 use plotters::prelude::*;
 
 pub struct Line {
     pub name: &'static str,
-    /// Keys, and nanoseconds.
+    /// Pairs of a number of keys and a time in nanoseconds.
     pub points: Vec<(usize, f64)>,
 }
 
 const COLORS: [RGBColor; 3] = [RGBColor(200, 80, 50), RGBColor(40, 110, 180), RGBColor(90, 160, 80)];
 
-/// Draws what a pick costs by the size of the pool. The path begins at the project's folder.
+/// Draws the time of a pick by pool size. The path is relative to the package's folder.
 pub fn draw(path: &str, lines: &[Line]) {
     let path = format!("{}/{path}", env!("CARGO_MANIFEST_DIR"));
     let root = SVGBackend::new(&path, (720, 400)).into_drawing_area();
@@ -23,7 +23,7 @@ pub fn draw(path: &str, lines: &[Line]) {
     assert!(shortest > 0.0, "a pick took no time");
 
     let mut chart = ChartBuilder::on(&root)
-        .caption("What a pick costs by the number of keys", ("sans-serif", 18))
+        .caption("Time of a pick by number of keys", ("sans-serif", 18))
         .margin(16)
         .margin_right(44)
         .x_label_area_size(44)

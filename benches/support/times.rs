@@ -1,11 +1,11 @@
-//! How long each of very many calls takes, where the longest matter.
+//! Times of many single calls, for their high percentiles.
 
 use std::time::{Duration, Instant};
 
 pub struct Times(Vec<u64>);
 
 impl Times {
-    /// Times calls until `time` is over.
+    /// Times each call until `time` has passed.
     pub fn of(time: Duration, mut call: impl FnMut()) -> Self {
         let mut times = Vec::with_capacity(64 * 1024 * 1024);
         let end = Instant::now() + time;
@@ -20,7 +20,7 @@ impl Times {
         Self::from(times)
     }
 
-    /// Nanoseconds that this share of the calls took at most.
+    /// Returns the percentile for this share of the calls, in nanoseconds.
     pub fn at(&self, share: f64) -> f64 {
         self.0[((self.0.len() - 1) as f64 * share) as usize] as f64
     }

@@ -1,4 +1,4 @@
-//! A key in a request. An input is the request, and behind it how the pool is set:
+//! Injection of a key into a request. An input is the request, followed by the pool's settings:
 //!
 //! ```text
 //! POST https://api.example.com/v1?a=1&key=2
@@ -26,10 +26,9 @@ use tower_key_rotation::{
 
 use crate::{can_be_sent, now, text};
 
-/// What a secret holds that is looked for where it must not be.
+/// The part of a secret that no error or `Debug` output may show.
 const CANARY: &str = "canary";
 
-/// Broken once: names in the query that were compared without being decoded were found within a minute.
 pub fn check(input: &[u8]) {
     let (head, setup) = text::divided(input);
     let (Ok(setup), mut lines) = (str::from_utf8(setup), text::lines(head)) else { return };
@@ -47,7 +46,7 @@ pub fn check(input: &[u8]) {
             request
         });
     }
-    // Each time a new pool, which begins with its first key.
+    // A new pool, so that rotation begins with the first key again.
     if let (Ok(url), Some(pool)) = (Url::parse(uri), setup.pool()) {
         setup.check_requests(&pool, || {
             let mut request = reqwest::Request::new(method.clone(), url.clone());
@@ -62,15 +61,15 @@ fn first_line(line: &[u8]) -> Option<(Method, &str)> {
     Some((method.parse().ok()?, uri))
 }
 
-/// A request of either client.
+/// The parts of an `http` or `reqwest` request that the target compares.
 #[derive(Debug, PartialEq)]
 struct Seen {
     method: Method,
-    /// All of the URI but the query.
+    /// The URI without its query.
     address: String,
     has_path: bool,
     is_cleartext: bool,
-    /// Where a client connects to, or what a request without an address says of that.
+    /// The host of the URI, or of the `Host` header if the URI is relative.
     host: Option<String>,
     port: Option<u16>,
     query: Option<String>,
@@ -129,11 +128,11 @@ struct Setup<'a> {
     allowed: Vec<&'a str>,
     cleartext: Vec<&'a str>,
     secrets: Vec<&'a str>,
-    /// Whether something else is called like a secret, and may be shown.
+    /// Whether another setting contains the canary and may be shown.
     canary_is_public: bool,
 }
 
-/// A place of a key by the word that stands for it, and what of a secret is put there: `{}` is the secret.
+/// A place for the key: the setting's first word, a name, and a template in which `{}` stands for the secret.
 #[derive(Clone, Copy)]
 struct Place<'a> {
     kind: &'a str,
@@ -189,7 +188,7 @@ impl<'a> Setup<'a> {
         }
     }
 
-    /// The secrets that are good for keys, with their ids.
+    /// Returns the ids and secrets of all usable keys.
     fn keys(&self) -> Vec<(String, &'a str)> {
         let mut keys: Vec<(String, &str)> = Vec::new();
         for (number, secret) in (1..).zip(&self.secrets) {
@@ -220,7 +219,7 @@ impl<'a> Setup<'a> {
         assert!(self.canary_is_public || !shown.contains(CANARY), "{shown}");
     }
 
-    /// Sends that request once with each key.
+    /// Sends the request once with each key.
     fn check_requests<R>(&self, pool: &KeyPool, request: impl Fn() -> R)
     where
         R: RequestMessage,
@@ -254,7 +253,7 @@ impl<'a> Setup<'a> {
                 (Ruling::Key, Err(Error::Inject(InjectError::NoQuery))) => {
                     assert!(!self.query(secret).is_empty() && !before.has_path, "{before:?}");
                 }
-                (_, outcome) => panic!("{ruling:?}, and then {outcome:?}"),
+                (_, outcome) => panic!("ruling {ruling:?}, but outcome {outcome:?}"),
             }
         }
     }
@@ -347,7 +346,7 @@ fn host_and_port(authority: &str) -> (String, Option<u16>) {
     (host.to_ascii_lowercase(), port)
 }
 
-/// Whether an entry of a list of hosts stands for that one.
+/// Returns whether an entry of a host list matches this host and port.
 fn lists(entry: &str, host: &str, port: u16) -> bool {
     let (name, only_port) = host_and_port(entry);
     let (name, host) = (name.trim_end_matches('.'), host.strip_suffix('.').unwrap_or(host));

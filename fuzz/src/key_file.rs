@@ -1,4 +1,4 @@
-//! Keys as people write them down. An input is read as a file of lines, as JSON, and as an environment
+//! Key files and environment variables. Each input is read as a file of lines, as JSON, and as an environment
 //! variable.
 
 use std::{
@@ -22,12 +22,11 @@ use tower_key_rotation::{
 
 use crate::{can_be_sent, now};
 
-/// What the secrets of the seeds hold.
+/// The part of each seed's secrets that no error may show.
 const CANARY: &str = "canary";
 
 const VARIABLE: &str = "TOWER_KEY_ROTATION_FUZZ";
 
-/// Broken once: without the check for ids that are taken, two keys of one id were found within a minute.
 pub fn check(input: &[u8]) {
     for extension in ["txt", "json"] {
         let path = folder().join(format!("tower-key-rotation-fuzz-{}.{extension}", process::id()));
@@ -38,13 +37,13 @@ pub fn check(input: &[u8]) {
     if let Ok(text) = str::from_utf8(input)
         && !text.contains('\0')
     {
-        // SAFETY: whatever reads the environment of this process does so through `std::env`, which has a lock.
+        // SAFETY: all code in this process reads the environment through `std::env`, which takes a lock.
         unsafe { env::set_var(VARIABLE, text) };
         check_keys(|| KeyPool::builder().keys_from_env(VARIABLE), &variable(text));
     }
 }
 
-/// In memory where that is easily had: a file system makes the fuzzer thirty times as slow.
+/// Returns a folder in memory if possible: with a folder on disk, the fuzzer runs at a thirtieth of the speed.
 fn folder() -> PathBuf {
     let in_memory = PathBuf::from("/dev/shm");
     if in_memory.is_dir() { in_memory } else { env::temp_dir() }
@@ -76,7 +75,7 @@ fn all_that_it_says(error: &(dyn Error + 'static)) -> String {
     sources.map(|error| format!("{error} / {error:?}\n")).collect()
 }
 
-/// One that was written down, and what it may mean: an id, or none, and a secret, or something else instead.
+/// An entry, and its possible meanings: each an optional id and an optional secret.
 struct Entry {
     place: Place,
     meanings: Vec<(Option<String>, Option<String>)>,
@@ -101,7 +100,7 @@ fn variable(text: &str) -> Vec<Entry> {
             let whole = (None, Some(entry.to_owned()));
             let meanings = match divided(entry, '=') {
                 None => vec![whole],
-                // Perhaps it is base64, padded.
+                // A bare base64 secret may end in `=`.
                 Some(divided) if entry.trim_end_matches('=').contains('=') => vec![divided],
                 Some(divided) => vec![divided, whole],
             };
@@ -182,7 +181,7 @@ fn check_keys(builder: impl Fn() -> KeyPoolBuilder, entries: &[Entry]) {
     assert_eq!((ids.len(), secrets.len()), (before.len(), before.len()));
 }
 
-/// Each key of a pool in its turn, as a request has it.
+/// Returns the id and secret of each key, as requests carry them.
 fn sent_by(pool: &KeyPool) -> Vec<(KeyId, String)> {
     let client = service_fn(|request: Request<()>| ready(Ok::<_, Infallible>(Response::new(request))));
     let client = KeyRotationLayer::new(pool).expose_key().layer(client);
@@ -201,7 +200,7 @@ fn sent_by(pool: &KeyPool) -> Vec<(KeyId, String)> {
         .collect()
 }
 
-/// Whether that is what is wrong with a key of that id and secret, behind those before it.
+/// Returns whether the rejection is right for this id and secret, given the keys `before` them.
 fn is_right(rejected: &Rejected, id: &str, secret: Option<&str>, before: &[(KeyId, String)]) -> bool {
     let known = KeyId::new(id).ok();
     rejected.id == known
@@ -217,7 +216,7 @@ fn is_right(rejected: &Rejected, id: &str, secret: Option<&str>, before: &[(KeyI
         }
 }
 
-/// A secret is not in what is said of it, unless somebody has called a key so.
+/// Asserts that a rejection does not show the secret. An id that contains the canary may be shown.
 fn assert_hidden(rejected: &Rejected, before: &[(KeyId, String)]) {
     let shown = format!("{rejected}\n{rejected:?}");
     let ids = before.iter().map(|(id, _)| id).chain(&rejected.id);

@@ -1,5 +1,4 @@
-//! What each target does with an input. `fuzz_targets` gives it what the fuzzer makes up, `tests/corpus.rs` what
-//! is kept in `corpus`.
+//! The checks of all fuzz targets. `fuzz_targets` runs them on the fuzzer's inputs, `tests/corpus.rs` on the seeds.
 
 pub mod inject;
 pub mod key_file;
@@ -11,12 +10,12 @@ use std::future::Future;
 
 use futures_util::FutureExt;
 
-/// What a future gives that has nothing to wait for.
+/// Returns the output of a future that is ready at the first poll.
 fn now<F: Future>(future: F) -> F::Output {
-    future.now_or_never().expect("it waits")
+    future.now_or_never().expect("the future is ready")
 }
 
-/// Whether a secret is one that a request can carry in any of its places.
+/// Returns whether a request can carry this secret in any place.
 fn can_be_sent(secret: &str) -> bool {
     !secret.is_empty()
         && !secret.starts_with("encrypted.v")

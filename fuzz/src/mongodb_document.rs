@@ -1,5 +1,7 @@
-//! A document of MongoDB, made into a key. An input is read twice: as the document itself, with a length that is
-//! put right, and as what to make one from, with the fields that matter and values of every type.
+//! Decoding of a MongoDB document into a key.
+//!
+//! Each input is used twice: as the bytes of a document whose length field is corrected, and as entropy for a generated
+//! document that has the relevant fields with values of every type.
 
 use std::future::ready;
 
@@ -22,10 +24,9 @@ use tower_key_rotation::{
 
 use crate::{can_be_sent, now};
 
-/// What every secret holds that is made here, and those of the seeds.
+/// The part of every secret that no reason may show.
 const CANARY: &str = "canary";
 
-/// Broken once: a value of the wrong type that was shown with its reason was found at once.
 pub fn check(input: &[u8]) {
     if let Some(document) = as_it_is(input) {
         check_document(&document);
@@ -43,10 +44,10 @@ fn as_it_is(input: &[u8]) -> Option<RawDocumentBuf> {
     RawDocumentBuf::from_bytes(bytes).ok()
 }
 
-/// What encrypted values begin with.
+/// The prefix of encrypted values.
 const ENCRYPTED: &str = "encrypted.v";
 
-/// Those that the encrypted seeds were made with: 64 zero bytes, in base64.
+/// The data keys of the encrypted seeds: 64 zero bytes, in base64.
 fn data_keys() -> DataKeys {
     DataKeys::parse(format!("2026a={}==", "A".repeat(86))).unwrap()
 }
@@ -56,7 +57,7 @@ fn check_document(document: &RawDocument) {
     check_decrypted(document);
 }
 
-/// With data keys, an encrypted secret is what it was made from, or none.
+/// Asserts that a decrypted secret encrypts to the stored value again.
 fn check_decrypted(document: &RawDocument) {
     let documents = Documents::of(Some(data_keys()));
     let Ok(record) = documents.decode(document) else { return };
@@ -99,7 +100,9 @@ fn is_one_line(text: &str) -> bool {
     !text.chars().any(char::is_control)
 }
 
-/// A status that nobody knows is an operator's word, and a rest without an end doesn't end by itself.
+/// Returns whether a key with this document is available.
+///
+/// A key with an unknown status is out of service, and a rest without a date never ends by itself.
 fn may_be_used(document: &RawDocument) -> bool {
     let is_over = match document.get("left") {
         Ok(Some(RawBsonRef::Int32(left))) => left <= 0,
@@ -114,7 +117,7 @@ fn may_be_used(document: &RawDocument) -> bool {
     }
 }
 
-/// A store of which a load has found this.
+/// A store whose `load` returns these records.
 #[derive(Debug)]
 struct Holding(Loaded);
 
@@ -162,7 +165,7 @@ const FIELDS: [&str; 9] = [
 
 const STATUSES: [&str; 5] = ["healthy", "rate_limited", "exhausted", "error", "disabled"];
 
-/// A document with documents in it, down to that depth.
+/// Generates a document with nested documents, up to this depth.
 fn made(input: &mut Unstructured<'_>, depth: u8) -> Result<RawDocumentBuf> {
     let mut document = RawDocumentBuf::new();
     for _ in 0..input.int_in_range(0..=8)? {
@@ -178,7 +181,7 @@ fn made(input: &mut Unstructured<'_>, depth: u8) -> Result<RawDocumentBuf> {
 }
 
 fn value(input: &mut Unstructured<'_>, field: &str, depth: u8) -> Result<RawBson> {
-    // Every other one is of the type that is expected of it, to come further.
+    // Half of the values have the expected type, so that they get further into the decoder.
     if input.arbitrary()? {
         return Ok(match field {
             "left" => RawBson::Int64(input.arbitrary()?),

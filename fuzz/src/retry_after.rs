@@ -1,4 +1,4 @@
-//! How long a response has its key rest. An input is the response:
+//! Duration of a key's rest after a response. An input is the response:
 //!
 //! ```text
 //! 429 exact 120 86400 1 3600 1
@@ -7,8 +7,8 @@
 //! {"error": "slow down"}
 //! ```
 //!
-//! Behind the status stands how the pool is set: whether hints are exact, and in seconds its `cooldown`, its
-//! `exhausted_for`, its two `hint_limits`, and what its clock shows.
+//! The pool's settings follow the status: `exact` for exact hints, then in seconds `cooldown`, `exhausted_for`, both
+//! `hint_limits`, and the time of the pool's clock.
 
 use std::{convert::Infallible, future::ready, time::Duration};
 
@@ -27,7 +27,7 @@ use tower_key_rotation::{
 
 use crate::{now, text};
 
-/// A key's state has room for 73 years of the pool's clock.
+/// The latest deadline that fits into a key's state: 73 years on the pool's clock.
 const LAST_DEADLINE: Duration = Duration::from_nanos((1 << 61) - 2);
 
 struct Rules {
@@ -39,8 +39,6 @@ struct Rules {
     clock: Duration,
 }
 
-/// Broken once: a date in the past subtracted without a look, and a deadline added up without saturating, were
-/// found within a minute.
 pub fn check(input: &[u8]) {
     let (head, body) = text::divided(input);
     let mut lines = text::lines(head);
@@ -48,7 +46,7 @@ pub fn check(input: &[u8]) {
     let mut headers = text::headers(lines);
 
     let _by_the_local_clock = ResponseHead::new(status, &headers).with_body(body).wait();
-    // A response says the same at any time where it has a date, and this is one if it has no other.
+    // With a `Date`, the hint does not depend on the local clock. A `Date` in the input comes first and wins.
     headers.append(DATE, HeaderValue::from_static("Mon, 23 Nov 2026 20:40:02 GMT"));
 
     let head = ResponseHead::new(status, &headers);
@@ -75,13 +73,13 @@ fn first_line(line: &[u8]) -> Option<(StatusCode, Rules)> {
         exhausted_for: next_or(24 * 60 * 60),
         least: next_or(1),
         most: next_or(60 * 60),
-        // A deadline of zero would be no deadline.
+        // A deadline of zero would mean a healthy key.
         clock: next_or(1).max(Duration::from_nanos(1)),
     };
     Some((status, rules))
 }
 
-/// What is asked for by the header that outranks the others, where it says so in plain digits or as a date.
+/// Returns the wait of the highest-ranking header, if its value is plain digits or a date.
 fn plain_wait(headers: &HeaderMap) -> Option<Duration> {
     let ranked = ["retry-after-ms", "x-ms-retry-after-ms", RETRY_AFTER.as_str()];
     let (name, value) = ranked.iter().find_map(|name| Some((*name, headers.get(*name)?)))?;
@@ -99,7 +97,7 @@ fn plain_wait(headers: &HeaderMap) -> Option<Duration> {
     if name == RETRY_AFTER { date(value)?.duration_since(received).ok() } else { None }
 }
 
-/// By the tables in the documentation of the classifiers.
+/// Asserts that both classifiers agree with the tables in their documentation.
 fn assert_as_documented(head: &ResponseHead<'_>) {
     let limited = Verdict::RateLimited { wait: head.wait() };
     let exhausted = Verdict::Exhausted { wait: None };
@@ -138,7 +136,7 @@ impl Rules {
         builder.build().unwrap()
     }
 
-    /// Sends a request that is answered with that response, and looks at what became of the key.
+    /// Sends a request that gets this response, and checks the key's state afterwards.
     fn assert_rest(&self, headers: &HeaderMap, head: &ResponseHead<'_>) {
         let body = Bytes::copy_from_slice(head.body().unwrap_or_default());
         let client = service_fn(|_: Request<()>| {
@@ -174,8 +172,8 @@ impl Rules {
             Verdict::Revoked => return assert_eq!((key.status, key.time_left), (Status::Revoked, None)),
             _ => return assert_eq!((key.status, key.time_left), (Status::Healthy, None)),
         };
-        // Where the limits cross, the most holds. It is less than what a key rests without a hint only after a 429, and
-        // where hints are exact.
+        // If the limits cross, `most` wins. Only after a 429, and with exact hints, may `most` be shorter than the rest
+        // without a hint.
         let may_be_less = self.exact && status == Status::RateLimited;
         let most = if may_be_less { self.most } else { self.most.max(by_default) };
         let least = if self.exact { self.least.min(most) } else { self.least.clamp(by_default, most) };

@@ -1,8 +1,8 @@
-//! Inputs are text where they can be: a seed is written by hand, and a find can be read.
+//! Parser for text inputs, which are easy to write as seeds and to read as findings.
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-/// All before the first empty line, and all behind it.
+/// Splits an input at its first empty line.
 pub(crate) fn divided(input: &[u8]) -> (&[u8], &[u8]) {
     match input.windows(2).position(|ends| ends == b"\n\n") {
         Some(end) => (&input[..end], &input[end + 2..]),
@@ -14,7 +14,7 @@ pub(crate) fn lines(text: &[u8]) -> impl Iterator<Item = &[u8]> {
     text.split(|byte| *byte == b'\n')
 }
 
-/// Of the lines `name: value`, those that can be headers.
+/// Reads lines of the form `name: value`, and skips those that are not valid headers.
 pub(crate) fn headers<'a>(lines: impl Iterator<Item = &'a [u8]>) -> HeaderMap {
     lines.filter_map(header).collect()
 }

@@ -1,4 +1,4 @@
-//! What is kept in `corpus` goes through each target once, without a fuzzer.
+//! Runs each target once on each of its seeds in `corpus`, without a fuzzer.
 
 use std::{fs, path::Path};
 
@@ -14,21 +14,21 @@ fn check_corpus(target: &str, check: impl Fn(&[u8])) {
 }
 
 #[test]
-fn a_key_goes_where_it_should_in_every_request() {
+fn every_seed_of_inject_passes() {
     check_corpus("inject", inject::check);
 }
 
 #[test]
-fn every_key_file_is_read() {
+fn every_seed_of_key_file_passes() {
     check_corpus("key_file", key_file::check);
 }
 
 #[test]
-fn every_document_is_read() {
+fn every_seed_of_mongodb_document_passes() {
     check_corpus("mongodb_document", mongodb_document::check);
 }
 
 #[test]
-fn every_wait_is_read() {
+fn every_seed_of_retry_after_passes() {
     check_corpus("retry_after", retry_after::check);
 }

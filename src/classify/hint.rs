@@ -1,7 +1,7 @@
-//! How long a limited response asks its client to wait.
+//! Hints: the wait that a limited response asks for.
 //!
-//! Every function here is pure: headers or body in, a wait out. Whether the response is limited at
-//! all, and how a hint is capped or floored, is the caller's business.
+//! Every function is pure: headers or body in, wait out. The caller decides whether the response is limited,
+//! and applies the pool's limits to the hint.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -10,10 +10,10 @@ use jiff::fmt::friendly::SpanParser;
 use serde_json::Value;
 use sfv::{BareItem, Dictionary, Item, List, ListEntry, Parser};
 
-/// Reads a header's value at a moment, which is counted from the epoch.
+/// Reads a header's value; the second argument is the current time, counted from the epoch.
 type Reader = fn(&str, Duration) -> Option<Duration>;
 
-/// Explicit waits, the most precise first. They outrank every window.
+/// Headers with an explicit wait, most precise first. An explicit wait outranks every window.
 const WAITS: [(&str, Reader); 3] = [
     // OpenAI and Azure OpenAI.
     ("retry-after-ms", milliseconds),
@@ -22,9 +22,10 @@ const WAITS: [(&str, Reader); 3] = [
     ("retry-after", retry_after),
 ];
 
-/// Reset and remaining headers of services that report several windows at once. The response
-/// doesn't say which of them it ran into, so only one with nothing remaining counts.
-#[rustfmt::skip] // A row a line.
+/// Reset and remaining headers of services that report several windows at once.
+///
+/// The response doesn't say which window the request exceeded, so only a window with nothing remaining counts.
+#[rustfmt::skip] // One row per line.
 const SEVERAL: [(&str, &str); 8] = [
     // OpenAI, Groq: platform.openai.com/docs/guides/rate-limits.
     ("x-ratelimit-reset-requests", "x-ratelimit-remaining-requests"),
@@ -39,8 +40,9 @@ const SEVERAL: [(&str, &str); 8] = [
     ("x-ratelimit-complexity-reset", "x-ratelimit-complexity-remaining"),
 ];
 
-/// Reset and remaining headers of services with one window. A limited response must have run into
-/// it, so it counts unless it says that something remains.
+/// Reset and remaining headers of services with one window.
+///
+/// A limited request must have exceeded that window, so the window counts unless something remains.
 const SINGLE: [(&str, &str); 5] = [
     // GitHub, Vimeo and many others.
     ("x-ratelimit-reset", "x-ratelimit-remaining"),
@@ -56,16 +58,18 @@ const SINGLE: [(&str, &str); 5] = [
 
 /// A rate-limit window as a response describes it.
 struct Window {
-    /// The time until it resets.
+    /// The time until the window resets.
     wait: Duration,
-    /// Whether nothing remains of it; `None` where the service doesn't say.
+    /// Whether nothing remains; `None` if the service doesn't say.
     exhausted: Option<bool>,
 }
 
-/// What the headers ask for. `received` is the local time of arrival, used for absolute dates only
-/// where the response has no usable `Date` header of its own: the service's clock wins.
+/// Returns the wait that the headers ask for.
+///
+/// Absolute dates are compared with the response's `Date` header, since the service's clock wins. Without a
+/// usable `Date`, they are compared with `received`, the local time of arrival.
 pub(crate) fn from_headers(headers: &HeaderMap, received: SystemTime) -> Option<Duration> {
-    // A clock before the epoch counts as the epoch; the caller's cap bounds what comes of it.
+    // A local clock before the epoch counts as the epoch: the caller caps the wait.
     let now = first(headers, "date", http_date)
         .unwrap_or_else(|| received.duration_since(UNIX_EPOCH).unwrap_or_default());
     WAITS
@@ -74,8 +78,9 @@ pub(crate) fn from_headers(headers: &HeaderMap, received: SystemTime) -> Option<
         .or_else(|| from_windows(headers, now))
 }
 
-/// What a `google.rpc.RetryInfo` in a JSON error body asks for (AIP-193). Gemini's streaming
-/// endpoint wraps its error in an array. A truncated or non-JSON body is no hint.
+/// Returns the wait of a `google.rpc.RetryInfo` in a JSON error body (AIP-193).
+///
+/// Gemini's streaming endpoint wraps its error in an array. A truncated or non-JSON body has no hint.
 pub(crate) fn from_body(body: &[u8]) -> Option<Duration> {
     let body: Value = serde_json::from_slice(body).ok()?;
     let errors = match &body {
@@ -96,8 +101,9 @@ fn retry_info(detail: &Value) -> Option<Duration> {
     if kind.ends_with("google.rpc.RetryInfo") { duration(delay.trim()) } else { None }
 }
 
-/// The latest reset among the exhausted windows or, where no window says what remains, among those
-/// that are their service's only one.
+/// Returns the latest reset among the exhausted windows.
+///
+/// If no window says what remains, the latest reset among the `SINGLE` windows counts.
 fn from_windows(headers: &HeaderMap, now: Duration) -> Option<Duration> {
     let read = |&(reset_name, remaining_name): &(&str, &str)| {
         Some(Window {
@@ -116,8 +122,9 @@ fn from_windows(headers: &HeaderMap, now: Duration) -> Option<Duration> {
     all().filter(|window| window.exhausted == Some(true)).map(|window| window.wait).max()
 }
 
-/// The windows of one `RateLimit` line. Lines are read one by one, so that a malformed one doesn't
-/// hide the others.
+/// Reads the windows of one `RateLimit` line.
+///
+/// Each line is parsed alone, so that a malformed line doesn't hide the others.
 fn structured(line: &str) -> Vec<Window> {
     // draft-ietf-httpapi-ratelimit-headers-08 and later: a list of `"policy";r=0;t=50`.
     if let Ok(list) = Parser::new(line).parse::<List>() {
@@ -159,30 +166,31 @@ fn item_seconds(item: &BareItem) -> Option<Duration> {
     Duration::try_from_secs_f64(number).ok()
 }
 
-/// A header's lines that are text, trimmed.
+/// Returns a header's lines that are UTF-8, trimmed.
 fn values<'a>(headers: &'a HeaderMap, name: &str) -> impl Iterator<Item = &'a str> {
     headers.get_all(name).iter().filter_map(|value| Some(std::str::from_utf8(value.as_bytes()).ok()?.trim()))
 }
 
-/// The first line of a header that can be read.
+/// Returns the first line of a header that `read` accepts.
 fn first<T>(headers: &HeaderMap, name: &str, read: impl Fn(&str) -> Option<T>) -> Option<T> {
     values(headers, name).find_map(read)
 }
 
-/// RFC 9110 allows whole seconds or a date; some services send a fraction.
+/// Reads a `Retry-After`: seconds or a date as in RFC 9110, and also a fraction, which some services send.
 fn retry_after(value: &str, now: Duration) -> Option<Duration> {
     seconds(value).or_else(|| http_date(value)?.checked_sub(now))
 }
 
-/// A window's reset in any of the ways services write it: a number, a duration or a date.
+/// Reads a window's reset in any format that services use: a number, a duration or a date.
 fn reset(value: &str, now: Duration) -> Option<Duration> {
     number_or_timestamp(value, now)
         .or_else(|| duration(value))
         .or_else(|| http_date(value).or_else(|| rfc3339(value))?.checked_sub(now))
 }
 
-/// Seconds from now where the number is too small to be a date, else since the epoch, else
-/// milliseconds since the epoch. 10⁹ and 10¹² both are in 2001, each in its unit.
+/// Reads seconds from now, seconds since the epoch or milliseconds since the epoch, by magnitude.
+///
+/// As dates, 10⁹ seconds and 10¹² milliseconds both lie in 2001.
 fn number_or_timestamp(value: &str, now: Duration) -> Option<Duration> {
     let number = seconds(value)?;
     match number.as_secs() {
@@ -196,20 +204,21 @@ fn milliseconds(value: &str, _now: Duration) -> Option<Duration> {
     Some(seconds(value)? / 1000)
 }
 
-/// Reads `30` and `1.5`, but no sign, exponent, `inf` or `NaN`, all of which `f64` would take.
+/// Reads `30` and `1.5`, but no sign, exponent, `inf` or `NaN`, which `f64` would accept.
 fn seconds(value: &str) -> Option<Duration> {
     if !value.bytes().all(|b| b.is_ascii_digit() || b == b'.') {
         return None;
     }
-    // Only a fraction goes through a float: large whole numbers would lose digits.
+    // Only a fraction is parsed as a float: large whole numbers would lose digits.
     if let Ok(number) = value.parse() {
         return Some(Duration::from_secs(number));
     }
     Duration::try_from_secs_f64(value.parse().ok()?).ok()
 }
 
-/// A duration as Go and protobuf print it: `6m0s`, `120ms`, `0.5s`. jiff alone would also take
-/// `3 hours ago` and `01:02:03`.
+/// Reads a duration as Go and protobuf print it: `6m0s`, `120ms`, `0.5s`.
+///
+/// The check of characters rejects `3 hours ago` and `01:02:03`, which jiff would accept.
 fn duration(value: &str) -> Option<Duration> {
     let go = |c: char| c.is_ascii_digit() || ".hmsuµn".contains(c);
     if !value.chars().all(go) {
@@ -218,13 +227,13 @@ fn duration(value: &str) -> Option<Duration> {
     SpanParser::new().parse_unsigned_duration(value).ok()
 }
 
-/// An HTTP date (RFC 9110 §5.6.7, all three formats), counted from the epoch.
+/// Reads an HTTP date (RFC 9110 §5.6.7, all three formats), counted from the epoch.
 fn http_date(value: &str) -> Option<Duration> {
     let date = httpdate::parse_http_date(value).ok()?;
     date.duration_since(UNIX_EPOCH).ok()
 }
 
-/// An RFC 3339 timestamp, counted from the epoch.
+/// Reads an RFC 3339 timestamp, counted from the epoch.
 fn rfc3339(value: &str) -> Option<Duration> {
     let timestamp: jiff::Timestamp = value.parse().ok()?;
     timestamp.as_duration().try_into().ok()
@@ -288,15 +297,15 @@ mod tests {
         retry_after_of_zero_is_a_wait_of_zero: "retry-after": "0" => secs(0);
         retry_after_of_this_moment_is_a_wait_of_zero: "retry-after": "Mon, 23 Nov 2026 20:40:02 GMT" => secs(0);
         retry_after_in_the_past_is_no_hint: "retry-after": "Mon, 23 Nov 2026 20:40:01 GMT" => None;
-        retry_after_of_text_is_no_hint: "retry-after": "3 hours ago" => None;
-        retry_after_of_nothing_is_no_hint: "retry-after": "" => None;
-        retry_after_of_a_point_is_no_hint: "retry-after": "." => None;
+        retry_after_with_text_is_no_hint: "retry-after": "3 hours ago" => None;
+        retry_after_without_a_value_is_no_hint: "retry-after": "" => None;
+        retry_after_with_only_a_decimal_point_is_no_hint: "retry-after": "." => None;
         retry_after_below_zero_is_no_hint: "retry-after": "-30" => None;
         retry_after_with_a_plus_is_no_hint: "retry-after": "+30" => None;
         retry_after_with_an_exponent_is_no_hint: "retry-after": "1e3" => None;
         retry_after_of_nan_is_no_hint: "retry-after": "NaN" => None;
         retry_after_of_infinity_is_no_hint: "retry-after": "inf" => None;
-        retry_after_that_is_huge_is_returned_as_it_is: "retry-after": "18446744073709551615" => secs(u64::MAX);
+        a_huge_retry_after_is_not_capped_here: "retry-after": "18446744073709551615" => secs(u64::MAX);
         retry_after_that_overflows_is_no_hint: "retry-after": "18446744073709551616" => None;
         the_first_usable_of_several_lines_counts: "retry-after": "soon", "retry-after": "30", "retry-after": "40" => secs(30);
     }
@@ -332,18 +341,18 @@ mod tests {
         openai_seconds_with_a_fraction: "x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "8.64s" => millis(8640);
         openai_minutes_with_a_fraction: "x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "2m59.56s" => millis(179_560);
         openai_microseconds: "x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "7µs" => Some(Duration::from_micros(7));
-        openai_plain_seconds: "x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "7" => secs(7);
+        openai_plain_number: "x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "7" => secs(7);
         only_the_exhausted_dimension_counts: "x-ratelimit-remaining-requests": "5", "x-ratelimit-reset-requests": "6m0s", "x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "1s" => secs(1);
         of_two_exhausted_dimensions_the_later_counts: "x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "6m0s", "x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "1s" => secs(360);
         no_exhausted_dimension_is_no_hint: "x-ratelimit-remaining-requests": "5", "x-ratelimit-reset-requests": "6m0s" => None;
-        dimensions_that_say_nothing_are_no_hint: "x-ratelimit-reset-requests": "6m0s", "x-ratelimit-reset-tokens": "1s" => None;
-        a_remaining_of_nothing_may_be_a_decimal: "x-ratelimit-remaining-tokens": "0.0", "x-ratelimit-reset-tokens": "1s" => secs(1);
-        a_remaining_below_zero_says_nothing: "x-ratelimit-remaining-tokens": "-1", "x-ratelimit-reset-tokens": "1s" => None;
+        dimensions_without_remaining_are_no_hint: "x-ratelimit-reset-requests": "6m0s", "x-ratelimit-reset-tokens": "1s" => None;
+        a_remaining_of_zero_may_be_a_decimal: "x-ratelimit-remaining-tokens": "0.0", "x-ratelimit-reset-tokens": "1s" => secs(1);
+        a_remaining_below_zero_is_ignored: "x-ratelimit-remaining-tokens": "-1", "x-ratelimit-reset-tokens": "1s" => None;
         a_malformed_dimension_does_not_hide_the_other: "x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "soon", "x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "1s" => secs(1);
     }
 
     #[test]
-    fn only_gos_durations_are_durations() {
+    fn only_durations_in_gos_format_are_read() {
         for text in
             ["", "s", "1.5", "3 hours ago", "1h 2m", "3hrs", "1d", "PT1S", "-1s", "01:02:03", "1s ago", "1S"]
         {
@@ -370,7 +379,7 @@ mod tests {
         linear_complexity: "x-ratelimit-complexity-remaining": "0", "x-ratelimit-complexity-reset": "1795466462000" => MINUTE;
     }
 
-    // x-ratelimit-reset and its kin.
+    // x-ratelimit-reset and similar headers.
     headers! {
         x_ratelimit_reset_in_unix_seconds: "x-ratelimit-reset": "1795466462" => MINUTE;
         x_ratelimit_reset_in_unix_seconds_with_a_fraction: "x-ratelimit-reset": "1795466462.5" => millis(60_500);
@@ -395,10 +404,10 @@ mod tests {
         ratelimit_reset_with_something_remaining: "ratelimit-remaining": "1", "ratelimit-reset": "50" => None;
         ratelimit_reset_in_unix_seconds: "ratelimit-remaining": "0", "ratelimit-reset": "1795466462" => MINUTE;
         of_two_exhausted_single_windows_the_later_counts: "x-ratelimit-remaining": "0", "x-ratelimit-reset": "60", "ratelimit-remaining": "0", "ratelimit-reset": "50" => MINUTE;
-        a_silent_single_window_yields_to_one_that_says_what_remains: "x-ratelimit-reset": "60", "ratelimit-remaining": "0", "ratelimit-reset": "50" => secs(50);
-        a_silent_single_window_yields_even_where_something_remains: "x-ratelimit-reset": "60", "x-ratelimit-remaining-tokens": "5", "x-ratelimit-reset-tokens": "1s" => None;
-        a_silent_family_does_not_hide_a_single_window: "x-ratelimit-reset": "60", "x-ratelimit-reset-tokens": "6m0s" => MINUTE;
-        a_window_without_a_usable_reset_says_nothing: "x-ratelimit-reset": "60", "ratelimit-remaining": "0", "ratelimit-reset": "soon" => MINUTE;
+        a_single_window_without_remaining_yields_to_one_with_it: "x-ratelimit-reset": "60", "ratelimit-remaining": "0", "ratelimit-reset": "50" => secs(50);
+        a_single_window_without_remaining_yields_to_a_family: "x-ratelimit-reset": "60", "x-ratelimit-remaining-tokens": "5", "x-ratelimit-reset-tokens": "1s" => None;
+        a_family_without_remaining_does_not_hide_a_single_window: "x-ratelimit-reset": "60", "x-ratelimit-reset-tokens": "6m0s" => MINUTE;
+        a_window_with_a_malformed_reset_is_ignored: "x-ratelimit-reset": "60", "ratelimit-remaining": "0", "ratelimit-reset": "soon" => MINUTE;
     }
 
     // RateLimit, draft-ietf-httpapi-ratelimit-headers.
@@ -441,7 +450,7 @@ mod tests {
         the_longest_of_several_retry_infos_counts: format!("[{},{}]", error(r#""34s""#), error(r#""35s""#)) => secs(35);
         a_malformed_retry_info_does_not_hide_another: format!("[1,{},{}]", error("1"), error(r#""35s""#)) => secs(35);
         retry_info_below_zero_is_no_hint: error(r#""-1s""#) => None;
-        retry_info_of_text_is_no_hint: error(r#""soon""#) => None;
+        retry_info_with_text_is_no_hint: error(r#""soon""#) => None;
         retry_info_that_overflows_is_no_hint: error(r#""99999999999999999999s""#) => None;
         a_delay_of_another_type_is_no_hint: r#"{"error":{"details":[{"@type":"google.rpc.ErrorInfo","retryDelay":"1s"}]}}"# => None;
         a_body_without_details_is_no_hint: r#"{"error":{"message":"slow down"}}"# => None;
@@ -460,14 +469,14 @@ mod tests {
         assert_eq!(from_headers(&headers, UNIX_EPOCH - Duration::from_secs(1)), secs(7));
     }
 
-    /// Every header that is read.
+    /// The name of any header that this module reads.
     fn name() -> impl Strategy<Value = &'static str> {
         let rows = SEVERAL.iter().chain(&SINGLE).flat_map(|row| [row.0, row.1]);
         let names = WAITS.iter().map(|wait| wait.0).chain(rows);
         select(names.chain(["date", "ratelimit"]).collect::<Vec<_>>())
     }
 
-    /// Bytes that a header may hold: any at all, or some that get further into the parsers.
+    /// Header values: random bytes, or text that gets further into the parsers.
     fn value() -> impl Strategy<Value = Vec<u8>> {
         let visible = prop_oneof![Just(b'\t'), 0x20..0x7f_u8, 0x80..=0xff_u8];
         prop_oneof![

@@ -1,40 +1,44 @@
-//! What LLM services, and the gateways before them, say of a key.
+//! A classifier for LLM services and LLM gateways.
 
 use http::StatusCode;
 use serde_json::Value;
 
 use super::{ClassifyResponse, ResponseHead, Verdict};
 
-/// A preset for LLM services and gateways.
+/// A classifier for LLM services and LLM gateways.
 ///
-/// | status | and the body says | verdict |
+/// The first row that matches counts; any other response has no effect.
+///
+/// | status | body | verdict |
 /// |---|---|---|
-/// | 401, 403 | that it is about the request: see below | nothing |
-/// | 401, 403 | | revoked |
-/// | 402 | | exhausted |
-/// | 429 | banned, blocked, suspended or disabled | revoked |
-/// | 429 | `insufficient_quota` | exhausted |
-/// | 429 | | rate limited |
-/// | 400 | `API_KEY_INVALID` (Gemini), or that the organization has been disabled (Anthropic) | revoked |
-/// | 400 | `budget_exceeded` (LiteLLM), or that the credit balance is too low (Anthropic) | exhausted |
+/// | 401, 403 | refuses the request itself: see below | nothing |
+/// | 401, 403 | any other, or not read | revoked |
+/// | 402 | any | exhausted |
+/// | 429 | contains the word `banned`, `blocked`, `suspended` or `disabled` | revoked |
+/// | 429 | contains `insufficient_quota` | exhausted |
+/// | 429 | any other, or not read | rate limited |
+/// | 400 | `API_KEY_INVALID` (Gemini), or "This organization has been disabled" (Anthropic) | revoked |
+/// | 400 | `budget_exceeded` (LiteLLM), or "Your credit balance is too low" (Anthropic) | exhausted |
 ///
-/// What depends on a body needs
-/// [`KeyRotationLayer::read_error_bodies`](crate::KeyRotationLayer::read_error_bodies); without it the body
-/// is not looked at, and a 400 says nothing.
+/// Turn on [`KeyRotationLayer::read_error_bodies`](crate::KeyRotationLayer::read_error_bodies). Without it, this
+/// classifier decides from the status alone and ignores every 400.
 ///
-/// A revoked key stays out of service until somebody resets it. So a 401 or 403 that another key would get as well must
-/// not count, or a failover would lose one key after the other to a single request. Those are:
+/// A revoked key stays out of service until an operator resets it. Failover sends a refused request again with
+/// another key. If a 401 or 403 counted although it refuses the request itself, one request would revoke key after
+/// key. Such refusals are:
 ///
-/// - one for a model, an organization, a file or an operation that is not the key's (`model_not_found`, `missing_scope`
-///   and the like of OpenAI's, `permission_error` of Anthropic's, `model_permission_blocked_…` of Groq's,
-///   `…_model_access_denied` of LiteLLM's, `IAM_PERMISSION_DENIED` of Google's), or from a country that is not served;
-/// - one with a content that is refused (OpenRouter's moderation, xAI's usage guidelines);
-/// - one that a firewall answers with 403 and a page of HTML.
+/// - The key has no access to a model, an organization, a file or an operation. Examples are `model_not_found` and
+///   `missing_scope` (OpenAI), `permission_error` (Anthropic), `model_permission_blocked_…` (Groq),
+///   `…_model_access_denied` (LiteLLM) and `IAM_PERMISSION_DENIED` (Google).
+/// - The service does not serve the caller's country.
+/// - The service refuses the content (OpenRouter's moderation, xAI's usage guidelines).
+/// - A firewall answers 403 with an HTML page.
 ///
-/// Without the body, or where a service has other words for it, such a request takes keys out: then use a classifier of
-/// your own.
+/// If the layer does not read bodies, or a service words such a refusal differently, one request can revoke several
+/// keys. In that case, write your own classifier.
 ///
-/// Of a 400, only its code and the beginning of its message count. What follows may repeat the request.
+/// For a 400, only the error code and the beginning of the message count, since the rest of the message may quote the
+/// request.
 ///
 /// ```
 /// use tower_key_rotation::{KeyPool, KeyRotationLayer, classify::LlmGateway};
@@ -53,7 +57,7 @@ use super::{ClassifyResponse, ResponseHead, Verdict};
 pub struct LlmGateway;
 
 impl LlmGateway {
-    /// The preset.
+    /// Creates the classifier.
     #[must_use]
     pub fn new() -> Self {
         Self
@@ -62,9 +66,9 @@ impl LlmGateway {
 
 const LOCKED_OUT: [&str; 4] = ["banned", "blocked", "suspended", "disabled"];
 
-/// What another key would be answered, too, or one with other rights.
+/// Error codes that refuse the request, not the key.
 const ABOUT_THE_REQUEST: [&str; 17] = [
-    // OpenAI's, and Anthropic's last.
+    // OpenAI, and in the last line Anthropic.
     "model_not_found",
     "mismatched_organization",
     "invalid_organization",
@@ -72,29 +76,29 @@ const ABOUT_THE_REQUEST: [&str; 17] = [
     "missing_scope",
     "unsupported_country_region_territory",
     "permission_error",
-    // Groq's.
+    // Groq.
     "model_permission_blocked_org",
     "model_permission_blocked_project",
-    // LiteLLM's.
+    // LiteLLM.
     "key_model_access_denied",
     "user_model_access_denied",
     "team_model_access_denied",
     "project_model_access_denied",
     "org_model_access_denied",
-    // Google's, of google.api.ErrorReason: most others are the key's.
+    // Google's google.api.ErrorReason. Most of its other reasons refuse the key.
     "iam_permission_denied",
     "access_token_scope_insufficient",
     "user_project_denied",
 ];
 
-/// Where there is no code for it, or one for much else.
+/// Beginnings of messages that refuse the request, for errors without a code or with a code that is too general.
 const ABOUT_THE_REQUEST_IN_WORDS: [&str; 5] = [
-    // OpenAI's.
+    // OpenAI.
     "you have insufficient permissions for this operation",
     "you are not allowed to sample from this model",
-    // xAI's.
+    // xAI.
     "content violates usage guidelines",
-    // Google's, of a file or the like, and of a model.
+    // Google, for a file and for a model.
     "you do not have permission to access the ",
     "the caller does not have permission",
 ];
@@ -133,16 +137,16 @@ fn is_about_the_request(status: StatusCode, body: &[u8]) -> bool {
     let text = Words::of(body);
     let is_a_page = ["<!doctype html", "<html"].iter().any(|begin| text.0.trim_start().starts_with(begin));
     match ErrorBody::read(body) {
-        // A firewall's. With a 401, it may be whoever looks at the keys.
+        // A firewall answers 403. An HTML page with 401 may come from the authentication proxy in front of the service.
         _ if is_a_page => status == StatusCode::FORBIDDEN,
-        // Of Anthropic's, that is a key that has had its time, and not what a key may do.
+        // Anthropic also says `permission_error` if an OAuth token is no longer valid, which refuses the key.
         Some(error) if error.message.starts_with("oauth ") => false,
         Some(error) => {
             error.has_code_of(&ABOUT_THE_REQUEST)
                 || error.begins_with_one_of(&ABOUT_THE_REQUEST_IN_WORDS)
                 || error.is_of_moderation
         }
-        // It may be the beginning of one.
+        // The body may be JSON that the layer read only in part.
         None => ABOUT_THE_REQUEST.iter().any(|code| text.have(code)),
     }
 }
@@ -151,7 +155,7 @@ fn too_many_requests(response: &ResponseHead<'_>, body: &Words) -> Verdict {
     if LOCKED_OUT.iter().any(|word| body.have(word)) {
         Verdict::Revoked
     } else if body.have("insufficient_quota") {
-        // OpenAI answers a used-up balance with 429, platform.openai.com/docs/guides/error-codes.
+        // OpenAI answers 429 when the balance is used up, platform.openai.com/docs/guides/error-codes.
         Verdict::Exhausted { wait: None }
     } else {
         Verdict::RateLimited { wait: response.wait() }
@@ -172,19 +176,19 @@ fn bad_request(error: &ErrorBody) -> Verdict {
     }
 }
 
-/// An error as OpenAI, Anthropic, Google and the gateways before them write it, in lower case.
+/// An error in the JSON format of OpenAI, Anthropic, Google or an LLM gateway, in lower case.
 struct ErrorBody {
     codes: Vec<String>,
     message: String,
-    /// As OpenRouter says it, openrouter.ai/docs/errors.
+    /// Whether OpenRouter's moderation refused the content, openrouter.ai/docs/errors.
     is_of_moderation: bool,
 }
 
 impl ErrorBody {
-    /// None where it is no JSON, or not all of it.
+    /// Returns `None` if the body is not complete JSON.
     fn read(body: &[u8]) -> Option<Self> {
         let json: Value = serde_json::from_slice(body).ok()?;
-        // Gemini's streams are arrays.
+        // Gemini's streaming endpoint wraps its error in an array.
         let json = json.get(0).unwrap_or(&json);
         let error = json.get("error").unwrap_or(json);
         let text = |of: &Value, name| of.get(name).and_then(Value::as_str).map(str::to_lowercase);
@@ -224,7 +228,7 @@ impl Words {
     }
 
     fn have(&self, word: &str) -> bool {
-        // A model may be called un-blocked.
+        // Hyphens and slashes belong to a word: a model's name may contain "un-blocked".
         let is_of_a_word = |c: char| c.is_alphanumeric() || "_-/".contains(c);
         self.0.split(|c| !is_of_a_word(c)).any(|own| own == word)
     }
@@ -246,7 +250,7 @@ mod tests {
     const LIMITED: Verdict = Verdict::RateLimited { wait: None };
 
     #[test]
-    fn the_status_alone_tells_a_revoked_and_an_unpaid_key() {
+    fn a_401_403_or_402_counts_without_a_body() {
         assert_eq!(classify(401, ""), Verdict::Revoked);
         assert_eq!(classify(403, ""), Verdict::Revoked);
         assert_eq!(classify(402, ""), EXHAUSTED);
@@ -256,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn no_body_is_wanted_where_the_status_tells_all() {
+    fn a_body_is_wanted_for_400_401_403_429_only() {
         let wants_body = |status: &u16| {
             let headers = HeaderMap::new();
             let head = ResponseHead::new(StatusCode::from_u16(*status).unwrap(), &headers);
@@ -267,7 +271,7 @@ mod tests {
     }
 
     #[test]
-    fn a_429_is_read_for_why() {
+    fn the_body_of_a_429_tells_its_cause() {
         assert_eq!(classify(429, r#"{"error":"slow down"}"#), LIMITED);
         for word in ["banned", "Blocked", "SUSPENDED", "disabled"] {
             assert_eq!(
@@ -280,12 +284,12 @@ mod tests {
     }
 
     #[test]
-    fn a_word_within_a_word_does_not_count() {
+    fn part_of_a_longer_word_does_not_count() {
         assert_eq!(classify(429, "unblocked requests, abandoned, of acme/un-blocked-7b"), LIMITED);
     }
 
     #[test]
-    fn a_400_counts_by_its_code_and_by_how_its_message_begins() {
+    fn a_400_counts_by_code_or_beginning_of_message() {
         assert_eq!(classify(400, "Budget has been exceeded! Current cost: 12"), EXHAUSTED);
         assert_eq!(classify(400, r#"{"error":{"type":"budget_exceeded","code":"400"}}"#), EXHAUSTED);
         let no_credit = r#"{"type":"error","error":{"type":"invalid_request_error",
@@ -304,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn no_caller_can_have_a_key_taken_out_by_what_a_400_repeats() {
+    fn text_that_a_400_quotes_from_the_request_is_ignored() {
         for value in
             ["budget exceeded", "budget_exceeded", "api_key_invalid", "your credit balance is too low"]
         {
@@ -318,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn what_another_key_would_be_answered_too_speaks_against_none() {
+    fn a_401_or_403_that_refuses_the_request_is_ignored() {
         for (status, body) in [
             (403, r#"{"error":{"type":"invalid_request_error","code":"model_not_found"}}"#),
             (401, r#"{"error":{"message":"no","code":"mismatched_organization"}}"#),
@@ -385,7 +389,7 @@ mod tests {
     }
 
     #[test]
-    fn a_body_that_is_no_text_is_no_reason_to_fail() {
+    fn a_429_with_a_binary_body_is_rate_limited() {
         let headers = HeaderMap::new();
         let head = ResponseHead::new(StatusCode::TOO_MANY_REQUESTS, &headers);
         assert_eq!(LlmGateway::new().classify(&head.with_body(&[0xff, 0x00, 0xfe])), LIMITED);

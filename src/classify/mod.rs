@@ -1,8 +1,7 @@
-//! What a response says of the key that it was asked for with.
+//! Classifiers: they decide from a response whether its key rests.
 //!
-//! A [`ClassifyResponse`] looks at a response's head and gives a [`Verdict`]. [`TooManyRequests`] is the
-//! default; [`LlmGateway`] knows more of what LLM services and the gateways before them answer; a function
-//! does for anything else:
+//! A [`ClassifyResponse`] turns a response into a [`Verdict`]. [`TooManyRequests`] is the default.
+//! [`LlmGateway`] knows the errors of LLM services and LLM gateways. For any other service, pass a function:
 //!
 //! ```
 //! use http::StatusCode;
@@ -35,34 +34,43 @@ use http::{HeaderMap, StatusCode};
 
 pub use self::{llm_gateway::LlmGateway, too_many_requests::TooManyRequests};
 
-/// What a response says of its key.
+/// The effect of a response on the key that its request carried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Verdict {
-    /// Nothing. A key that rests because of another response goes on resting.
+    /// No effect. A rest that another response began continues.
     Nothing,
-    /// It is limited, and rests for 2 minutes or for what the pool's builder and this hint say.
+    /// The key is rate limited and rests for the pool's cooldown, by default 2 minutes.
+    ///
+    /// A hint changes the rest within the pool's limits: see
+    /// [`KeyPoolBuilder::hint_limits`](crate::KeyPoolBuilder::hint_limits).
     RateLimited {
-        /// How long the service asks to wait.
+        /// The wait that the service asks for.
         wait: Option<Duration>,
     },
-    /// Its quota is used up, and it rests for 24 hours or for what the pool's builder and this hint say.
+    /// The key's quota is used up, and the key rests for 24 hours by default.
+    ///
+    /// A hint changes the rest within the pool's limits: see
+    /// [`KeyPoolBuilder::hint_limits`](crate::KeyPoolBuilder::hint_limits).
     Exhausted {
-        /// How long the service asks to wait.
+        /// The wait that the service asks for.
         wait: Option<Duration>,
     },
-    /// The service doesn't accept it any more. It rests until somebody resets it.
+    /// The service no longer accepts the key. The key rests until an operator resets it.
     Revoked,
 }
 
-/// Decides what a response says of its key. Any `Fn(&ResponseHead<'_>) -> Verdict` does.
+/// Decides the effect of a response on its key. Implemented for every `Fn(&ResponseHead<'_>) -> Verdict`.
 pub trait ClassifyResponse {
-    /// Looks at a response. It is called for every one, so it should settle the usual case by the status.
+    /// Returns the verdict on a response.
+    ///
+    /// The layer calls this for every response, so decide the common case from the status alone.
     fn classify(&self, response: &ResponseHead<'_>) -> Verdict;
 
-    /// Whether the body has to be read for that. It is asked only for statuses from 400 on, and only where
-    /// bodies are read at all: see
-    /// [`KeyRotationLayer::read_error_bodies`](crate::KeyRotationLayer::read_error_bodies).
+    /// Returns whether the verdict depends on the body.
+    ///
+    /// The layer asks this only for a status of 400 or above, and only if
+    /// [`KeyRotationLayer::read_error_bodies`](crate::KeyRotationLayer::read_error_bodies) is on.
     fn wants_body(&self, response: &ResponseHead<'_>) -> bool {
         let _ = response;
         false
@@ -78,7 +86,7 @@ where
     }
 }
 
-/// What a classifier sees of a response.
+/// The parts of a response that a classifier sees.
 #[derive(Clone, Copy)]
 pub struct ResponseHead<'a> {
     status: StatusCode,
@@ -87,13 +95,13 @@ pub struct ResponseHead<'a> {
 }
 
 impl<'a> ResponseHead<'a> {
-    /// A response of which the body is not known.
+    /// Creates a head without a body.
     #[must_use]
     pub fn new(status: StatusCode, headers: &'a HeaderMap) -> Self {
         Self { status, headers, body: None }
     }
 
-    /// The same with the body, or as much of it as was read.
+    /// Adds the body, or the beginning of the body.
     #[must_use]
     pub fn with_body(self, body: &'a [u8]) -> Self {
         Self { body: Some(body), ..self }
@@ -111,18 +119,25 @@ impl<'a> ResponseHead<'a> {
         self.headers
     }
 
-    /// The beginning of the body, where bodies are read and the classifier wanted this one.
+    /// The beginning of the body, if the layer read this body.
+    ///
+    /// The layer reads a body only if [`ClassifyResponse::wants_body`] returned `true`.
     #[must_use]
     pub fn body(&self) -> Option<&'a [u8]> {
         self.body
     }
 
-    /// How long the service asks to wait, by any of the headers in use for that: `Retry-After` (RFC 9110
-    /// §10.2.3) and its variants in milliseconds, then the reset of a window with nothing remaining, as
-    /// OpenAI, Anthropic, GitHub, Discord and the IETF's `RateLimit` drafts write it. Where there is none and
-    /// the body was read, by a `google.rpc.RetryInfo` in it.
+    /// The wait that the service asks for.
     ///
-    /// Dates are reckoned from the response's own `Date`, and from the local clock only where it has none.
+    /// The first of these that is present counts:
+    ///
+    /// 1. `Retry-After` (RFC 9110 §10.2.3) and its variants in milliseconds;
+    /// 2. the reset of a rate-limit window with nothing remaining, in the headers of OpenAI, Anthropic, GitHub,
+    ///    Discord and others, or in a `RateLimit` header of the IETF drafts;
+    /// 3. a `google.rpc.RetryInfo` in the body, if the layer read the body.
+    ///
+    /// A date is compared with the response's own `Date` header, or with the local clock if there is no such
+    /// header.
     #[must_use]
     pub fn wait(&self) -> Option<Duration> {
         self.wait_by_headers().or_else(|| self.body.and_then(hint::from_body))
@@ -134,7 +149,7 @@ impl<'a> ResponseHead<'a> {
 }
 
 impl fmt::Debug for ResponseHead<'_> {
-    /// Without headers and body: a service may quote the key in them.
+    /// Omits headers and body, since a service may quote the key in them.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ResponseHead").field("status", &self.status).finish_non_exhaustive()
     }
@@ -155,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn a_function_that_goes_by_the_headers_is_a_classifier_and_wants_no_body() {
+    fn a_function_is_a_classifier_that_wants_no_body() {
         let mut headers = HeaderMap::new();
         let verdict = |headers: &HeaderMap| {
             let head = ResponseHead::new(StatusCode::SERVICE_UNAVAILABLE, headers);

@@ -1,4 +1,4 @@
-//! The default.
+//! The default classifier.
 
 use std::sync::Arc;
 
@@ -6,10 +6,10 @@ use http::StatusCode;
 
 use super::{ClassifyResponse, ResponseHead, Verdict};
 
-/// A 429 is a cooldown; everything else says nothing.
+/// Rate limits a key after a 429, and ignores every other status.
 ///
-/// Some services answer a limit with 403 or 503, which mean other things as well.
-/// [`or_with_a_hint`](Self::or_with_a_hint) counts such a status where the response says how long to wait:
+/// Some services answer a limited request with 403 or 503, which have other meanings too.
+/// [`or_with_a_hint`](Self::or_with_a_hint) counts such a status if the response says how long to wait:
 ///
 /// ```
 /// use http::StatusCode;
@@ -21,18 +21,18 @@ use super::{ClassifyResponse, ResponseHead, Verdict};
 /// ```
 #[derive(Clone, Debug, Default)]
 pub struct TooManyRequests {
-    /// None, most often: then a clone costs nothing.
+    /// `None` by default, since the layer clones its classifier for each request.
     with_a_hint: Option<Arc<[StatusCode]>>,
 }
 
 impl TooManyRequests {
-    /// Counts 429 only.
+    /// Creates a classifier that counts only 429.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Counts these as well, where the response says how long to wait.
+    /// Also counts these statuses, if the response says how long to wait.
     #[must_use]
     pub fn or_with_a_hint(mut self, statuses: impl IntoIterator<Item = StatusCode>) -> Self {
         let before = self.with_a_hint.iter().flat_map(|before| before.iter().copied());
@@ -91,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn a_429_is_a_cooldown_with_the_services_hint() {
+    fn a_429_rate_limits_with_the_services_hint() {
         let classifier = TooManyRequests::new();
         assert_eq!(classify(&classifier, 429, None), Verdict::RateLimited { wait: None });
         let wait = Some(Duration::from_secs(30));
@@ -99,14 +99,14 @@ mod tests {
     }
 
     #[test]
-    fn everything_else_says_nothing() {
+    fn every_other_status_is_ignored() {
         for status in [200, 301, 401, 402, 403, 500, 503] {
             assert_eq!(classify(&TooManyRequests::new(), status, Some("30")), Verdict::Nothing, "{status}");
         }
     }
 
     #[test]
-    fn a_status_added_counts_only_with_a_hint() {
+    fn an_added_status_counts_only_with_a_hint() {
         let classifier = TooManyRequests::new().or_with_a_hint([StatusCode::FORBIDDEN]);
         assert_eq!(classify(&classifier, 403, None), Verdict::Nothing);
         let wait = Some(Duration::from_secs(30));
@@ -114,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn a_body_is_asked_for_a_hint_only_where_one_would_count_and_no_header_has_it() {
+    fn a_body_is_wanted_only_for_a_missing_hint() {
         let classifier = TooManyRequests::new().or_with_a_hint([StatusCode::FORBIDDEN]);
         let wants_body =
             |status, retry_after| with_head(status, retry_after, |head| classifier.wants_body(head));

@@ -1,4 +1,4 @@
-//! `http` and `reqwest` messages, seen alike.
+//! One interface to `http` and `reqwest` messages.
 
 use std::borrow::Cow;
 
@@ -26,12 +26,12 @@ mod sealed {
     pub trait Sealed {}
 }
 
-/// A request that a key can be put into: `http::Request<B>` of any `B` or, with the feature `reqwest`,
+/// A request that can carry a key: `http::Request<B>` with any `B` or, with the feature `reqwest`,
 /// `reqwest::Request`.
 pub trait RequestMessage: sealed::Sealed {
     #[doc(hidden)]
     fn is_https(&self) -> bool;
-    /// More than [`is_https`](Self::is_https) says, and dearer: the host has to be looked for.
+    /// Costs more than [`is_https`](Self::is_https), since the host has to be extracted.
     #[doc(hidden)]
     fn destination(&self) -> Destination<'_>;
     #[doc(hidden)]
@@ -40,7 +40,7 @@ pub trait RequestMessage: sealed::Sealed {
     fn set_query(&mut self, parameters: &[Parameter]) -> Result<(), InjectError>;
 }
 
-/// Whether a request gets a key of a pool with these hosts.
+/// Decides whether a pool with these hosts gives this request a key.
 #[inline]
 pub(crate) fn rule<R: RequestMessage>(hosts: &Hosts, request: &R) -> Ruling {
     if hosts.allows_all() && request.is_https() {
@@ -49,8 +49,8 @@ pub(crate) fn rule<R: RequestMessage>(hosts: &Hosts, request: &R) -> Ruling {
     hosts.rule(request.destination())
 }
 
-/// A response that is read for what it says of a key: `http::Response<B>` of any `B` or, with the feature
-/// `reqwest`, `reqwest::Response`.
+/// A response that can be classified: `http::Response<B>` with any `B` or, with the feature `reqwest`,
+/// `reqwest::Response`.
 pub trait ResponseMessage: sealed::Sealed + Sized {
     #[doc(hidden)]
     fn status(&self) -> StatusCode;
@@ -60,22 +60,22 @@ pub trait ResponseMessage: sealed::Sealed + Sized {
     fn extensions(&self) -> &http::Extensions;
     #[doc(hidden)]
     fn extensions_mut(&mut self) -> &mut http::Extensions;
-    /// Takes a key out of the headers, and of the URL that the response remembers, if it does.
+    /// Removes a key from the headers, and from the URL of a `reqwest::Response`.
     #[doc(hidden)]
     fn forget_query(&mut self, parameters: &[Parameter]);
 }
 
 /// A response whose body can be read in part and still be passed on whole.
 ///
-/// An `http::Response<B>` comes out as `http::Response<Replay<B>>`, a `reqwest::Response` as what it is.
+/// An `http::Response<B>` becomes an `http::Response<Replay<B>>`. A `reqwest::Response` keeps its type.
 pub trait ReadableResponse: ResponseMessage {
-    /// The response with a body that may have been begun.
+    /// The type of the response once its body may have been read in part.
     type Replayed: ResponseMessage;
 
     #[doc(hidden)]
     fn untouched(self) -> Self::Replayed;
 
-    /// Reads its body to the end or until one of the limits is met.
+    /// Reads the body to the end, or until one of the limits is reached.
     #[doc(hidden)]
     fn begin(self, most: usize, time_over: Sleep) -> impl Future<Output = (Self::Replayed, Bytes)> + Send;
 }
@@ -95,7 +95,7 @@ impl<B> RequestMessage for Request<B> {
                 host: Some(authority.host()),
                 port: authority.port_u16(),
             },
-            // A URI without an authority goes out on a connection that somebody else has chosen.
+            // A URI without an authority is relative: an inner service has chosen the connection.
             None => {
                 let host = self.headers().get(HOST).and_then(|host| host.to_str().ok());
                 let (host, port) = host.map_or((None, None), divided);
@@ -123,7 +123,7 @@ impl<B> RequestMessage for Request<B> {
     }
 }
 
-/// Host and port of a `Host` header.
+/// Splits a `Host` header into host and port.
 fn divided(host: &str) -> (Option<&str>, Option<u16>) {
     match host.rsplit_once(':') {
         Some((host, port)) if !port.contains(']') => (Some(host), port.parse().ok()),
@@ -159,8 +159,10 @@ impl<B> ResponseMessage for Response<B> {
     }
 }
 
-/// Servers redirect with the query that they were asked with, and who follows takes it to another host. They link with it
-/// to the next page, too.
+/// Removes a key in a query from all headers.
+///
+/// Servers copy the request's query into redirects and links, and a client that follows a redirect would take the key
+/// to another host.
 fn forget_in_headers(headers: &mut HeaderMap, parameters: &[Parameter]) {
     let holds_one = |value: &HeaderValue| query::holds_one(parameters, &text_of(value));
     let holding: Vec<_> =
@@ -174,7 +176,9 @@ fn forget_in_headers(headers: &mut HeaderMap, parameters: &[Parameter]) {
     }
 }
 
-/// `None` where nothing is left: an empty URL would lead to where the request went.
+/// Returns a header value without the key, or `None` if nothing is left.
+///
+/// An empty URL would resolve to the URL of the request.
 fn value_without(name: &HeaderName, value: &HeaderValue, parameters: &[Parameter]) -> Option<HeaderValue> {
     let text = text_of(value);
     if !query::holds_one(parameters, &text) {
@@ -188,7 +192,7 @@ fn value_without(name: &HeaderName, value: &HeaderValue, parameters: &[Parameter
     if without.is_empty() { None } else { HeaderValue::from_bytes(without.as_bytes()).ok() }
 }
 
-/// Not only ASCII: who follows a URL reads UTF-8, too.
+/// Reads a header value as UTF-8 rather than ASCII, since clients also follow URLs that are not ASCII.
 fn text_of(value: &HeaderValue) -> Cow<'_, str> {
     String::from_utf8_lossy(value.as_bytes())
 }
@@ -297,8 +301,9 @@ pub(crate) mod for_reqwest {
         }
     }
 
-    /// reqwest reads the URL of a response that it makes from an `http` one out of an extension that only its
-    /// own builder can set.
+    /// Converts a response and keeps its URL.
+    ///
+    /// reqwest takes the URL from an extension that only `ResponseBuilderExt::url` can set.
     fn from_http(response: http::Response<reqwest::Body>, url: Url) -> Response {
         let with_url = http::Response::builder().url(url).body(());
         let (mut parts, body) = response.into_parts();
@@ -311,7 +316,7 @@ pub(crate) mod for_reqwest {
     fn forget(url: &mut Url, parameters: &[Parameter]) {
         let left = query::without(url.query(), parameters);
         url.set_query(left.as_deref());
-        // A redirect may have put it elsewhere.
+        // A redirect may have put the key into the fragment or the path.
         let elsewhere = |url: &Url| query::holds_one(parameters, url.as_str());
         if elsewhere(url) {
             url.set_query(None);

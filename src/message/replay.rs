@@ -1,4 +1,4 @@
-//! A body of which the beginning has been read, and that is still whole for the caller.
+//! A response body that can be read in part and then replayed from the beginning.
 
 use std::{
     collections::VecDeque,
@@ -15,11 +15,10 @@ use pin_project_lite::pin_project;
 use crate::clock::Sleep;
 
 pin_project! {
-    /// A response body that this crate may have begun to read: what it read comes again, then the rest.
+    /// A response body that yields any frames already read, then the rest.
     ///
-    /// [`KeyRotationLayer::read_error_bodies`](crate::KeyRotationLayer::read_error_bodies) and
-    /// `FailoverLayer` give bodies this type, since they read some of them: errors, up to a limit.
-    /// All others pass through as they come.
+    /// [`KeyRotationLayer::read_error_bodies`](crate::KeyRotationLayer::read_error_bodies) and `FailoverLayer` return
+    /// this type, since both read the bodies of some errors, up to a limit. All other bodies pass through unread.
     pub struct Replay<B: Body> {
         #[pin]
         state: State<B>,
@@ -30,7 +29,7 @@ pin_project! {
     #[project = StateProjection]
     enum State<B: Body> {
         Untouched { #[pin] body: B },
-        // Boxed, because few bodies are errors, and a response is moved several times on its way.
+        // Boxed to keep the response small: it is moved several times, and few bodies are read.
         Begun { begun: Box<Begun<B>> },
     }
 }
@@ -38,7 +37,7 @@ pin_project! {
 struct Begun<B: Body> {
     read: VecDeque<Frame<Bytes>>,
     failed: Option<B::Error>,
-    // A body that has been polled can't be moved any more, other than in a box.
+    // Pinned in a box, since a body must not move once it has been polled.
     rest: Option<Pin<Box<B>>>,
 }
 
@@ -48,7 +47,7 @@ impl<B: Body> Replay<B> {
         Self { state: State::Untouched { body } }
     }
 
-    /// Reads until the end, or at least `most` bytes, or until the time is over.
+    /// Reads to the end, or until at least `most` bytes are read, or until `time_over` completes.
     pub(crate) async fn begin(body: B, most: usize, mut time_over: Sleep) -> Self {
         let mut body = Box::pin(body);
         let mut read = VecDeque::new();
@@ -80,7 +79,7 @@ impl<B: Body> Replay<B> {
         Self { state: State::Begun { begun: Box::new(begun) } }
     }
 
-    /// What has been read, in one piece.
+    /// Returns all bytes that have been read.
     pub(crate) fn beginning(&self) -> Bytes {
         let State::Begun { begun } = &self.state else { return Bytes::new() };
         let mut pieces = begun.read.iter().filter_map(Frame::data_ref);
@@ -194,7 +193,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_body_that_was_read_to_its_end_comes_again_with_its_trailers() {
+    async fn a_fully_read_body_is_replayed_with_its_trailers() {
         let mut trailers = HeaderMap::new();
         trailers.insert("x-sum", HeaderValue::from_static("1"));
         let replay = Replay::begin(
@@ -211,14 +210,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn no_more_than_a_frame_beyond_the_limit_is_read_and_the_rest_still_comes() {
+    async fn reading_stops_at_the_limit_and_the_rest_follows() {
         let replay = Replay::begin(body(vec![data("ab"), data("cd"), data("ef")]), 3, never()).await;
         assert_eq!(replay.beginning(), "abcd");
         assert_eq!(replay.collect().await.unwrap().to_bytes(), "abcdef");
     }
 
     #[tokio::test]
-    async fn an_error_comes_at_its_place() {
+    async fn an_error_is_replayed_after_the_frames_before_it() {
         let mut replay = Box::pin(Replay::begin(body(vec![data("ab"), Err("cut")]), 100, never()).await);
         assert!(!replay.is_end_stream());
         assert_eq!(replay.frame().await.unwrap().unwrap().into_data().unwrap(), "ab");
@@ -227,7 +226,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_body_that_trickles_is_given_up_in_time_and_still_comes_whole() {
+    async fn reading_stops_at_the_time_limit_and_the_rest_follows() {
         let (mut sender, channel) = Channel::<Bytes, Infallible>::new(4);
         sender.send_data("ab".into()).await.unwrap();
         let replay = Replay::begin(channel, 100, Box::pin(std::future::ready(()))).await;
