@@ -17,7 +17,7 @@ mod service;
 #[path = "../support/mod.rs"]
 mod support;
 #[allow(dead_code)]
-#[path = "../../examples/quickstart/watch.rs"]
+#[path = "../../examples/local/watch.rs"]
 mod watch;
 
 use std::{
