@@ -1,7 +1,7 @@
 //! What a pick costs where two threads pick at once.
 //!
 //! ```text
-//! cargo bench --bench contention
+//! cargo bench --all-features --bench contention
 //! ```
 
 mod support;

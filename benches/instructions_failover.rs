@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! cargo install gungraun-runner --version 0.20.0    # and valgrind
-//! cargo bench --bench instructions_failover
+//! cargo bench --all-features --bench instructions_failover
 //! ```
 
 #![allow(missing_docs)] // Of what the macros make.

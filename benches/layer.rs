@@ -1,7 +1,7 @@
 //! What a request pays for the layer, beside what it would pay for something else.
 //!
 //! ```text
-//! cargo bench --bench layer
+//! cargo bench --all-features --bench layer
 //! ```
 
 mod support;

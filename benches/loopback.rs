@@ -2,7 +2,7 @@
 //! request that there is.
 //!
 //! ```text
-//! cargo bench --bench loopback
+//! cargo bench --all-features --bench loopback
 //! ```
 
 mod support;

@@ -1,7 +1,7 @@
 //! What a 429 costs, and what it costs when very many cooldowns end at one moment.
 //!
 //! ```text
-//! cargo bench --bench marks
+//! cargo bench --all-features --bench marks
 //! ```
 
 mod support;

@@ -1,7 +1,7 @@
 //! What 100,000 keys in MongoDB cost: to load, to keep in memory, and to requests while they are loaded.
 //!
 //! ```text
-//! cargo bench --bench mongodb --features full
+//! cargo bench --all-features --bench mongodb
 //! ```
 //!
 //! It starts a MongoDB of its own, unless `MONGODB_URI` names one.

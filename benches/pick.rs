@@ -1,7 +1,7 @@
 //! What a pick costs, by the size of the pool and by how many of its keys rest; and the plot of it.
 //!
 //! ```text
-//! cargo bench --bench pick
+//! cargo bench --all-features --bench pick
 //! ```
 //!
 //! A pick is not to be had alone. The request that is timed here is one that comes back and is sent again, so that

@@ -1,7 +1,7 @@
 //! Whether requests notice that 100,000 keys are loaded from a store.
 //!
 //! ```text
-//! cargo bench --bench reload
+//! cargo bench --all-features --bench reload
 //! ```
 
 mod support;

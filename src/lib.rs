@@ -116,6 +116,6 @@ pub use self::{
     secret::{InvalidKeyId, KeyId, Secret},
 };
 
-#[cfg(doctest)]
+#[cfg(all(doctest, feature = "full"))]
 #[doc = include_str!("../README.md")]
 struct Readme;

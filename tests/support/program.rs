@@ -6,7 +6,7 @@ use serde_json::Value;
 pub fn example(name: &str) -> PathBuf {
     let profile = if cfg!(debug_assertions) { "dev" } else { "release" };
     let built = Command::new(env!("CARGO"))
-        .args(["build", "--quiet", "--all-features", "--example", name, "--profile", profile])
+        .args(["build", "--quiet", "--workspace", "--all-features", "--example", name, "--profile", profile])
         .args(["--message-format", "json", "--manifest-path"])
         .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"))
         .output()
