@@ -1,4 +1,4 @@
-//! That `docs/RELIABILITY.md` names every promise, and only tests that there are.
+//! `docs/RELIABILITY.md` names every promise, and only tests that exist, in any package of this repository.
 
 use std::{collections::BTreeMap, fs, path::Path};
 
@@ -6,12 +6,12 @@ fn read(path: &str) -> Option<String> {
     fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).ok()
 }
 
-/// What stands between backticks.
+/// The parts of a text between backticks.
 fn quoted(text: &str) -> impl Iterator<Item = &str> {
     text.split('`').skip(1).step_by(2)
 }
 
-/// The tests of each row, as file and name.
+/// The tests of each row: their files, from the root of the repository, and their names.
 fn rows() -> BTreeMap<String, Vec<(String, String)>> {
     let document = read("docs/RELIABILITY.md").expect("docs/RELIABILITY.md is there");
     let (_, promises) = document.split_once("## Promises").expect("it has a section on promises");
@@ -34,7 +34,7 @@ fn rows() -> BTreeMap<String, Vec<(String, String)>> {
     rows
 }
 
-/// The comment above the function of that name; above the first one of that beginning, where the name ends in `_`.
+/// The comment above the function of this name, or above the first function with this prefix if the name ends in `_`.
 fn comment_above<'a>(source: &'a str, name: &str) -> Option<&'a str> {
     let end = if name.ends_with('_') { "" } else { "(" };
     let (above, _) = source.split_once(&format!("fn {name}{end}"))?;
@@ -57,7 +57,7 @@ fn every_test_that_is_named_is_there_and_says_how_it_was_seen_to_fail() {
         for (file, name) in tests {
             assert!(name.starts_with(&format!("{id}_")), "{name} is not called after {id}");
             let Some(source) = read(&file) else {
-                // Only a beginning is known of the tests in a file that is still to come.
+                // A file that does not exist yet is named with the prefix of its tests.
                 assert!(name.ends_with('_'), "there is no {file}");
                 continue;
             };
