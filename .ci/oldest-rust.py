@@ -1,4 +1,4 @@
-"""Reads `cargo metadata`, and names every dependency of the library that wants a newer Rust than the one given."""
+"""Reads `cargo metadata`, and names each dependency of the workspace that wants a newer Rust than the one given."""
 
 import json
 import sys
@@ -9,9 +9,9 @@ def version(text):
 
 
 def reached(metadata):
-    """The packages that a user of the library builds."""
+    """The packages that a user of the library or of a program builds."""
     nodes = {node["id"]: node for node in metadata["resolve"]["nodes"]}
-    seen, waiting = set(), [metadata["resolve"]["root"]]
+    seen, waiting = set(), list(metadata["workspace_members"])
     while waiting:
         package = waiting.pop()
         if package in seen:

@@ -1,7 +1,7 @@
 //! Time of a request while two threads pick concurrently.
 //!
 //! ```text
-//! cargo bench --bench contention
+//! cargo bench --all-features --bench contention
 //! ```
 
 mod support;

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! cargo install gungraun-runner --version 0.20.0    # and valgrind
-//! cargo bench --bench instructions
+//! cargo bench --all-features --bench instructions
 //! ```
 
 #![allow(missing_docs)] // The macros generate undocumented items.

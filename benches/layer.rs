@@ -1,7 +1,7 @@
 //! Cost of the layer per request, compared with alternatives.
 //!
 //! ```text
-//! cargo bench --bench layer
+//! cargo bench --all-features --bench layer
 //! ```
 
 mod support;

@@ -1,7 +1,7 @@
 //! Cost of the layer for a request over a socket to a server on the same machine, the cheapest request over a network.
 //!
 //! ```text
-//! cargo bench --bench loopback
+//! cargo bench --all-features --bench loopback
 //! ```
 
 mod support;

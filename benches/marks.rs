@@ -1,7 +1,7 @@
 //! Time of a request that is answered 429, and of a request just after many cooldowns have ended at once.
 //!
 //! ```text
-//! cargo bench --bench marks
+//! cargo bench --all-features --bench marks
 //! ```
 
 mod support;

@@ -1,7 +1,7 @@
 //! Cost of 100,000 keys in MongoDB: load time, memory, and latency of requests during loads.
 //!
 //! ```text
-//! cargo bench --bench mongodb --features full
+//! cargo bench --all-features --bench mongodb
 //! ```
 //!
 //! The benchmark starts its own MongoDB unless `MONGODB_URI` is set.

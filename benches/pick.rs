@@ -1,7 +1,7 @@
 //! Time of a pick by pool size and by share of resting keys. Draws `docs/pick.svg`.
 //!
 //! ```text
-//! cargo bench --bench pick
+//! cargo bench --all-features --bench pick
 //! ```
 //!
 //! A pick can't be timed alone. The benchmark sends one request repeatedly through the layer and through

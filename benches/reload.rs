@@ -1,7 +1,7 @@
 //! Latency of requests while the pool reloads 100,000 keys.
 //!
 //! ```text
-//! cargo bench --bench reload
+//! cargo bench --all-features --bench reload
 //! ```
 
 mod support;

@@ -1,7 +1,7 @@
 //! Several keys behind `hyper-util`'s client: `http` requests, without `reqwest`.
 //!
 //! ```text
-//! KEYS=alpha=sk-1,beta=sk-2 cargo run --example hyper -- http://127.0.0.1:8000/v1/models
+//! KEYS=alpha=sk-1,beta=sk-2 cargo run --example hyper --features failover -- http://127.0.0.1:8000/v1/models
 //! ```
 //!
 //! Without arguments it talks to a service of its own, which limits one of two keys.

@@ -1,7 +1,7 @@
 //! Several keys behind a `reqwest::Client`.
 //!
 //! ```text
-//! KEYS=alpha=sk-1,beta=sk-2 cargo run --example reqwest -- https://api.example.com/v1/models
+//! KEYS=alpha=sk-1,beta=sk-2 cargo run --example reqwest --features failover,reqwest -- https://api.example.com/v1/models
 //! ```
 //!
 //! Without arguments it talks to a service of its own, which limits one of two keys.

@@ -1,7 +1,7 @@
 //! Several keys behind `reqwest-middleware`, whose requests are built as usual.
 //!
 //! ```text
-//! KEYS=alpha=sk-1,beta=sk-2 cargo run --example reqwest_middleware -- https://api.example.com/v1/models
+//! KEYS=alpha=sk-1,beta=sk-2 cargo run --example reqwest_middleware --features reqwest-middleware -- https://api.example.com/v1/models
 //! ```
 //!
 //! Without arguments it talks to a service of its own, which limits one of two keys.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! export MONGODB_URI=mongodb://localhost:27017
-//! cargo run --example worker --features full -- --upstream https://api.example.com/v1/models --rate 5
+//! cargo run --example worker --all-features -- --upstream https://api.example.com/v1/models --rate 5
 //! ```
 //!
 //! Start it several times: a key that the service limits for one worker is rested by all. It prints a line of

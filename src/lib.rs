@@ -104,6 +104,6 @@ pub use self::{
     },
 };
 
-#[cfg(doctest)]
+#[cfg(all(doctest, feature = "full"))]
 #[doc = include_str!("../README.md")]
 struct Readme;

@@ -1,7 +1,7 @@
 //! Keys in MongoDB, behind a `reqwest::Client`: shared by every process that does the same.
 //!
 //! ```text
-//! MONGODB_URI=mongodb://localhost:27017 cargo run --example mongodb --features full
+//! MONGODB_URI=mongodb://localhost:27017 cargo run --example mongodb --all-features
 //! ```
 //!
 //! Without `MONGODB_URI` it starts a MongoDB of its own, which is gone at the end. It talks to a service of its
@@ -12,7 +12,7 @@
 //!
 //! ```text
 //! export KEY_ROTATION_DATA_KEYS="2026a=$(openssl rand -base64 64 | tr -d '\n')"
-//! cargo run --example mongodb --features full -- encrypt --help
+//! cargo run --example mongodb --all-features -- encrypt --help
 //! ```
 
 mod encrypt;

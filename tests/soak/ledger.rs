@@ -1,6 +1,6 @@
 //! What the service told each pool of its keys, and whether the pools keep to it: judged by cause, without a margin.
 //!
-//! Why that is exact is said in `examples/quickstart/ledger.rs`, and its names are used here. A soak can't keep all
+//! Why that is exact is said in `examples/quickstart/src/ledger.rs`, and its names are used here. A soak can't keep all
 //! requests until it ends, so each is judged as it arrives: whatever binds it was noted before its key was picked,
 //! and so before it arrived. What was told to one pool binds the other one, too, but has to reach it first, by the
 //! store; for that, it is counted how late a pool still picked such a key.

@@ -1,7 +1,7 @@
 //! Full load on a service that limits, over a MongoDB that fails every few seconds, while keys come and go.
 //!
 //! ```text
-//! SOAK_SECONDS=600 cargo test --release --test soak -- --nocapture
+//! SOAK_SECONDS=600 cargo test --release --all-features --test soak -- --nocapture
 //! ```
 //!
 //! Without `SOAK_SECONDS` it takes about ten seconds. Everything is on this machine: the service, a `mongod` of its
@@ -17,7 +17,7 @@ mod service;
 #[path = "../support/mod.rs"]
 mod support;
 #[allow(dead_code)]
-#[path = "../../examples/quickstart/watch.rs"]
+#[path = "../../examples/local/watch.rs"]
 mod watch;
 
 use std::{

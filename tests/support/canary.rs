@@ -1,4 +1,4 @@
-//! Secrets that are known again in whatever form they are written, and everything that a process says.
+//! Secrets that are recognized in any encoding, and everything that a process logs or panics with.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -16,11 +16,11 @@ use tracing_subscriber::{fmt::format::FmtSpan, util::SubscriberInitExt};
 
 use super::Logs;
 
-/// So many characters of a secret in a row are a leak.
+/// This many consecutive characters of a secret are a leak.
 pub const PIECE: usize = 12;
 
-/// What a secret has besides letters and digits: each is written differently in some form, and one of them, repeated, in
-/// the two kinds of base64. A comma would divide keys in an environment variable.
+/// The special characters of a secret: some form escapes each of them, and `>>>>>` differs between the two alphabets of
+/// base64. There is no comma, which would separate keys in an environment variable.
 const SPECIAL: [&str; 14] = ["\"", "\\", "+", "/", "%", "&", "=", " ", "?", ">>>>>", "<", "~", "'", ";"];
 
 const UNRESERVED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
@@ -40,7 +40,7 @@ const USERINFO: &AsciiSet = &QUERY
 
 type Form = (&'static str, fn(&str) -> String);
 
-/// How a text may be written, character by character.
+/// The encodings that work character by character.
 const FORMS: [Form; 18] = [
     ("as it is", str::to_owned),
     ("percent-encoded", |text| percent(text, UNRESERVED)),
@@ -92,8 +92,8 @@ fn of_bytes(text: &str, each: impl Fn(u8) -> String) -> String {
     text.bytes().map(each).collect()
 }
 
-/// What of a text's base64 doesn't depend on what stands before and behind it, by where among three bytes it begins.
-/// Padding is never part of that.
+/// The part of a text's base64 that does not depend on its neighbours, for each offset within a group of three bytes.
+/// It has no padding.
 pub fn base64(text: &str, engine: &impl Engine, offset: usize) -> String {
     let encoded = engine.encode("...".chars().take(offset).collect::<String>() + text);
     let before = (offset * 4).div_ceil(3);
@@ -101,7 +101,7 @@ pub fn base64(text: &str, engine: &impl Engine, offset: usize) -> String {
     encoded[before..whole].to_owned()
 }
 
-/// All forms of a text that are told apart.
+/// All encodings of a text, by their names.
 pub fn forms(text: &str) -> Vec<(String, String)> {
     let mut forms: Vec<_> = FORMS.iter().map(|(name, form)| ((*name).to_owned(), form(text))).collect();
     for offset in 0..3 {
@@ -111,13 +111,13 @@ pub fn forms(text: &str) -> Vec<(String, String)> {
     forms
 }
 
-/// The secrets of a test: made once, by their names.
+/// The secrets of a test, by their names.
 #[derive(Default)]
 pub struct Canaries {
     secrets: BTreeMap<&'static str, String>,
-    /// What shows a leak, by its first bytes.
+    /// The pieces that show a leak, by their first bytes.
     signs: HashMap<[u8; PIECE], Vec<Sign>>,
-    /// Whether a sign begins with these three bytes, so that most of a text is passed over quickly.
+    /// Whether a sign begins with these three bytes, to skip most of a text quickly.
     begins: Vec<bool>,
 }
 
@@ -153,7 +153,7 @@ impl Canaries {
         self.secrets.get(name).unwrap_or_else(|| panic!("no secret is called {name}"))
     }
 
-    /// The secret that is in a text, in which form, and the text around it.
+    /// Finds a secret in a text: its name, its encoding, and the text around it.
     pub fn find(&self, text: &str) -> Option<String> {
         let bytes = text.as_bytes();
         for (at, head) in bytes.windows(PIECE).enumerate() {
@@ -181,7 +181,7 @@ fn three(head: &[u8]) -> usize {
     usize::from(head[0]) << 16 | usize::from(head[1]) << 8 | usize::from(head[2])
 }
 
-/// The same in every process, so that a failure can be looked into.
+/// Deterministic, so that a failure can be reproduced.
 fn secret(name: &str) -> String {
     const LETTERS: &[u8; 62] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789";
     let letter = |place: usize| {
@@ -199,10 +199,10 @@ fn secret(name: &str) -> String {
     secret
 }
 
-/// What panics have said.
+/// The messages of panics.
 static PANICS: Mutex<String> = Mutex::new(String::new());
 
-/// So begins what is said by panics of the tests' own, which may hold a secret: on purpose, and where there is a leak.
+/// The first words of a panic that a test causes on purpose. It may hold a secret, as may the panic about a leak.
 pub const ON_PURPOSE: &str = "as the test has it";
 const A_LEAK: &str = "a secret is said";
 
@@ -221,8 +221,8 @@ static SAID: LazyLock<Logs> = LazyLock::new(|| {
     }));
     let logs = Logs::default();
     let writer = logs.clone();
-    // Spans too, as they begin and end, and the records of `log`. Not the MongoDB driver: it says nothing, unless a program
-    // turns its feature `tracing-unstable` on, and then all that it sends and receives, keys included.
+    // It also captures spans and the records of `log`. It ignores the MongoDB driver, which logs commands, keys included,
+    // but only with the driver's feature `tracing-unstable`.
     tracing_subscriber::fmt()
         .with_env_filter("trace,mongodb=off")
         .with_span_events(FmtSpan::FULL)
@@ -234,12 +234,12 @@ static SAID: LazyLock<Logs> = LazyLock::new(|| {
     logs
 });
 
-/// What this process logs from now on, on every thread and at every level, by whatever crate.
+/// Captures the log of this process from now on, on every thread, at every level, of every crate.
 pub fn listen() -> &'static Logs {
     &SAID
 }
 
-/// All that was logged, and that panics said.
+/// The captured log and the messages of panics.
 pub fn said() -> String {
     SAID.text() + PANICS.lock().unwrap().as_str()
 }

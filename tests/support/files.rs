@@ -5,7 +5,7 @@ use std::{
     sync::atomic::{AtomicU32, Ordering::Relaxed},
 };
 
-/// A file that is gone at the end of its test.
+/// A file that is removed at the end of its test.
 pub struct TestFile(PathBuf);
 
 impl TestFile {
@@ -20,7 +20,7 @@ impl Drop for TestFile {
     }
 }
 
-/// A file of that ending with that text.
+/// Writes a file with this extension and text.
 pub fn file(ending: &str, text: &str) -> TestFile {
     static FILES: AtomicU32 = AtomicU32::new(0);
     let name = format!("test-{}-{}.{ending}", process::id(), FILES.fetch_add(1, Relaxed));

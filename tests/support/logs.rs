@@ -5,12 +5,13 @@ use std::{
 
 use tracing::{Dispatch, level_filters::LevelFilter, subscriber::DefaultGuard};
 
-/// As long as there is only one subscriber, `tracing` asks the thread that comes to a log line first whether
-/// anybody listens, and keeps its answer for all threads. A second subscriber, which listens to all and
-/// writes nothing, makes that answer yes.
+/// A second subscriber that listens to everything and writes nothing.
+///
+/// With one subscriber, `tracing` asks only the first thread that reaches a log line whether it is enabled, and caches
+/// the answer for all threads. The second subscriber makes that answer yes.
 static SECOND: OnceLock<Dispatch> = OnceLock::new();
 
-/// All that is logged on this thread, at every level.
+/// The log of this thread at every level.
 #[derive(Clone, Default)]
 pub struct Logs(Arc<Mutex<Vec<u8>>>);
 
@@ -33,7 +34,7 @@ impl Logs {
         String::from_utf8_lossy(&self.0.lock().unwrap()).into_owned()
     }
 
-    /// What this crate logged, a line each.
+    /// The lines that the library logged.
     pub fn ours(&self) -> Vec<String> {
         self.text().lines().filter(|line| line.contains("tower_key_rotation")).map(str::to_owned).collect()
     }

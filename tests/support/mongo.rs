@@ -1,12 +1,8 @@
-//! MongoDB for the tests: a database of its own for each, and documents as other programs write them.
+//! MongoDB for the tests: a database for each test, and documents as other programs write them.
 
 use std::{
-    collections::HashMap,
     env,
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicU32, Ordering::Relaxed},
-    },
+    sync::atomic::{AtomicU32, Ordering::Relaxed},
     time::Duration,
 };
 
@@ -15,22 +11,14 @@ use mongodb::{
     bson::{Bson, DateTime, Document, doc},
 };
 use tokio::sync::OnceCell;
-use tower::Layer;
-use tower_key_rotation::{
-    KeyPool, KeyRotation, KeyRotationLayer, RecoveryHandle, Status,
-    classify::LlmGateway,
-    store::mongodb::{MongoStore, MongoStoreBuilder},
-};
 
 pub use super::mongod::{Kind, Mongod};
-use super::{Server, http, passes_by_hand, status};
 
 static STANDALONE: OnceCell<Mongod> = OnceCell::const_new();
 static REPLICA_SET: OnceCell<Mongod> = OnceCell::const_new();
 static DATABASES: AtomicU32 = AtomicU32::new(0);
 
-/// A server that the test does nothing bad to: one that is shared by all tests, or the one of `MONGODB_URI` if it
-/// is of that kind.
+/// A server that tests share and must not harm: the one of `MONGODB_URI` if that is of the given kind.
 pub async fn shared_uri(kind: Kind) -> String {
     if let Ok(uri) = env::var("MONGODB_URI")
         && kind_of(&uri).await == kind
@@ -51,13 +39,12 @@ async fn kind_of(uri: &str) -> Kind {
     if hello.contains_key("setName") { Kind::ReplicaSet } else { Kind::Standalone }
 }
 
-/// A server of the test's own, to be ill-treated.
+/// A server for one test, which may harm it.
 pub async fn own(kind: Kind) -> Mongod {
     Mongod::start(kind).await.unwrap_or_else(|error| panic!("{error}"))
 }
 
-/// A database of the test's own. It is there for other programs' documents: nothing here uses the crate's types
-/// but to open a store.
+/// A database for one test. It writes documents as other programs do, without the library.
 #[derive(Clone, Debug)]
 pub struct Mongo {
     pub uri: String,
@@ -89,20 +76,6 @@ impl Mongo {
         self.database.collection("ohmygpt_backup_keys")
     }
 
-    /// A store over this database, to be connected.
-    pub fn builder(&self) -> MongoStoreBuilder {
-        MongoStore::builder().database(self.database.name())
-    }
-
-    pub async fn store(&self) -> MongoStore {
-        self.builder().connect(&self.uri).await.unwrap()
-    }
-
-    /// A store that goes by another way to the same database.
-    pub async fn store_through(&self, uri: &str) -> MongoStore {
-        self.builder().connect(uri).await.unwrap()
-    }
-
     /// A healthy key as a Go service or a Node page writes it.
     pub async fn insert(&self, id: &str) {
         self.keys().insert_one(healthy(id)).await.unwrap();
@@ -126,19 +99,19 @@ impl Mongo {
         self.document(id).await.get_str("status").unwrap().to_owned()
     }
 
-    /// Sets fields of a key, as somebody else would.
+    /// Sets fields of a key as another program would.
     pub async fn set(&self, id: &str, fields: Document) {
         let updated = self.keys().update_one(doc! { "_id": id }, doc! { "$set": fields }).await.unwrap();
         assert_eq!(updated.matched_count, 1, "{id}");
     }
 
-    /// Lets a cooldown end now, so that no test has to wait for it.
+    /// Ends a cooldown now, so that no test has to wait for it.
     pub async fn end_cooldown(&self, id: &str) {
         let past = vec![doc! { "$set": { "cooldownUntil": { "$subtract": ["$$NOW", 1_000] } } }];
         self.keys().update_one(doc! { "_id": id }, past).await.unwrap();
     }
 
-    /// By the server's clock, what is left of a key's cooldown in milliseconds.
+    /// The rest of a key's cooldown in milliseconds, by the server's clock.
     pub async fn millis_left(&self, id: &str) -> Option<i64> {
         let left = doc! { "left": { "$subtract": ["$cooldownUntil", "$$NOW"] } };
         let pipeline = [doc! { "$match": { "_id": id } }, doc! { "$project": left }];
@@ -150,13 +123,13 @@ impl Mongo {
         }
     }
 
-    /// How many keys have these fields.
+    /// The number of keys that match.
     pub async fn count(&self, filter: Document) -> u64 {
         self.keys().count_documents(filter).await.unwrap()
     }
 }
 
-/// The fields of a key besides its `_id`: those that other programs know, and those that are the crate's own.
+/// The fields of a key besides its `_id`: first those that other programs know, then the library's own.
 pub const FIELDS: [&str; 16] = [
     "apiKey",
     "status",
@@ -177,7 +150,7 @@ pub const FIELDS: [&str; 16] = [
 ];
 pub const KNOWN_TO_OTHERS: usize = 10;
 
-/// A healthy key, with a field of somebody else's, and numbers of the types that other drivers write.
+/// A healthy key with fields of other programs, and with numbers of the types that other drivers write.
 pub fn healthy(id: &str) -> Document {
     doc! {
         "_id": id,
@@ -202,7 +175,7 @@ pub fn standby(id: &str) -> Document {
     }
 }
 
-/// Has the server make commands fail, or wait, as its test commands can.
+/// Makes the server fail or delay commands, by its fail points.
 pub async fn fail_command(server: &Mongod, mode: impl Into<Bson>, data: Document) {
     let command = doc! { "configureFailPoint": "failCommand", "mode": mode.into(), "data": data };
     server.admin().await.unwrap().run_command(command).await.unwrap();
@@ -213,7 +186,7 @@ pub async fn stop_failing(server: &Mongod) {
     server.admin().await.unwrap().run_command(command).await.unwrap();
 }
 
-/// Waits, for real time, until the database says so.
+/// Polls in real time until the condition holds.
 pub async fn eventually_within<F, T>(limit: Duration, what: &str, mut holds: F)
 where
     F: FnMut() -> T,
@@ -221,50 +194,7 @@ where
 {
     let deadline = tokio::time::Instant::now() + limit;
     while !holds().await {
-        assert!(tokio::time::Instant::now() < deadline, "this did not come about in {limit:?}: {what}");
+        assert!(tokio::time::Instant::now() < deadline, "this did not happen within {limit:?}: {what}");
         tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-}
-
-/// A process that makes no pass but those that it is asked for, and a service that answers as it is told.
-pub struct Process {
-    pub pool: KeyPool,
-    pub recovery: RecoveryHandle,
-    pub client: KeyRotation<reqwest::Client, LlmGateway>,
-    pub server: Server,
-    pub answers: Arc<Mutex<HashMap<String, u16>>>,
-}
-
-impl Process {
-    pub async fn over(store: MongoStore) -> Self {
-        let pool = KeyPool::builder().open(store).await.unwrap();
-        let answers: Arc<Mutex<HashMap<String, u16>>> = Arc::default();
-        let server = Server::by_key(&answers).await;
-        Self {
-            recovery: RecoveryHandle::spawn_with(&pool, passes_by_hand()),
-            client: KeyRotationLayer::new(&pool).classify(LlmGateway::new()).layer(http()),
-            server,
-            answers,
-            pool,
-        }
-    }
-
-    /// The service answers that to requests with this secret, after `sk-`, and one is sent.
-    pub async fn sees(&self, secret: &str, answer: u16) {
-        self.answers.lock().unwrap().insert(secret.into(), answer);
-        for _ in 0..10 {
-            if status(&self.client, &self.server.url()).await == answer {
-                return;
-            }
-        }
-        panic!("no request went out with {secret}");
-    }
-
-    pub async fn pass(&self) {
-        self.recovery.sweep_now().await.outcome.unwrap();
-    }
-
-    pub fn status(&self, key: &str) -> Option<Status> {
-        self.pool.stats().keys.into_iter().find(|stats| stats.id.as_str() == key).map(|stats| stats.status)
     }
 }

@@ -2,11 +2,11 @@ use std::{path::PathBuf, process::Command};
 
 use serde_json::Value;
 
-/// An example as a program. Built here, since `cargo test --test …` alone doesn't build it; cargo says where it is.
+/// Builds an example and returns the path of its program: `cargo test --test …` alone does not build examples.
 pub fn example(name: &str) -> PathBuf {
     let profile = if cfg!(debug_assertions) { "dev" } else { "release" };
     let built = Command::new(env!("CARGO"))
-        .args(["build", "--quiet", "--features", "full", "--example", name, "--profile", profile])
+        .args(["build", "--quiet", "--workspace", "--all-features", "--example", name, "--profile", profile])
         .args(["--message-format", "json", "--manifest-path"])
         .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"))
         .output()

@@ -18,20 +18,19 @@ use tokio::{
     time::sleep,
 };
 
-/// What is done to the bytes that pass.
+/// What the proxy does to the bytes that pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
     None,
-    /// Connections are cut, and new ones closed at once.
+    /// Cuts connections, and closes new ones at once.
     Cut,
-    /// Each answer comes that much later.
+    /// Delays each answer.
     Delay(Duration),
-    /// Connections stay, and nothing arrives.
+    /// Keeps connections open and passes nothing.
     Silence,
-    /// Of the next answer on each connection so many bytes arrive, then it is cut.
+    /// Passes this many bytes of the next answer on each connection, then cuts it.
     Truncate(usize),
-    /// Where MongoDB says that it fails a command because it was told to, it says this instead, or as much of it as
-    /// that has bytes.
+    /// Replaces the message of MongoDB's fail point by as much of this text as has room.
     Quote(&'static str),
 }
 
@@ -69,7 +68,7 @@ impl Proxy {
         self.address.port()
     }
 
-    /// What a client connects to in place of the server.
+    /// The URI by which a client connects through this proxy.
     pub fn uri(&self) -> String {
         format!("mongodb://{}/?directConnection=true", self.address)
     }

@@ -33,18 +33,18 @@ pub fn answer_with<const N: usize>(status: u16, headers: [(&str, &str); N], body
         .unwrap()
 }
 
-/// A body that is sent while the test goes on.
+/// A body that the test sends in parts.
 pub fn stream() -> (Sender<Bytes, Infallible>, Body) {
     let (sender, body) = Channel::new(16);
     (sender, Body::new(body))
 }
 
-/// The name of the key in a request's `Authorization`, by the secrets of [`super::builder`].
+/// The id of the key in a request's `Authorization`, where its secret is `sk-` and the id.
 pub fn key_of<B>(request: &Request<B>) -> Option<&str> {
     request.headers().get(AUTHORIZATION)?.to_str().ok()?.strip_prefix("Bearer sk-")
 }
 
-/// A service on a socket of this machine, which remembers what reached it.
+/// A service on a socket of this machine, which records its requests.
 #[derive(Clone)]
 pub struct Server {
     address: SocketAddr,
@@ -54,7 +54,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// Answers as it is told.
+    /// Answers each request by this function.
     pub async fn start<F, A>(answer: F) -> Self
     where
         F: Fn(Request<Bytes>) -> A + Clone + Send + Sync + 'static,
@@ -135,7 +135,7 @@ impl Server {
         format!("http://{}/v1", self.address)
     }
 
-    /// All that it was sent, in the order of arrival.
+    /// Its requests, in the order of arrival.
     pub fn requests(&self) -> Vec<Request<Bytes>> {
         self.requests.lock().unwrap().clone()
     }
@@ -144,12 +144,12 @@ impl Server {
         self.requests.lock().unwrap().len()
     }
 
-    /// The names of the keys that it was sent, in the order of arrival.
+    /// The ids of the keys in its requests, in the order of arrival.
     pub fn keys(&self) -> Vec<String> {
         self.requests().iter().map(|request| key_of(request).unwrap_or("none").to_owned()).collect()
     }
 
-    /// How many connections were made to it.
+    /// The number of connections that it accepted.
     pub fn connections(&self) -> usize {
         self.connections.load(SeqCst)
     }

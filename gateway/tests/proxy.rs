@@ -1,8 +1,6 @@
-//! The example `gateway`, run as a user runs it, between clients and an upstream of these tests.
+//! The gateway as a process, between clients and an upstream of these tests.
 
-// A test may panic, and so may what it calls.
-
-#[path = "../examples/gateway/proxy/body.rs"]
+#[path = "../src/proxy/body.rs"]
 mod body;
 mod support;
 
@@ -498,7 +496,7 @@ async fn with_client_tokens_only_who_brings_one_is_served() {
 fn one_line(output: &Output) -> String {
     let said = String::from_utf8(output.stderr.clone()).unwrap();
     assert_eq!(output.status.code(), Some(2), "{said}");
-    assert!(said.starts_with("gateway: ") && said.lines().count() == 1, "{said}");
+    assert!(said.starts_with("key-rotation-gateway: ") && said.lines().count() == 1, "{said}");
     assert!(!said.contains("canary"), "{said}");
     said
 }
@@ -694,7 +692,10 @@ async fn an_address_in_use_is_exit_code_1_and_one_line() {
         refusal(["--upstream", "https://example.com", "--keys", keys.path(), "--listen", &address]).await;
     assert_eq!(output.status.code(), Some(1));
     let said = String::from_utf8(output.stderr).unwrap();
-    assert!(said.starts_with(&format!("gateway: {address}: ")) && said.lines().count() == 1, "{said}");
+    assert!(
+        said.starts_with(&format!("key-rotation-gateway: {address}: ")) && said.lines().count() == 1,
+        "{said}"
+    );
 }
 
 #[tokio::test]
@@ -1017,7 +1018,7 @@ async fn without_mongodb_it_does_not_start_unless_there_are_keys_to_begin_with()
     let output = refusal(arguments).await;
     assert_eq!(output.status.code(), Some(1));
     let said = String::from_utf8(output.stderr).unwrap();
-    assert!(said.lines().last().unwrap().starts_with("gateway: "), "{said}");
+    assert!(said.lines().last().unwrap().starts_with("key-rotation-gateway: "), "{said}");
 
     let keys = keys_file("a|sk-a");
     let gateway = Gateway::start(command(arguments.iter().chain(&["--keys", keys.path()]))).await;

@@ -1,17 +1,13 @@
-//! The example `gateway` beside `nginx` as a reverse proxy: requests a second, how long they take, how soon a stream's
-//! first event is there, beside a whole answer, and memory.
+//! The gateway and `nginx` as reverse proxies: requests per second, latency, time to a stream's first event compared
+//! with a whole answer, and memory.
 //!
 //! ```text
 //! apt-get install nginx wrk
-//! cargo bench --bench gateway --features full
+//! cargo bench -p key-rotation-gateway --bench nginx
 //! ```
 //!
-//! All is on this machine: `wrk` on one thread, the gateway and nginx with as many as there are cores, and another
-//! nginx for an upstream, which answers at once. The three take turns.
-
-#[allow(unreachable_pub)]
-#[path = "../tests/support/program.rs"]
-mod program;
+//! Everything runs on this machine: `wrk` on one thread, the gateway and nginx on as many as there are cores, and another
+//! nginx as the upstream, which answers at once. The three take turns.
 
 use std::{
     env, fs,
@@ -32,7 +28,7 @@ const BETWEEN_EVENTS: Duration = Duration::from_millis(5);
 const EVENT: &str = "data: 1\n\n";
 const FIRST_EVENT: &str = "9\r\ndata: 1\n\n\r\n";
 const LAST_EVENT: &str = "9\r\ndata: 2\n\n\r\n0\r\n\r\n";
-/// After which the gateway's memory is looked at, and after how many more.
+/// The gateway's memory is read after this many requests, and again after as many more as `MORE` says.
 const WARM: u64 = 20_000;
 const MORE: u64 = 100_000;
 
@@ -78,8 +74,8 @@ fn main() {
     println!("\nresident, after {WARM} requests more: {before} KiB; after another {MORE}: {after} KiB");
 }
 
-/// How long the first event of a stream takes, beside an answer that is nothing but that event. Where it is held back
-/// until there is more, that is [`BETWEEN_EVENTS`] at least.
+/// Measures the time to the first event of a stream, and to an answer that is only that event. A proxy that holds the
+/// event back until there is more needs [`BETWEEN_EVENTS`] at least.
 fn first_events(folder: &Folder) {
     let upstream = streaming();
     let nginx = Nginx::start(folder, "streaming", |_| proxy_to(upstream));
@@ -135,21 +131,21 @@ fn stream_on(mut connection: TcpStream) -> io::Result<()> {
     }
 }
 
-/// From the request until the first event is here.
+/// The time from the request to the first event.
 fn first_event(connection: &mut TcpStream) -> Duration {
     let took = until_an_event(connection, "stream");
     read_until(connection, b"0\r\n\r\n").unwrap();
     took
 }
 
-/// The same of an answer that ends with it.
+/// The time from the request to an answer that ends with the event.
 fn whole(connection: &mut TcpStream) -> Duration {
     until_an_event(connection, "whole")
 }
 
 fn until_an_event(connection: &mut TcpStream, path: &str) -> Duration {
     let request = format!("GET /{path} HTTP/1.1\r\nhost: localhost\r\n\r\n");
-    // Each comes after as long a time in which nothing was done.
+    // Each request follows an equally long pause.
     thread::sleep(BETWEEN_EVENTS);
     let began = Instant::now();
     connection.write_all(request.as_bytes()).unwrap();
@@ -157,7 +153,7 @@ fn until_an_event(connection: &mut TcpStream, path: &str) -> Duration {
     began.elapsed()
 }
 
-/// Reads until these bytes are there.
+/// Reads until these bytes have arrived.
 fn read_until(connection: &mut TcpStream, end: &[u8]) -> io::Result<Vec<u8>> {
     let mut read = Vec::new();
     while !read.windows(end.len()).any(|bytes| bytes == end) {
@@ -188,7 +184,7 @@ fn shown(seconds: f64) -> String {
     format!("{:.2} ms", seconds * 1_000.0)
 }
 
-/// What `wrk` has measured.
+/// The measurements of `wrk`.
 struct Run {
     requests: u64,
     a_second: f64,
@@ -229,7 +225,7 @@ fn in_seconds(time: &str) -> f64 {
     number.parse::<f64>().unwrap() * unit
 }
 
-/// Gone at the end, with what is in it.
+/// A temporary folder, removed on drop.
 struct Folder(PathBuf);
 
 impl Folder {
@@ -290,7 +286,7 @@ impl Nginx {
 
 impl Drop for Nginx {
     fn drop(&mut self) {
-        // So that it ends its workers, too.
+        // SIGTERM, since nginx then ends its workers.
         let _ = Command::new("kill").args(["-TERM", &self.child.id().to_string()]).status();
         let _ = self.child.wait();
     }
@@ -305,7 +301,7 @@ impl Gateway {
     fn start(folder: &Folder, upstream: SocketAddr) -> Self {
         let keys: Vec<_> = (0..KEYS).map(|number| format!("key-{number}|sk-{number}\n")).collect();
         let keys = folder.file("keys.txt", &keys.concat());
-        let mut command = Command::new(program::example("gateway"));
+        let mut command = Command::new(env!("CARGO_BIN_EXE_key-rotation-gateway"));
         command
             .args(["--listen", "127.0.0.1:0", "--upstream", &format!("http://{upstream}"), "--keys"])
             .arg(keys);
@@ -318,7 +314,7 @@ impl Gateway {
         Self { address, child }
     }
 
-    /// At least so many requests.
+    /// Sends at least this many requests.
     fn send(&self, requests: u64) {
         let mut sent = 0;
         while sent < requests {

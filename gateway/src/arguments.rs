@@ -1,11 +1,11 @@
-//! Arguments that several examples take.
+//! Types of settings: a duration in seconds, and the place of a key in a request.
 
 use std::{str::FromStr, time::Duration};
 
 use http::HeaderName;
 use tower_key_rotation::Inject;
 
-/// A time in seconds, with or without a fraction.
+/// A duration in seconds, with or without a fraction.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Seconds(Duration);
 
@@ -24,7 +24,7 @@ impl FromStr for Seconds {
     }
 }
 
-/// Where a key goes in a request.
+/// The place of a key in a request.
 #[derive(Clone, Debug)]
 pub(crate) enum KeyPlace {
     Bearer,

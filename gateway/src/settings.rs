@@ -31,7 +31,7 @@ use crate::{
 /// Each setting can also come from an environment variable (GATEWAY_UPSTREAM and so on) or from a TOML file (by the
 /// same names: upstream = "…"). The command line overrides the environment, and that the file.
 #[derive(Parser)]
-#[command(name = "gateway")]
+#[command(name = env!("CARGO_BIN_NAME"))]
 pub(crate) struct Settings {
     /// A TOML file with any of these settings
     #[arg(long, value_name = "FILE")]
@@ -279,7 +279,7 @@ fn read_file(path: &Path) -> Result<File, WrongSetting> {
     // Read as a command line of its own, so that what is wrong is said to be the file's.
     let arguments =
         file.iter().flat_map(|(name, values)| values.iter().map(move |v| format!("--{name}={v}")));
-    let arguments = std::iter::once("gateway".to_owned()).chain(arguments);
+    let arguments = std::iter::once(env!("CARGO_BIN_NAME").to_owned()).chain(arguments);
     command.try_get_matches_from(arguments).map_err(|error| wrong(in_one_line(&error)))?;
     Ok(file)
 }

@@ -1,17 +1,16 @@
 //! A gateway: an HTTP reverse proxy that puts one of several API keys into each request.
 //!
 //! ```text
-//! cargo run --example gateway --features full -- --upstream https://api.example.com --keys keys.txt
+//! cargo run -p key-rotation-gateway -- --upstream https://api.example.com --keys keys.txt
 //! ```
 //!
-//! `keys.txt` has one `id|secret` a line. Any client of the API points its base URL at `http://127.0.0.1:8080`, and
-//! gives whatever it likes for a key. `--help` has all settings, and `docs/GATEWAY.md` the rest.
+//! `keys.txt` has one `id|secret` a line. Any client of the API uses `http://127.0.0.1:8080` as its base URL and any
+//! text as its key. `--help` lists all settings; `README.md` describes the rest.
 //!
-//! To see how the crate is used, begin with `proxy/upstream.rs`, where the layers stand around a client, and
-//! `keys.rs`, where the pool comes from.
+//! To see how the gateway uses the library, begin with `proxy/upstream.rs`, which stacks the layers around a client,
+//! and `keys.rs`, which opens the pool.
 
 mod admin;
-#[path = "../local/arguments.rs"]
 mod arguments;
 mod callers;
 mod gateway;
@@ -31,7 +30,7 @@ use tracing_subscriber::EnvFilter;
 
 use self::settings::{Settings, WrongSetting};
 
-/// The exit code where a setting is wrong.
+/// The exit code for a wrong setting.
 const WRONG_SETTING: u8 = 2;
 
 #[tokio::main]
@@ -39,7 +38,7 @@ async fn main() -> ExitCode {
     match run().await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("gateway: {}", with_sources(&*error));
+            eprintln!("{}: {}", env!("CARGO_BIN_NAME"), with_sources(&*error));
             if error.is::<WrongSetting>() { ExitCode::from(WRONG_SETTING) } else { ExitCode::FAILURE }
         }
     }
@@ -53,15 +52,15 @@ async fn run() -> Result<(), Box<dyn Error>> {
     gateway::run(settings).await
 }
 
-/// An error and what is behind it.
+/// Iterates over an error and its sources.
 fn sources<'e>(error: &'e (dyn Error + 'static)) -> impl Iterator<Item = &'e (dyn Error + 'static)> {
     iter::successors(Some(error), |&error| error.source())
 }
 
-/// The same, on one line.
+/// Formats an error and its sources on one line.
 fn with_sources(error: &(dyn Error + 'static)) -> String {
     let mut line: Vec<_> = sources(error).map(ToString::to_string).collect();
-    // A transparent error says the same as its source.
+    // A transparent error has the same text as its source.
     line.dedup();
     line.join(": ")
 }

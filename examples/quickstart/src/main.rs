@@ -1,7 +1,7 @@
 //! Five keys, 300 requests at once, and a service that limits each key.
 //!
 //! ```text
-//! cargo run --example quickstart
+//! cargo run -p quickstart
 //! ```
 //!
 //! It starts a service on this machine, which has a token bucket for each key and answers 429 with OpenAI's
@@ -18,15 +18,13 @@
 //! It drives a real service as well:
 //!
 //! ```text
-//! cargo run --example quickstart -- --upstream https://api.example.com --keys keys.txt \
+//! cargo run -p quickstart -- --upstream https://api.example.com --keys keys.txt \
 //!     --path /v1/chat/completions --body '{"model": "…", "messages": […]}' --requests 50
 //! ```
 //!
 //! `keys.txt` has one `id|secret` a line. `RUST_LOG=tower_key_rotation=debug` shows what the layers do, and
 //! `--help` what else there is. To begin a program of your own, start from `client.rs`.
 
-#[path = "../local/arguments.rs"]
-mod arguments;
 mod bucket;
 mod client;
 mod drive;
@@ -36,6 +34,7 @@ mod progress;
 mod service;
 mod summary;
 mod target;
+#[path = "../../local/watch.rs"]
 mod watch;
 
 use std::{error::Error, io, process::ExitCode, sync::Arc};

@@ -1,4 +1,4 @@
-//! The admin of the example `gateway`, as a program: its API against its own description, and who may use it.
+//! The gateway's admin API against its OpenAPI description, and who may use it.
 
 mod support;
 
@@ -30,7 +30,7 @@ const TOKEN: &str = "the-admin-s-token";
 const CHANGE: (&str, &str) = ("x-gateway-admin", "1");
 
 fn description() -> Value {
-    serde_json::from_str(include_str!("../examples/gateway/admin/openapi.json")).unwrap()
+    serde_json::from_str(include_str!("../src/admin/openapi.json")).unwrap()
 }
 
 /// Of one of the description's schemas, by its name, or of another schema that refers to these.
@@ -207,7 +207,7 @@ async fn each_route_is_described_and_each_that_is_described_is_there() {
             assert_eq!(status, expected, "{method} {path}");
         }
     }
-    let source = include_str!("../examples/gateway/admin/api.rs");
+    let source = include_str!("../src/admin/api.rs");
     let mut there = BTreeSet::new();
     for line in source.lines().filter_map(|line| line.trim().strip_prefix(".route(\"")) {
         let (path, handlers) = line.split_once('"').unwrap();

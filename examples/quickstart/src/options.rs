@@ -7,12 +7,9 @@ use reqwest::{
     Method, Url,
     header::{HeaderName, HeaderValue},
 };
-use tower_key_rotation::{BuildError, KeyPool};
+use tower_key_rotation::{BuildError, Inject, KeyPool};
 
-use crate::{
-    arguments::{KeyPlace, Seconds},
-    service,
-};
+use crate::service;
 
 /// How long a key rests after a 429 where nobody says otherwise: the crate's own default.
 pub(crate) const USUAL_COOLDOWN: Duration = Duration::from_secs(120);
@@ -38,20 +35,20 @@ pub(crate) struct Options {
     concurrency: Option<NonZeroUsize>,
 
     /// How long a key rests after a 429, at least [default: 2, or 120 with --upstream]
-    #[arg(long, value_name = "SECONDS")]
-    cooldown: Option<Seconds>,
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    cooldown: Option<Duration>,
 
     /// How long a request waits for keys, in all [default: 60, or 5 cooldowns where that is more]
-    #[arg(long, value_name = "SECONDS")]
-    wait: Option<Seconds>,
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    wait: Option<Duration>,
 
     /// How often a request is sent at most, the first time included
     #[arg(long, value_name = "N", default_value_t = 20)]
     pub(crate) attempts: u32,
 
     /// How long an attempt may take
-    #[arg(long, value_name = "SECONDS", default_value = "120")]
-    pub(crate) timeout: Seconds,
+    #[arg(long, value_name = "SECONDS", default_value = "120", value_parser = seconds)]
+    pub(crate) timeout: Duration,
 
     /// Send to this service rather than to a local one
     #[arg(long, value_name = "URL", value_parser = web_url, requires = "keys")]
@@ -62,8 +59,8 @@ pub(crate) struct Options {
     keys: Option<PathBuf>,
 
     /// Where a key goes: bearer, header:NAME or query:NAME
-    #[arg(long, value_name = "PLACE", default_value = "bearer", requires = "upstream")]
-    inject: KeyPlace,
+    #[arg(long, value_name = "PLACE", default_value = "bearer", value_parser = place, requires = "upstream")]
+    inject: Inject,
 
     /// The method [default: GET, or POST with --body]
     #[arg(long, requires = "upstream")]
@@ -94,18 +91,18 @@ impl Options {
 
     pub(crate) fn cooldown(&self) -> Duration {
         let usual = if self.upstream.is_some() { USUAL_COOLDOWN } else { SHORT_COOLDOWN };
-        self.cooldown.map_or(usual, Duration::from)
+        self.cooldown.unwrap_or(usual)
     }
 
     pub(crate) fn wait(&self) -> Duration {
         let usual = Duration::from_secs(60).max(self.cooldown().saturating_mul(5));
-        self.wait.map_or(usual, Duration::from)
+        self.wait.unwrap_or(usual)
     }
 
     /// They go to the upstream's host and to no other.
     pub(crate) fn keys_of_the_upstream(&self, url: &Url) -> Result<KeyPool, BuildError> {
         let mut builder = KeyPool::builder()
-            .inject(self.inject.inject())
+            .inject(self.inject.clone())
             .cooldown(self.cooldown())
             .allowed_hosts(url.host_str());
         if self.allow_cleartext {
@@ -117,6 +114,22 @@ impl Options {
     pub(crate) fn keys_of_the_service(&self) -> Result<KeyPool, BuildError> {
         KeyPool::builder().keys(service::KEYS).cooldown(self.cooldown()).build()
     }
+}
+
+/// Parses a number of seconds, with or without a fraction.
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse().map_err(|_| "not a number of seconds")?;
+    Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
+}
+
+fn place(text: &str) -> Result<Inject, String> {
+    let place = match text.split_once(':') {
+        None if text == "bearer" => Some(Inject::bearer()),
+        Some(("header", name)) => name.parse::<HeaderName>().ok().map(Inject::header),
+        Some(("query", name)) if !name.is_empty() => Some(Inject::query(name)),
+        _ => None,
+    };
+    place.ok_or_else(|| "it is bearer, header:NAME or query:NAME".to_owned())
 }
 
 fn web_url(text: &str) -> Result<Url, String> {

@@ -1,6 +1,6 @@
-//! A Python with the packages of `tests/sdks/requirements.txt`.
+//! A Python with the packages of `tests/python/requirements.txt`.
 //!
-//! They are installed once into the target folder, which needs `python3` with `venv` and the Python package index.
+//! The packages are installed once into the target folder, which needs `python3` with `venv` and the Python package index.
 
 use std::{
     env, fs,
@@ -9,13 +9,13 @@ use std::{
     sync::OnceLock,
 };
 
-const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/sdks");
+const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/python");
 
-/// What one of the scripts in `tests/sdks` prints.
+/// Runs one of the scripts in `tests/python` and returns its output.
 ///
 /// # Errors
 ///
-/// What it says where it fails.
+/// Returns the output of a script that fails.
 pub async fn run_script<S: AsRef<str>>(name: &str, arguments: &[S]) -> Result<Vec<u8>, String> {
     let arguments: Vec<_> = arguments.iter().map(|argument| argument.as_ref().to_owned()).collect();
     let script = format!("{FOLDER}/{name}");
@@ -48,7 +48,7 @@ fn install() -> Result<PathBuf, String> {
     if python.is_file() {
         return Ok(python);
     }
-    // Under another name until it is complete: another process may be doing the same.
+    // Another process may be installing, too. Rename the folder when it is complete.
     let work = target.join(format!("python-{}", process::id()));
     let _ = fs::remove_dir_all(&work);
     run(Command::new("python3").args(["-m", "venv"]).arg(&work))?;

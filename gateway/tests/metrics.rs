@@ -54,7 +54,7 @@ async fn who_reads_them_needs_the_admin_token_where_there_is_one() {
 /// Broken once: with a metric of another name in one panel, and without the panel of another, it failed.
 #[test]
 fn the_dashboard_asks_for_what_there_is_and_for_all_of_it() {
-    let dashboard: Value = serde_json::from_str(include_str!("../examples/gateway/grafana.json")).unwrap();
+    let dashboard: Value = serde_json::from_str(include_str!("../grafana.json")).unwrap();
     let panels = dashboard["panels"].as_array().unwrap();
     let ids: BTreeSet<_> = panels.iter().map(|panel| panel["id"].as_u64().unwrap()).collect();
     assert_eq!(ids.len(), panels.len());
@@ -68,9 +68,9 @@ fn the_dashboard_asks_for_what_there_is_and_for_all_of_it() {
         );
     }
     let sources = [
-        include_str!("../src/meter.rs"),
-        include_str!("../src/pool/metrics.rs"),
-        include_str!("../examples/gateway/metrics.rs"),
+        include_str!("../../src/meter.rs"),
+        include_str!("../../src/pool/metrics.rs"),
+        include_str!("../src/metrics.rs"),
     ];
     let there = sources.iter().flat_map(|source| source.split('"').skip(1).step_by(2)).filter(is_name);
     assert_eq!(asked, there.collect());

@@ -1,4 +1,6 @@
-//! Two small layers, around the rotation and inside of it, that note what the [`Ledger`] judges.
+//! Two small layers, around the rotation and inside it, that record for a ledger when keys are picked, used and limited.
+//!
+//! The ledger belongs to the program that includes this file: `crate::ledger::Ledger`.
 
 use std::{
     pin::Pin,
@@ -16,10 +18,10 @@ use tower_key_rotation::ServedBy;
 
 use crate::ledger::Ledger;
 
-/// With a request to the local service: a moment before its key was picked.
+/// Header of a request to the local service: a time just before its key was picked.
 pub(crate) const BEFORE_PICK: HeaderName = HeaderName::from_static("x-before-pick");
 
-/// With a 429 of the local service: when it was made.
+/// Header of the local service's 429: the time of the answer.
 pub(crate) const ANSWERED: HeaderName = HeaderName::from_static("x-answered-at");
 
 pub(crate) fn stamp(time: Duration) -> HeaderValue {
@@ -30,16 +32,16 @@ pub(crate) fn stamped(headers: &HeaderMap, name: &HeaderName) -> Option<Duration
     headers.get(name)?.to_str().ok()?.parse().ok().map(Duration::from_nanos)
 }
 
-/// Who sees requests arrive.
+/// Who records the arrival of requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Witness {
-    /// The local service, which writes into the same ledger.
+    /// The local service, which writes to the same ledger.
     Service,
-    /// This program, as it sends them: a real service's own view is out of reach.
+    /// This program, when it sends them: a real service's view is out of reach.
     Client,
 }
 
-/// Around the rotation: it knows when a key is about to be picked, and when one has been marked.
+/// Around the rotation: knows when a key is about to be picked, and when one has been marked.
 #[derive(Clone)]
 pub(crate) struct AroundRotation<S> {
     inner: S,
@@ -47,14 +49,14 @@ pub(crate) struct AroundRotation<S> {
     witness: Witness,
 }
 
-/// Inside the rotation: it knows when a request leaves, and when the head of its response is here.
+/// Inside the rotation: knows when a request leaves, and when the head of its response arrives.
 #[derive(Clone)]
 pub(crate) struct InsideRotation<S> {
     inner: S,
     ledger: Arc<Ledger>,
 }
 
-/// In a response's extensions: what [`InsideRotation`] knows of it.
+/// Extension of a response: the times that [`InsideRotation`] recorded.
 #[derive(Clone, Copy)]
 struct OnTheWire {
     sent_at: Duration,
@@ -105,7 +107,7 @@ where
     }
 }
 
-/// Writes down a response that has just come out of the rotation.
+/// Records a response that has just left the rotation.
 fn note(ledger: &Ledger, witness: Witness, before_pick: Duration, response: &Response) {
     let marked_by = ledger.now();
     let Some(ServedBy(key)) = response.extensions().get() else { return };

@@ -1,18 +1,16 @@
-//! The example `quickstart`, run as a user runs it: against its own service, and against one of these tests.
+//! The quickstart as a process: against its own service, and against a service of these tests.
 
-#[allow(dead_code)]
-#[path = "../examples/quickstart/ledger.rs"]
-mod ledger;
-mod support;
+#![allow(unreachable_pub)] // The shared file is a module of other crates, too.
+
+#[path = "../../../tests/support/files.rs"]
+mod files;
 
 use std::{
-    path::PathBuf,
     process::{Output, Stdio},
     sync::{
-        Arc, Mutex, OnceLock,
+        Arc, Mutex,
         atomic::{AtomicU32, Ordering::Relaxed},
     },
-    time::Duration,
 };
 
 use axum::{
@@ -23,9 +21,8 @@ use axum::{
 };
 use serde_json::Value;
 use tokio::{net::TcpListener, process::Command, sync::Notify};
-use tower_key_rotation::KeyId;
 
-use self::{ledger::Ledger, support::keys_file};
+use self::files::keys_file;
 
 #[tokio::test]
 async fn the_quickstart_succeeds_with_all_requests_and_hits_no_resting_key() {
@@ -221,43 +218,7 @@ async fn ctrl_c_stops_it_with_what_it_has_done_so_far() {
     assert!(String::from_utf8_lossy(&output.stderr).contains("stopped by Ctrl-C"), "{output:?}");
 }
 
-const COOLDOWN: Duration = Duration::from_secs(2);
-
-/// One 429, sent at 100 ms and known from 110 ms on, and a request on the same key.
-fn hits(before_pick_ms: u64, arrived_at_ms: u64) -> usize {
-    let (ledger, key) = (Ledger::start(), KeyId::new("a").unwrap());
-    let millis = Duration::from_millis;
-    ledger.limited(&key, millis(100), millis(110));
-    ledger.arrived(&key, millis(before_pick_ms), millis(arrived_at_ms));
-    ledger.hits_while_resting(COOLDOWN)
-}
-
-#[test]
-fn a_request_whose_key_was_picked_after_its_429_was_known_is_a_hit_until_the_cooldown_is_over() {
-    assert_eq!(hits(110, 111), 1);
-    assert_eq!(hits(2_000, 2_099), 1);
-    assert_eq!(hits(2_000, 2_100), 0);
-}
-
-#[test]
-fn a_request_that_was_under_way_when_the_429_came_is_no_hit_however_late_it_arrives() {
-    assert_eq!(hits(50, 60), 0);
-    assert_eq!(hits(109, 1_500), 0);
-}
-
-#[test]
-fn each_request_is_judged_by_every_429_of_its_own_key_and_counted_once() {
-    let (ledger, [a, b]) = (Ledger::start(), ["a", "b"].map(|id| KeyId::new(id).unwrap()));
-    let millis = Duration::from_millis;
-    ledger.limited(&a, millis(100), millis(110));
-    ledger.limited(&a, millis(1_000), millis(1_010));
-    ledger.arrived(&a, millis(1_500), millis(1_501));
-    ledger.arrived(&a, millis(2_500), millis(2_501));
-    ledger.arrived(&b, millis(1_500), millis(1_501));
-    assert_eq!(ledger.hits_while_resting(COOLDOWN), 2);
-}
-
-/// A service that answers as a test has it, and remembers what it was asked.
+/// A service that answers by a function and records its requests.
 struct Upstream {
     url: String,
     seen: Arc<Mutex<Vec<Seen>>>,
@@ -273,7 +234,7 @@ struct Seen {
 }
 
 impl Upstream {
-    /// In place of a status: no answer at all.
+    /// Instead of a status: no answer at all.
     const SILENCE: u16 = 0;
 
     async fn start(status: impl Fn(&Seen) -> u16 + Send + Sync + 'static) -> Self {
@@ -303,16 +264,11 @@ impl Seen {
 }
 
 fn quickstart<'a>(arguments: impl IntoIterator<Item = &'a str>) -> Command {
-    let mut command = Command::new(program());
-    // What this machine is set up with has no part in a test.
+    let mut command = Command::new(env!("CARGO_BIN_EXE_quickstart"));
+    // The environment of this machine must not change a test.
     command.args(arguments).env("NO_PROXY", "127.0.0.1").env("no_proxy", "127.0.0.1").env_remove("RUST_LOG");
     command.stdin(Stdio::null()).kill_on_drop(true);
     command
-}
-
-fn program() -> &'static PathBuf {
-    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
-    PROGRAM.get_or_init(|| support::example("quickstart"))
 }
 
 #[cfg(unix)]

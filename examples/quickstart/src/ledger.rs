@@ -88,3 +88,44 @@ impl Page {
         self.arrivals.iter().filter(|arrival| self.limits.iter().any(|limit| binds(limit, arrival))).count()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const COOLDOWN: Duration = Duration::from_secs(2);
+
+    /// The hits of one 429, sent at 100 ms and known from 110 ms on, and one request on the same key.
+    fn hits(before_pick_ms: u64, arrived_at_ms: u64) -> usize {
+        let (ledger, key) = (Ledger::start(), KeyId::new("a").unwrap());
+        let millis = Duration::from_millis;
+        ledger.limited(&key, millis(100), millis(110));
+        ledger.arrived(&key, millis(before_pick_ms), millis(arrived_at_ms));
+        ledger.hits_while_resting(COOLDOWN)
+    }
+
+    #[test]
+    fn a_request_whose_key_was_picked_after_its_429_was_known_is_a_hit_until_the_cooldown_is_over() {
+        assert_eq!(hits(110, 111), 1);
+        assert_eq!(hits(2_000, 2_099), 1);
+        assert_eq!(hits(2_000, 2_100), 0);
+    }
+
+    #[test]
+    fn a_request_that_was_under_way_when_the_429_came_is_no_hit_however_late_it_arrives() {
+        assert_eq!(hits(50, 60), 0);
+        assert_eq!(hits(109, 1_500), 0);
+    }
+
+    #[test]
+    fn each_request_is_judged_by_every_429_of_its_own_key_and_counted_once() {
+        let (ledger, [a, b]) = (Ledger::start(), ["a", "b"].map(|id| KeyId::new(id).unwrap()));
+        let millis = Duration::from_millis;
+        ledger.limited(&a, millis(100), millis(110));
+        ledger.limited(&a, millis(1_000), millis(1_010));
+        ledger.arrived(&a, millis(1_500), millis(1_501));
+        ledger.arrived(&a, millis(2_500), millis(2_501));
+        ledger.arrived(&b, millis(1_500), millis(1_501));
+        assert_eq!(ledger.hits_while_resting(COOLDOWN), 2);
+    }
+}

@@ -52,10 +52,8 @@ pub(crate) fn with_keys(
 
 fn reqwest_client(options: &Options, target: &Target) -> reqwest::Result<reqwest::Client> {
     // A redirect that reqwest follows by itself would take a key along: see the README.
-    let client = reqwest::Client::builder()
-        .redirect(redirect::Policy::none())
-        .referer(false)
-        .timeout(options.timeout.into());
+    let client =
+        reqwest::Client::builder().redirect(redirect::Policy::none()).referer(false).timeout(options.timeout);
     if target.is_local() {
         // Whatever proxy or certificates this machine has or lacks, they have no part in this.
         client.no_proxy().tls_certs_only([]).build()

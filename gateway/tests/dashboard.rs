@@ -1,8 +1,8 @@
-//! The dashboard of the gateway's metrics, before what it is made for: Grafana's own library, and a Prometheus.
+//! The dashboard of the gateway's metrics, checked by Grafana's own library and against a Prometheus.
 //!
 //! ```text
 //! apt-get install prometheus
-//! cargo test --features full --test gateway_dashboard -- --include-ignored
+//! cargo test -p key-rotation-gateway --test dashboard -- --include-ignored
 //! ```
 
 mod support;
@@ -29,7 +29,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/gateway/grafana.json");
+const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/grafana.json");
 
 fn dashboard() -> Value {
     serde_json::from_slice(&fs::read(FILE).unwrap()).unwrap()

@@ -1,13 +1,12 @@
-//! The example `gateway` as a program of its own, started on a free port.
+//! The gateway as a process, started on a free port.
 
 use std::{
     env,
     ffi::OsStr,
     io,
     net::SocketAddr,
-    path::PathBuf,
     process::{ExitStatus, Output, Stdio},
-    sync::{Arc, Mutex, OnceLock},
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
@@ -21,10 +20,9 @@ use tokio::{
 
 use super::{TestFile, keys_file};
 
-/// The program with these arguments, and without what is set in this environment.
+/// The program with these arguments, without the `GATEWAY_` variables of this environment.
 pub fn command<I: IntoIterator<Item: AsRef<OsStr>>>(arguments: I) -> Command {
-    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
-    let mut command = Command::new(PROGRAM.get_or_init(|| super::example("gateway")));
+    let mut command = Command::new(env!("CARGO_BIN_EXE_key-rotation-gateway"));
     for (name, _) in env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("GATEWAY_")) {
         command.env_remove(name);
     }
@@ -32,16 +30,16 @@ pub fn command<I: IntoIterator<Item: AsRef<OsStr>>>(arguments: I) -> Command {
     command
 }
 
-/// How it ends where it doesn't come to serve.
+/// Returns the output of a gateway that must exit by itself.
 pub async fn refusal<I: IntoIterator<Item: AsRef<OsStr>>>(arguments: I) -> Output {
     ended(command(arguments)).await
 }
 
 pub async fn ended(mut command: Command) -> Output {
-    timeout(Duration::from_secs(20), command.output()).await.expect("it goes on running").unwrap()
+    timeout(Duration::from_secs(20), command.output()).await.expect("the gateway is still running").unwrap()
 }
 
-/// A gateway that runs; it is killed with this.
+/// A running gateway. It is killed on drop.
 pub struct Gateway {
     address: SocketAddr,
     child: Child,
@@ -51,8 +49,8 @@ pub struct Gateway {
 }
 
 impl Gateway {
-    /// Before that upstream, with keys of these names, each with the secret that [`key_of`](super::key_of) finds the
-    /// name in again.
+    /// Starts a gateway in front of this upstream, with keys of these ids. [`key_of`](super::key_of) finds the id of a
+    /// key in its secret.
     pub async fn before<const N: usize>(upstream: SocketAddr, keys: &[&str], arguments: [&str; N]) -> Self {
         let lines: Vec<_> = keys.iter().map(|key| format!("{key}|sk-{key}\n")).collect();
         let keys = keys_file(&lines.concat());
@@ -63,21 +61,20 @@ impl Gateway {
         gateway
     }
 
-    /// With these arguments, on a port that is free.
+    /// Starts a gateway with these arguments on a free port.
     pub async fn start(mut command: Command) -> Self {
         command.args(["--listen", "127.0.0.1:0"]);
         Self::start_listening(command).await
     }
 
-    /// With these arguments, which say where it listens.
+    /// Starts a gateway with these arguments, which name its address.
     pub async fn start_listening(mut command: Command) -> Self {
         let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         let (listens, listening) = oneshot::channel();
         let log = Arc::default();
         let logging = tokio::spawn(follow(child.stderr.take().unwrap(), Arc::clone(&log), listens));
-        let address =
-            timeout(Duration::from_secs(20), listening).await.expect("it does not say where it listens");
-        let address = address.unwrap_or_else(|_| panic!("it does not run: {}", log.lock().unwrap()));
+        let address = timeout(Duration::from_secs(20), listening).await.expect("the gateway logs no address");
+        let address = address.unwrap_or_else(|_| panic!("the gateway does not run: {}", log.lock().unwrap()));
         Self { address, child, log, logging, _keys: None }
     }
 
@@ -89,25 +86,25 @@ impl Gateway {
         format!("http://{}{path}", self.address)
     }
 
-    /// All that it has logged so far.
+    /// Its log so far.
     pub fn log(&self) -> String {
         self.log.lock().unwrap().clone()
     }
 
-    /// Tells it to stop, as a process manager would.
+    /// Sends SIGTERM, as a process manager does.
     pub async fn terminate(&self) {
-        let id = self.child.id().expect("it has ended").to_string();
+        let id = self.child.id().expect("the gateway has exited").to_string();
         assert!(Command::new("kill").args(["-TERM", &id]).status().await.unwrap().success());
     }
 
-    /// How it ended, once all that it logged is here.
+    /// Waits for its exit and for the rest of its log.
     pub async fn ended(&mut self) -> ExitStatus {
         timeout(Duration::from_secs(20), async {
             (&mut self.logging).await.unwrap().unwrap();
             self.child.wait().await.unwrap()
         })
         .await
-        .expect("it goes on running")
+        .expect("the gateway is still running")
     }
 }
 

@@ -1,12 +1,12 @@
-//! The admin's page in a real browser.
+//! The admin page in a real browser.
 //!
 //! ```text
 //! apt-get install chromium chromium-driver
-//! cargo test --features full --test browser -- --ignored
+//! cargo test -p key-rotation-gateway --test browser -- --ignored
 //! ```
 //!
-//! `SCREENSHOT=docs/gateway.png` makes the picture of the documentation, which takes the quarter of an hour that
-//! the page shows.
+//! `SCREENSHOT=docs/page.png` makes the picture of the README. It takes a quarter of an hour, the time that the page
+//! shows.
 
 mod browser;
 #[path = "../support/mod.rs"]
@@ -583,7 +583,7 @@ async fn a_screenshot_is_kept() {
     assert!(png.starts_with(b"\x89PNG"));
     let path = match &wanted {
         Some(path) => Path::new(env!("CARGO_MANIFEST_DIR")).join(path),
-        None => Path::new(env!("CARGO_TARGET_TMPDIR")).join("gateway.png"),
+        None => Path::new(env!("CARGO_TARGET_TMPDIR")).join("page.png"),
     };
     fs::write(&path, &png).unwrap();
     println!("{} has {} bytes", path.display(), png.len());
