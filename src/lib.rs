@@ -89,8 +89,8 @@ pub use self::service::failover::{self, FailoverLayer};
 pub use self::service::same_origin_redirects;
 pub use self::{
     key::{
-        Credentials, Inject, InjectError, InvalidHost, InvalidKeyId, KeyId, Place, Rejected, Rejection,
-        Secret, UnusableSecret, UriTooLong,
+        Credentials, Inject, InjectError, InvalidHost, InvalidKeyId, KeyId, KeySpec, Place, Rejected,
+        Rejection, Secret, UnusableSecret, UriTooLong,
     },
     limit::{Rest, Status},
     message::{ReadableResponse, Replay, RequestMessage, ResponseMessage},

@@ -5,6 +5,7 @@ pub(crate) mod inject;
 pub(crate) mod query;
 mod secret;
 pub(crate) mod source;
+mod spec;
 
 #[cfg(feature = "mongodb")]
 pub(crate) use self::secret::is_encrypted;
@@ -13,4 +14,5 @@ pub use self::{
     inject::{Credentials, Inject, InjectError, UnusableSecret, UriTooLong},
     secret::{InvalidKeyId, KeyId, Secret},
     source::{Place, Rejected, Rejection},
+    spec::KeySpec,
 };
