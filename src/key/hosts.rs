@@ -2,15 +2,15 @@
 
 use std::net::IpAddr;
 
-/// The hosts that may get a key, and in which way.
+/// The hosts that get a key by https, and those that get one in cleartext.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Hosts {
-    /// All, where `None`.
+    /// `None` means every host.
     pub(crate) allowed: Option<Vec<Host>>,
     pub(crate) cleartext: Vec<Host>,
 }
 
-/// Where a request is going, as far as it says.
+/// The destination of a request, as far as the request names it.
 #[derive(Clone, Copy, Debug)]
 pub struct Destination<'a> {
     pub(crate) is_cleartext: bool,
@@ -18,7 +18,7 @@ pub struct Destination<'a> {
     pub(crate) port: Option<u16>,
 }
 
-/// What to do with a request.
+/// The decision for a request.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Ruling {
     Key,
@@ -64,12 +64,12 @@ fn is_below(host: &str, domain: &str) -> bool {
     let Some(end) = host.len().checked_sub(domain.len()).filter(|end| *end > 1) else {
         return false;
     };
-    // Bytes: a host of another script has no character boundary at just any place.
+    // Bytes, since `end` may not be a character boundary of a host in another script.
     let (below, same) = host.as_bytes().split_at(end);
     below.ends_with(b".") && same.eq_ignore_ascii_case(domain.as_bytes())
 }
 
-/// A host, or every host below one, on any port or one.
+/// A host, or all hosts below a domain; on any port, or on one.
 #[derive(Clone, Debug)]
 pub(crate) struct Host {
     name: String,
@@ -77,11 +77,10 @@ pub(crate) struct Host {
     port: Option<u16>,
 }
 
-/// Something that can't be a host: see
-/// [`KeyPoolBuilder::allowed_hosts`](crate::KeyPoolBuilder::allowed_hosts).
+/// Text that is not a host as [`KeyPoolBuilder::allowed_hosts`](crate::KeyPoolBuilder::allowed_hosts) takes it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is not a host: give `host`, `host:port` or `*.domain`, without scheme or path")]
-pub struct InvalidHost(String);
+pub(crate) struct InvalidHost(String);
 
 impl Host {
     pub(crate) fn all<I, H>(hosts: I) -> Result<Vec<Self>, InvalidHost>
@@ -133,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn a_host_is_matched_whole_and_without_regard_to_case_or_a_last_dot() {
+    fn a_host_matches_whole_ignoring_case_and_last_dot() {
         let hosts = allowed("api.example.com");
         assert_eq!(rule(&hosts, "https://API.example.com./v1"), Ruling::Key);
         for other in [
@@ -148,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn a_star_stands_for_everything_below_a_domain_but_not_the_domain() {
+    fn a_star_matches_all_below_a_domain_only() {
         let hosts = allowed("*.example.com");
         assert_eq!(rule(&hosts, "https://a.b.Example.com"), Ruling::Key);
         assert_eq!(rule(&hosts, "https://example.com"), Ruling::PassThrough);
@@ -156,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn a_port_restricts_a_host_to_it() {
+    fn a_port_restricts_a_host() {
         let hosts = allowed("api.example.com:443");
         assert_eq!(rule(&hosts, "https://api.example.com"), Ruling::Key);
         assert_eq!(rule(&hosts, "https://api.example.com:8443"), Ruling::PassThrough);
@@ -164,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn s03_cleartext_goes_to_loopback_or_to_hosts_that_are_named_for_it() {
+    fn s03_cleartext_goes_to_loopback_or_named_hosts() {
         let hosts = Hosts { cleartext: Host::all(["gateway.internal"]).unwrap(), ..Hosts::default() };
         for fine in [
             "http://127.0.0.1:8080",
@@ -189,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_host_is_refused_when_it_is_given() {
+    fn text_that_is_no_host_is_refused() {
         for wrong in [
             "",
             "https://api.example.com",

@@ -1,10 +1,13 @@
-//! All that a key is.
+//! The specification of a key.
 
 use std::num::NonZeroU32;
 
 use super::secret::{KeyId, Secret};
 
-/// A key: its id and secret, and what a user may say of it beside those.
+/// A key: its id and secret, and optional settings.
+///
+/// Except for id and secret, no field has an effect yet. The pool rejects a key that sets one of the others, so that no
+/// setting is ignored silently: see [`unsupported`](Self::unsupported).
 ///
 /// ```
 /// use tower_key_rotation::{KeyId, KeySpec};
@@ -15,24 +18,24 @@ use super::secret::{KeyId, Secret};
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct KeySpec {
-    /// Its public name.
+    /// The public name.
     pub id: KeyId,
-    /// Its secret.
+    /// The secret.
     pub secret: Secret,
-    /// The quota group: keys of one group share one quota, as those of an organisation do.
+    /// The quota group. Keys of one group share one quota, for example the keys of one organisation.
     pub group: Option<String>,
-    /// The tier: keys of a lower tier are used first.
+    /// The tier. The pool prefers keys of a lower tier.
     pub tier: Option<u8>,
-    /// The weight: how many turns the key has where one of weight 1 has one.
+    /// The weight in the rotation, relative to a key of weight 1.
     pub weight: Option<NonZeroU32>,
-    /// The most requests in flight at once.
+    /// The limit of requests in flight.
     pub max_in_flight: Option<NonZeroU32>,
-    /// The base URL that the key's requests go to.
+    /// The base URL for requests with this key.
     pub endpoint: Option<String>,
 }
 
 impl KeySpec {
-    /// A key of which nothing more is said.
+    /// A key without further settings.
     #[must_use]
     pub fn new(id: KeyId, secret: impl Into<Secret>) -> Self {
         Self {
@@ -46,37 +49,37 @@ impl KeySpec {
         }
     }
 
-    /// Puts the key into a quota group.
+    /// Sets the quota group.
     #[must_use]
     pub fn group(self, group: impl Into<String>) -> Self {
         Self { group: Some(group.into()), ..self }
     }
 
-    /// Puts the key into a tier.
+    /// Sets the tier.
     #[must_use]
     pub fn tier(self, tier: u8) -> Self {
         Self { tier: Some(tier), ..self }
     }
 
-    /// Gives the key a weight.
+    /// Sets the weight.
     #[must_use]
     pub fn weight(self, weight: NonZeroU32) -> Self {
         Self { weight: Some(weight), ..self }
     }
 
-    /// Caps the requests in flight.
+    /// Sets the limit of requests in flight.
     #[must_use]
     pub fn max_in_flight(self, requests: NonZeroU32) -> Self {
         Self { max_in_flight: Some(requests), ..self }
     }
 
-    /// Sends the key's requests to another base URL.
+    /// Sets the base URL.
     #[must_use]
     pub fn endpoint(self, url: impl Into<String>) -> Self {
         Self { endpoint: Some(url.into()), ..self }
     }
 
-    /// The first field in use that does nothing yet: a key that has it is refused rather than misunderstood.
+    /// Returns the first field that is set but has no effect yet. The pool rejects a key with such a field.
     #[must_use]
     pub fn unsupported(&self) -> Option<&'static str> {
         let used = [
