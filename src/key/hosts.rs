@@ -2,15 +2,15 @@
 
 use std::net::IpAddr;
 
-/// The hosts that get a key by https, and those that get one in cleartext.
+/// The hosts that may get a key, and those that may get one in cleartext.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Hosts {
-    /// `None` means every host.
+    /// All, where `None`.
     pub(crate) allowed: Option<Vec<Host>>,
     pub(crate) cleartext: Vec<Host>,
 }
 
-/// The destination of a request, as far as the request names it.
+/// Where a request goes, as far as it says.
 #[derive(Clone, Copy, Debug)]
 pub struct Destination<'a> {
     pub(crate) is_cleartext: bool,
@@ -18,7 +18,7 @@ pub struct Destination<'a> {
     pub(crate) port: Option<u16>,
 }
 
-/// The decision for a request.
+/// Whether a request gets a key.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Ruling {
     Key,
@@ -64,7 +64,7 @@ fn is_below(host: &str, domain: &str) -> bool {
     let Some(end) = host.len().checked_sub(domain.len()).filter(|end| *end > 1) else {
         return false;
     };
-    // Bytes, since `end` may not be a character boundary of a host in another script.
+    // Bytes: in a host of another script, `end` may be inside a character.
     let (below, same) = host.as_bytes().split_at(end);
     below.ends_with(b".") && same.eq_ignore_ascii_case(domain.as_bytes())
 }
@@ -77,7 +77,8 @@ pub(crate) struct Host {
     port: Option<u16>,
 }
 
-/// Text that is not a host as [`KeyPoolBuilder::allowed_hosts`](crate::KeyPoolBuilder::allowed_hosts) takes it.
+/// A text that is not a host: see
+/// [`KeyPoolBuilder::allowed_hosts`](crate::KeyPoolBuilder::allowed_hosts).
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is not a host: give `host`, `host:port` or `*.domain`, without scheme or path")]
 pub(crate) struct InvalidHost(String);
@@ -132,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn a_host_matches_whole_ignoring_case_and_last_dot() {
+    fn a_host_is_matched_whole_and_without_regard_to_case_or_a_last_dot() {
         let hosts = allowed("api.example.com");
         assert_eq!(rule(&hosts, "https://API.example.com./v1"), Ruling::Key);
         for other in [
@@ -147,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn a_star_matches_all_below_a_domain_only() {
+    fn a_star_stands_for_everything_below_a_domain_but_not_the_domain() {
         let hosts = allowed("*.example.com");
         assert_eq!(rule(&hosts, "https://a.b.Example.com"), Ruling::Key);
         assert_eq!(rule(&hosts, "https://example.com"), Ruling::PassThrough);
@@ -155,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn a_port_restricts_a_host() {
+    fn a_port_restricts_a_host_to_it() {
         let hosts = allowed("api.example.com:443");
         assert_eq!(rule(&hosts, "https://api.example.com"), Ruling::Key);
         assert_eq!(rule(&hosts, "https://api.example.com:8443"), Ruling::PassThrough);
@@ -188,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn text_that_is_no_host_is_refused() {
+    fn what_is_no_host_is_refused_when_it_is_given() {
         for wrong in [
             "",
             "https://api.example.com",

@@ -276,25 +276,25 @@ impl fmt::Debug for Rendered {
     }
 }
 
-/// Why a request got no key.
+/// Why a request was not given a key.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum InjectError {
-    /// The key would go in cleartext to a host that is not loopback.
+    /// It would travel in cleartext to a host that is not loopback.
     #[error("{host} would get a key in cleartext: use https, or name it to the pool's `allow_cleartext_to`")]
     Cleartext {
         /// The host.
         host: String,
     },
-    /// With the key, the URI would be too long.
+    /// With the key in it, the URI would be longer than one can be.
     #[error(transparent)]
     UriTooLong(#[from] UriTooLong),
-    /// The key goes into the query, and the URI can't have one: it is `*`, or that of a `CONNECT`.
+    /// The key goes into the query, and the URI is one that has none: that of a `CONNECT`, or `*`.
     #[error("the request's URI is one that can't have a query, where the key would go")]
     NoQuery,
 }
 
-/// The error of a request whose URI would be too long with the key in its query.
+/// A request's URI would become longer than one can be with the key in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct UriTooLong;
 

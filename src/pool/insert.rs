@@ -1,4 +1,4 @@
-//! New keys. The store gets them first, since it may have a key of the same id.
+//! New keys. They go into the store first, which may have keys of the same names.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -19,15 +19,15 @@ use crate::{
     sync::JoinSet,
 };
 
-/// The number of concurrent inserts into the store. After as many failures in a row, the rest are not tried: each of them
-/// would wait for a store that is gone.
+/// The most insertions in flight. After as many failures in a row the other keys are not tried: each would wait for a
+/// store that is gone.
 const AT_ONCE: usize = 8;
 
-/// The number of keys after which other operations get the lock.
+/// The keys that are inserted in one turn; then loads and other operators have theirs.
 const IN_A_TURN: usize = 500;
 
 impl KeyPool {
-    /// Adds a key. The pool picks it as soon as the store, if there is one, has it.
+    /// Adds a key. It is picked as soon as the store, if there is one, has taken it.
     ///
     /// ```
     /// use tower_key_rotation::KeyPool;
@@ -47,14 +47,16 @@ impl KeyPool {
     ///
     /// # Errors
     ///
-    /// The id or the secret can't be used, or is another key's; or the store fails. The pool is then as it was.
+    /// If the id or the secret can't be used, or is another key's, or if the store fails.
     pub async fn insert(&self, id: impl AsRef<str>, secret: impl Into<Secret>) -> Result<(), OperateError> {
         self.insert_all([(id, secret)]).await.into_iter().collect()
     }
 
-    /// Adds many keys, and returns the outcome of each, in their order. A key that can't be added stops no other.
+    /// Adds many keys, and returns each one's outcome in their order. A key that can't be added does not affect the others.
     ///
-    /// Otherwise like [`insert_specs`](Self::insert_specs).
+    /// This takes less time than an [`insert`](Self::insert) of each: several are inserted into the store at once, and
+    /// some hundreds come into service together. Of keys with the same id or secret the first counts, also if it can't be
+    /// added. If the future is dropped, the next load brings in the keys that the store has by then.
     ///
     /// ```
     /// use tower_key_rotation::KeyPool;
@@ -71,7 +73,8 @@ impl KeyPool {
     ///
     /// # Errors
     ///
-    /// Those of [`insert_specs`](Self::insert_specs).
+    /// For each key as for [`insert`](Self::insert). After several failures of the store in a row, the remaining keys are
+    /// not tried: [`OperateError::NotTried`].
     pub async fn insert_all<I, S>(
         &self,
         keys: impl IntoIterator<Item = (I, S)>,
@@ -84,12 +87,7 @@ impl KeyPool {
         self.insert_each(keys.into_iter().map(spec)).await
     }
 
-    /// Adds keys by their specs, and returns the outcome of each, in their order. A key that can't be added stops no
-    /// other.
-    ///
-    /// One call takes less time than an [`insert`](Self::insert) of each: the store gets several keys at once, and the
-    /// pool some hundreds together. Of keys with the same id or secret, the first counts, even if it can't be added. If
-    /// the future is dropped, the next reload brings in the keys that the store has by then.
+    /// Adds keys by their specs, otherwise like [`insert_all`](Self::insert_all).
     ///
     /// ```
     /// use tower_key_rotation::{KeyId, KeyPool, KeySpec};
@@ -109,8 +107,7 @@ impl KeyPool {
     ///
     /// # Errors
     ///
-    /// For each key those of [`insert`](Self::insert), and [`OperateError::UnsupportedField`]. After several failures of
-    /// the store in a row, the remaining keys are not tried: [`OperateError::NotTried`].
+    /// Those of [`insert_all`](Self::insert_all), and [`OperateError::UnsupportedField`].
     pub async fn insert_specs(
         &self,
         specs: impl IntoIterator<Item = KeySpec>,
@@ -151,7 +148,7 @@ impl KeyPool {
         Ok(NewKey { key: key.healthy_in(Arc::downgrade(&self.inner)), secret })
     }
 
-    /// Refuses a key whose id or secret is that of a key in the pool, or of an earlier new key.
+    /// Refuses what the pool has already, or one that comes before among the new ones.
     fn refuse_known(&self, keys: &mut [Result<NewKey, OperateError>]) {
         let snapshot = self.inner.snapshot.load();
         let (mut ids, mut secrets) = (HashSet::new(), HashMap::new());
@@ -182,14 +179,14 @@ struct NewKey {
     secret: Secret,
 }
 
-/// The concurrent inserts into the store.
+/// Keys on their way to the store.
 struct Giving {
     store: Arc<dyn KeyStore>,
     under_way: JoinSet<Given>,
     failures_in_a_row: usize,
 }
 
-/// A key's position among the new ones, and the outcome.
+/// By its place.
 type Given = (usize, Result<NewKey, OperateError>);
 
 impl Giving {
@@ -197,7 +194,7 @@ impl Giving {
         Self { store, under_way: JoinSet::default(), failures_in_a_row: 0 }
     }
 
-    /// `could_be_asked`: the outcome of the store's last operation, a moment ago.
+    /// `could_be_asked`: whether the store was there a moment ago.
     async fn give(
         &mut self,
         keys: &mut [Result<NewKey, OperateError>],
@@ -218,7 +215,7 @@ impl Giving {
                 keys[place] = Err(reason.take().map_or(OperateError::NotTried, OperateError::Store));
                 continue;
             }
-            // The message of a panic might contain a secret.
+            // The text of a panic might hold anything.
             let panicked = Err(OperateError::Store(StoreError::new("an insert panicked")));
             if let Ok(new) = mem::replace(&mut keys[place], panicked) {
                 let store = self.store.clone();

@@ -103,7 +103,7 @@ fn secrets_objects_and_one_object_of_them_are_keys() {
 #[test]
 fn keys_may_be_called_id_or_secret() {
     for [one, other] in [["a", "b"], ["id", "other"], ["other", "secret"]] {
-        let keys = parsed("k.json", &format!(r#"{{"{one}":"sk-1","{other}":"sk-2"}}"#));
+        let keys = parsed("k.json", format!(r#"{{"{one}":"sk-1","{other}":"sk-2"}}"#));
         assert_eq!(shown(&keys), [row(1, one, "sk-1"), row(2, other, "sk-2")]);
     }
 }
