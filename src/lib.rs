@@ -62,6 +62,7 @@
 //! | `reqwest` | the layers over `reqwest::Request` |
 //! | `reqwest-middleware` | `KeyRotationMiddleware`; brings `reqwest` and `failover` |
 //! | `serde` | statistics are `Serialize` |
+//! | `toml` | keys in a TOML file |
 //! | `full` | all of these |
 
 #![forbid(unsafe_code)]
@@ -89,14 +90,12 @@ pub use self::service::failover::{self, FailoverLayer};
 pub use self::service::same_origin_redirects;
 pub use self::{
     key::{
-        Credentials, Inject, InjectError, InvalidHost, InvalidKeyId, KeyId, Place, Rejected, Rejection,
-        Secret, UnusableSecret, UriTooLong,
+        Credentials, Inject, InjectError, InvalidKeyId, KeyId, KeySpec, ParsedKey, Rejected, Secret,
+        UnusableSecret, UriTooLong,
     },
     limit::{Rest, Status},
     message::{ReadableResponse, Replay, RequestMessage, ResponseMessage},
-    pool::{
-        BuildError, KeyPool, KeyPoolBuilder, KeyStats, NoKeyAvailable, OpenError, OperateError, PoolStats,
-    },
+    pool::{BuildError, KeyPool, KeyPoolBuilder, KeyStats, NoKeyAvailable, OperateError, PoolStats},
     recovery::{MarksNotWritten, PassError, RecoveryConfig, RecoveryHandle, Report},
     service::{
         Error, ServedBy,

@@ -693,12 +693,16 @@ fn s01_no_key_is_said_of_the_files_that_it_is_read_from() {
         secret("delta"),
     ]);
     let good = entries.to_string();
+    let table = |field: &str| format!("[[key]]\nid = 'alpha'\n{field} = {}\n", json!(secret("other")));
+    let tables = ["secret", "id", "tier", "tire", "note"].map(table).concat();
     let one = json!({ "id": "alpha", "secret": secret("alpha") });
     let mut files = vec![
         file("lines.txt", &lines),
         file("entries.json", &good),
         file("object.json", json!({ "alpha": secret("alpha"), "beta": [secret("beta")] }).to_string()),
         file("one.json", one.to_string()),
+        file("tables.toml", &tables),
+        file("unquoted.toml", tables.replace('\'', "")),
         file("text.json", json!(secret("alpha")).to_string()),
         file("no-text.txt", [secret("alpha").as_bytes(), &[0xff]].concat()),
         PathBuf::from("no/such/file"),
@@ -1038,21 +1042,13 @@ fn show_keys_and_stores() {
     for inject in injections() {
         show!(inject);
     }
-    show!(
-        UnusableSecret::Empty,
-        UnusableSecret::Control,
-        UnusableSecret::NotAscii,
-        UnusableSecret::EdgeSpace
-    );
-    show!(
-        UnusableSecret::Form,
-        Rejection::Secret(UnusableSecret::Form),
-        Rejection::Form,
-        Rejection::DuplicateId
-    );
-    show!(Rejection::Id(KeyId::new("").unwrap_err()), Rejection::DuplicateSecret(id("alpha")));
-    let file = || "keys.txt".to_owned();
-    show!(Place::Code(1), Place::Env(file(), 1), Place::Line(file(), 1), Place::Entry(file(), 1));
+    show!(UnusableSecret::new("the secret has no colon"));
+    let spec = KeySpec::new(id("alpha"), secret("alpha")).group("org-1");
+    show!(spec, KeySpec::from_json(format!("{{\"{}\": 1}}", secret("alpha"))).unwrap_err());
+    let lines = format!("alpha|{0}\n{0}\n|{0}", secret("alpha"));
+    for parsed in KeySpec::parse_all("keys.txt", lines).unwrap() {
+        show!(parsed);
+    }
     show!(Fields::new(), MongoStore::builder(), SystemClock::new(), ManualClock::new());
 }
 
@@ -1060,17 +1056,13 @@ async fn show_errors() {
     let gone = || StoreError::new("gone");
     let keys = || KeyPool::builder().keys(unusable());
     show!(keys(), keys().build().unwrap().rejected()[0].clone(), keys().strict().build().unwrap_err());
-    let no_host = keys().allowed_hosts(["https://host"]).build().unwrap_err();
-    let BuildError::Host(host) = &no_host else { panic!("{no_host}") };
-    show!(*host, no_host, OpenError::Build(keys().keys_from_file("no/such/file").build().unwrap_err()));
+    show!(keys().allowed_hosts(["https://host"]).build().unwrap_err());
+    show!(keys().keys_from_file("no/such/file").build().unwrap_err());
+    show!(keys().keys_from_env("TOWER_KEY_ROTATION_UNSET").build().unwrap_err());
+    show!(keys().inject(Inject::header("no header")).build().unwrap_err());
+    show!(KeySpec::parse_all("keys.json", secret("alpha")).unwrap_err());
+    show!(KeySpec::parse_all("keys.toml", format!("[[key]]\nsecret = {}", secret("alpha"))).unwrap_err());
     let name = || "name".to_owned();
-    show!(
-        BuildError::NoVariable(name()),
-        BuildError::VariableNotText(name()),
-        BuildError::HeaderName(name())
-    );
-    let no_json = serde_json::from_str::<serde_json::Value>(secret("alpha")).unwrap_err();
-    show!(BuildError::Json { path: "keys.json".into(), line: 1, source: no_json }, OpenError::Store(gone()));
     show!(
         OperateError::UnknownKey(name()),
         OperateError::KeyExists(id("alpha")),
@@ -1079,7 +1071,8 @@ async fn show_errors() {
         OperateError::Store(gone())
     );
     show!(OperateError::InvalidKeyId(KeyId::new("").unwrap_err()));
-    show!(OperateError::UnusableSecret { id: id("alpha"), reason: UnusableSecret::Control });
+    show!(OperateError::UnusableSecret { id: id("alpha"), reason: UnusableSecret::new("no colon") });
+    show!(OperateError::UnsupportedField { id: id("alpha"), field: "tier" });
     show!(PassError::Store(Arc::new(gone())), PassError::TookTooLong(SECOND), PassError::Panicked);
     show!(PassError::Stopped, MarksNotWritten(1), UriTooLong);
     let cleartext = InjectError::Cleartext { host: name() };

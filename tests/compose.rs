@@ -15,9 +15,9 @@ use tower::{
     service_fn, timeout::TimeoutLayer, util::BoxCloneService,
 };
 use tower_key_rotation::{
-    BuildError, Error, FailoverLayer, InjectError, InvalidHost, KeyPool, KeyRotation, KeyRotationLayer,
-    KeyRotationMiddleware, NoKeyAvailable, OpenError, OperateError, RecoveryHandle, classify::LlmGateway,
-    clock::ManualClock, failover::Failover, layer::ResponseFuture, store::StoreError,
+    BuildError, Error, FailoverLayer, InjectError, KeyPool, KeyRotation, KeyRotationLayer,
+    KeyRotationMiddleware, NoKeyAvailable, OperateError, RecoveryHandle, Rejected, UnusableSecret,
+    classify::LlmGateway, clock::ManualClock, failover::Failover, layer::ResponseFuture, store::StoreError,
 };
 
 /// Two keys, of which the server limits one, so that every stack has something to do.
@@ -162,9 +162,9 @@ fn every_error_can_go_on_in_a_box() {
     boxed::<Error<hyper_util::client::legacy::Error>>();
     boxed::<NoKeyAvailable>();
     boxed::<InjectError>();
-    boxed::<InvalidHost>();
     boxed::<BuildError>();
-    boxed::<OpenError>();
+    boxed::<Rejected>();
+    boxed::<UnusableSecret>();
     boxed::<OperateError>();
     boxed::<StoreError>();
 }

@@ -20,9 +20,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Uri, h
 use percent_encoding::percent_decode_str;
 use reqwest::Url;
 use tower::{Layer, ServiceExt, service_fn};
-use tower_key_rotation::{
-    BuildError, Error, Inject, InjectError, KeyPool, KeyRotationLayer, RequestMessage, ServedBy,
-};
+use tower_key_rotation::{Error, Inject, InjectError, KeyPool, KeyRotationLayer, RequestMessage, ServedBy};
 
 use crate::{can_be_sent, now, text};
 
@@ -182,7 +180,8 @@ impl<'a> Setup<'a> {
                 Some(pool)
             }
             Err(error) => {
-                assert!(matches!(error, BuildError::HeaderName(_) | BuildError::Host(_)), "{error:?}");
+                let said = error.to_string();
+                assert!(said.contains("is not a header name") || said.contains("is not a host"), "{error:?}");
                 None
             }
         }

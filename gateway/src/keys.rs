@@ -3,7 +3,7 @@
 use std::error::Error;
 
 use tower_key_rotation::{
-    BuildError, Inject, KeyPool, KeyPoolBuilder, OpenError,
+    BuildError, Inject, KeyPool, KeyPoolBuilder,
     store::mongodb::{ConnectError, DataKeys, MongoStore, MongoStoreBuilder},
 };
 
@@ -20,14 +20,14 @@ pub(crate) async fn open(settings: &Settings) -> Result<KeyPool, Box<dyn Error>>
     };
     let store = store(settings)?;
     if settings.keys.is_some() {
-        // They serve until MongoDB can be reached.
+        // The keys of the file serve until MongoDB can be reached.
         let store = store.connect_later(uri).await.map_err(of_mongodb)?;
         return Ok(keys.open_when_ready(store).map_err(wrong)?);
     }
     let store = store.connect(uri).await.map_err(of_mongodb)?;
-    keys.open(store).await.map_err(|error| match error {
-        OpenError::Build(error) => wrong(error).into(),
-        other => other.into(),
+    keys.open(store).await.map_err(|error| match error.store_error() {
+        Some(_) => error.into(),
+        None => wrong(error).into(),
     })
 }
 

@@ -50,7 +50,7 @@ pub(crate) struct Settings {
     #[arg(num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true")]
     pub(crate) allow_cleartext: bool,
 
-    /// The keys: one `id|secret` or bare secret a line, or JSON
+    /// The keys: a file of TOML, JSON, or one `id|secret` or bare secret a line
     #[arg(long, value_name = "FILE")]
     pub(crate) keys: Option<PathBuf>,
 

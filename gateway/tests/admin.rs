@@ -615,7 +615,7 @@ async fn of_many_lines_each_is_added_or_refused_by_itself() {
         shown,
         [
             (2, Some("beta"), "-"),
-            (4, None, "there is no | between an id and a secret"),
+            (4, None, "the key has no id"),
             (5, Some("alpha"), "there is a key alpha already"),
             (6, Some("gamma"), "-"),
             (7, None, "a key id has 1 to 256 bytes and no control characters"),
@@ -636,6 +636,65 @@ async fn of_json_each_entry_is_added_or_refused_by_itself() {
         admin.import("application/json", json!({ "gamma": "sk-3", "alpha": "sk-4" }).to_string()).await;
     assert_eq!((&report["added"], &report["refused"]), (&json!(1), &json!(1)));
     assert_eq!(admin.ids("").await, ["omega", "alpha", "gamma"]);
+}
+
+#[tokio::test]
+async fn toml_key_tables_are_imported_by_line() {
+    let admin = Admin::with(&["omega"]).await;
+    let text = "# ours\n[[key]]\nid = \"alpha\"\nsecret = \"sk-1\"\nnote = \"paid\"\n[[key]]\nid = \"beta\"\n\
+                secret = \"sk-2\"\ntier = 1\n[[key]]\nid = \"gamma\"\nsecret = \"sk-3\"\ntire = 1\n";
+    for (media_type, added) in [("application/toml", 1), ("text/plain", 0)] {
+        let (status, report) = admin.import(media_type, text).await;
+        assert_eq!((status, &report["added"]), (200, &json!(added)), "{report}");
+        let lines = report["lines"].as_array().unwrap();
+        let line =
+            |at: usize| (lines[at]["line"].as_u64().unwrap(), lines[at]["error"].as_str().unwrap_or("-"));
+        assert_eq!(lines[0]["id"], "alpha");
+        assert_eq!(line(1), (6, "key beta: `tier` is not supported yet, remove it"));
+        assert!(line(2).0 == 10 && line(2).1.starts_with("unknown field `tire`: "), "{report}");
+    }
+    let (status, said) = admin.import("application/toml", "[[key]]\nid = canary\n").await;
+    assert_eq!(status, 400);
+    assert!(
+        said["error"].as_str().unwrap().starts_with("import.toml, line 2, column 6: not valid TOML"),
+        "{said}"
+    );
+    assert!(!said.to_string().contains("canary"), "{said}");
+    assert_eq!(admin.ids("").await, ["omega", "alpha"]);
+}
+
+#[tokio::test]
+async fn a_field_without_effect_is_refused_by_name() {
+    let admin = Admin::with(&["omega"]).await;
+    for (field, value) in [
+        ("group", json!("org-1")),
+        ("tier", json!(1)),
+        ("weight", json!(2)),
+        ("max_in_flight", json!(8)),
+        ("endpoint", json!("https://eu.example.com")),
+    ] {
+        let key = json!({ "id": "alpha", "secret": "sk-1", field: value });
+        assert_valid(&named("NewKey"), &key);
+        let (status, said) = admin.change(Method::POST, "/keys", "/keys", key.clone()).await;
+        let expected = format!("key alpha: `{field}` is not supported yet, remove it");
+        assert_eq!((status, &said["error"]), (400, &json!(expected)));
+        let (status, report) = admin.import("application/json", json!([key]).to_string()).await;
+        assert_eq!((status, &report["lines"][0]["error"]), (200, &json!(expected)));
+    }
+    for (field, value) in
+        [("tier", json!(256)), ("weight", json!(0)), ("note", json!(1)), ("group", Value::Null)]
+    {
+        let key = json!({ "id": "alpha", "secret": "sk-1", field: value });
+        assert!(!named("NewKey").is_valid(&key), "{key}");
+        let (status, said) = admin.change(Method::POST, "/keys", "/keys", key).await;
+        assert_eq!(status, 400);
+        assert!(
+            said["error"].as_str().unwrap().starts_with(&format!("JSON: key alpha: `{field}` is not ")),
+            "{said}"
+        );
+    }
+    let key = json!({ "id": "alpha", "secret": "sk-1", "note": "paid" });
+    assert_eq!(admin.change(Method::POST, "/keys", "/keys", key).await.0, 201);
 }
 
 /// A secret of which no part that is long enough to be worth something is in any answer, event or line of the log.

@@ -563,7 +563,10 @@ async fn a_wrong_setting_is_one_line_and_exit_code_2() {
             vec!["--upstream", "https://example.com", "--keys", "no/such/file"],
             "no/such/file could not be read",
         ),
-        (vec!["--upstream", "https://example.com", "--keys", not_json.path()], "line 1: not valid JSON"),
+        (
+            vec!["--upstream", "https://example.com", "--keys", not_json.path()],
+            "line 1, column 15: not valid JSON",
+        ),
         (vec!["--upstream", "http://example.com", "--keys", keys.path()], "cleartext"),
         (with("--listen", "nowhere"), "--listen <ADDRESS>"),
         (with("--inject", "header:no header"), "it is bearer, header:NAME or query:NAME"),

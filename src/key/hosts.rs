@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-/// The hosts that may get a key, and in which way.
+/// The hosts that may get a key, and those that may get one in cleartext.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Hosts {
     /// All, where `None`.
@@ -10,7 +10,7 @@ pub(crate) struct Hosts {
     pub(crate) cleartext: Vec<Host>,
 }
 
-/// Where a request is going, as far as it says.
+/// Where a request goes, as far as it says.
 #[derive(Clone, Copy, Debug)]
 pub struct Destination<'a> {
     pub(crate) is_cleartext: bool,
@@ -18,7 +18,7 @@ pub struct Destination<'a> {
     pub(crate) port: Option<u16>,
 }
 
-/// What to do with a request.
+/// Whether a request gets a key.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Ruling {
     Key,
@@ -64,12 +64,12 @@ fn is_below(host: &str, domain: &str) -> bool {
     let Some(end) = host.len().checked_sub(domain.len()).filter(|end| *end > 1) else {
         return false;
     };
-    // Bytes: a host of another script has no character boundary at just any place.
+    // Bytes: in a host of another script, `end` may be inside a character.
     let (below, same) = host.as_bytes().split_at(end);
     below.ends_with(b".") && same.eq_ignore_ascii_case(domain.as_bytes())
 }
 
-/// A host, or every host below one, on any port or one.
+/// A host, or all hosts below a domain; on any port, or on one.
 #[derive(Clone, Debug)]
 pub(crate) struct Host {
     name: String,
@@ -77,11 +77,11 @@ pub(crate) struct Host {
     port: Option<u16>,
 }
 
-/// Something that can't be a host: see
+/// A text that is not a host: see
 /// [`KeyPoolBuilder::allowed_hosts`](crate::KeyPoolBuilder::allowed_hosts).
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is not a host: give `host`, `host:port` or `*.domain`, without scheme or path")]
-pub struct InvalidHost(String);
+pub(crate) struct InvalidHost(String);
 
 impl Host {
     pub(crate) fn all<I, H>(hosts: I) -> Result<Vec<Self>, InvalidHost>
@@ -164,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn s03_cleartext_goes_to_loopback_or_to_hosts_that_are_named_for_it() {
+    fn s03_cleartext_goes_to_loopback_or_named_hosts() {
         let hosts = Hosts { cleartext: Host::all(["gateway.internal"]).unwrap(), ..Hosts::default() };
         for fine in [
             "http://127.0.0.1:8080",

@@ -1,4 +1,4 @@
-//! Where a key goes in a request.
+//! The place of a key in a request.
 
 use std::{
     fmt,
@@ -9,15 +9,13 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, header::AUTHORIZATION};
 use zeroize::Zeroizing;
 
-use super::{
-    query,
-    secret::{Secret, is_encrypted},
-};
+pub(crate) use super::unusable::{UnusableSecret, check};
+use super::{query, secret::Secret};
 
-/// Where a key goes: one place, or several at once.
+/// The place of the key in a request: a header, a query parameter, or several of them.
 ///
-/// What a key looks like there is worked out once, when the key is loaded. A header or query parameter that
-/// the caller set under the same name is replaced.
+/// The pool renders a key once, when it loads the key. A header or query parameter of the same name that the
+/// caller set is replaced.
 ///
 /// ```
 /// use http::HeaderName;
@@ -31,7 +29,7 @@ use super::{
 /// let inject = Inject::query("key");
 /// // both headers, as some gateways want
 /// let inject = Inject::bearer().and(Inject::header("x-api-key"));
-/// // anything else that can be worked out from the secret
+/// // any other function of the secret
 /// let inject = Inject::custom(|secret, credentials| {
 ///     credentials.header(HeaderName::from_static("x-auth"), &format!("Token token={secret}"))
 /// });
@@ -41,7 +39,7 @@ use super::{
 pub struct Inject {
     places: Vec<Place>,
     invalid_header: Option<String>,
-    /// The form of the first key that shares it.
+    /// The form of the pool's first key, which the other keys share.
     form: Arc<OnceLock<Arc<Form>>>,
 }
 
@@ -59,8 +57,7 @@ impl Inject {
 
     /// A header of that name, with the secret as its whole value.
     ///
-    /// A name that is no header name is reported by
-    /// [`KeyPoolBuilder::build`](crate::KeyPoolBuilder::build).
+    /// [`KeyPoolBuilder::build`](crate::KeyPoolBuilder::build) reports a name that is not a header name.
     #[must_use]
     pub fn header(name: impl AsRef<str>) -> Self {
         match HeaderName::from_bytes(name.as_ref().as_bytes()) {
@@ -71,8 +68,8 @@ impl Inject {
 
     /// A query parameter of that name, percent-encoded.
     ///
-    /// A key in a URL is easily logged on its way. This crate takes it out of the errors and responses of
-    /// `reqwest`, which carry the URL; what other layers and proxies log, it can't see.
+    /// Proxies and servers often log URLs, and a key in the query with them. This crate removes the key from the
+    /// errors and responses of `reqwest`, which carry the URL. It cannot remove the key from other logs.
     #[must_use]
     pub fn query(name: impl Into<String>) -> Self {
         let name = name.into();
@@ -82,7 +79,9 @@ impl Inject {
         })
     }
 
-    /// Whatever `place` makes of a secret. It runs once per key, when the key is loaded.
+    /// The credentials that `place` makes of a secret. The pool calls it once per key, when it loads the key.
+    ///
+    /// For a secret that it cannot use, `place` returns an [`UnusableSecret`].
     #[must_use]
     pub fn custom<F>(place: F) -> Self
     where
@@ -95,7 +94,7 @@ impl Inject {
         Self { places, invalid_header, form: Arc::default() }
     }
 
-    /// Here and there.
+    /// Puts the key into the places of both.
     #[must_use]
     pub fn and(mut self, other: Self) -> Self {
         self.places.extend(other.places);
@@ -137,7 +136,7 @@ impl fmt::Debug for Inject {
     }
 }
 
-/// What a request carries for one key: see [`Inject::custom`].
+/// The headers and query parameters of one key: see [`Inject::custom`].
 #[derive(Default)]
 pub struct Credentials {
     headers: Vec<(HeaderName, HeaderValue)>,
@@ -149,11 +148,11 @@ impl Credentials {
     ///
     /// # Errors
     ///
-    /// Where a header can't carry the value.
+    /// A header can't carry the value.
     pub fn header(&mut self, name: HeaderName, value: &str) -> Result<(), UnusableSecret> {
         // Shared from the start, so that a request's clone does not allocate; wiped with the last of them.
         let bytes = Bytes::from_owner(Zeroizing::new(Box::<[u8]>::from(value.as_bytes())));
-        let mut value = HeaderValue::from_maybe_shared(bytes).map_err(|_| UnusableSecret::Control)?;
+        let mut value = HeaderValue::from_maybe_shared(bytes).map_err(|_| UnusableSecret::CONTROL)?;
         value.set_sensitive(true);
         self.headers.push((name, value));
         Ok(())
@@ -164,7 +163,7 @@ impl Credentials {
         self.query.push(query::Parameter::new(name, value));
     }
 
-    /// Divides what is the key's own from what it may have in common with others.
+    /// Splits the credentials into the part of this key, and the form that keys share.
     fn into_form(self, secret: &Secret) -> (Option<HeaderValue>, Form) {
         let mut headers = self.headers.into_iter();
         let (first, value) = match headers.next() {
@@ -186,7 +185,7 @@ impl fmt::Debug for Credentials {
     }
 }
 
-/// What requests carry for one key, and its secret; there may be very many of these.
+/// The credentials of one key, with its secret. Small, since a pool may have many keys.
 #[derive(Clone)]
 pub(crate) struct Rendered {
     /// The value of the first header.
@@ -194,20 +193,20 @@ pub(crate) struct Rendered {
     form: Arc<Form>,
 }
 
-/// All but the value of the first header: in most pools, the same for all keys.
+/// Everything but the value of the first header. In most pools, all keys share one form.
 #[derive(Clone)]
 struct Form {
     first: Option<FirstHeader>,
     more: Box<[(HeaderName, HeaderValue)]>,
     query: Vec<query::Parameter>,
-    /// The secret, where the first header doesn't hold it as it is.
+    /// The secret, if the first header does not contain it unchanged.
     apart: Option<Secret>,
 }
 
 #[derive(Clone, PartialEq, Eq)]
 struct FirstHeader {
     name: HeaderName,
-    /// How many bytes stand before the secret, and how many behind it.
+    /// The number of bytes before the secret in the header value, and after it.
     around_secret: Option<(usize, usize)>,
 }
 
@@ -233,7 +232,7 @@ impl Form {
 }
 
 impl Rendered {
-    /// Puts the headers into a request, in place of any of the same names.
+    /// Sets the request's headers, and replaces others of the same names.
     #[inline(always)]
     pub(crate) fn insert_into(&self, headers: &mut HeaderMap) {
         if let (Some(first), Some(value)) = (&self.form.first, &self.value) {
@@ -275,51 +274,6 @@ impl fmt::Debug for Rendered {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Rendered").finish_non_exhaustive()
     }
-}
-
-/// Whether a secret can be put into a request. `http` accepts tabs and bytes beyond ASCII in a header value, and
-/// trims nothing; a pasted key that has them is a broken key.
-pub(crate) fn check(secret: &str) -> Result<(), UnusableSecret> {
-    if secret.is_empty() {
-        return Err(UnusableSecret::Empty);
-    }
-    if is_encrypted(secret) {
-        return Err(UnusableSecret::Encrypted);
-    }
-    if secret.chars().any(char::is_control) {
-        return Err(UnusableSecret::Control);
-    }
-    if !secret.is_ascii() {
-        return Err(UnusableSecret::NotAscii);
-    }
-    if secret.trim() != secret {
-        return Err(UnusableSecret::EdgeSpace);
-    }
-    Ok(())
-}
-
-/// Why a secret can't be put into a request. It never says what the secret is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum UnusableSecret {
-    /// There is none.
-    #[error("the secret is empty")]
-    Empty,
-    /// It has a newline, a tab or another control character.
-    #[error("the secret has a newline, a tab or another control character")]
-    Control,
-    /// It has a character beyond ASCII.
-    #[error("the secret has a character that is not ASCII")]
-    NotAscii,
-    /// It begins or ends with a space.
-    #[error("the secret begins or ends with a space")]
-    EdgeSpace,
-    /// A function given to [`Inject::custom`] could make nothing of it.
-    #[error("the secret does not have the form that is expected")]
-    Form,
-    /// It is one that is encrypted, as it stands in a store.
-    #[error("the secret is encrypted: it is what a store holds, not a key")]
-    Encrypted,
 }
 
 /// Why a request was not given a key.
@@ -367,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn several_places_are_filled_at_once_and_every_header_is_sensitive() {
+    fn all_places_are_filled_with_sensitive_headers() {
         let inject = Inject::bearer().and(Inject::header("x-api-key")).and(Inject::query("key"));
         let rendered = rendered(&inject, "a+b");
         let headers = headers(&rendered);
@@ -378,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn a_secret_is_known_again_whatever_became_of_it_in_the_request() {
+    fn a_rendered_key_gives_its_secret_back() {
         let reversed = Inject::custom(|secret, credentials| {
             let reversed: String = secret.chars().rev().collect();
             credentials.header(AUTHORIZATION, &reversed)
@@ -400,7 +354,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_of_one_form_share_it_and_those_of_another_have_their_own() {
+    fn keys_share_a_form_if_it_is_the_same() {
         let inject = Inject::custom(|secret, credentials| {
             let name = if secret.len() > 4 { "x-long" } else { "x-short" };
             credentials.header(HeaderName::from_static(name), secret)
@@ -413,27 +367,26 @@ mod tests {
     }
 
     #[test]
-    fn f30_a_secret_that_no_header_should_carry_is_refused() {
+    fn f30_a_secret_unfit_for_a_header_is_refused() {
         let refused = |secret: &str| Inject::bearer().render(&secret.into()).map(|_| ()).unwrap_err();
-        assert_eq!(refused(""), UnusableSecret::Empty);
-        assert_eq!(refused("a\nb"), UnusableSecret::Control);
-        assert_eq!(refused("a\tb"), UnusableSecret::Control);
-        assert_eq!(refused("a\u{7f}"), UnusableSecret::Control);
-        assert_eq!(refused(" a"), UnusableSecret::EdgeSpace);
-        assert_eq!(refused("a "), UnusableSecret::EdgeSpace);
-        assert_eq!(refused("schlüssel"), UnusableSecret::NotAscii);
-        assert_eq!(refused("a\u{a0}"), UnusableSecret::NotAscii);
+        assert_eq!(refused(""), UnusableSecret::EMPTY);
+        assert_eq!(refused("a\nb"), UnusableSecret::CONTROL);
+        assert_eq!(refused("a\tb"), UnusableSecret::CONTROL);
+        assert_eq!(refused("a\u{7f}"), UnusableSecret::CONTROL);
+        assert_eq!(refused(" a"), UnusableSecret::EDGE_SPACE);
+        assert_eq!(refused("a "), UnusableSecret::EDGE_SPACE);
+        assert_eq!(refused("schlüssel"), UnusableSecret::NOT_ASCII);
+        assert_eq!(refused("a\u{a0}"), UnusableSecret::NOT_ASCII);
     }
 
-    /// Broken once: without the check, a pool over any store sent what it could not decrypt.
     #[test]
-    fn s05_a_secret_that_is_encrypted_is_not_sent_to_a_service() {
+    fn s05_an_encrypted_secret_is_never_sent() {
         let refused = Inject::bearer().render(&"encrypted.v1.2026a.eLH6eRw6wIzwAOCDf3w0DQ55l0Q".into());
-        assert_eq!(refused.map(|_| ()).unwrap_err(), UnusableSecret::Encrypted);
+        assert_eq!(refused.map(|_| ()).unwrap_err(), UnusableSecret::ENCRYPTED);
     }
 
     #[test]
-    fn nothing_that_holds_a_secret_shows_it() {
+    fn debug_never_shows_a_secret() {
         let inject = Inject::bearer().and(Inject::query("key"));
         let shown = format!("{inject:?} {:?}", rendered(&inject, "sk-canary"));
         assert!(!shown.contains("canary"), "{shown}");

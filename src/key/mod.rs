@@ -1,16 +1,20 @@
-//! A key: its id and secret, where it is written down, where it goes in a request, and to which hosts.
+//! A key: what may be said of it, where it is written down, where it goes in a request, and to which hosts.
 
 pub(crate) mod hosts;
 pub(crate) mod inject;
 pub(crate) mod query;
+pub(crate) mod rejected;
 mod secret;
 pub(crate) mod source;
+mod spec;
+mod unusable;
 
 #[cfg(feature = "mongodb")]
 pub(crate) use self::secret::is_encrypted;
 pub use self::{
-    hosts::InvalidHost,
-    inject::{Credentials, Inject, InjectError, UnusableSecret, UriTooLong},
+    inject::{Credentials, Inject, InjectError, UriTooLong},
+    rejected::{ParsedKey, Rejected},
     secret::{InvalidKeyId, KeyId, Secret},
-    source::{Place, Rejected, Rejection},
+    spec::KeySpec,
+    unusable::UnusableSecret,
 };

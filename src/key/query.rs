@@ -1,17 +1,17 @@
-//! Query strings, as far as a key in one goes.
+//! Keys in query strings: adding, finding and removing them.
 
 use std::borrow::Cow;
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
 
-/// All but RFC 3986's unreserved characters.
+/// All characters but the unreserved ones of RFC 3986.
 const ENCODED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
 #[derive(Clone)]
 pub struct Parameter {
     name: Box<str>,
     encoded: Box<str>,
-    /// `name=value` as they are.
+    /// `name=value`, not encoded.
     plain: Box<str>,
 }
 
@@ -28,7 +28,7 @@ impl Parameter {
         &self.encoded
     }
 
-    /// Whether it stands in that text, which may be encoded once, or once more as a part of a URL in a URL.
+    /// Whether the text contains the parameter: as it is, encoded, or encoded again as part of a URL in a URL.
     pub(crate) fn is_in(&self, text: &str) -> bool {
         const DEEPEST: usize = 3;
         let decoded = |text: &str| {
@@ -39,26 +39,28 @@ impl Parameter {
     }
 }
 
-/// Whether one of them stands there.
+/// Whether the text contains one of the parameters.
 pub(crate) fn holds_one(parameters: &[Parameter], text: &str) -> bool {
     parameters.iter().any(|own| own.is_in(text))
 }
 
-/// The query with these parameters in place of any of the same names.
+/// Adds parameters to a query, and removes others of the same names.
 pub(crate) fn with(query: Option<&str>, parameters: &[Parameter]) -> String {
     let own = parameters.iter().map(Parameter::encoded);
     others(query, parameters).chain(own).collect::<Vec<_>>().join("&")
 }
 
-/// The query without the parameters of these names; `None` where nothing is left.
+/// Removes the parameters of these names from a query. Returns `None` if the query is empty then.
 #[cfg(feature = "reqwest")]
 pub(crate) fn without(query: Option<&str>, parameters: &[Parameter]) -> Option<String> {
     let left = others(query, parameters).collect::<Vec<_>>();
     (!left.is_empty()).then(|| left.join("&"))
 }
 
-/// A URL, whole or relative, without what holds one of these parameters, which may be nothing; `None` where nothing holds
-/// one. Another parameter of the same name stays: to another host, it may mean something else.
+/// Removes every part of an absolute or relative URL that contains one of these parameters. Returns `None` if no part
+/// does, and an empty URL if the path does.
+///
+/// A parameter of the same name with another value stays: another host may give it another meaning.
 pub(crate) fn url_without(url: &str, parameters: &[Parameter]) -> Option<String> {
     let holds_one = |text: &str| holds_one(parameters, text);
     if !holds_one(url) {
@@ -70,12 +72,12 @@ pub(crate) fn url_without(url: &str, parameters: &[Parameter]) -> Option<String>
     let left = query.split('&').filter(|pair| !holds_one(pair)).collect::<Vec<_>>().join("&");
     let mark = if left.is_empty() { "" } else { "?" };
     let without = format!("{path}{mark}{left}{fragment}");
-    // In the path, or across what was looked at apart.
+    // The parameter may be in the path, or span several parts.
     Some(if holds_one(&without) { String::new() } else { without })
 }
 
-/// The same of RFC 8288's links, `<URL>; rel="next", …`, of which something is known to hold one. Nothing is left of any of
-/// them where one would lead to where the request went.
+/// Removes the parameters from the URLs of RFC 8288's links, `<URL>; rel="next", …`. Returns no links at all if one of
+/// them would become empty, since an empty URL refers to the request's own.
 pub(crate) fn links_without(links: &str, parameters: &[Parameter]) -> String {
     let mut without = String::new();
     let mut rest = links;
@@ -107,28 +109,28 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_parameter_is_added_to_what_is_there() {
+    fn a_parameter_is_added_to_the_query() {
         let key = [Parameter::new("key", "s&cret")];
         assert_eq!(with(None, &key), "key=s%26cret");
         assert_eq!(with(Some("a=1&b"), &key), "a=1&b&key=s%26cret");
     }
 
     #[test]
-    fn every_parameter_of_its_name_is_replaced_however_it_is_written() {
+    fn all_parameters_of_the_name_are_replaced() {
         let key = [Parameter::new("key", "new")];
         assert_eq!(with(Some("key=a&x=1&k%65y=b&key"), &key), "x=1&key=new");
     }
 
     #[cfg(feature = "reqwest")]
     #[test]
-    fn it_can_be_taken_out_again() {
+    fn a_parameter_can_be_removed() {
         let key = [Parameter::new("key", "new")];
         assert_eq!(without(Some("key=new&x=1"), &key), Some("x=1".into()));
         assert_eq!(without(Some("key=new"), &key), None);
     }
 
     #[test]
-    fn a_key_is_taken_out_of_a_url_however_it_is_encoded_there() {
+    fn a_key_is_removed_from_a_url_in_any_encoding() {
         let key = [Parameter::new("key", "s&cret/1")];
         for (url, without) in [
             ("https://other.test/v1?key=s%26cret%2F1", Some("https://other.test/v1")),
@@ -147,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_is_taken_out_of_links_or_the_links_are_left_out() {
+    fn a_key_is_removed_from_links() {
         let key = [Parameter::new("key", "s&cret/1")];
         for (links, without) in [
             (

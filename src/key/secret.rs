@@ -1,4 +1,4 @@
-//! Key ids and secrets: what may be shown, and what never is.
+//! Key ids, which are public, and secrets, which are never shown.
 
 use std::{
     borrow::Borrow,
@@ -12,7 +12,8 @@ use secrecy::{ExposeSecret, SecretString};
 
 /// The public name of a key: in logs, errors and statistics. It is never derived from the secret.
 ///
-/// 1 to 256 bytes without control characters; up to 24 are kept in place, a longer one is allocated with each clone.
+/// An id has 1 to 256 bytes and no control characters. Up to 24 bytes are stored inline; each clone of a longer id
+/// allocates.
 ///
 /// ```
 /// use tower_key_rotation::KeyId;
@@ -26,11 +27,11 @@ pub struct KeyId(CompactString);
 impl KeyId {
     const MAX_BYTES: usize = 256;
 
-    /// An id of that name.
+    /// Checks a name and makes it an id.
     ///
     /// # Errors
     ///
-    /// Where the name is empty, longer than 256 bytes, or has a control character.
+    /// The name is empty, longer than 256 bytes, or has a control character.
     pub fn new(id: impl AsRef<str>) -> Result<Self, InvalidKeyId> {
         let id = id.as_ref();
         if id.is_empty() || id.len() > Self::MAX_BYTES || id.chars().any(char::is_control) {
@@ -77,12 +78,12 @@ impl serde::Serialize for KeyId {
     }
 }
 
-/// A name that can't be a [`KeyId`].
+/// The error of a name that can't be a [`KeyId`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("a key id has 1 to 256 bytes and no control characters")]
 pub struct InvalidKeyId;
 
-/// The secret of a key. Shown by nothing, wiped from memory when its last clone is dropped.
+/// The secret of a key. `Debug` does not show it, and its memory is wiped when the last clone is dropped.
 ///
 /// ```
 /// use tower_key_rotation::Secret;
@@ -95,20 +96,20 @@ pub struct InvalidKeyId;
 pub struct Secret(Arc<SecretString>);
 
 impl Secret {
-    /// Takes a secret over.
+    /// Takes ownership of a secret.
     #[must_use]
     pub fn new(secret: impl Into<String>) -> Self {
         Self(Arc::new(SecretString::from(secret.into())))
     }
 
-    /// The secret itself.
+    /// Returns the secret.
     #[must_use]
     pub fn expose(&self) -> &str {
         self.0.expose_secret()
     }
 }
 
-/// Whether it is a secret as a store encrypts it, of whatever version, and so none to send to a service.
+/// Whether a secret is encrypted by a store, in any version of the format. Such a secret is never sent to a service.
 pub(crate) fn is_encrypted(secret: &str) -> bool {
     secret.starts_with("encrypted.v")
 }
@@ -155,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn an_id_is_refused_where_it_could_not_be_logged_on_one_line() {
+    fn an_id_that_breaks_a_log_line_is_refused() {
         for id in ["", "a\nb", "a\u{7f}b", &"x".repeat(257)] {
             assert_eq!(KeyId::new(id), Err(InvalidKeyId), "{id:?}");
         }

@@ -1,10 +1,10 @@
-//! From keys, wherever they are written down, to a pool.
+//! Builds a pool from keys and settings.
 
 use std::{
     borrow::Cow,
     collections::{HashMap, HashSet},
-    env, fs, io,
-    path::{Path, PathBuf},
+    env, io,
+    path::PathBuf,
     sync::Arc,
     time::Duration,
 };
@@ -15,20 +15,21 @@ use crate::{
     key::hosts::{Host, Hosts, InvalidHost},
     key::inject::Inject,
     key::{
-        KeyId, Place, Rejected, Rejection, Secret,
-        source::{self, Candidate},
+        KeyId, KeySpec, ParsedKey, Rejected, Secret,
+        rejected::{Place, Reason},
+        source::{self, Unnamed},
     },
     limit::Cooldowns,
     meter::Meter,
     store::{KeyStore, StoreError},
 };
 
-/// Puts a [`KeyPool`] together: its keys, where they go, and how long they rest.
+/// Builds a [`KeyPool`]: its keys, where they go in a request, and how long they rest.
 ///
-/// Keys without an id are called `key-1`, `key-2` and so on, by their place among all keys.
+/// Keys without an id are called `key-1`, `key-2` and so on, by their position among all keys of the builder.
 ///
-/// A key that can't be used is left out, logged by place and id, and listed in [`KeyPool::rejected`]; the
-/// others serve. With [`strict`](Self::strict), it is an error instead.
+/// The builder leaves out a key that can't be used, logs its place and id, and lists it in [`KeyPool::rejected`].
+/// The other keys serve. With [`strict`](Self::strict), such a key is an error.
 ///
 /// ```
 /// use std::time::Duration;
@@ -62,6 +63,7 @@ pub struct KeyPoolBuilder {
 #[derive(Debug)]
 enum Given {
     Key(String, Secret),
+    Spec(KeySpec),
     Env(String),
     File(PathBuf),
 }
@@ -93,7 +95,7 @@ impl Default for KeyPoolBuilder {
 }
 
 impl KeyPoolBuilder {
-    /// What the pool is called in metrics, where a program has several; `default` otherwise.
+    /// Sets the pool's name in metrics, for a program with several pools. The default is `default`.
     pub fn name(mut self, name: impl Into<Cow<'static, str>>) -> Self {
         self.config.meter = Arc::new(Meter::of(name.into()));
         self
@@ -115,41 +117,93 @@ impl KeyPoolBuilder {
         keys.into_iter().fold(self, |builder, (id, secret)| builder.key(id, secret))
     }
 
-    /// Adds the keys of an environment variable: `id=secret,id=secret` or bare secrets, divided by commas.
-    /// It is read by [`build`](Self::build).
+    /// Adds a key by its spec, which can say more than id and secret.
     ///
-    /// The first `=` of an entry divides, unless only a base64 secret's padding stands behind it.
+    /// A spec with a field that has [no effect yet](KeySpec::unsupported) is rejected.
+    ///
+    /// ```
+    /// use tower_key_rotation::{KeyId, KeyPool, KeySpec};
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let pool = KeyPool::builder()
+    ///     .key_spec(KeySpec::new(KeyId::new("alpha")?, "sk-1"))
+    ///     .key_spec(KeySpec::new(KeyId::new("beta")?, "sk-2").tier(1))
+    ///     .build()?;
+    ///
+    /// let rejected = pool.rejected()[0].to_string();
+    /// assert_eq!(rejected, "key 2 in code: key beta: `tier` is not supported yet, remove it");
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn key_spec(mut self, spec: KeySpec) -> Self {
+        self.given.push(Given::Spec(spec));
+        self
+    }
+
+    /// Adds the keys of an environment variable: `id=secret,id=secret` or bare secrets, separated by commas.
+    ///
+    /// The first `=` of an entry separates id and secret, unless only a base64 secret's padding follows. The builder
+    /// reads the variable in [`build`](Self::build).
     pub fn keys_from_env(mut self, variable: impl Into<String>) -> Self {
         self.given.push(Given::Env(variable.into()));
         self
     }
 
-    /// Adds the keys of a file, which is read by [`build`](Self::build).
+    /// Adds the keys of a file in one of three formats. The builder reads the file in [`build`](Self::build).
     ///
-    /// One `id|secret` or bare secret a line; empty lines and those that begin with `#` are skipped. Or JSON,
-    /// where the name ends in `.json` or the text begins with `[` or `{`: `["secret"]`,
-    /// `[{"id": "…", "secret": "…"}]` or `{"id": "secret"}`.
+    /// **TOML**, with the feature `toml`, if the name ends in `.toml` or a line is `[[key]]`. A key needs only its
+    /// `secret`:
     ///
-    /// Spaces around an id are dropped. Those around a secret are not: such a key is rejected.
+    /// ```toml
+    /// [[key]]
+    /// id = "alpha"
+    /// secret = "sk-1"
+    /// note = "paid until May"                  # for people
+    ///
+    /// [[key]]
+    /// id = "beta"
+    /// secret = "sk-2"
+    /// group = "org-1"                          # text
+    /// tier = 1                                 # 0 to 255
+    /// weight = 3                               # from 1
+    /// max_in_flight = 8                        # from 1
+    /// endpoint = "https://eu.api.example.com"  # text
+    /// ```
+    ///
+    /// `group`, `tier`, `weight`, `max_in_flight` and `endpoint` have [no effect yet](KeySpec::unsupported), so a key
+    /// with one of them is rejected.
+    ///
+    /// **JSON**, if the name ends in `.json` or the text begins with `[` or `{`: `["secret"]`, `{"id": "secret"}`, or
+    /// objects with the same fields, `[{"id": "…", "secret": "…"}]`. An object with both `id` and `secret` is one key.
+    ///
+    /// **Lines** otherwise: one `id|secret` or bare secret a line. Empty lines and those that begin with `#` are skipped.
+    /// Spaces around an id are dropped. A secret with spaces around it is rejected.
+    ///
+    /// In all formats, a key with an unknown field or a value of the wrong type is rejected. A file of more than
+    /// 32 MiB or 1,000,000 keys is an error.
     pub fn keys_from_file(mut self, path: impl Into<PathBuf>) -> Self {
         self.given.push(Given::File(path.into()));
         self
     }
 
-    /// Where keys go in a request. By default `Authorization: Bearer`.
+    /// Sets the place of the key in a request. The default is `Authorization: Bearer`.
     pub fn inject(mut self, inject: Inject) -> Self {
         self.config.inject = inject;
         self
     }
 
-    /// Gives keys to requests to these hosts only. Any other request passes through without a key, and its
-    /// response is not looked at.
+    /// Restricts keys to requests to these hosts. By default every host gets a key.
     ///
-    /// A host is `api.example.com`, on any port, or `api.example.com:8443`, on that one; `*.example.com` is
-    /// every host below `example.com`, and not `example.com` itself. What is none of these is reported by
-    /// [`build`](Self::build). A request whose URI has no host is judged by its `Host` header.
+    /// A request to another host passes through without a key, and the pool ignores its response.
     ///
-    /// A redirect that the client follows by itself is not seen here: the README says what that means.
+    /// | a host | matches |
+    /// |---|---|
+    /// | `api.example.com` | this host, on any port |
+    /// | `api.example.com:8443` | this host, on this port |
+    /// | `*.example.com` | every host below `example.com`, but not `example.com` itself |
+    ///
+    /// [`build`](Self::build) reports anything else as an error. If a request's URI has no host, its `Host` header
+    /// decides. Redirects that the client follows by itself bypass this check: see the README.
     ///
     /// ```
     /// use tower_key_rotation::KeyPool;
@@ -173,8 +227,10 @@ impl KeyPoolBuilder {
         self
     }
 
-    /// Gives keys to requests in cleartext to these hosts as well. Without this, a request by `http` to any
-    /// host but loopback fails with [`InjectError::Cleartext`](crate::InjectError::Cleartext).
+    /// Allows keys in cleartext requests to these hosts.
+    ///
+    /// Otherwise a request by `http` to any host but loopback fails with
+    /// [`InjectError::Cleartext`](crate::InjectError::Cleartext).
     pub fn allow_cleartext_to<I, H>(mut self, hosts: I) -> Self
     where
         I: IntoIterator<Item = H>,
@@ -195,80 +251,82 @@ impl KeyPoolBuilder {
         })
     }
 
-    /// How long a key rests after a 429 where the service doesn't say, and at least where it does. By
-    /// default 2 minutes.
+    /// Sets the cooldown after a 429: the default is 2 minutes. A longer wait that the service asks for takes
+    /// precedence.
     pub fn cooldown(mut self, cooldown: Duration) -> Self {
         self.config.cooldowns.rate_limited = cooldown;
         self
     }
 
-    /// How long a key rests once its quota is used up. By default 24 hours.
+    /// Sets how long a key rests once its quota is exhausted: the default is 24 hours.
     pub fn exhausted_for(mut self, rest: Duration) -> Self {
         self.config.cooldowns.exhausted = rest;
         self
     }
 
-    /// Takes the service at its word where it asks for less than [`cooldown`](Self::cooldown), too.
+    /// Follows the service's hint also if it is shorter than [`cooldown`](Self::cooldown).
     pub fn exact_hints(mut self) -> Self {
         self.config.cooldowns.exact_hints = true;
         self
     }
 
-    /// The least and the most that a service's hint can ask for: a hint below or above counts as that. By
-    /// default 1 second and 1 hour. Where the two cross, the most holds. Of a quota that is used up, the most is at
-    /// least [`exhausted_for`](Self::exhausted_for).
+    /// Clamps the service's hints to a range: the default is 1 second to 1 hour.
+    ///
+    /// If `least` is greater than `most`, `most` applies. For an exhausted quota, the upper limit is at least
+    /// [`exhausted_for`](Self::exhausted_for).
     pub fn hint_limits(mut self, least: Duration, most: Duration) -> Self {
         self.config.cooldowns.shortest_hint = least;
         self.config.cooldowns.longest_hint = most;
         self
     }
 
-    /// Where the time comes from: for tests, see [`clock`](crate::clock).
+    /// Sets the clock, for tests: see [`clock`](crate::clock).
     pub fn clock(mut self, clock: impl Clock) -> Self {
         self.config.clock = Arc::new(clock);
         self
     }
 
-    /// Makes a key that can't be used an error, which lists all of them.
+    /// Makes keys that can't be used an error, which lists all of them.
     pub fn strict(mut self) -> Self {
         self.strict = true;
         self
     }
 
-    /// A pool with these keys, kept in this process's memory. It may be empty, and be filled later.
+    /// Builds a pool in this process's memory. It may be empty, and be filled later.
     ///
     /// # Errors
     ///
-    /// Where a file or variable can't be read, or with [`strict`](Self::strict) where a key can't be used.
+    /// A file or variable can't be read; with [`strict`](Self::strict), also a key that can't be used.
     pub fn build(self) -> Result<KeyPool, BuildError> {
         let (keys, rejected) = self.read()?;
         Ok(KeyPool::new(keys, rejected, self.config, Persistence::none()))
     }
 
-    /// A pool over that store: the store's keys and their state, and those given here. A key given here whose
-    /// id or secret the store has already is the store's: its id, its secret and its state hold.
+    /// Opens a pool over a store, with the store's keys and those of the builder.
+    ///
+    /// If the store already has a key's id or secret, the store's key takes precedence: its id, secret and state.
     ///
     /// # Errors
     ///
-    /// As for [`build`](Self::build), and where the store fails.
-    pub async fn open(self, store: impl KeyStore) -> Result<KeyPool, OpenError> {
+    /// Those of [`build`](Self::build), and [a failure of the store](BuildError::store_error).
+    pub async fn open(self, store: impl KeyStore) -> Result<KeyPool, BuildError> {
         let (keys, rejected) = self.read()?;
         let persistence = Persistence::over(metered(store, &self.config.meter), seeds(&keys));
         let pool = KeyPool::new(Vec::new(), rejected, self.config, persistence);
-        pool.reload().await?;
+        pool.reload().await.map_err(|error| BuildError(Problem::Store(error)))?;
         Ok(pool)
     }
 
-    /// A pool over a store that need not be there yet. Until it is, the keys given here serve, as healthy ones;
-    /// then it is as if the pool had been [opened](Self::open) over it, and what was learnt of the keys in the
-    /// meantime is written to it.
+    /// Opens a pool over a store that need not be reachable yet.
     ///
-    /// A [`RecoveryHandle`](crate::RecoveryHandle) tries to reach it: at once, and again at random intervals
-    /// that grow from about a second to the usual one.
+    /// Until the store can be reached, the keys of the builder serve, all of them healthy. Then the pool becomes the
+    /// one that [`open`](Self::open) would have opened, and writes what it has learnt of the keys to the store. A
+    /// [`RecoveryHandle`](crate::RecoveryHandle) connects: at once, and again at random intervals that grow from about
+    /// a second to its usual interval.
     ///
     /// # Errors
     ///
-    /// As for [`build`](Self::build).
+    /// Those of [`build`](Self::build).
     pub fn open_when_ready(self, store: impl KeyStore) -> Result<KeyPool, BuildError> {
         let (keys, rejected) = self.read()?;
         let persistence = Persistence::over(metered(store, &self.config.meter), seeds(&keys));
@@ -276,58 +334,58 @@ impl KeyPoolBuilder {
     }
 
     fn read(&self) -> Result<(Vec<UsableKey>, Vec<Rejected>), BuildError> {
+        let (keys, rejected) = self.accepted().map_err(BuildError)?;
+        for rejected in &rejected {
+            tracing::warn!("key rejected: {rejected}");
+        }
+        Ok((keys, rejected))
+    }
+
+    fn accepted(&self) -> Result<(Vec<UsableKey>, Vec<Rejected>), Problem> {
         if let Some(name) = self.config.inject.invalid_header() {
-            return Err(BuildError::HeaderName(name.to_owned()));
+            return Err(Problem::HeaderName(name.to_owned()));
         }
         if let Some(invalid) = &self.invalid_host {
-            return Err(BuildError::Host(invalid.clone()));
+            return Err(Problem::Host(invalid.clone()));
         }
         let mut accepted = Accepted::default();
         for (number, given) in (1..).zip(&self.given) {
-            for candidate in given.read(number)? {
-                accepted.add(candidate, &self.config.inject);
+            for parsed in given.read(number, accepted.candidates)? {
+                accepted.add(parsed, &self.config.inject);
             }
         }
         let Accepted { keys, rejected, .. } = accepted;
         if self.strict && !rejected.is_empty() {
-            return Err(BuildError::Rejected(rejected));
-        }
-        for rejected in &rejected {
-            tracing::warn!("key rejected: {rejected}");
+            return Err(Problem::Rejected(rejected));
         }
         Ok((keys, rejected))
     }
 }
 
 impl Given {
-    fn read(&self, number: usize) -> Result<Vec<Candidate>, BuildError> {
+    /// `before`: the number of keys before these.
+    fn read(&self, number: usize, before: usize) -> Result<Vec<ParsedKey>, Problem> {
+        let unnamed = Unnamed::Numbered { before };
         match self {
-            Self::Key(id, secret) => Ok(vec![Candidate {
-                place: Place::Code(number),
-                id: Some(id.clone()),
-                secret: Ok(secret.clone()),
-            }]),
-            Self::Env(variable) => {
-                let value = env::var_os(variable).ok_or_else(|| BuildError::NoVariable(variable.clone()))?;
-                let value = value.to_str().ok_or_else(|| BuildError::VariableNotText(variable.clone()))?;
-                Ok(source::env(variable, value))
+            Self::Key(id, secret) => {
+                let place = Place::Code(number);
+                let key = match KeyId::new(id) {
+                    Ok(id) => Ok(KeySpec::new(id, secret.clone())),
+                    Err(error) => Err(Rejected::new(place.clone(), None, error)),
+                };
+                Ok(vec![ParsedKey { place, key }])
             }
-            Self::File(path) => read_file(path),
+            Self::Spec(spec) => Ok(vec![ParsedKey { place: Place::Code(number), key: Ok(spec.clone()) }]),
+            Self::Env(variable) => {
+                let value = env::var_os(variable).ok_or_else(|| Problem::NoVariable(variable.clone()))?;
+                let value = value.to_str().ok_or_else(|| Problem::VariableNotText(variable.clone()))?;
+                Ok(source::variable(variable, value, unnamed)?)
+            }
+            Self::File(path) => {
+                let parsed = source::file(path, unnamed);
+                Ok(parsed.map_err(|source| Problem::File { path: path.clone(), source })??)
+            }
         }
-    }
-}
-
-fn read_file(path: &Path) -> Result<Vec<Candidate>, BuildError> {
-    let text =
-        fs::read_to_string(path).map_err(|source| BuildError::File { path: path.to_owned(), source })?;
-    if source::is_json(path, &text) {
-        source::json(path, &text).map_err(|source| BuildError::Json {
-            path: path.to_owned(),
-            line: source.line(),
-            source,
-        })
-    } else {
-        Ok(source::lines(path, &text))
     }
 }
 
@@ -355,94 +413,85 @@ struct Accepted {
 }
 
 impl Accepted {
-    fn add(&mut self, candidate: Candidate, inject: &Inject) {
+    fn add(&mut self, parsed: ParsedKey, inject: &Inject) {
         self.candidates += 1;
-        let id = match &candidate.id {
-            Some(id) => KeyId::new(id),
-            None => KeyId::new(format!("key-{}", self.candidates)),
+        let spec = match parsed.key {
+            Ok(spec) => spec,
+            Err(rejected) => return self.rejected.push(rejected),
         };
-        let known_id = id.as_ref().ok().cloned();
-        match id.map_err(Rejection::from).and_then(|id| self.check(id, candidate.secret, inject)) {
+        match self.check(&spec, inject) {
             Ok(key) => {
-                self.ids.insert(key.id.clone());
-                self.by_secret.insert(key.secret(), key.id.clone());
+                self.ids.insert(spec.id.clone());
+                self.by_secret.insert(spec.secret, spec.id);
                 self.keys.push(key);
             }
-            Err(reason) => self.rejected.push(Rejected { place: candidate.place, id: known_id, reason }),
+            Err(reason) => self.rejected.push(Rejected::new(parsed.place, Some(spec.id), reason)),
         }
     }
 
-    fn check(
-        &self,
-        id: KeyId,
-        secret: Result<Secret, Rejection>,
-        inject: &Inject,
-    ) -> Result<UsableKey, Rejection> {
-        let secret = secret?;
-        if self.ids.contains(&id) {
-            return Err(Rejection::DuplicateId);
+    fn check(&self, spec: &KeySpec, inject: &Inject) -> Result<UsableKey, Reason> {
+        if self.ids.contains(&spec.id) {
+            return Err(Reason::DuplicateId);
         }
-        if let Some(other) = self.by_secret.get(&secret) {
-            return Err(Rejection::DuplicateSecret(other.clone()));
+        if let Some(other) = self.by_secret.get(&spec.secret) {
+            return Err(Reason::DuplicateSecret(other.clone()));
         }
-        Ok(UsableKey::new(id, &secret, inject)?)
+        if let Some(field) = spec.unsupported() {
+            return Err(Reason::Unsupported(field));
+        }
+        Ok(UsableKey::new(spec.id.clone(), &spec.secret, inject)?)
     }
 }
 
-/// Why a pool could not be built.
+/// Why a pool could not be built or opened.
+///
+/// `Display` names the file, line, variable or setting, and the reason. No secret is shown.
 #[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum BuildError {
-    /// An environment variable is not set.
+#[error(transparent)]
+pub struct BuildError(Problem);
+
+impl BuildError {
+    /// Returns the keys that can't be used, if the builder is [`strict`](KeyPoolBuilder::strict).
+    #[must_use]
+    pub fn rejected(&self) -> &[Rejected] {
+        match &self.0 {
+            Problem::Rejected(rejected) => rejected,
+            _ => &[],
+        }
+    }
+
+    /// Returns the store's error, if [`open`](KeyPoolBuilder::open) failed because the store did.
+    #[must_use]
+    pub fn store_error(&self) -> Option<&StoreError> {
+        match &self.0 {
+            Problem::Store(error) => Some(error),
+            _ => None,
+        }
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+enum Problem {
     #[error("the environment variable {0} is not set")]
     NoVariable(String),
-    /// An environment variable is not UTF-8.
     #[error("the environment variable {0} is not UTF-8 text")]
     VariableNotText(String),
-    /// A file could not be read.
     #[error("{} could not be read", path.display())]
-    File {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// A file is not the JSON that it should be.
-    #[error("{}, line {line}: not valid JSON", path.display())]
-    Json {
-        /// Which.
-        path: PathBuf,
-        /// On which line.
-        line: usize,
-        /// What is wrong.
-        source: serde_json::Error,
-    },
-    /// The name given to [`Inject::header`] can't be one.
+    File { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Text(#[from] Rejected),
     #[error("{0:?} is not a header name")]
     HeaderName(String),
-    /// What was given to [`KeyPoolBuilder::allowed_hosts`] or [`KeyPoolBuilder::allow_cleartext_to`] can't be
-    /// a host.
     #[error(transparent)]
     Host(InvalidHost),
-    /// These keys can't be used, and the builder is [`strict`](KeyPoolBuilder::strict).
     #[error("{} could not be used as keys:{}", .0.len(), listed(.0))]
     Rejected(Vec<Rejected>),
+    #[error(transparent)]
+    Store(StoreError),
 }
 
 fn listed(rejected: &[Rejected]) -> String {
     rejected.iter().map(|rejected| format!("\n  {rejected}")).collect()
-}
-
-/// Why a pool could not be opened over a store.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum OpenError {
-    /// Its own keys could not be read.
-    #[error(transparent)]
-    Build(#[from] BuildError),
-    /// The store failed.
-    #[error(transparent)]
-    Store(#[from] StoreError),
 }
 
 #[cfg(test)]
@@ -450,7 +499,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn f30_a_bad_key_is_rejected_by_id_and_the_others_serve() {
+    fn f30_a_bad_key_is_rejected_and_the_others_serve() {
         let pool = KeyPool::builder()
             .keys((0..99).map(|number| (format!("key-{number}"), format!("sk-{number}"))))
             .key("bad", "canary\n")
@@ -462,7 +511,7 @@ mod tests {
     }
 
     #[test]
-    fn two_keys_of_one_id_or_one_secret_are_one_key() {
+    fn keys_of_one_id_or_secret_are_one_key() {
         let pool = KeyPool::builder().keys([("a", "sk-1"), ("a", "sk-2"), ("b", "sk-1")]).build().unwrap();
         let shown: Vec<_> = pool.rejected().iter().map(ToString::to_string).collect();
         assert_eq!(
@@ -475,7 +524,7 @@ mod tests {
     }
 
     #[test]
-    fn a_strict_builder_lists_all_that_is_wrong() {
+    fn a_strict_builder_lists_all_rejected_keys() {
         let error = KeyPool::builder().keys([("a", ""), ("", "sk")]).strict().build().unwrap_err();
         let shown = error.to_string();
         assert!(shown.contains("key 1 in code: key a: the secret is empty"), "{shown}");
@@ -483,7 +532,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_read_is_an_error_that_names_it() {
+    fn an_unreadable_source_is_named_in_the_error() {
         let error = |builder: KeyPoolBuilder| builder.build().unwrap_err().to_string();
         assert_eq!(
             error(KeyPool::builder().keys_from_file("no/such/file")),

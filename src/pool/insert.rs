@@ -1,4 +1,4 @@
-//! New keys. They go into the store first, which may know one of that name.
+//! New keys. They go into the store first, which may have keys of the same names.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -14,20 +14,20 @@ use super::{
     operate::OperateError,
 };
 use crate::{
-    key::{KeyId, Secret},
+    key::{KeyId, KeySpec, Secret},
     store::{KeyStore, StoreError},
     sync::JoinSet,
 };
 
-/// The most keys that the store is given at once. Where as many in a row have failed, the rest are not tried: each would
-/// wait for a store that is gone.
+/// The most insertions in flight. After as many failures in a row the other keys are not tried: each would wait for a
+/// store that is gone.
 const AT_ONCE: usize = 8;
 
-/// After so many, others have a turn.
+/// The keys that are inserted in one turn; then loads and other operators have theirs.
 const IN_A_TURN: usize = 500;
 
 impl KeyPool {
-    /// Adds a key. It is picked as soon as the store, if there is one, has it.
+    /// Adds a key. It is picked as soon as the store, if there is one, has taken it.
     ///
     /// ```
     /// use tower_key_rotation::KeyPool;
@@ -47,18 +47,16 @@ impl KeyPool {
     ///
     /// # Errors
     ///
-    /// Where the id or the secret can't be used, or is another key's; and where the store fails, in which case the pool is
-    /// as it was.
+    /// If the id or the secret can't be used, or is another key's, or if the store fails.
     pub async fn insert(&self, id: impl AsRef<str>, secret: impl Into<Secret>) -> Result<(), OperateError> {
         self.insert_all([(id, secret)]).await.into_iter().collect()
     }
 
-    /// Adds many keys, and says of each, in their order, what became of it. One that can't be added is no matter for the
-    /// others.
+    /// Adds many keys, and returns each one's outcome in their order. A key that can't be added does not affect the others.
     ///
-    /// It takes less time than an [`insert`](Self::insert) of each: the store is given several at once, and some hundreds
-    /// are picked from the same moment on. Of those with the same id or secret the first counts, also where it can't be
-    /// added. Where this is dropped, what the store has by then comes in with the next reload.
+    /// This takes less time than an [`insert`](Self::insert) of each: several are inserted into the store at once, and
+    /// some hundreds come into service together. Of keys with the same id or secret the first counts, also if it can't be
+    /// added. If the future is dropped, the next load brings in the keys that the store has by then.
     ///
     /// ```
     /// use tower_key_rotation::KeyPool;
@@ -75,8 +73,8 @@ impl KeyPool {
     ///
     /// # Errors
     ///
-    /// Of each key as for [`insert`](Self::insert). Where the store fails several times in a row, the keys behind are not
-    /// tried: [`OperateError::NotTried`].
+    /// For each key as for [`insert`](Self::insert). After several failures of the store in a row, the remaining keys are
+    /// not tried: [`OperateError::NotTried`].
     pub async fn insert_all<I, S>(
         &self,
         keys: impl IntoIterator<Item = (I, S)>,
@@ -85,8 +83,43 @@ impl KeyPool {
         I: AsRef<str>,
         S: Into<Secret>,
     {
-        let mut keys: Vec<_> =
-            keys.into_iter().map(|(id, secret)| self.new_key(id.as_ref(), secret.into())).collect();
+        let spec = |(id, secret): (I, S)| Ok(KeySpec::new(KeyId::new(id)?, secret));
+        self.insert_each(keys.into_iter().map(spec)).await
+    }
+
+    /// Adds keys by their specs, otherwise like [`insert_all`](Self::insert_all).
+    ///
+    /// ```
+    /// use tower_key_rotation::{KeyId, KeyPool, KeySpec};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let pool = KeyPool::builder().build()?;
+    /// let alpha = KeySpec::new(KeyId::new("alpha")?, "sk-1");
+    /// let beta = KeySpec::new(KeyId::new("beta")?, "sk-2").tier(1);
+    /// let outcomes = pool.insert_specs([alpha, beta]).await;
+    /// assert!(outcomes[0].is_ok());
+    /// let error = outcomes[1].as_ref().unwrap_err().to_string();
+    /// assert_eq!(error, "key beta: `tier` is not supported yet, remove it");
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Those of [`insert_all`](Self::insert_all), and [`OperateError::UnsupportedField`].
+    pub async fn insert_specs(
+        &self,
+        specs: impl IntoIterator<Item = KeySpec>,
+    ) -> Vec<Result<(), OperateError>> {
+        self.insert_each(specs.into_iter().map(Ok)).await
+    }
+
+    async fn insert_each(
+        &self,
+        specs: impl Iterator<Item = Result<KeySpec, OperateError>>,
+    ) -> Vec<Result<(), OperateError>> {
+        let mut keys: Vec<_> = specs.map(|spec| self.new_key(spec?)).collect();
         let persistence = &self.inner.persistence;
         let mut giving = persistence.store.clone().map(Giving::new);
         for keys in keys.chunks_mut(IN_A_TURN) {
@@ -104,8 +137,12 @@ impl KeyPool {
         keys.into_iter().map(|key| key.map(drop)).collect()
     }
 
-    fn new_key(&self, id: &str, secret: Secret) -> Result<NewKey, OperateError> {
-        let id = KeyId::new(id)?;
+    fn new_key(&self, spec: KeySpec) -> Result<NewKey, OperateError> {
+        let unsupported = spec.unsupported();
+        let KeySpec { id, secret, .. } = spec;
+        if let Some(field) = unsupported {
+            return Err(OperateError::UnsupportedField { id, field });
+        }
         let key = UsableKey::new(id.clone(), &secret, &self.inner.inject)
             .map_err(|reason| OperateError::UnusableSecret { id, reason })?;
         Ok(NewKey { key: key.healthy_in(Arc::downgrade(&self.inner)), secret })
@@ -178,7 +215,7 @@ impl Giving {
                 keys[place] = Err(reason.take().map_or(OperateError::NotTried, OperateError::Store));
                 continue;
             }
-            // What a panic says might hold anything.
+            // The text of a panic might hold anything.
             let panicked = Err(OperateError::Store(StoreError::new("an insert panicked")));
             if let Ok(new) = mem::replace(&mut keys[place], panicked) {
                 let store = self.store.clone();

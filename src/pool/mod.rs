@@ -31,7 +31,7 @@ use tokio::sync::Notify;
 
 pub(crate) use self::key::Lease;
 pub use self::{
-    builder::{BuildError, KeyPoolBuilder, OpenError},
+    builder::{BuildError, KeyPoolBuilder},
     no_key::NoKeyAvailable,
     operate::OperateError,
     stats::{KeyStats, PoolStats},

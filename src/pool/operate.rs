@@ -37,6 +37,14 @@ pub enum OperateError {
         /// What is wrong with its secret.
         reason: UnusableSecret,
     },
+    /// The key's spec has a field that [has no effect yet](crate::KeySpec::unsupported).
+    #[error("key {id}: `{field}` is not supported yet, remove it")]
+    UnsupportedField {
+        /// The key.
+        id: KeyId,
+        /// The field.
+        field: &'static str,
+    },
     /// The store had failed several times in a row by the turn of this one of many keys, which is not in this pool.
     #[error("it was not tried: the store had failed for the keys before it")]
     NotTried,

@@ -16,8 +16,8 @@ use axum::{
     },
     routing::{delete, get, post},
 };
-use serde::{Deserialize, Serialize};
-use tower_key_rotation::{KeyId, KeyPool, OperateError};
+use serde::Serialize;
+use tower_key_rotation::{KeyId, KeyPool, KeySpec, OperateError};
 
 use super::{
     action::{Action, cannot_name},
@@ -70,29 +70,16 @@ async fn list(
     search.of(&live).map(Json)
 }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct NewKey {
-    id: String,
-    secret: String,
-}
-
 async fn add(
     State(live): State<Arc<Live>>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<(StatusCode, Json<Shown>), Refusal> {
-    let NewKey { id, secret } = serde_json::from_slice(&body?).map_err(|error| {
-        // Where it isn't, and not what stands there.
-        Refusal::bad_request(format!(
-            "it is not an object with an \"id\" and a \"secret\", both text: line {}, column {}",
-            error.line(),
-            error.column()
-        ))
-    })?;
+    let spec = KeySpec::from_json(body?).map_err(|error| Refusal::bad_request(error.to_string()))?;
+    let id = spec.id.to_string();
     if let Some(reason) = cannot_name(&id) {
         return Err(Refusal::bad_request(reason));
     }
-    let insert = |pool: KeyPool, id| async move { pool.insert(id, secret).await };
+    let insert = |pool: KeyPool, _| async move { pool.insert_specs([spec]).await.into_iter().collect() };
     change(live, id, Action::Add, insert).await.map(|key| (StatusCode::CREATED, key))
 }
 
@@ -101,9 +88,9 @@ async fn import(
     headers: HeaderMap,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Json<Imported>, Refusal> {
-    let lines = import::read(&media_type(&headers).unwrap_or_default(), &body?)?;
+    let keys = import::read(&media_type(&headers).unwrap_or_default(), &body?)?;
     to_the_end(async move {
-        let imported = import::add(live.pool(), lines).await;
+        let imported = import::add(live.pool(), keys).await;
         live.look(Look::Everything);
         Ok(Json(imported))
     })

@@ -199,7 +199,7 @@ async fn of_many_lines_the_bad_one_is_named_and_the_others_are_there() {
         lines.await,
         json!([
             ["Line 1", "beta", "Added."],
-            ["Line 2", "–", "There is no | between an id and a secret."],
+            ["Line 2", "–", "The key has no id."],
             ["Line 3", "gamma", "Added."],
         ])
     );

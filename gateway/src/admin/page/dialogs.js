@@ -43,6 +43,11 @@ export function adding(announce) {
   };
 }
 
+function formatOf(text) {
+  if (/^\s*\[\[key\]\]\s*$/m.test(text)) return "application/toml";
+  return /^\s*[[{]/.test(text) ? "application/json" : "text/plain";
+}
+
 export function importing(announce) {
   const [dialog, text, report] = [element("import"), element("import-text"), element("import-report")];
   const failed = (text) => (element("import-error").textContent = text);
@@ -50,15 +55,15 @@ export function importing(announce) {
     if (target.files[0]) text.value = await target.files[0].text();
   });
   const send = async () => {
-    const isJson = /^\s*[[{]/.test(text.value);
-    const imported = await call("POST", "/keys:import", text.value, isJson ? "application/json" : "text/plain");
+    const format = formatOf(text.value);
+    const imported = await call("POST", "/keys:import", text.value, format);
     const summary = `${count(imported.added, "key")} added, ${imported.refused} refused`;
     element("import-summary").textContent = `${summary}.`;
-    element("import-lines").replaceChildren(...imported.lines.map((line) => outcome(line, isJson ? "Entry" : "Line")));
+    element("import-lines").replaceChildren(...imported.lines.map((line) => outcome(line, format === "application/json" ? "Entry" : "Line")));
     report.hidden = false;
     announce(`${summary}.`);
-    // What was refused is there to be put right; what was taken would be refused the next time.
-    if (!isJson) text.value = onlyRefused(text.value, imported.lines);
+    // Keeps what was refused, to be corrected. What was added would be refused the next time.
+    if (format === "text/plain") text.value = onlyRefused(text.value, imported.lines);
     else if (!imported.refused) text.value = "";
   };
   onSubmit(dialog, send, failed);

@@ -1,0 +1,94 @@
+//! The specification of a key.
+
+use std::num::NonZeroU32;
+
+use super::secret::{KeyId, Secret};
+
+/// A key: its id and secret, and optional settings.
+///
+/// Except for id and secret, no field has an effect yet. The pool rejects a key that sets one of the others, so that no
+/// setting is ignored silently: see [`unsupported`](Self::unsupported).
+///
+/// ```
+/// use tower_key_rotation::{KeyId, KeySpec};
+///
+/// let spec = KeySpec::new(KeyId::new("alpha").unwrap(), "sk-1").group("org-1").tier(1);
+/// assert_eq!(spec.group.as_deref(), Some("org-1"));
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct KeySpec {
+    /// The public name.
+    pub id: KeyId,
+    /// The secret.
+    pub secret: Secret,
+    /// The quota group. Keys of one group share one quota, for example the keys of one organisation.
+    pub group: Option<String>,
+    /// The tier. The pool prefers keys of a lower tier.
+    pub tier: Option<u8>,
+    /// The weight in the rotation, relative to a key of weight 1.
+    pub weight: Option<NonZeroU32>,
+    /// The limit of requests in flight.
+    pub max_in_flight: Option<NonZeroU32>,
+    /// The base URL for requests with this key.
+    pub endpoint: Option<String>,
+}
+
+impl KeySpec {
+    /// A key without further settings.
+    #[must_use]
+    pub fn new(id: KeyId, secret: impl Into<Secret>) -> Self {
+        Self {
+            id,
+            secret: secret.into(),
+            group: None,
+            tier: None,
+            weight: None,
+            max_in_flight: None,
+            endpoint: None,
+        }
+    }
+
+    /// Sets the quota group.
+    #[must_use]
+    pub fn group(self, group: impl Into<String>) -> Self {
+        Self { group: Some(group.into()), ..self }
+    }
+
+    /// Sets the tier.
+    #[must_use]
+    pub fn tier(self, tier: u8) -> Self {
+        Self { tier: Some(tier), ..self }
+    }
+
+    /// Sets the weight.
+    #[must_use]
+    pub fn weight(self, weight: NonZeroU32) -> Self {
+        Self { weight: Some(weight), ..self }
+    }
+
+    /// Sets the limit of requests in flight.
+    #[must_use]
+    pub fn max_in_flight(self, requests: NonZeroU32) -> Self {
+        Self { max_in_flight: Some(requests), ..self }
+    }
+
+    /// Sets the base URL.
+    #[must_use]
+    pub fn endpoint(self, url: impl Into<String>) -> Self {
+        Self { endpoint: Some(url.into()), ..self }
+    }
+
+    /// Returns the first field that is set but has no effect yet. The pool rejects a key with such a field.
+    #[must_use]
+    pub fn unsupported(&self) -> Option<&'static str> {
+        let used = [
+            ("group", self.group.is_some()),
+            ("tier", self.tier.is_some()),
+            ("weight", self.weight.is_some()),
+            ("max_in_flight", self.max_in_flight.is_some()),
+            ("endpoint", self.endpoint.is_some()),
+        ];
+        used.into_iter().find(|(_, is_used)| *is_used).map(|(field, _)| field)
+    }
+}
