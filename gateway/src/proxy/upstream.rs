@@ -1,4 +1,4 @@
-//! The upstream, and the client for it: failover around key rotation around `hyper`.
+//! The upstream, and the client that sends requests to it: the key rotation around `hyper`.
 
 use std::{error::Error, io, str::FromStr, time::Duration};
 
@@ -51,7 +51,7 @@ const GONE_AFTER: Duration = Duration::from_secs(60);
 /// Returns a client that puts one of the pool's keys into each request and retries a limited request with another.
 pub(super) fn client(pool: &KeyPool, settings: &Settings) -> io::Result<Client> {
     let failover = FailoverLayer::new(pool)
-        // Failover never uses a key twice for a request, so no limit means one attempt per key.
+        // With no key twice, so that this is at most once with each.
         .attempts(settings.attempts.unwrap_or(u32::MAX))
         .wait_up_to(settings.wait.into())
         .clone_with(SendAgain);
