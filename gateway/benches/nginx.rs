@@ -1,13 +1,13 @@
-//! The gateway and `nginx` as reverse proxies: requests per second, latency, time to a stream's first event compared
-//! with a whole answer, and memory.
+//! Compares the gateway with `nginx` as a reverse proxy: requests per second, latency, memory, and the time to a
+//! stream's first event and to a whole response.
 //!
 //! ```text
 //! apt-get install nginx wrk
 //! cargo bench -p key-rotation-gateway --bench nginx
 //! ```
 //!
-//! Everything runs on this machine: `wrk` on one thread, the gateway and nginx on as many as there are cores, and another
-//! nginx as the upstream, which answers at once. The three take turns.
+//! Everything runs on one machine: `wrk` on one thread, the gateway and nginx on all cores, and a second nginx as the
+//! upstream, which answers at once. The measurements of upstream, nginx and gateway alternate.
 
 use std::{
     env, fs,
@@ -28,12 +28,12 @@ const BETWEEN_EVENTS: Duration = Duration::from_millis(5);
 const EVENT: &str = "data: 1\n\n";
 const FIRST_EVENT: &str = "9\r\ndata: 1\n\n\r\n";
 const LAST_EVENT: &str = "9\r\ndata: 2\n\n\r\n0\r\n\r\n";
-/// The gateway's memory is read after this many requests, and again after as many more as `MORE` says.
+/// Memory is measured after this many requests, and again after `MORE` further ones.
 const WARM: u64 = 20_000;
 const MORE: u64 = 100_000;
 
 fn main() {
-    // `cargo test --benches` only wants to know whether it runs.
+    // `cargo test --benches` only checks that the benchmark starts.
     if !env::args().any(|argument| argument == "--bench") {
         return;
     }
@@ -71,11 +71,12 @@ fn main() {
     let before = gateway.resident_kib();
     gateway.send(MORE);
     let after = gateway.resident_kib();
-    println!("\nresident, after {WARM} requests more: {before} KiB; after another {MORE}: {after} KiB");
+    println!("\nresident after {WARM} further requests: {before} KiB; after another {MORE}: {after} KiB");
 }
 
-/// Measures the time to the first event of a stream, and to an answer that is only that event. A proxy that holds the
-/// event back until there is more needs [`BETWEEN_EVENTS`] at least.
+/// Measures the time to the first event of a stream, and to a response that contains only this event.
+///
+/// A proxy that buffers the event until more data arrives needs at least [`BETWEEN_EVENTS`].
 fn first_events(folder: &Folder) {
     let upstream = streaming();
     let nginx = Nginx::start(folder, "streaming", |_| proxy_to(upstream));
@@ -100,7 +101,7 @@ fn first_events(folder: &Folder) {
     }
 }
 
-/// An upstream that sends an event at once, and another one [`BETWEEN_EVENTS`] later.
+/// An upstream that sends one event at once and the next after [`BETWEEN_EVENTS`].
 fn streaming() -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
@@ -138,14 +139,14 @@ fn first_event(connection: &mut TcpStream) -> Duration {
     took
 }
 
-/// The time from the request to an answer that ends with the event.
+/// The time from the request to the end of a response that contains only the event.
 fn whole(connection: &mut TcpStream) -> Duration {
     until_an_event(connection, "whole")
 }
 
 fn until_an_event(connection: &mut TcpStream, path: &str) -> Duration {
     let request = format!("GET /{path} HTTP/1.1\r\nhost: localhost\r\n\r\n");
-    // Each request follows an equally long pause.
+    // Both kinds of request follow a pause of the same length.
     thread::sleep(BETWEEN_EVENTS);
     let began = Instant::now();
     connection.write_all(request.as_bytes()).unwrap();

@@ -1,4 +1,4 @@
-//! Types of settings: a duration in seconds, and the place of a key in a request.
+//! Types of settings: a duration in seconds and the place of a key in a request.
 
 use std::{str::FromStr, time::Duration};
 

@@ -1,11 +1,11 @@
-//! Who may call: whoever brings one of the client tokens, or anybody where there is none.
+//! Authentication of callers by client token. Without client tokens, every request passes this check.
 
 use std::str::FromStr;
 
 use axum::http::{HeaderMap, HeaderName, header::AUTHORIZATION};
 use subtle::ConstantTimeEq;
 
-/// Where clients put what they take for their API key.
+/// Headers in which clients send their API key.
 pub(crate) const CREDENTIALS: [HeaderName; 4] = [
     AUTHORIZATION,
     HeaderName::from_static("x-api-key"),
@@ -13,12 +13,12 @@ pub(crate) const CREDENTIALS: [HeaderName; 4] = [
     HeaderName::from_static("x-goog-api-key"),
 ];
 
-/// A secret of the gateway's own, which is never shown.
+/// A client or admin token. It has no `Debug`, so that no log can show it.
 #[derive(Clone)]
 pub(crate) struct Token(String);
 
 impl Token {
-    /// How long it takes depends on the lengths, and on nothing else.
+    /// Compares in constant time for tokens of equal length.
     pub(crate) fn is(&self, given: &str) -> bool {
         self.0.as_bytes().ct_eq(given.as_bytes()).into()
     }
@@ -45,7 +45,7 @@ impl Callers {
         Self { tokens }
     }
 
-    /// Whether anybody may call who is on this machine.
+    /// Whether no client token is set, so that only this machine may call.
     pub(crate) fn are_all_here(&self) -> bool {
         self.tokens.is_empty()
     }
@@ -56,7 +56,7 @@ impl Callers {
         self.tokens.is_empty() || given.map(without_scheme).any(|given| self.knows(given))
     }
 
-    /// Compares with every token, so that the time doesn't say which it was.
+    /// Compares with every token, so that the response time does not reveal which one matches.
     fn knows(&self, given: &str) -> bool {
         self.tokens.iter().fold(false, |known, token| known | token.is(given))
     }

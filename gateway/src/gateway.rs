@@ -1,4 +1,4 @@
-//! Puts the gateway together, and has it serve until it is told to stop.
+//! Assembles the gateway and serves until a stop signal.
 
 use std::{error::Error, io};
 
@@ -40,17 +40,19 @@ pub(crate) async fn run(settings: Settings) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// That it listens comes last: who waits for it has read the rest.
+/// Logs the listen address last, because programs that start the gateway wait for this line.
 fn announce(settings: &Settings, listener: &TcpListener) -> io::Result<()> {
     if settings.client_token.is_empty() {
-        tracing::warn!("without a client token, whoever is on this machine can use the keys");
+        tracing::warn!("without a client token, every program on this machine can use the keys");
     }
     let upstream = settings.upstream.authority();
     tracing::info!("listening on http://{}, for {upstream}", listener.local_addr()?);
     Ok(())
 }
 
-/// Completes at a SIGTERM or Ctrl-C. They are listened for from now on.
+/// Returns a future that completes on SIGTERM or Ctrl-C.
+///
+/// The signal handlers are installed by this call, before the first poll.
 #[cfg(unix)]
 fn stop_signal() -> io::Result<impl Future<Output = ()> + Send + 'static> {
     use tokio::signal::unix::{SignalKind, signal};

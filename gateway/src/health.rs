@@ -1,4 +1,4 @@
-//! Whether the gateway runs, and whether it could serve a request.
+//! Health checks: `/healthz` for liveness, `/readyz` for readiness.
 
 use axum::{Router, extract::State, http::StatusCode, routing::get};
 use tower_key_rotation::KeyPool;
@@ -11,6 +11,6 @@ async fn ready(State(pool): State<KeyPool>) -> (StatusCode, &'static str) {
     match pool.next_return() {
         Some(_) => (StatusCode::OK, "ready"),
         None if pool.stats().keys.is_empty() => (StatusCode::SERVICE_UNAVAILABLE, "there are no keys"),
-        None => (StatusCode::SERVICE_UNAVAILABLE, "no key can serve, and none comes back by itself"),
+        None => (StatusCode::SERVICE_UNAVAILABLE, "no key is available until an operator resets one"),
     }
 }

@@ -1,4 +1,4 @@
-//! The pool of keys: in memory, from a file, or in MongoDB.
+//! Opens the key pool: from a file, from MongoDB, or from both.
 
 use std::error::Error;
 

@@ -4,7 +4,7 @@
 //! cargo run -p key-rotation-gateway -- --upstream https://api.example.com --keys keys.txt
 //! ```
 //!
-//! `keys.txt` has one `id|secret` a line. Any client of the API uses `http://127.0.0.1:8080` as its base URL and any
+//! `keys.txt` has one `id|secret` per line. Any client of the API uses `http://127.0.0.1:8080` as its base URL and any
 //! text as its key. `--help` lists all settings; `README.md` describes the rest.
 //!
 //! To see how the gateway uses the library, begin with `proxy/upstream.rs`, which stacks the layers around a client,

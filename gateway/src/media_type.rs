@@ -1,8 +1,8 @@
-//! What a body is said to be.
+//! The media type of a body.
 
 use axum::http::{HeaderMap, header::CONTENT_TYPE};
 
-/// Without its parameters and in lower case, in which RFC 9110 section 8.3.1 takes all to be the same.
+/// Returns the media type without parameters, in lower case: it is case-insensitive (RFC 9110 section 8.3.1).
 pub(crate) fn media_type(headers: &HeaderMap) -> Option<String> {
     let value = headers.get(CONTENT_TYPE)?.to_str().ok()?;
     Some(value.split(';').next()?.trim().to_ascii_lowercase())

@@ -1,4 +1,4 @@
-//! What Prometheus reads at /metrics: the keys, as the crate tells of them, and how long requests took.
+//! Prometheus metrics at `/metrics`: those of the key pool, and request durations.
 
 use std::{error::Error, time::Duration};
 
@@ -14,11 +14,11 @@ use tower_key_rotation::KeyPool;
 
 const REQUESTS: &str = "gateway_request_seconds";
 
-/// From a cached answer to a model that thinks for minutes.
+/// Buckets, from a cached response to a model that thinks for minutes.
 const SECONDS: [f64; 16] =
     [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0];
 
-/// From now on, what is told to the recorder of the `metrics` crate comes to this exporter.
+/// Installs a Prometheus exporter as the global recorder of the `metrics` crate.
 pub(crate) fn install() -> Result<PrometheusHandle, Box<dyn Error>> {
     let builder = PrometheusBuilder::new();
     let exporter = builder.set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &SECONDS)?;
@@ -26,13 +26,13 @@ pub(crate) fn install() -> Result<PrometheusHandle, Box<dyn Error>> {
     metrics::describe_histogram!(
         REQUESTS,
         metrics::Unit::Seconds,
-        "Time until the head of a response, by its status."
+        "Time until the response head, by status."
     );
     tokio::spawn(keep_up(exporter.clone()));
     Ok(exporter)
 }
 
-/// What is recorded is added up now and then, and not only when somebody reads it: or it would grow until then.
+/// Compacts recorded samples regularly. Without a scrape, they would use more and more memory.
 async fn keep_up(exporter: PrometheusHandle) {
     let mut ticks = tokio::time::interval(Duration::from_secs(5));
     loop {
@@ -41,7 +41,7 @@ async fn keep_up(exporter: PrometheusHandle) {
     }
 }
 
-/// A request was answered: its head went to the caller after that time.
+/// Records the status of a response and the time until its head.
 pub(crate) fn answered(status: StatusCode, took: Duration) {
     metrics::histogram!(REQUESTS, "status" => status.as_str().to_owned()).record(took);
 }

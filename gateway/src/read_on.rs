@@ -1,5 +1,5 @@
-//! A body that nobody wants any more is read on for a while. A caller that is still sending may not see its answer
-//! otherwise: the connection would be closed on it.
+//! Drains abandoned request bodies for a while. hyper would otherwise close the connection, and a caller that is still
+//! sending its body might not see the response.
 
 use std::{
     mem,
@@ -19,15 +19,15 @@ use tokio::{runtime::Handle, time::timeout};
 
 const FOR: Duration = Duration::from_secs(5);
 
-/// Whatever becomes of its body.
+/// Wraps the request's body, so that the body is drained after it is dropped.
 pub(crate) async fn read_on(request: Request) -> Request {
-    // Who waits to be told to go on has sent nothing, and to read would be to tell him so.
+    // A caller that waits for `100 Continue` has sent no body yet, and a read would make hyper send the 100.
     let is_sent = !request.headers().contains_key(EXPECT);
     request.map(|body| Body::new(ReadOn { body, is_sent }))
 }
 
 struct ReadOn {
-    /// Empty once it has ended or failed.
+    /// Empty after its end or an error.
     body: Body,
     is_sent: bool,
 }

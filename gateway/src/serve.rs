@@ -1,5 +1,6 @@
-//! Serves connections until it is told to stop. It is `axum::serve` with limits: that has no timer, so whoever connects
-//! and says nothing, or half of a request, would be waited for.
+//! Accepts and serves connections until a stop signal, then shuts down gracefully.
+//!
+//! `axum::serve` sets no timeouts: an idle connection or half a request would stay open forever. Hence this module.
 
 use std::{
     io,
@@ -32,13 +33,13 @@ use crate::settings::Settings;
 
 #[derive(Clone, Copy)]
 pub(crate) struct Limits {
-    /// Until a connection's first request has come.
+    /// Timeout for the head of a connection's first request.
     first_request: Duration,
-    /// Until the next one has, in HTTP/1.1.
+    /// Timeout for the head of the next request, in HTTP/1.1.
     next_request: Duration,
-    /// How often a connection in HTTP/2 is asked whether there is still somebody.
+    /// Interval of HTTP/2 pings.
     ping: Duration,
-    /// For what is under way at the end.
+    /// Timeout for requests in flight at shutdown.
     shutdown: Duration,
 }
 
@@ -53,7 +54,7 @@ impl Limits {
     }
 }
 
-/// Serves until a signal comes, and then until all requests under way are done or the limit is over.
+/// Serves until `stop` completes, then until the requests in flight finish or the shutdown limit passes.
 pub(crate) async fn serve(
     listener: TcpListener,
     app: Router,
@@ -73,9 +74,9 @@ pub(crate) async fn serve(
     }
     drop(listener);
     let limit = limits.shutdown;
-    tracing::info!("stopping: requests under way have {limit:?} to finish");
+    tracing::info!("stopping: requests in flight have {limit:?} to finish");
     if timeout(limit, connections.shutdown()).await.is_err() {
-        tracing::warn!("requests under way are broken off after {limit:?}");
+        tracing::warn!("requests in flight are broken off after {limit:?}");
     }
 }
 
@@ -89,14 +90,14 @@ fn http(limits: Limits) -> Builder<TokioExecutor> {
     http
 }
 
-/// The next connection. Where there can be none, because too many files are open, it is tried again.
+/// Accepts the next connection. After an error such as too many open files, it tries again.
 async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
     loop {
         match listener.accept().await {
             Ok(accepted) => return accepted,
             Err(error) if is_of_the_connection(&error) => {}
             Err(error) => {
-                tracing::warn!("no connection can be accepted: {error}");
+                tracing::warn!("can't accept connections: {error}");
                 sleep(Duration::from_secs(1)).await;
             }
         }
@@ -117,7 +118,7 @@ async fn answer(
     watcher: Watcher,
     limits: Limits,
 ) {
-    // A stream's small chunks are not held back to be sent together.
+    // Without this, Nagle's algorithm would delay the small chunks of an event stream.
     _ = connection.set_nodelay(true);
     let was_asked = Arc::new(AtomicBool::new(false));
     let asked = was_asked.clone();
@@ -129,9 +130,9 @@ async fn answer(
     });
     let connection = http.serve_connection(TokioIo::new(connection), TowerToHyperService::new(app));
     let mut served = pin!(watcher.watch(connection));
-    // hyper's own timer begins when it knows the version of HTTP, and in HTTP/2 there is none.
+    // hyper's header timeout starts only after it detects the HTTP version, and HTTP/2 has none.
     if timeout(limits.first_request, served.as_mut()).await.is_err() && was_asked.load(Relaxed) {
-        // How it went is of interest to the caller at most.
+        // An error here concerns only the caller.
         _ = served.await;
     }
 }

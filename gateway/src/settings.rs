@@ -1,5 +1,7 @@
-//! The settings: each has a default, over which stand a TOML file, the environment and the command line, in this
-//! order. `clap` knows that order already, so a setting is named once, as a field of [`Settings`].
+//! Settings, from the command line, the environment, a TOML file and defaults, in this order of precedence.
+//!
+//! `clap` merges the sources: the file's values become the defaults of its arguments. So each setting is declared once,
+//! as a field of [`Settings`].
 
 use std::{
     collections::BTreeMap,
@@ -25,129 +27,129 @@ use crate::{
     proxy::Upstream,
 };
 
-/// A reverse proxy that puts one of several API keys into each request, rests a key that is limited, and takes it
-/// back by itself.
+/// A reverse proxy that puts one of several API keys into each request, rests a key after a 429, and retries the
+/// request with another key.
 ///
-/// Each setting can also come from an environment variable (GATEWAY_UPSTREAM and so on) or from a TOML file (by the
-/// same names: upstream = "…"). The command line overrides the environment, and that the file.
+/// Each setting can also come from an environment variable (GATEWAY_UPSTREAM) or a TOML file (upstream = "…"). The
+/// command line overrides the environment, and the environment overrides the file.
 #[derive(Parser)]
 #[command(name = env!("CARGO_BIN_NAME"))]
 pub(crate) struct Settings {
-    /// A TOML file with any of these settings
+    /// TOML file with any of these settings
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 
-    /// Where to listen; without a client token on loopback only
+    /// Address to listen on; without a client token, a loopback address
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8080")]
     pub(crate) listen: SocketAddr,
 
-    /// The API: a path in it goes before the path of each request
+    /// URL of the API; a path in it goes before the path of each request
     #[arg(long, value_name = "URL")]
     pub(crate) upstream: Upstream,
 
-    /// Send keys in cleartext, where the upstream is http and not on this machine
+    /// Allow an http upstream on another machine, which receives the keys in cleartext
     #[arg(long, value_name = "BOOL", value_parser = BoolishValueParser::new())]
     #[arg(num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true")]
     pub(crate) allow_cleartext: bool,
 
-    /// The keys: a file of TOML, JSON, or one `id|secret` or bare secret a line
+    /// Key file: TOML, JSON, or one `id|secret` or bare secret per line
     #[arg(long, value_name = "FILE")]
     pub(crate) keys: Option<PathBuf>,
 
-    /// Share keys and their state through this MongoDB; keys of --keys that it lacks are added to it
+    /// Share keys and their state through this MongoDB; missing keys of --keys are added to it
     #[arg(long, value_name = "URI")]
     pub(crate) mongodb: Option<String>,
 
-    /// The database [default: the crate's]
+    /// Database [default: fproxy]
     #[arg(long, value_name = "NAME")]
     pub(crate) mongodb_database: Option<String>,
 
-    /// The collection of keys [default: the crate's]
+    /// Collection of keys [default: ohmygpt_keys]
     #[arg(long, value_name = "NAME")]
     pub(crate) mongodb_collection: Option<String>,
 
-    /// The collection of standby keys [default: none]
+    /// Collection of standby keys, which replace exhausted and revoked keys [default: none]
     #[arg(long, value_name = "NAME")]
     pub(crate) mongodb_standby_collection: Option<String>,
 
-    /// Encrypt the keys in MongoDB with the data keys of this file
+    /// Encrypt secrets in MongoDB with the data keys of this file
     #[arg(long, value_name = "FILE")]
     pub(crate) data_keys: Option<PathBuf>,
 
-    /// Where a key goes in a request: bearer, header:NAME or query:NAME; can be given several times
+    /// Place of the key in a request: bearer, header:NAME or query:NAME; repeatable
     #[arg(long, value_name = "PLACE", default_value = "bearer", value_delimiter = ',')]
     pub(crate) inject: Vec<KeyPlace>,
 
-    /// How long a key rests after a 429, or longer if the API asks
+    /// How long a key rests after a 429; a longer wait that the API asks for takes precedence
     #[arg(long, value_name = "SECONDS", default_value = "120")]
     pub(crate) cooldown: Seconds,
 
-    /// How long a request may wait for a key where all rest
+    /// How long a request may wait for a key while none is available
     #[arg(long, value_name = "SECONDS", default_value = "0")]
     pub(crate) wait: Seconds,
 
-    /// How often a limited request is sent at most [default: once with each key]
+    /// Maximum number of attempts per request, the first included [default: one per key]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) attempts: Option<u32>,
 
-    /// How much of a request's body is kept to send it again; one with a larger body is sent once
+    /// How much of a request body to keep for a retry; a request with a larger body is sent once
     #[arg(long, value_name = "BYTES", default_value_t = 1 << 20)]
     pub(crate) keep_body: usize,
 
-    /// The largest body of a request
+    /// Largest request body
     #[arg(long, value_name = "BYTES", default_value_t = 100 << 20)]
     pub(crate) max_body: usize,
 
-    /// How long it may take to connect to the upstream
+    /// Timeout for a connection to the upstream
     #[arg(long, value_name = "SECONDS", default_value = "10")]
     pub(crate) connect_timeout: Seconds,
 
-    /// How long the upstream may take to begin its answer, each time that a request is sent
+    /// Timeout until the upstream's response begins, for each attempt
     #[arg(long, value_name = "SECONDS", default_value = "600")]
     pub(crate) response_timeout: Seconds,
 
-    /// How long the upstream may then send nothing, before the answer is broken off
+    /// Idle timeout of the upstream's response body
     #[arg(long, value_name = "SECONDS", default_value = "600")]
     pub(crate) idle_timeout: Seconds,
 
-    /// How long a caller that has connected may take until its first request has come, without the body
+    /// Timeout from a caller's connection to the end of its first request's headers
     #[arg(long, value_name = "SECONDS", default_value = "30")]
     pub(crate) head_timeout: Seconds,
 
-    /// How long a caller's HTTP/1.1 connection is kept until the next request has come
+    /// Idle timeout of a caller's HTTP/1.1 connection
     #[arg(long, value_name = "SECONDS", default_value = "180")]
     pub(crate) keep_alive: Seconds,
 
-    /// How often an HTTP/2 connection is asked whether the other side is still there; it is closed where no answer
-    /// comes in half that time; 0 is never
+    /// Interval of HTTP/2 pings to callers and upstream; 0 disables them. A connection closes if no answer comes
+    /// within half the interval
     #[arg(long, value_name = "SECONDS", default_value = "20")]
     pub(crate) ping: Seconds,
 
-    /// How long requests under way may take to finish once the gateway is told to stop
+    /// How long requests in flight may take to finish at shutdown
     #[arg(long, value_name = "SECONDS", default_value = "30")]
     pub(crate) shutdown_limit: Seconds,
 
-    /// A token that callers give as their API key; can be given several times. Who lists the processes of this
-    /// machine sees the command line: better set GATEWAY_CLIENT_TOKEN, with commas between tokens, or use the file
+    /// Token that callers must send as their API key; repeatable. Other users of this machine can read the command
+    /// line: prefer GATEWAY_CLIENT_TOKEN, with commas between tokens, or the file
     #[arg(long, value_name = "TOKEN", value_delimiter = ',')]
     pub(crate) client_token: Vec<Token>,
 
-    /// The token of the admin page and of the metrics, which without one are there for this machine only, and not at
-    /// all where there is a client token. Better set GATEWAY_ADMIN_TOKEN, or use the file
+    /// Token for the admin page and the metrics. Without one they answer this machine only, or nobody if a client
+    /// token is set. Prefer GATEWAY_ADMIN_TOKEN or the file
     #[arg(long, value_name = "TOKEN")]
     pub(crate) admin_token: Option<Token>,
 
-    /// Answer with errors of the gateway's own in place of the upstream's, which may tell of accounts and billing
+    /// Replace the upstream's errors, which may contain details of accounts and billing, with the gateway's own
     #[arg(long, value_name = "BOOL", value_parser = BoolishValueParser::new())]
     #[arg(num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true")]
     pub(crate) sanitize_errors: bool,
 
-    /// What is logged: error, warn, info, debug, trace, or any filter of tracing's
+    /// Log level (error, warn, info, debug, trace) or a filter of tracing's EnvFilter
     #[arg(long, value_name = "FILTER", default_value = "info")]
     pub(crate) log: String,
 }
 
-/// A setting that can't be used, and why. It never repeats a value, which may be a secret.
+/// The reason why a setting is invalid. It never contains the value, which may be a secret.
 #[derive(Debug)]
 pub(crate) struct WrongSetting(String);
 
@@ -166,7 +168,7 @@ impl fmt::Display for WrongSetting {
 impl Error for WrongSetting {}
 
 impl Settings {
-    /// Reads all of them. Where `--help` is asked for, it is printed, and the program ends.
+    /// Reads all settings. For `--help` and `--version`, it prints the text and exits.
     pub(crate) fn read() -> Result<Self, WrongSetting> {
         let command = Self::command().mut_args(with_environment);
         let config = parse(command.clone().mut_args(|arg| arg.required(false)))?;
@@ -183,10 +185,10 @@ impl Settings {
     fn check(&self) -> Result<(), WrongSetting> {
         let wrong = |reason: &str| Err(WrongSetting::new(reason));
         if self.keys.is_none() && self.mongodb.is_none() {
-            return wrong("there are no keys: give --keys, --mongodb or both");
+            return wrong("there are no keys: set --keys, --mongodb or both");
         }
         if self.mongodb.is_none() && self.data_keys.is_some() {
-            return wrong("--data-keys is for the keys in MongoDB: give --mongodb, too");
+            return wrong("--data-keys is for the keys in MongoDB: set --mongodb, too");
         }
         if self.client_token.is_empty() && !self.listen.ip().is_loopback() {
             return wrong(
@@ -194,9 +196,7 @@ impl Settings {
             );
         }
         if !self.upstream.is_safe() && !self.allow_cleartext {
-            return wrong(
-                "--upstream: keys would go there in cleartext: use https, or say --allow-cleartext",
-            );
+            return wrong("--upstream: keys would travel in cleartext: use https, or set --allow-cleartext");
         }
         let limits = [
             ("connect-timeout", self.connect_timeout),
@@ -206,13 +206,13 @@ impl Settings {
             ("keep-alive", self.keep_alive),
         ];
         match limits.into_iter().find(|(_, limit)| Duration::from(*limit).is_zero()) {
-            Some((name, _)) => wrong(&format!("--{name}: in 0 seconds nothing can be done: give it more")),
+            Some((name, _)) => wrong(&format!("--{name}: it must be more than 0 seconds")),
             None => Ok(()),
         }
     }
 }
 
-/// Which it is, `clap` doesn't say.
+/// Finds the argument or variable that is not UTF-8. `clap` does not name it.
 fn not_text() -> String {
     let is_text = |text: &OsString| text.to_str().is_some();
     let is_ours = |name: &OsString| name.to_str().is_some_and(|name| name.starts_with("GATEWAY_"));
@@ -227,7 +227,7 @@ fn not_text() -> String {
 
 fn with_environment(arg: Arg) -> Arg {
     let name = format!("GATEWAY_{}", arg.get_id().as_str().to_uppercase());
-    // One that is empty is as good as not set: this is how a compose file passes on what nobody has set.
+    // An empty variable counts as unset, because a compose file passes unset variables as empty ones.
     if env::var_os(&name).is_some_and(|value| value.is_empty()) {
         arg
     } else {
@@ -235,7 +235,7 @@ fn with_environment(arg: Arg) -> Arg {
     }
 }
 
-/// What is in the file stands in place of the default.
+/// Replaces an argument's default with the file's value.
 fn with_file(arg: Arg, file: &File) -> Arg {
     match arg.get_long().and_then(|name| file.get(name)) {
         Some(values) => arg.required(false).default_values(values.clone()),
@@ -252,14 +252,14 @@ fn parse(command: Command) -> Result<ArgMatches, WrongSetting> {
     })
 }
 
-/// The values of each setting, by its name.
+/// The file's values by setting.
 type File = BTreeMap<String, Vec<String>>;
 
 fn read_file(path: &Path) -> Result<File, WrongSetting> {
     let wrong = |reason: String| WrongSetting(format!("{}: {reason}", path.display()));
     let text = fs::read_to_string(path).map_err(|error| wrong(error.to_string()))?;
     let table: Table = toml::from_str(&text).map_err(|error| {
-        // All that it says beside its message is the line, with what may be a token.
+        // The error's own `Display` quotes the line, which may contain a token.
         let line = error.span().map_or(1, |span| text[..span.start].lines().count().max(1));
         wrong(format!("line {line}: {}", error.message()))
     })?;
@@ -268,15 +268,15 @@ fn read_file(path: &Path) -> Result<File, WrongSetting> {
         command.get_arguments().any(|arg| arg.get_long() == Some(name) && arg.get_value_delimiter().is_some())
     };
     let values = |(name, value): (String, Value)| match values(value) {
-        _ if name == "config" => Err(wrong("config: a file names no other".to_owned())),
+        _ if name == "config" => Err(wrong("config: not allowed within a settings file".to_owned())),
         Some(values) if is_list(&name) && values.iter().any(|value| value.contains(',')) => {
-            Err(wrong(format!("{name}: a value has no comma in it: write several as a list")))
+            Err(wrong(format!("{name}: a value can't contain a comma: write several values as a list")))
         }
         Some(values) => Ok((name, values)),
-        None => Err(wrong(format!("{name}: it is text, a number, true or false, or a list of these"))),
+        None => Err(wrong(format!("{name}: it must be text, a number, true or false, or a list of these"))),
     };
     let file = table.into_iter().map(values).collect::<Result<File, _>>()?;
-    // Read as a command line of its own, so that what is wrong is said to be the file's.
+    // Parsed as a command line of its own, so that an error names the file.
     let arguments =
         file.iter().flat_map(|(name, values)| values.iter().map(move |v| format!("--{name}={v}")));
     let arguments = std::iter::once(env!("CARGO_BIN_NAME").to_owned()).chain(arguments);
@@ -297,7 +297,7 @@ fn values(value: Value) -> Option<Vec<String>> {
     }
 }
 
-/// What `clap` says of an error, without the value.
+/// Formats an error of `clap` on one line, without the value.
 fn in_one_line(error: &clap::Error) -> String {
     if error.kind() == ErrorKind::InvalidUtf8 {
         return not_text();
@@ -306,7 +306,7 @@ fn in_one_line(error: &clap::Error) -> String {
         && let Some(ContextValue::String(unknown)) = error.get(ContextKind::InvalidArg)
         && !unknown.starts_with("--")
     {
-        return "there is a value without a name: write each as --name value".to_owned();
+        return "there is a value without a name: write --name value".to_owned();
     }
     if let (Some(argument), Some(reason)) = (error.get(ContextKind::InvalidArg), error.source()) {
         return format!("{argument}: {reason}");

@@ -1,6 +1,8 @@
-//! Whether a request that came over loopback was meant for this machine, and by somebody on it. A page of any site can
-//! send one there from somebody's browser: by an address, which the browser then says, or by a name of its own that it
-//! has changed to mean this machine. And a proxy on this machine sends there what comes from anywhere.
+//! Whether a request comes from a program on this machine. A loopback peer alone does not prove that:
+//!
+//! - A web page can make the user's browser send requests to a loopback address. The browser adds an `Origin`.
+//! - A web page can resolve its own host name to a loopback address (DNS rebinding). The `Host` is then foreign.
+//! - A reverse proxy on this machine forwards requests from anywhere. Most proxies add a header.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -16,11 +18,11 @@ use axum::{
 
 pub(crate) const FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 
-/// What proxies add, beside all that begins with `x-forwarded-`. Not all do: where one of those stands before the
-/// gateway, only tokens help.
+/// Headers that proxies add, beside `x-forwarded-…`. Behind a proxy that adds none of them, only a client token
+/// protects the gateway.
 const BY_A_PROXY: [HeaderName; 3] = [FORWARDED, VIA, HeaderName::from_static("x-real-ip")];
 
-/// Whether somebody on this machine asks: over loopback, through no proxy, and under a name of this machine.
+/// Whether a program on this machine asks: over loopback, not through a proxy, and for a local host name.
 pub(crate) fn asks(head: &Parts) -> bool {
     let peer = head.extensions.get::<ConnectInfo<SocketAddr>>();
     let is_here = peer.is_some_and(|ConnectInfo(peer)| peer.ip().to_canonical().is_loopback());
@@ -31,18 +33,19 @@ fn is_by_a_proxy(name: &HeaderName) -> bool {
     BY_A_PROXY.contains(name) || name.as_str().starts_with("x-forwarded-")
 }
 
-/// Whether a browser sends it for a page of another origin, be it one of this machine: by what the browser says of the
-/// page, or by where the page comes from, which older ones say of some requests only.
+/// Whether a browser sends the request for a page of another origin, by `Sec-Fetch-Site` or `Origin`.
+///
+/// Older browsers send only `Origin`, and not with every request.
 pub(crate) fn is_for_another_page(head: &Parts) -> bool {
     let is_another = |origin: &HeaderValue| !hosts(head).all(|host| is_origin_of(origin, host));
     head.headers.get_all(FETCH_SITE).iter().any(|site| site != "same-origin" && site != "none")
         || head.headers.get_all(ORIGIN).iter().any(is_another)
 }
 
-/// By http, since the gateway speaks no TLS. The port that goes without saying is left out of both.
+/// Compares with `http://` only, because the gateway speaks no TLS. Both sides omit the default port.
 fn is_origin_of(origin: &HeaderValue, host: Option<Authority>) -> bool {
     let origin = origin.to_str().ok().and_then(|origin| origin.strip_prefix("http://"));
-    // An authority is the same in upper and lower case.
+    // `Authority` compares without regard to case.
     host.is_some_and(|host| origin.is_some_and(|origin| host == origin))
 }
 
@@ -50,7 +53,7 @@ fn is_named(head: &Parts) -> bool {
     hosts(head).next().is_some() && hosts(head).all(|host| host.is_some_and(|host| is_loopback(host.host())))
 }
 
-/// By its `Host` and, of HTTP/2, its `:authority`: all that there are, and there is one. `None` for what is no host.
+/// Iterates over the values of `Host` and, in HTTP/2, `:authority`. A value that is no valid host is `None`.
 fn hosts(head: &Parts) -> impl Iterator<Item = Option<Authority>> {
     let hosts = head.headers.get_all(HOST).iter().map(|host| Authority::try_from(host.as_bytes()).ok());
     hosts.chain(head.uri.authority().cloned().map(Some))

@@ -1,4 +1,4 @@
-//! The gateway's admin API against its OpenAPI description, and who may use it.
+//! The admin API, checked against its OpenAPI description, and its access control.
 
 mod support;
 
@@ -33,7 +33,7 @@ fn description() -> Value {
     serde_json::from_str(include_str!("../src/admin/openapi.json")).unwrap()
 }
 
-/// Of one of the description's schemas, by its name, or of another schema that refers to these.
+/// Returns a validator for a schema that may refer to the schemas of the description.
 fn validator(schema: &Value) -> Validator {
     let mut schema = schema.clone();
     schema["components"] = description()["components"].clone();
@@ -51,7 +51,7 @@ fn assert_valid(validator: &Validator, value: &Value) {
     assert!(errors.is_empty(), "{errors:#?} in {value:#}");
 }
 
-/// A gateway with keys of these names before a service that limits those that it is told to, and its admin.
+/// A gateway with an admin token, in front of a service that limits selected keys.
 struct Admin {
     gateway: Gateway,
     service: Server,
@@ -70,7 +70,7 @@ impl Admin {
         self.http.request(method, self.gateway.url("/admin/api") + path).bearer_auth(TOKEN)
     }
 
-    /// What is answered, which is as the description says for `operation`, a path of it.
+    /// Sends a request, and checks the response against the description of `operation`, one of its paths.
     async fn answer(&self, request: RequestBuilder, operation: &str) -> (u16, Value) {
         let request = request.build().unwrap();
         let method = request.method().as_str().to_lowercase();
@@ -103,7 +103,7 @@ impl Admin {
         self.answer(self.request(Method::GET, path), operation).await
     }
 
-    /// A change, with the header that it needs. `operation` is its path in the description.
+    /// Sends a change with its required header. `operation` is its path in the description.
     async fn change(&self, method: Method, path: &str, operation: &str, body: Value) -> (u16, Value) {
         let request = self.request(method, path).header(CHANGE.0, CHANGE.1);
         let request = if body.is_null() { request } else { request.json(&body) };
@@ -128,7 +128,7 @@ impl Admin {
         self.answer(request.header(CONTENT_TYPE, media_type).body(body), "/keys:import").await
     }
 
-    /// Has the service limit these keys, each by one request.
+    /// Makes the service limit these keys, and sends enough requests for each to get its 429.
     async fn limit(&self, keys: &[&str]) {
         for key in keys {
             self.service.limit(key);
@@ -150,7 +150,7 @@ impl Admin {
     }
 }
 
-/// The name and the data of each event, which are as the description says.
+/// Streams the name and data of each event, checked against the description.
 async fn events(request: RequestBuilder) -> impl Stream<Item = (String, Value)> + Unpin {
     let response = request.send().await.unwrap();
     assert_eq!(response.status(), StatusCode::OK);
@@ -178,7 +178,7 @@ async fn events(request: RequestBuilder) -> impl Stream<Item = (String, Value)> 
     }))
 }
 
-/// The first change of that key that is told.
+/// Waits for the first change of this key.
 async fn change_of(key: &str, events: &mut (impl Stream<Item = (String, Value)> + Unpin)) -> Value {
     in_time(async {
         loop {
@@ -200,7 +200,7 @@ async fn each_route_is_described_and_each_that_is_described_is_there() {
         for method in operations.as_object().unwrap().keys() {
             described.insert(format!("{} {path}", method.to_uppercase()));
             let method = Method::from_bytes(method.to_uppercase().as_bytes()).unwrap();
-            // Without the token: what isn't there would be refused as well, so it is asked for without the change.
+            // With the token but without the change header: without the token, unknown routes are refused as well.
             let request = admin.request(method.clone(), &path.replace("{id}", "alpha"));
             let status = request.send().await.unwrap().status();
             let expected = if method == Method::GET { StatusCode::OK } else { StatusCode::FORBIDDEN };
@@ -300,7 +300,7 @@ async fn without_a_token_it_is_there_under_a_name_of_this_machine_only() {
     assert_eq!(change(CHANGE.0, CHANGE.1).await, 200);
 }
 
-/// Callers may come through a proxy on this machine, which looks like somebody on it.
+/// Callers may come through a proxy on this machine, which makes them look local.
 #[tokio::test]
 async fn where_there_are_client_tokens_it_needs_a_token_of_its_own_and_says_so() {
     let service = Server::limiting([]).await;
@@ -325,7 +325,7 @@ async fn where_there_are_client_tokens_it_needs_a_token_of_its_own_and_says_so()
     assert_eq!(service.count(), 0);
 }
 
-/// A link to the page, for one, is followed from anywhere.
+/// Users may follow a link to the page from any site.
 #[tokio::test]
 async fn without_a_token_other_pages_may_open_it_and_nothing_else() {
     let service = Server::limiting([]).await;
@@ -457,7 +457,7 @@ async fn what_can_t_be_done_is_said_with_the_status_that_is_described() {
     assert_eq!(admin.ids("").await, ["alpha"]);
 }
 
-/// A store that is away, under keys of a file.
+/// Keys from a file, with a store that is down.
 #[tokio::test]
 async fn where_the_store_fails_it_is_said_what_holds_and_logged_of_which_key_and_why() {
     let service = Server::limiting([]).await;
@@ -524,7 +524,7 @@ async fn an_id_may_have_any_characters_in_a_path() {
         assert_eq!(admin.act(path, "disable").await.1["id"], id);
         assert_eq!(admin.remove(path).await, 204, "{id}");
     }
-    // What is no UTF-8 is no id.
+    // An id that is not UTF-8 is invalid.
     for (method, action) in [("DELETE", ""), ("POST", "/reset"), ("POST", "/disable"), ("POST", "/enable")] {
         let (path, operation) = (format!("/keys/%FF{action}"), format!("/keys/{{id}}{action}"));
         let (status, _) = admin.change(method.parse().unwrap(), &path, &operation, Value::Null).await;
@@ -532,7 +532,7 @@ async fn an_id_may_have_any_characters_in_a_path() {
     }
 }
 
-/// A key of a file may be called so.
+/// A key file may contain such an id.
 #[tokio::test]
 async fn no_key_is_added_that_a_client_would_leave_out_of_a_path() {
     let admin = Admin::with(&["."]).await;
@@ -546,7 +546,7 @@ async fn no_key_is_added_that_a_client_would_leave_out_of_a_path() {
     assert!(report["lines"][0]["error"].as_str().unwrap().contains("give it another id"), "{report}");
     assert_eq!(admin.ids("").await, [".", "..."]);
 
-    // What a client makes of a path with a dot in it must be nothing that resets all.
+    // A client that normalizes the dot segment away must not hit the route that resets all keys.
     let request = admin.request(Method::POST, "/keys/./reset").header(CHANGE.0, CHANGE.1);
     assert_eq!(request.send().await.unwrap().status(), StatusCode::METHOD_NOT_ALLOWED);
 }
@@ -555,7 +555,7 @@ async fn no_key_is_added_that_a_client_would_leave_out_of_a_path() {
 async fn keys_are_found_by_id_by_the_end_of_a_secret_and_by_status_a_page_at_a_time() {
     let admin = Admin::with(&["alpha-1", "alpha-2", "beta-1", "beta-2", "gamma"]).await;
     assert_eq!(admin.ids("?search=ALPHA").await, ["alpha-1", "alpha-2"]);
-    // Of sk-gamma, 8 characters, two are shown.
+    // Of the 8 characters of sk-gamma, two are shown.
     assert_eq!(admin.ids("?search=%E2%80%A6ma").await, ["gamma"]);
     assert_eq!(admin.ids("?per_page=2&page=2").await, ["beta-1", "beta-2"]);
     assert_eq!(admin.ids("?per_page=2&page=4").await, [""; 0]);
@@ -697,7 +697,7 @@ async fn a_field_without_effect_is_refused_by_name() {
     assert_eq!(admin.change(Method::POST, "/keys", "/keys", key).await.0, 201);
 }
 
-/// A secret of which no part that is long enough to be worth something is in any answer, event or line of the log.
+/// Checks that no significant part of a secret appears in any response, event or log line.
 #[tokio::test]
 async fn a_secret_that_was_given_is_never_given_back() {
     let canaries = Canaries::of(&[
@@ -793,7 +793,7 @@ async fn counters_are_told_at_most_once_a_second() {
     let mut events = admin.events().await;
     events.next().await.unwrap();
     let (mut told, mut begun) = (0, None);
-    // Until two have been told, one request after the other.
+    // Request after request, until two changes have arrived.
     while told < 2 {
         admin.http.get(admin.gateway.url("/v1/models")).send().await.unwrap();
         if let Ok(event) = tokio::time::timeout(Duration::from_millis(5), events.next()).await {
@@ -805,10 +805,10 @@ async fn counters_are_told_at_most_once_a_second() {
     assert!(begun.unwrap().elapsed() > Duration::from_millis(700), "{:?}", begun.unwrap().elapsed());
 }
 
-/// A listener by HTTP/2, which says how much it has room for, and takes nothing for a while.
+/// An HTTP/2 listener with a small flow-control window that stops reading for a while.
 #[tokio::test]
 async fn a_listener_that_falls_behind_gets_a_snapshot_again() {
-    // A snapshot that needs more room than there is.
+    // The snapshot exceeds the flow-control window.
     let names: Vec<_> = (0..200).map(|number| format!("{number}{}", "\"".repeat(240))).collect();
     let admin = Admin::with(&names.iter().map(String::as_str).chain(["alpha"]).collect::<Vec<_>>()).await;
     let mut body = {

@@ -1,4 +1,4 @@
-//! The dashboard of the gateway's metrics, checked by Grafana's own library and against a Prometheus.
+//! The Grafana dashboard, parsed by Grafana's own library and run against a Prometheus.
 //!
 //! ```text
 //! apt-get install prometheus
@@ -35,7 +35,7 @@ fn dashboard() -> Value {
     serde_json::from_slice(&fs::read(FILE).unwrap()).unwrap()
 }
 
-/// What of one value is not in another that may have more.
+/// Lists the parts of `here` that are missing from `there`.
 fn missing(here: &Value, there: &Value, path: &str) -> Vec<String> {
     let parts: Vec<_> = match (here, there) {
         (Value::Object(here), Value::Object(there)) => {
@@ -65,7 +65,7 @@ async fn grafana_s_own_library_understands_all_that_is_in_it() {
     assert!(missing.is_empty(), "{missing:#?}");
 }
 
-/// A Prometheus that reads the metrics of one gateway, five times a second.
+/// A Prometheus that scrapes one gateway five times a second.
 struct Prometheus {
     address: SocketAddr,
     folder: PathBuf,
@@ -95,7 +95,7 @@ impl Prometheus {
         Self { address, folder, _child: child }
     }
 
-    /// What it answers, once it has numbers to answer with.
+    /// Repeats a query until its result has finite numbers.
     async fn answer(&self, question: &str) -> Vec<f64> {
         let answer = async {
             loop {
@@ -109,9 +109,11 @@ impl Prometheus {
         timeout(10 * SECOND, answer).await.unwrap_or_else(|_| panic!("nothing answers {question}"))
     }
 
+    /// Runs a query.
+    ///
     /// # Panics
     ///
-    /// Where it does not understand the question.
+    /// Panics if Prometheus rejects the query.
     async fn ask(&self, question: &str) -> Vec<f64> {
         let query = utf8_percent_encode(question, NON_ALPHANUMERIC);
         let url = format!("http://{}/api/v1/query?query={query}", self.address);
@@ -131,7 +133,7 @@ impl Drop for Prometheus {
     }
 }
 
-/// Each panel's questions, as they are asked for all pools of all gateways.
+/// The queries of all panels, for all pools and gateways.
 fn questions() -> Vec<String> {
     let dashboard = dashboard();
     let targets =
@@ -149,7 +151,7 @@ fn questions() -> Vec<String> {
 #[tokio::test]
 #[ignore = "it needs prometheus, as Debian's package has it"]
 async fn prometheus_has_an_answer_to_each_of_its_questions() {
-    // Two of four requests are limited, so that there are failovers, and waits for the first key that is back.
+    // Half of the requests are limited, which causes failovers and waits for a key.
     let asked = Arc::new(AtomicU32::new(0));
     let service = Server::start(move |_| {
         let status = if asked.fetch_add(1, Relaxed) % 4 < 2 { 429 } else { 200 };
@@ -165,7 +167,7 @@ async fn prometheus_has_an_answer_to_each_of_its_questions() {
     let answers = async {
         for question in questions() {
             if question.contains("key_rotation_pass_seconds") {
-                // There is none before the recovery's first pass, which may be half a minute.
+                // This metric appears with the first recovery pass, after up to 30 s.
                 prometheus.ask(&question).await;
             } else {
                 let numbers = prometheus.answer(&question).await;

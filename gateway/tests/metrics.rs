@@ -1,4 +1,4 @@
-//! What Prometheus reads from the gateway, and the dashboard that is made of it.
+//! The gateway's metrics, and the dashboard's use of them.
 
 mod support;
 

@@ -51,7 +51,7 @@ use tokio_rustls::{
 
 use self::body::{BodyLimits, KeptBody};
 
-/// An upstream that is given each request before its body has come.
+/// An upstream that receives each request before its body is complete.
 async fn upstream<F, A>(answer: F) -> SocketAddr
 where
     F: Fn(Request<Body>) -> A + Clone + Send + Sync + 'static,
@@ -63,20 +63,20 @@ where
     address
 }
 
-/// An upstream that answers one request, with that.
+/// An upstream that answers one request with this.
 async fn answering_once(kind: &'static str, body: Body) -> Server {
     let body = Arc::new(Mutex::new(Some(body)));
     let take = move || body.lock().unwrap().take().unwrap();
     Server::answering(move || answer_with(200, [("content-type", kind)], take())).await
 }
 
-/// A body for `reqwest` that is sent while the test goes on.
+/// A streaming body for `reqwest`, fed by the test.
 fn streaming() -> (Sender<Bytes, Infallible>, reqwest::Body) {
     let (sender, body) = Channel::new(16);
     (sender, reqwest::Body::wrap_stream(body.into_data_stream()))
 }
 
-/// Sends these bytes, and reads until the connection is closed.
+/// Sends these bytes and reads until the connection closes.
 async fn exchange(address: SocketAddr, request: &str) -> String {
     let mut connection = TcpStream::connect(address).await.unwrap();
     connection.write_all(request.as_bytes()).await.unwrap();
@@ -85,7 +85,7 @@ async fn exchange(address: SocketAddr, request: &str) -> String {
     answer
 }
 
-/// An upstream of bytes: each connection's request, as it arrived, and that answer to it.
+/// A raw upstream: it sends these bytes in answer to each connection and reports the received request.
 async fn raw_upstream(answer: &'static str) -> (SocketAddr, Arc<Mutex<Vec<String>>>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let (address, seen) = (listener.local_addr().unwrap(), Arc::new(Mutex::new(Vec::new())));
@@ -197,7 +197,7 @@ async fn server_sent_events_arrive_one_by_one() {
     events.send_data("data: 1\n\n".into()).await.unwrap();
     let mut response = in_time(http().get(gateway.url("/")).send()).await.unwrap();
     assert_eq!(in_time(response.chunk()).await.unwrap().unwrap(), "data: 1\n\n");
-    // Only now there is a second one.
+    // The upstream sends the second chunk only now.
     events.send_data("data: 2\n\n".into()).await.unwrap();
     assert_eq!(in_time(response.chunk()).await.unwrap().unwrap(), "data: 2\n\n");
     drop(events);
@@ -228,7 +228,7 @@ async fn request_bodies_arrive_chunk_by_chunk() {
     assert_eq!(response.await.unwrap().unwrap().text().await.unwrap(), "two");
 }
 
-/// An upstream that limits `a` before it has read anything, and gives the others back what it gets.
+/// An upstream that limits `a` before it reads the body, and echoes the body to other keys.
 async fn limiting_a_early(keys: Arc<Mutex<Vec<String>>>, limited: Arc<Notify>) -> SocketAddr {
     upstream(move |request| {
         let key = key_of(&request).unwrap_or("none").to_owned();
@@ -283,11 +283,11 @@ async fn while_a_further_attempt_is_about_to_be_made_nothing_is_read_that_might_
     chunks.send_data("two ".into()).await.unwrap();
     assert!(first.frame().now_or_never().is_none());
 
-    // It is made after all.
+    // The second attempt starts after all.
     assert_eq!(next(&mut second).await.unwrap(), "one ");
     assert_eq!(next(&mut first).await.unwrap_err(), "the request was sent again");
     assert_eq!(next(&mut second).await.unwrap(), "two ");
-    assert!(!second.clone().hold(), "that is more than is kept");
+    assert!(!second.clone().hold(), "the body exceeds the limit");
     chunks.send_data("three".into()).await.unwrap();
     drop(chunks);
     assert_eq!(next(&mut second).await.unwrap(), "three");
@@ -326,7 +326,7 @@ async fn where_no_further_attempt_is_made_the_one_before_goes_on() {
 async fn a_caller_is_waited_for_where_all_that_has_come_is_sent_and_more_is_wanted() {
     let (mut chunks, mut body) = kept_body(6);
     let caller = body.caller();
-    assert!(!caller.is_waited_for(), "nobody has asked for anything");
+    assert!(!caller.is_waited_for(), "nothing has polled the body");
     assert!(body.frame().now_or_never().is_none());
     assert!(caller.is_waited_for());
     chunks.send_data("one".into()).await.unwrap();
@@ -492,7 +492,7 @@ async fn with_client_tokens_only_who_brings_one_is_served() {
     assert!(!gateway.log().contains("without a client token"));
 }
 
-/// What it says where a setting is wrong, which is one line.
+/// Returns the message for a wrong setting, which is one line.
 fn one_line(output: &Output) -> String {
     let said = String::from_utf8(output.stderr.clone()).unwrap();
     assert_eq!(output.status.code(), Some(2), "{said}");
@@ -539,7 +539,7 @@ async fn without_a_client_token_no_page_of_another_origin_and_nobody_behind_a_pr
     {
         assert_eq!(status(&open, name, value).await, 200, "{name}: {value}");
     }
-    // Who has a token is no page of another site.
+    // A page of another site does not know the token.
     let with_a_token = Gateway::before(upstream.address(), &["a"], ["--client-token", "one"]).await;
     assert_eq!(status(&with_a_token, "host", "example.com").await, 200);
 }
@@ -554,8 +554,8 @@ async fn a_wrong_setting_is_one_line_and_exit_code_2() {
     for (wrong, expected) in [
         (vec![], "--upstream"),
         (vec!["--keys", keys.path()], "--upstream"),
-        (vec!["--upstream", "ftp://example.com"], "--upstream <URL>: it is http://"),
-        (vec!["--upstream", "example.com"], "--upstream <URL>: it is http://"),
+        (vec!["--upstream", "ftp://example.com"], "--upstream <URL>: it must be http://"),
+        (vec!["--upstream", "example.com"], "--upstream <URL>: it must be http://"),
         (vec!["--upstream", "https://me:canary@example.com"], "it has a user or password"),
         (vec!["--upstream", "https://example.com?key=canary"], "it has a query"),
         (vec!["--upstream", "https://example.com"], "there are no keys"),
@@ -572,7 +572,7 @@ async fn a_wrong_setting_is_one_line_and_exit_code_2() {
         (with("--inject", "header:no header"), "it is bearer, header:NAME or query:NAME"),
         (with("--cooldown", "soon"), "--cooldown <SECONDS>: not a number"),
         (with("--response-timeout", "inf"), "--response-timeout <SECONDS>"),
-        (with("--idle-timeout", "0"), "--idle-timeout: in 0 seconds nothing"),
+        (with("--idle-timeout", "0"), "--idle-timeout: it must be more than 0 seconds"),
         (with("--attempts", "0"), "--attempts <N>"),
         (with("--keep-body", "1MiB"), "--keep-body <BYTES>"),
         (with("--client-token", "canary canary"), "--client-token <TOKEN>: a token is"),
@@ -611,13 +611,13 @@ async fn a_wrong_line_of_the_file_is_named_with_it() {
     for (text, expected) in [
         ("upstream = \"https://example.com\"\nclient-token = \"canary", "line 2: "),
         ("no-such = 1", "--no-such"),
-        ("config = \"other.toml\"", "config: a file names no other"),
+        ("config = \"other.toml\"", "config: not allowed within a settings file"),
         ("cooldown = \"canary\"", "--cooldown <SECONDS>: not a number of seconds"),
         ("cooldown = [1, 2]", "--cooldown"),
-        ("[client-token]\nme = \"canary\"", "client-token: it is text"),
+        ("[client-token]\nme = \"canary\"", "client-token: it must be text"),
         ("sanitize-errors = \"canary\"", "--sanitize-errors"),
         ("client-token = [\"canary canary\"]", "--client-token <TOKEN>: a token is"),
-        ("client-token = [\"canary,canary\"]", "client-token: a value has no comma"),
+        ("client-token = [\"canary,canary\"]", "client-token: a value can't contain a comma"),
     ] {
         let file = file("toml", text);
         let said = one_line(&refusal(["--config", file.path()]).await);
@@ -715,7 +715,7 @@ async fn while_all_keys_rest_the_caller_is_told_when_the_first_is_back_in_the_wo
         assert!((4..=7).contains(&wait), "{wait}");
     };
 
-    // The last attempt's, but not its time: a is back before b.
+    // The response of the last attempt, but with the wait of a, which returns before b.
     let response = post("/v1/chat/completions").await.unwrap();
     assert_eq!(response.status(), 429);
     assert_true(&response);
@@ -730,7 +730,7 @@ async fn while_all_keys_rest_the_caller_is_told_when_the_first_is_back_in_the_wo
     assert_eq!(error["error"]["code"], "rate_limit_exceeded");
     assert_eq!(error["error"]["param"], Value::Null);
     let message = error["error"]["message"].as_str().unwrap();
-    assert!(message.contains("all keys of this gateway rest; the first is back in"), "{message}");
+    assert!(message.contains("all keys are resting; the first is available in"), "{message}");
 
     let response = post("/v1/messages/count_tokens").await.unwrap();
     assert_true(&response);
@@ -738,7 +738,7 @@ async fn while_all_keys_rest_the_caller_is_told_when_the_first_is_back_in_the_wo
     assert_eq!((&error["type"], &error["error"]["type"]), (&json!("error"), &json!("rate_limit_error")));
     let versioned = http().get(gateway.url("/v1/models")).header("anthropic-version", "2023-06-01").send();
     assert_eq!(json_of(versioned.await.unwrap()).await["type"], "error");
-    assert_eq!(upstream.count(), 2, "no key was used that rests");
+    assert_eq!(upstream.count(), 2, "a resting key was used");
 }
 
 #[tokio::test]
@@ -819,7 +819,7 @@ async fn an_upstream_that_is_not_there_or_breaks_off_is_502() {
 
 #[tokio::test]
 async fn an_upstream_that_accepts_no_connection_in_time_is_502_and_one_that_does_not_answer_504() {
-    // It never begins to speak TLS.
+    // This upstream never starts its TLS handshake.
     let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let keys = keys_file("a|sk-a");
     let url = format!("https://{}", silent.local_addr().unwrap());
@@ -848,7 +848,7 @@ async fn a_caller_whose_body_does_not_come_is_told_so_and_not_that_the_upstream_
     let response = in_time(http().post(gateway.url("/")).body(body).send()).await.unwrap();
     assert_eq!(response.status(), 408);
     let error = json_of(response).await;
-    assert_eq!(error["error"]["message"], "the request's body did not come in time");
+    assert_eq!(error["error"]["message"], "the request's body did not arrive in time");
     assert!(!gateway.log().contains("no answer from the upstream"), "{}", gateway.log());
 }
 
@@ -863,8 +863,8 @@ async fn an_answer_that_stalls_is_broken_off_and_one_that_goes_on_is_not() {
         chunks.send_data("more".into()).await.unwrap();
         assert_eq!(in_time(response.chunk()).await.unwrap().unwrap(), "more");
     }
-    assert!(in_time(response.chunk()).await.is_err(), "the caller would take it for all");
-    assert!(gateway.log().contains("the upstream's answer broke off"), "{}", gateway.log());
+    assert!(in_time(response.chunk()).await.is_err(), "the caller must not take the response for complete");
+    assert!(gateway.log().contains("the upstream's response broke off"), "{}", gateway.log());
 }
 
 #[tokio::test]
@@ -921,8 +921,8 @@ async fn without_it_an_upstreams_errors_pass_as_they_are() {
     assert_eq!(response.text().await.unwrap(), "short and stout");
 }
 
-/// A gateway, the upstream's end of a stream that goes through it, and the caller's, to which the first chunk has
-/// come.
+/// Returns a gateway and both ends of a stream through it, the upstream's and the caller's. The caller has the first
+/// chunk.
 async fn with_a_stream_under_way(limit: &str) -> (Gateway, Sender<Bytes, Infallible>, reqwest::Response) {
     let (mut chunks, body) = stream();
     let upstream = answering_once("text/plain", body).await;
@@ -961,7 +961,7 @@ async fn what_does_not_finish_within_the_limit_is_broken_off() {
     assert!(response.chunk().await.is_err());
 }
 
-/// The arguments of a gateway over these keys in MongoDB.
+/// Arguments of a gateway with these keys in MongoDB.
 fn over(mongo: &Mongo, upstream: SocketAddr) -> Vec<String> {
     let upstream = format!("http://{upstream}");
     let database = mongo.database.name();
@@ -970,7 +970,7 @@ fn over(mongo: &Mongo, upstream: SocketAddr) -> Vec<String> {
         .to_vec()
 }
 
-/// Of whatever type.
+/// Reads a number of any BSON type.
 fn number(document: &Document, field: &str) -> i64 {
     let value = document.get(field).unwrap_or_else(|| panic!("no {field} in {document}"));
     value.as_i64().or(value.as_i32().map(i64::from)).or(value.as_f64().map(|value| value as i64)).unwrap()
@@ -1045,7 +1045,7 @@ const MESSAGE_STREAM: &str = "event: message_start\r\ndata: {\"type\":\"message_
     event: message_delta\r\ndata: {\"type\":\"message_delta\",\"usage\":{\"output_tokens\":2500}}\r\n\r\n\
     event: message_delta\r\ndata: {\"type\":\"message_delta\",\"usage\":{\"input_tokens\":0,\"output_tokens\":5000}}\r\n\r\n";
 
-/// In chunks that end anywhere.
+/// Splits a body into chunks with arbitrary boundaries.
 fn in_pieces(text: &'static str) -> Body {
     let pieces = text.as_bytes().chunks(7).map(|piece| Ok::<_, Infallible>(Bytes::from_static(piece)));
     Body::from_stream(futures_util::stream::iter(pieces))
@@ -1085,7 +1085,7 @@ async fn tokens_are_credited_to_the_key_that_served_whatever_the_api_and_whether
         ("/cut", r#"{"usage":"much","#),
     ] {
         let response = http().post(gateway.url(path)).send().await.unwrap();
-        assert_eq!(response.text().await.unwrap(), body, "it passes as it is");
+        assert_eq!(response.text().await.unwrap(), body, "the body passes unchanged");
     }
     gateway.terminate().await;
     assert_eq!(gateway.ended().await.code(), Some(0));
@@ -1094,7 +1094,7 @@ async fn tokens_are_credited_to_the_key_that_served_whatever_the_api_and_whether
     assert_eq!(tokens("limited").await, 7);
 }
 
-/// All that were credited, once there are any.
+/// Waits until tokens are credited and returns their total.
 async fn tokens_at(gateway: &Gateway) -> u64 {
     let mut tokens = 0;
     for _ in 0..1_000 {
@@ -1185,7 +1185,7 @@ async fn cookies_that_an_http_2_caller_splits_come_to_an_http_1_upstream_as_one_
     assert_eq!(arrived[0].headers().get_all("cookie").iter().collect::<Vec<_>>(), ["a=1; b=2; c=3"]);
 }
 
-/// Whether the gateway closes the connection.
+/// Whether the next read finds the connection closed.
 async fn is_closed(connection: &mut TcpStream) -> bool {
     match in_time(connection.read(&mut [0; 1024])).await {
         Ok(count) => count == 0,
@@ -1202,7 +1202,7 @@ async fn a_caller_that_connects_and_says_nothing_or_half_of_a_request_is_not_wai
         let mut connection = TcpStream::connect(gateway.address()).await.unwrap();
         connection.write_all(said.as_bytes()).await.unwrap();
         let until_closed = async {
-            // In HTTP/2 it has something to say itself.
+            // In HTTP/2 the gateway sends frames of its own.
             while !is_closed(&mut connection).await {}
         };
         in_time(until_closed).await;
@@ -1272,12 +1272,12 @@ async fn where_too_many_files_are_open_it_goes_on_once_there_are_fewer() {
     let gateway = Gateway::start(with_few_files).await;
     let connect = || TcpStream::connect(gateway.address());
     let connections = futures_util::future::join_all((0..50).map(|_| connect())).await;
-    eventually("there are too many", || gateway.log().contains("no connection can be accepted")).await;
+    eventually("there are too many", || gateway.log().contains("can't accept connections")).await;
     drop(connections);
     assert_eq!(in_time(http().get(gateway.url("/")).send()).await.unwrap().status(), 200);
 }
 
-/// Connections by TLS; those that come to nothing are left out.
+/// Accepts TLS connections and skips failed handshakes.
 struct Tls(TcpListener, TlsAcceptor);
 
 impl Listener for Tls {
@@ -1304,7 +1304,7 @@ fn pem(certificate: &[u8]) -> String {
     format!("-----BEGIN CERTIFICATE-----\n{text}\n-----END CERTIFICATE-----\n")
 }
 
-/// Where an upstream of HTTP/2 by TLS listens as `localhost`, and the file with its certificate.
+/// Returns a TLS listener for an HTTP/2 upstream, its address, and its certificate file.
 async fn listening_by_tls() -> (Tls, SocketAddr, TestFile) {
     let certificate = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
     let key = PrivateKeyDer::Pkcs8(certificate.signing_key.serialize_der().into());
@@ -1316,7 +1316,7 @@ async fn listening_by_tls() -> (Tls, SocketAddr, TestFile) {
     (listener, address, file("pem", &pem(certificate.cert.der())))
 }
 
-/// An upstream that speaks HTTP/2 and answers with the version that it is asked in.
+/// An HTTP/2 upstream that answers with the HTTP version of the request.
 async fn upstream_with_tls() -> (SocketAddr, TestFile) {
     let (listener, address, trusted) = listening_by_tls().await;
     let version = async |request: Request<Body>| format!("{:?}", request.version());
@@ -1324,7 +1324,7 @@ async fn upstream_with_tls() -> (SocketAddr, TestFile) {
     (address, trusted)
 }
 
-/// A gateway before an upstream at that port of `localhost`, whose certificate it trusts.
+/// A gateway in front of an upstream at this port of `localhost`, whose certificate it trusts.
 async fn before_tls<const N: usize>(port: u16, trusted: &TestFile, arguments: [&str; N]) -> Gateway {
     let (keys, url) = (keys_file("a|sk-a"), format!("https://localhost:{}", port));
     let mut command = command(["--upstream", &url, "--keys", keys.path()].into_iter().chain(arguments));
@@ -1332,7 +1332,7 @@ async fn before_tls<const N: usize>(port: u16, trusted: &TestFile, arguments: [&
     Gateway::start(command).await
 }
 
-/// The type and the flags of a frame, the stream, and what is in it.
+/// A frame: type, flags, stream and payload.
 type Frame = (u8, u8, u32, Vec<u8>);
 
 async fn read_frame(connection: &mut (impl AsyncRead + Unpin)) -> io::Result<Frame> {
@@ -1350,7 +1350,7 @@ fn frame((kind, flags, stream, payload): Frame) -> Vec<u8> {
 
 const END: u8 = 0x1;
 
-/// It has taken no request after the one with that number.
+/// A `GOAWAY` frame with this last stream.
 fn go_away(last: u32, code: u32) -> Frame {
     (7, 0, 0, [last.to_be_bytes(), code.to_be_bytes()].concat())
 }
@@ -1359,8 +1359,8 @@ fn reset(stream: u32, code: u32) -> Frame {
     (3, 0, stream, code.to_be_bytes().to_vec())
 }
 
-/// An upstream of HTTP/2, frame by frame: it answers so many requests with these frames first, and all others with 204.
-/// It tells each request's body as it arrived.
+/// A raw HTTP/2 upstream: it answers the first requests with these frames and all others with 204. It reports each
+/// received body.
 async fn upstream_in_frames(
     times: usize,
     refusal: impl Fn(u32) -> Frame + Send + 'static,
@@ -1385,7 +1385,7 @@ async fn upstream_in_frames(
                 }
                 arrived.lock().unwrap().push(String::from_utf8(std::mem::take(&mut body)).unwrap());
                 let is_refused = arrived.lock().unwrap().len() <= times;
-                // ":status: 204" has a place of its own in RFC 7541's table.
+                // ":status: 204" has an index of its own in the static table of RFC 7541.
                 let answer = if is_refused { refusal(stream) } else { (1, END | 4, stream, vec![0x89]) };
                 connection.write_all(&frame(answer)).await.unwrap();
             }
@@ -1394,7 +1394,7 @@ async fn upstream_in_frames(
     (address, trusted, bodies)
 }
 
-/// What a caller gets who posts that to a gateway before that upstream, and the bodies that the upstream got.
+/// Posts this to a gateway in front of that upstream. Returns the status and the bodies that the upstream received.
 async fn through_frames(
     times: usize,
     refusal: impl Fn(u32) -> Frame + Send + 'static,
@@ -1441,7 +1441,7 @@ async fn what_an_http_2_upstream_says_it_has_not_begun_is_sent_again_with_its_bo
     let broken = |_| go_away(0, INTERNAL_ERROR);
     assert_eq!(through_frames(1, broken, "4", "kept").await, (502, vec!["kept".to_owned()]), "it is broken");
     let cut_short = through_frames(1, closed, "4", "").await;
-    assert_eq!(cut_short, (502, vec![String::new()]), "its head may be all there is of it, and have arrived");
+    assert_eq!(cut_short, (502, vec![String::new()]), "the upstream may have processed it");
 }
 
 #[tokio::test]
@@ -1465,7 +1465,7 @@ async fn an_upstream_that_is_silently_gone_is_noticed_long_before_its_answer_is_
     assert_eq!(status().await, 200);
     between.set(Fault::Silence);
     assert_eq!(status().await, 502);
-    // The next one goes over a connection of its own.
+    // The next request uses a new connection.
     between.set(Fault::None);
     assert_eq!(status().await, 200);
     assert_eq!(between.connections(), 2);
@@ -1482,7 +1482,7 @@ async fn a_path_of_the_upstreams_goes_before_each_and_none_leads_out_of_it() {
     };
     assert!(get("/v1/a..b?x=..").await.ends_with("/tenant/v1/a..b?x=.."));
     assert!(get("/").await.ends_with("/tenant/"));
-    // One for a proxy of the caller's: where it leads to is not the caller's choice.
+    // A request in the form for a forward proxy: the caller must not choose its target.
     assert!(get("http://localhost/v1").await.ends_with("/tenant/v1"));
     for leads_out in ["/../other", "/v1/%2e%2E/other", "/v1/..%2fother", "/v1\\..\\other", "*"] {
         assert!(get(leads_out).await.starts_with("HTTP/1.1 400"), "{leads_out}");
@@ -1498,7 +1498,7 @@ async fn no_key_goes_out_with_a_method_that_would_give_it_back_or_lead_past_the_
         let request = format!("{line} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
         let answer = exchange(gateway.address(), &request).await.to_lowercase();
         assert!(answer.starts_with("http/1.1 501"), "{line}: {answer}");
-        assert!(answer.contains("this gateway passes on no "), "{line}: {answer}");
+        assert!(answer.contains("this gateway does not forward "), "{line}: {answer}");
     }
     assert_eq!(upstream.count(), 0);
 }

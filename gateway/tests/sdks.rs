@@ -1,4 +1,4 @@
-//! The SDKs of OpenAI and Anthropic, as their packages are, through the gateway.
+//! The unmodified SDKs of OpenAI and Anthropic through the gateway.
 
 mod support;
 
@@ -15,10 +15,10 @@ use support::{gateway::Gateway, python::run_script, *};
 const CALLS: [&str; 7] =
     ["chat", "chat_stream", "responses", "responses_stream", "models", "message", "message_stream"];
 
-/// Both places at once, so that one gateway stands before both APIs.
+/// Both places at once, so that one gateway serves both APIs.
 const INJECT: [&str; 2] = ["--inject", "bearer,header:x-api-key"];
 
-/// What comes of these calls, one after the other.
+/// Makes these calls one after the other and returns their outcomes.
 async fn calls(gateway: &Gateway, token: &str, retries: u32, calls: &[&str]) -> Vec<Value> {
     let base = [&gateway.url(""), token, &retries.to_string()].map(str::to_owned);
     let arguments: Vec<_> = base.into_iter().chain(calls.iter().map(|&call| call.to_owned())).collect();
@@ -30,7 +30,7 @@ fn texts(outcomes: &[Value]) -> Vec<&str> {
     outcomes.iter().map(|outcome| outcome["text"].as_str().unwrap_or_else(|| panic!("{outcome}"))).collect()
 }
 
-/// An upstream that speaks both APIs, and limits each key once it has been used so often as is said here.
+/// An upstream that speaks both APIs and limits each key after this many uses.
 async fn upstream<const N: usize>(allowed: [(&'static str, usize); N]) -> (Server, Arc<Mutex<usize>>) {
     let left = Arc::new(Mutex::new(HashMap::from(allowed)));
     let limited = Arc::new(Mutex::new(0));
@@ -153,7 +153,7 @@ async fn every_call_succeeds_at_once_while_one_key_is_left() {
     let gateway = Gateway::before(upstream.address(), &["a", "b", "c"], INJECT).await;
     let outcomes = calls(&gateway, "no matter what", 0, &[CALLS, CALLS].concat()).await;
     assert_eq!(texts(&outcomes), ["Hello!"; 14]);
-    assert_eq!(*limited.lock().unwrap(), 2, "a and b were limited once, and then left alone");
+    assert_eq!(*limited.lock().unwrap(), 2, "a and b are limited once each and then not used");
 }
 
 #[tokio::test]
@@ -176,7 +176,7 @@ async fn while_all_keys_rest_the_sdks_raise_their_own_error_and_are_told_when_to
     assert!(outcomes[0]["message"].as_str().unwrap().contains("slow down"), "{}", outcomes[0]);
     for outcome in &outcomes[1..] {
         let message = outcome["message"].as_str().unwrap();
-        assert!(message.contains("all keys of this gateway rest; the first is back in"), "{message}");
+        assert!(message.contains("all keys are resting; the first is available in"), "{message}");
     }
     assert_eq!(upstream.keys(), ["a", "b"]);
 }
@@ -192,7 +192,7 @@ async fn an_sdk_that_tries_again_comes_back_when_it_was_told_to_and_succeeds() {
     let gateway = Gateway::before(upstream.address(), &["a"], ["--cooldown", "1"]).await;
     let outcomes = calls(&gateway, "no matter what", 1, &["chat", "message"]).await;
     assert_eq!(texts(&outcomes), ["Hello!"; 2]);
-    assert_eq!(upstream.count(), 4, "once limited and once served, each");
+    assert_eq!(upstream.count(), 4, "each call is limited once and served once");
 }
 
 #[tokio::test]

@@ -1,6 +1,5 @@
-//! Who may use the admin: whoever brings its token; without one, whoever is on this machine, where the gateway is for
-//! nobody else. And whether a change was asked for by the page, or a program, rather than by another site in somebody's
-//! browser.
+//! Access control of the admin: by token, or by machine if no token is set. Protection of changes against cross-site
+//! request forgery.
 
 use axum::{
     extract::{Request, State},
@@ -15,10 +14,10 @@ use axum::{
 use super::refusal::Refusal;
 use crate::{callers::Token, settings::Settings, this_machine};
 
-/// A page of another site can't have a browser send it.
+/// A required header of changes. A page of another site can't make a browser send it without a CORS preflight.
 const CHANGE: HeaderName = HeaderName::from_static("x-gateway-admin");
 
-/// To whom the admin is open.
+/// Who may use the admin.
 #[derive(Clone)]
 pub(super) enum Access {
     WithToken(Token),
@@ -27,44 +26,48 @@ pub(super) enum Access {
 }
 
 impl Access {
-    /// Who has given client tokens has callers elsewhere. They may come through a proxy on this machine, which looks
-    /// like somebody on it.
+    /// Decides who may use the admin.
+    ///
+    /// Client tokens mean that callers are on other machines. They may come through a proxy on this machine, which
+    /// makes them look local, so a local peer is no proof then.
     pub(super) fn by(settings: &Settings) -> Self {
         match &settings.admin_token {
             Some(token) => Self::WithToken(token.clone()),
-            // It listens on loopback, as the settings have been checked.
+            // Without client tokens, `Settings` allows only a loopback address.
             None if settings.client_token.is_empty() => Self::OnThisMachine,
             None => Self::Nobody,
         }
     }
 }
 
-/// For everything, where there is no token.
+/// Middleware for every route: if no admin token is set, rejects requests that are not from this machine.
 pub(super) async fn on_this_machine(State(access): State<Access>, request: Request, next: Next) -> Response {
     let (head, body) = request.into_parts();
     let refusal = match access {
-        Access::Nobody => "where there are client tokens, the admin needs one of its own: set --admin-token",
+        Access::Nobody => "because client tokens are set, the admin needs a token, too: set --admin-token",
         Access::OnThisMachine if !this_machine::asks(&head) => {
-            "without an admin token the admin is there for this machine only, as localhost or a loopback address and \
-             through no proxy: set --admin-token"
+            "without an admin token the admin answers only requests to localhost or a loopback address, not through a \
+             proxy: set --admin-token"
         }
         _ => return next.run(Request::from_parts(head, body)).await,
     };
     Refusal::new(StatusCode::FORBIDDEN, refusal).into_response()
 }
 
-/// For the API: with the token, where there is one. Without, it is not for other pages either, which a browser may let
-/// send what they can't read.
+/// Middleware for the API: requires the admin token if one is set.
+///
+/// Otherwise it rejects requests from pages of other origins: a browser may send those, although the page can't read
+/// the response.
 pub(super) async fn with_the_token(State(access): State<Access>, request: Request, next: Next) -> Response {
     let (head, body) = request.into_parts();
     match access {
         Access::WithToken(token) if !bearer(&head.headers).is_some_and(|given| token.is(given)) => {
-            let refusal = Refusal::new(StatusCode::UNAUTHORIZED, "this needs the admin token");
+            let refusal = Refusal::new(StatusCode::UNAUTHORIZED, "the admin token is missing or wrong");
             ([(WWW_AUTHENTICATE, "Bearer")], refusal).into_response()
         }
         Access::OnThisMachine if this_machine::is_for_another_page(&head) => {
             let refusal =
-                "without an admin token the admin is there for its own page only: set --admin-token";
+                "without an admin token the admin answers no page of another origin: set --admin-token";
             Refusal::new(StatusCode::FORBIDDEN, refusal).into_response()
         }
         _ => next.run(Request::from_parts(head, body)).await,
@@ -78,7 +81,7 @@ pub(super) async fn not_from_another_site(request: Request, next: Next) -> Respo
     if !request.method().is_safe() && !is_ours {
         return Refusal::new(
             StatusCode::FORBIDDEN,
-            "a change needs the header x-gateway-admin: 1, and comes from no other site",
+            "a change needs the header x-gateway-admin: 1 and must not come from another site",
         )
         .into_response();
     }

@@ -1,12 +1,12 @@
-//! What is done with a key, and how it is told: to whoever asked, and in the log.
+//! Changes of a key by an admin, and their wording in responses and logs.
 
 use tower_key_rotation::{KeyId, OperateError};
 
 use crate::with_sources;
 
-/// Of an id that the pool would take, why the admin does not: nobody could do anything with the key.
+/// Returns the reason why the admin refuses an id that the pool would accept: no URL could name such a key.
 pub(super) fn cannot_name(id: &str) -> Option<&'static str> {
-    let reason = "a key can't be called . or .., which clients leave out of a path: give it another id";
+    let reason = "the id can't be . or .., because clients remove these from a path: give it another id";
     matches!(id, "." | "..").then_some(reason)
 }
 
@@ -30,7 +30,7 @@ impl Action {
         }
     }
 
-    /// What an error says. Of a store's, only the log has the cause.
+    /// Formats an error for a response. The cause of a store's error appears only in the log.
     pub(super) fn failed(self, error: &OperateError) -> String {
         match (error, self) {
             (OperateError::Store(store), Self::Add | Self::Remove) => {
@@ -43,7 +43,7 @@ impl Action {
         }
     }
 
-    /// Nothing is logged that can't be an id: it may be a secret that came to a wrong place.
+    /// Logs the outcome. A text that is no valid id is left out, because it may be a misplaced secret.
     pub(super) fn log(self, id: &str, outcome: &Result<(), OperateError>) {
         let (id, done) = (KeyId::new(id).ok(), self.done());
         let key = id.as_ref().map(KeyId::as_str);

@@ -1,4 +1,4 @@
-//! The JSON API, as `openapi.json` describes it.
+//! The JSON API that `openapi.json` describes.
 
 use std::{panic, sync::Arc, time::Duration};
 
@@ -31,10 +31,10 @@ use crate::media_type::media_type;
 
 const DESCRIPTION: &str = include_str!("openapi.json");
 
-/// Of what is sent here: room for some 10,000 keys.
+/// Largest request body: room for some 10,000 keys.
 const LARGEST_BODY: usize = 2 << 20;
 
-/// So often a listener hears something, and knows by it that the connection is still there.
+/// Interval of comments in an event stream, by which a client detects a dead connection.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 
 pub(super) fn router(live: Arc<Live>) -> Router {
@@ -42,16 +42,16 @@ pub(super) fn router(live: Arc<Live>) -> Router {
         .route("/openapi.json", get(([(CONTENT_TYPE, "application/json")], DESCRIPTION)))
         .route("/events", get(events))
         .route("/keys", get(list).post(add))
-        // Not below /keys/, where a key may be called import, or `.` from a file, which browsers leave out of a path.
+        // Not below `/keys/`: a key may have the id `import`, or the id `.`, which browsers remove from a path.
         .route("/keys:import", post(import))
         .route("/keys:reset", post(reset_all))
         .route("/keys/{id}", delete(remove))
         .route("/keys/{id}/reset", post(reset))
         .route("/keys/{id}/disable", post(disable))
         .route("/keys/{id}/enable", post(enable))
-        .fallback(async || Refusal::new(StatusCode::NOT_FOUND, "there is nothing of that name"))
+        .fallback(async || Refusal::new(StatusCode::NOT_FOUND, "there is no such path"))
         .method_not_allowed_fallback(async || {
-            Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "that can't be done with it")
+            Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "this path does not support the method")
         })
         .layer(DefaultBodyLimit::max(LARGEST_BODY))
         .with_state(live)
@@ -149,7 +149,7 @@ async fn reset_one(pool: &KeyPool, id: &KeyId) -> Result<(), OperateError> {
     done
 }
 
-/// Does something with a key, and says how the key is then.
+/// Changes a key and returns its new state.
 async fn change<F>(
     live: Arc<Live>,
     id: String,
@@ -177,14 +177,14 @@ where
     to_the_end(async move {
         let done = doing.await;
         action.log(&id, &done);
-        // Also where it failed: in this pool, it may have been done.
+        // Also after an error: the pool may have changed although the store failed.
         live.look(Look::Everything);
         done.map_err(|error| Refusal::of(action, &error))
     })
     .await
 }
 
-/// Goes on where the caller goes away meanwhile: no store is left in the middle of a change.
+/// Runs an action to its end even if the caller disconnects, so that no change stays half done.
 async fn to_the_end<T: Send + 'static>(action: impl Future<Output = T> + Send + 'static) -> T {
     match tokio::spawn(action).await {
         Ok(done) => done,

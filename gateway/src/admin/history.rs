@@ -1,26 +1,26 @@
-//! What a key was good for, one status after the other, over the last 15 minutes.
+//! The status history of a key over the last 15 minutes.
 
 use std::{collections::VecDeque, time::Duration};
 
 use serde::Serialize;
 use tower_key_rotation::Status;
 
-/// How far back it goes.
+/// Time span of a history.
 pub(super) const KEPT: Duration = Duration::from_secs(15 * 60);
 
-/// Of a key that changes all the time, the oldest are forgotten earlier, so that 10,000 of them fit into memory.
+/// Maximum number of changes per key. It bounds the memory of 10,000 keys that change all the time.
 const MOST_CHANGES: usize = 512;
 
-/// Oldest first, and never empty.
+/// Status changes, oldest first; never empty.
 pub(super) struct History(VecDeque<Change>);
 
-/// A key has been this since then.
+/// A status and its beginning.
 struct Change {
     status: Status,
     at: Duration,
 }
 
-/// One status in what is sent: it lasts until the next one.
+/// A serialized status, which lasts until the next one.
 #[derive(Debug, PartialEq, Eq, Serialize)]
 pub(super) struct Since {
     status: Status,
@@ -32,7 +32,7 @@ impl History {
         Self(VecDeque::from([Change { status, at: now }]))
     }
 
-    /// It is this now, whether that is new or not.
+    /// Records the current status.
     pub(super) fn note(&mut self, now: Duration, status: Status) {
         if self.0.back().is_none_or(|last| last.status != status) {
             self.0.push_back(Change { status, at: now });

@@ -1,4 +1,4 @@
-//! Imports many keys at once, from lines, JSON or TOML. A key that can't be added stops no other.
+//! Import of many keys, from lines, JSON or TOML. A key that can't be added does not stop the others.
 
 use axum::http::StatusCode;
 use serde::Serialize;
@@ -25,13 +25,13 @@ struct Outcome {
 }
 
 pub(super) fn read(media_type: &str, body: &[u8]) -> Result<Vec<ParsedKey>, Refusal> {
-    // Lines may also be JSON or TOML, as in a file.
+    // With this name, the parser detects JSON and TOML by content, as in a key file.
     let name = match media_type {
         "text/plain" => "import",
         "application/json" => "import.json",
         "application/toml" => "import.toml",
         _ => {
-            let accepted = "it is text/plain, application/json or application/toml";
+            let accepted = "the content type must be text/plain, application/json or application/toml";
             return Err(Refusal::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, accepted));
         }
     };

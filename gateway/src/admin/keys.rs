@@ -1,4 +1,4 @@
-//! What is known of each key, and what has changed since it was told. The time is given in.
+//! The state of each key as the admin shows it, and its changes. The caller passes in the time.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -10,7 +10,7 @@ use tower_key_rotation::{KeyId, KeyPool, KeyStats, Status};
 
 use super::history::{History, Since, millis};
 
-/// A time left that differs by less is the same: it is reckoned anew each time.
+/// Tolerance for equal deadlines, which are recomputed from the time left at each look.
 const SAME_DEADLINE: Duration = Duration::from_millis(100);
 
 #[derive(Default)]
@@ -19,11 +19,11 @@ pub(super) struct Keys(HashMap<KeyId, Key>);
 pub(super) struct Key {
     facts: Facts,
     history: History,
-    /// When it is picked, among the others.
+    /// Position in the rotation.
     place: usize,
 }
 
-/// What is told of a key.
+/// The visible state of a key.
 #[derive(Clone, PartialEq, Eq)]
 struct Facts {
     id: KeyId,
@@ -38,7 +38,7 @@ struct Facts {
     used_at: Option<Duration>,
 }
 
-/// A key as it is sent: all of it, or its id and what has changed.
+/// A serialized key: complete, or its id and the changed members.
 #[derive(Serialize)]
 pub(super) struct Shown {
     id: KeyId,
@@ -76,17 +76,17 @@ impl Changes {
     }
 }
 
-/// How far a look goes.
+/// The extent of a look at the pool.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Look {
-    /// At what matters at once: statuses, and until when keys rest.
+    /// Statuses and deadlines, which are urgent.
     Statuses,
-    /// At counters and secrets as well.
+    /// Counters and secrets as well.
     Everything,
 }
 
 impl Keys {
-    /// Takes in what the pool says now, and says what is new.
+    /// Takes over the pool's current state and returns the changes.
     pub(super) fn look(&mut self, now: Duration, pool: &KeyPool, look: Look) -> Changes {
         let stats = pool.stats().keys;
         let mut changes = Changes::default();
@@ -116,7 +116,7 @@ impl Keys {
         self.0.get(id)
     }
 
-    /// All of them, in the order in which they are picked.
+    /// Returns all keys in rotation order.
     pub(super) fn in_order(&self) -> Vec<&Key> {
         let mut keys: Vec<_> = self.0.values().collect();
         keys.sort_unstable_by_key(|key| key.place);
@@ -198,7 +198,7 @@ impl Facts {
     }
 }
 
-/// What of a key is to be told, where it was told before.
+/// Returns a fact if it differs from the last one sent.
 fn news<T: PartialEq>(before: Option<&Facts>, facts: &Facts, of: impl Fn(&Facts) -> T) -> Option<T> {
     Some(of(facts)).filter(|fact| before.is_none_or(|before| of(before) != *fact))
 }
@@ -224,7 +224,7 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
 
-    /// A pool whose service answers as it is told, and the keys as they were last looked at.
+    /// A pool with a scripted service, and the last seen state of its keys.
     struct Looked {
         clock: ManualClock,
         pool: KeyPool,

@@ -1,4 +1,4 @@
-//! The keys as they are, and a stream of what changes for whoever listens.
+//! The current state of the keys, and a stream of their changes.
 
 use std::{
     convert::Infallible,
@@ -25,15 +25,15 @@ use super::{
 
 const INTERVAL: Duration = Duration::from_millis(250);
 
-/// Counters change with each request, and are told less often.
+/// Counters change with each request, so they are sent with every fourth look only.
 const LOOKS_PER_COUNT: u32 = 4;
 
-/// A listener that is further behind gets a snapshot instead.
+/// Buffered changes. A listener that is further behind gets a new snapshot.
 const CHANGES_WAITING: usize = 64;
 
 pub(super) struct Live {
     pool: KeyPool,
-    /// Held while a change is sent, so that a snapshot has all that was sent before, and nothing else.
+    /// Locked while a change is sent, so that a snapshot contains exactly the changes sent before it.
     keys: Mutex<Keys>,
     changes: broadcast::Sender<Arc<str>>,
     stopped: watch::Sender<bool>,
@@ -48,7 +48,7 @@ struct Snapshot {
 }
 
 impl Live {
-    /// Looks at the pool's keys from now on, for as long as somebody else holds this.
+    /// Starts to watch the pool's keys, until the returned value is dropped.
     pub(super) fn start(pool: KeyPool) -> Arc<Self> {
         let live = Arc::new(Self {
             pool,
@@ -70,12 +70,14 @@ impl Live {
         live
     }
 
-    /// Takes in how the keys are now. Whoever changes something looks, so that all hear of it at once.
+    /// Takes over the pool's current state and sends the changes.
+    ///
+    /// The API calls this method after each change, so that every page shows it at once.
     pub(super) fn look(&self, look: Look) {
         let mut keys = self.keys();
         let changes = keys.look(self.now(), &self.pool, look);
         if self.changes.receiver_count() > 0 && !changes.is_empty() {
-            // It fails where the last one has just left.
+            // Sending fails if the last listener has just left.
             let _ = self.changes.send(json(&changes));
         }
     }
@@ -88,13 +90,13 @@ impl Live {
         self.keys().get(id).map(|key| key.shown(self.now()))
     }
 
-    /// What `of` makes of all keys, in the order in which they are picked, and of the time.
+    /// Calls `of` with all keys in rotation order and the current time.
     pub(super) fn all<T>(&self, of: impl FnOnce(Vec<&Key>, Duration) -> T) -> T {
         let keys = self.keys();
         of(keys.in_order(), self.now())
     }
 
-    /// First a snapshot, then what changes; it ends with [`Live::stop`].
+    /// Returns a stream of a snapshot and then changes. It ends with [`Live::stop`].
     pub(super) fn events(self: Arc<Self>) -> impl Stream<Item = Result<Event, Infallible>> + Send + 'static {
         stream::unfold((self, None), async |(live, listener)| {
             let (event, listener) = live.next_event(listener).await?;
@@ -102,7 +104,7 @@ impl Live {
         })
     }
 
-    /// Ends what would not end by itself.
+    /// Ends all event streams.
     pub(super) fn stop(&self) {
         self.stopped.send_replace(true);
     }
@@ -141,7 +143,7 @@ impl Live {
 }
 
 fn json(value: &impl Serialize) -> Arc<str> {
-    // It fails for maps whose names are no text, and these are none.
+    // Serialization fails only for maps with keys that are not strings.
     serde_json::to_string(value).unwrap_or_default().into()
 }
 

@@ -1,5 +1,4 @@
-//! The admin: a page that shows each key as it is limited, rests and comes back, and a JSON API that does what the page
-//! does.
+//! The admin: a page that shows each key's status live, and the JSON API behind it.
 
 mod access;
 mod action;
@@ -26,33 +25,33 @@ pub(crate) struct Admin {
 }
 
 impl Admin {
-    /// Watches the keys from now on, whether anybody looks or not.
+    /// Starts to record the keys' history, whether or not a page is open.
     pub(crate) fn of(pool: &KeyPool, settings: &Settings) -> Self {
         Self { live: Live::start(pool.clone()), access: Access::by(settings) }
     }
 
-    /// Everything at /admin and below. It needs to know who asks: the peer's address as `ConnectInfo`.
+    /// Returns the routes at `/admin` and below. They need the peer's address as `ConnectInfo`.
     pub(crate) fn router(&self) -> Router {
         let api = api::router(self.live.clone())
             .layer(middleware::from_fn(access::not_from_another_site))
             .layer(middleware::from_fn_with_state(self.access.clone(), access::with_the_token));
-        let nothing = async || Refusal::new(StatusCode::NOT_FOUND, "there is nothing of that name");
+        let nothing = async || Refusal::new(StatusCode::NOT_FOUND, "there is no such path");
         page::router()
             .nest("/admin/api", api)
-            // Not to the upstream.
+            // Without this route, the proxy would forward unknown paths to the upstream.
             .route("/admin/{*rest}", any(nothing))
             .layer(middleware::from_fn_with_state(self.access.clone(), access::on_this_machine))
             .layer(middleware::map_response(page::strictly))
     }
 
-    /// Those to whom the admin is open may see this, too.
+    /// Restricts a router to those who may use the admin.
     pub(crate) fn guard(&self, router: Router) -> Router {
         router
             .layer(middleware::from_fn_with_state(self.access.clone(), access::with_the_token))
             .layer(middleware::from_fn_with_state(self.access.clone(), access::on_this_machine))
     }
 
-    /// Ends the streams of changes, which would not end by themselves.
+    /// Ends the event streams, which would otherwise hold up a graceful shutdown.
     pub(crate) fn stop(&self) {
         self.live.stop();
     }

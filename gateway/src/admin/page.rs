@@ -1,4 +1,4 @@
-//! The page: files that are part of the program, and what a browser is told about them.
+//! The page: embedded files and their security headers.
 
 use axum::{
     Router,
@@ -9,7 +9,7 @@ use axum::{
 
 const PAGE: &str = include_str!("page/index.html");
 
-/// What the page consists of.
+/// Files of the page: path, media type and content.
 const FILES: [(&str, &str, &str); 9] = [
     ("/admin.css", "text/css; charset=utf-8", include_str!("page/admin.css")),
     ("/admin.js", SCRIPT, include_str!("page/admin.js")),
@@ -24,7 +24,7 @@ const FILES: [(&str, &str, &str); 9] = [
 
 const SCRIPT: &str = "text/javascript; charset=utf-8";
 
-/// Nothing is loaded from elsewhere, nothing that stands in the page itself runs, and no other page frames it.
+/// Content security policy: no external resources, no inline scripts or styles, no framing by other pages.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; \
     img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
@@ -35,7 +35,7 @@ pub(super) fn router() -> Router {
     })
 }
 
-/// For every answer of the admin.
+/// Adds security headers to every response of the admin.
 pub(super) async fn strictly(mut response: Response) -> Response {
     let strict = [
         (header::CONTENT_SECURITY_POLICY, POLICY),

@@ -1,4 +1,4 @@
-//! An answer that says what is wrong.
+//! Error responses of the admin.
 
 use axum::{
     Json,
@@ -25,7 +25,7 @@ impl Refusal {
         Self::new(StatusCode::BAD_REQUEST, error)
     }
 
-    /// An action that could not be done.
+    /// The response to a failed action.
     pub(super) fn of(action: Action, error: &OperateError) -> Self {
         let status = match error {
             OperateError::UnknownKey(_) => StatusCode::NOT_FOUND,
@@ -47,9 +47,9 @@ impl From<BytesRejection> for Refusal {
     fn from(rejection: BytesRejection) -> Self {
         match rejection.status() {
             StatusCode::PAYLOAD_TOO_LARGE => {
-                Self::new(rejection.status(), "that is too much at once: send it in parts")
+                Self::new(rejection.status(), "the body is too large: send the keys in parts")
             }
-            status => Self::new(status, "the body did not arrive whole"),
+            status => Self::new(status, "the body did not arrive completely"),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Which keys are asked for.
+//! Search, filter and pages of the key list.
 
 use serde::{Deserialize, Serialize};
 use tower_key_rotation::Status;
@@ -23,7 +23,7 @@ pub(super) struct Search {
     per_page: usize,
 }
 
-/// A status, or several that mean the same for whoever waits.
+/// A status, or a group of statuses.
 #[derive(Clone, Copy, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Group {
@@ -32,9 +32,9 @@ enum Group {
     Exhausted,
     Revoked,
     Disabled,
-    /// It comes back by itself.
+    /// Unavailable, and recovers without an operator.
     Resting,
-    /// Somebody has to bring it back.
+    /// Unavailable until an operator acts.
     OutOfService,
 }
 
@@ -67,7 +67,7 @@ impl Search {
     pub(super) fn of(&self, live: &Live) -> Result<Page, Refusal> {
         if self.page == 0 || !(1..=MOST_PER_PAGE).contains(&self.per_page) {
             return Err(Refusal::bad_request(format!(
-                "page is from 1, and per_page from 1 to {MOST_PER_PAGE}"
+                "page must be at least 1, and per_page between 1 and {MOST_PER_PAGE}"
             )));
         }
         Ok(live.all(|keys, now| {
@@ -107,7 +107,7 @@ impl Group {
     }
 }
 
-/// Whether such a key comes back by itself.
+/// Whether a key with this status recovers without an operator.
 pub(super) fn rests(status: Status) -> bool {
     matches!(status, Status::RateLimited | Status::Exhausted)
 }

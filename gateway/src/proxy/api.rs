@@ -1,4 +1,4 @@
-//! Which API was called, and what an error looks like there.
+//! The called API, and the shape of its errors.
 
 use axum::{
     Json,
@@ -14,11 +14,11 @@ use serde_json::{Value, json};
 #[derive(Clone, Copy)]
 pub(super) enum Api {
     Anthropic,
-    /// And all that are like it.
+    /// OpenAI and compatible APIs.
     OpenAi,
 }
 
-/// Why a request was not answered by the upstream.
+/// An error of the gateway's own.
 pub(super) struct Refusal {
     pub(super) status: StatusCode,
     pub(super) message: String,

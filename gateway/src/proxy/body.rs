@@ -1,5 +1,6 @@
-//! A request's body on its way to the upstream: it is streamed as it comes, and kept beside that up to a limit, so
-//! that it can be sent again with another key.
+//! A request body that streams to the upstream and can be replayed.
+//!
+//! The body keeps a copy of the received bytes, up to a limit, so that a retry can send them again with another key.
 
 use std::{
     fmt,
@@ -15,46 +16,48 @@ use tower::BoxError;
 
 #[derive(Clone, Copy)]
 pub(super) struct BodyLimits {
-    /// How much is kept.
+    /// Bytes to keep for a retry.
     pub(super) keep: usize,
-    /// How much there may be.
+    /// Size of the largest body.
     pub(super) most: usize,
 }
 
-/// A caller's body, as one attempt sends it. A clone is for another attempt, and begins at the beginning; of all of
-/// them only one reads what is still to come: the last that was held before it was sent.
+/// A caller's body, as one attempt sends it.
+///
+/// A clone is for another attempt and starts at the first byte. Only one attempt reads from the caller: the last one
+/// that called [`hold`](Self::hold) before it was sent.
 pub(super) struct KeptBody {
     shared: Arc<Mutex<Shared>>,
     attempt: u32,
-    /// How much of what is kept this attempt has sent.
+    /// Number of bytes that this attempt has sent.
     sent: usize,
 }
 
-/// What a caller has still to do for its body.
+/// Tells whether the caller or the upstream delays a request body.
 pub(super) struct Caller(Arc<Mutex<Shared>>);
 
 impl Caller {
-    /// Whether the upstream could have had more of it than has come.
+    /// Whether the upstream is ready for more of the body than the caller has sent.
     pub(super) fn is_waited_for(&self) -> bool {
         lock(&self.0).waits_for_source
     }
 }
 
 struct Shared {
-    /// `None` once it has ended or failed.
+    /// `None` after its end or an error.
     source: Option<Body>,
     waits_for_source: bool,
     received: usize,
     limits: BodyLimits,
-    /// All that was received; `None` where that was too much.
+    /// All received bytes; `None` if they exceed the limit.
     kept: Option<BytesMut>,
-    /// The attempt that reads.
+    /// The attempt that reads from the caller.
     reader: u32,
-    /// The attempt that may follow it, and for which nothing more is read until then.
+    /// The next attempt. Until it starts or is dropped, nothing more is read from the caller.
     held_for: Option<u32>,
-    /// The last attempt that was made.
+    /// Number of the newest attempt.
     last: u32,
-    /// Of the reader, where it waits.
+    /// Waker of the reader while it waits.
     waker: Option<Waker>,
 }
 
@@ -74,8 +77,9 @@ impl KeptBody {
         Self { shared: Arc::new(Mutex::new(shared)), attempt: 0, sent: 0 }
     }
 
-    /// Whether this attempt could send all of the body. If so, nothing more is read for the one before, until either
-    /// this one is sent, or it is dropped.
+    /// Whether this attempt can send the whole body.
+    ///
+    /// If so, the previous attempt reads nothing more until this attempt is sent or dropped.
     pub(super) fn hold(&self) -> bool {
         let mut shared = self.shared();
         let can_be_sent = shared.kept.is_some();
@@ -135,7 +139,7 @@ impl HttpBody for KeptBody {
         if shared.held_for == Some(attempt) {
             shared.reader = attempt;
             shared.held_for = None;
-            // So that the one before sees that it is over.
+            // So that the previous attempt sees that it has been replaced.
             wake(shared);
             shared = self.shared();
         }
@@ -206,7 +210,7 @@ impl Shared {
                     return Poll::Ready(None);
                 }
             };
-            // Trailers are left out, as a proxy may.
+            // A proxy may drop trailers, and a retry could not send them again.
             let Ok(data) = frame.into_data() else { continue };
             self.received = self.received.saturating_add(data.len());
             if self.received > self.limits.most {
@@ -231,15 +235,15 @@ impl Shared {
     }
 }
 
-/// The body is larger than one may be.
+/// The body is larger than `max-body`.
 #[derive(Debug)]
 pub(super) struct TooLarge;
 
-/// The caller's connection broke, or it sent something that is no body.
+/// The caller's connection broke, or its body was malformed.
 #[derive(Debug)]
 pub(super) struct CutOff(axum::Error);
 
-/// The request is on its way with another key.
+/// Another attempt has replaced this one.
 #[derive(Debug)]
 struct SentByAnother;
 

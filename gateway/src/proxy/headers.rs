@@ -1,5 +1,5 @@
-//! Which headers a proxy passes on: all but those of a connection, but the caller's credentials, and but what the
-//! upstream says of its own name.
+//! Headers that the gateway removes or changes: hop-by-hop headers, the caller's credentials, and headers that describe
+//! the upstream's host name.
 
 use axum::http::{
     HeaderMap, HeaderName, HeaderValue,
@@ -12,7 +12,7 @@ use axum::http::{
 use super::Upstream;
 use crate::callers::CREDENTIALS;
 
-/// RFC 9110 section 7.6.1, and what belongs to the proxy itself by section 11.7.
+/// Hop-by-hop headers of RFC 9110 section 7.6.1, and those of proxy authentication, section 11.7.
 const HOP_BY_HOP: [HeaderName; 8] = [
     CONNECTION,
     HeaderName::from_static("keep-alive"),
@@ -24,30 +24,30 @@ const HOP_BY_HOP: [HeaderName; 8] = [
     UPGRADE,
 ];
 
-/// They say to whom the caller's own key belongs. A key of another account is refused with them.
+/// Headers that name the account of the caller's own key. The API refuses a key of another account with them.
 const ACCOUNT: [HeaderName; 3] = [
     HeaderName::from_static("openai-organization"),
     HeaderName::from_static("openai-project"),
     HeaderName::from_static("x-goog-user-project"),
 ];
 
-/// What a server says of all that has its name, which to the caller is the gateway's.
+/// Headers that apply to the server's whole host name, which for the caller is the gateway's.
 const OF_ORIGIN: [HeaderName; 3] =
     [STRICT_TRANSPORT_SECURITY, ALT_SVC, HeaderName::from_static("clear-site-data")];
 
 pub(super) fn to_upstream(headers: &mut HeaderMap) {
     remove_hop_by_hop(headers);
-    // The client sets the upstream's own, and an expectation is the gateway's to meet: hyper does in HTTP/1.1, once the
-    // body is read, and in HTTP/2 callers go on after a while.
+    // The client sets the upstream's `Host`. The gateway itself meets an expectation: hyper sends the 100 in HTTP/1.1
+    // when the body is first read. In HTTP/2 it sends none, and callers send the body after a timeout.
     for name in [HOST, EXPECT].into_iter().chain(CREDENTIALS).chain(ACCOUNT) {
         headers.remove(name);
     }
     join_cookies(headers);
-    // Tokens are read from the body as it passes.
+    // The gateway reads token counts from the response body, which therefore must not be compressed.
     headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
 }
 
-/// HTTP/2 lets a caller split them, RFC 9113 section 8.2.3, and HTTP/1.1 knows one line of them only.
+/// Joins several `Cookie` headers into one: HTTP/2 allows several (RFC 9113 section 8.2.3), HTTP/1.1 only one.
 fn join_cookies(headers: &mut HeaderMap) {
     let cookies: Vec<_> = headers.get_all(COOKIE).iter().map(HeaderValue::as_bytes).collect();
     if cookies.len() > 1

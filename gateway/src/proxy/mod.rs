@@ -1,4 +1,4 @@
-//! One request, from the caller to the upstream and back.
+//! The reverse proxy: one request, from the caller to the upstream and back.
 
 mod api;
 mod body;
@@ -55,7 +55,7 @@ impl Proxy {
         })
     }
 
-    /// Takes every request.
+    /// Returns a router that proxies every request.
     pub(crate) fn router(self) -> Router {
         Router::new().fallback(answer).with_state(self)
     }
@@ -75,27 +75,27 @@ impl Proxy {
         Ok(self.pass_on(api, &method, response))
     }
 
-    /// Where a request goes, if it may go anywhere.
+    /// Authorizes a request and returns its URI at the upstream.
     fn admit(&self, head: &Parts, body: &Body) -> Result<Uri, Refusal> {
         if !self.callers.admit(&head.headers) {
             return Err(Refusal::new(
                 StatusCode::UNAUTHORIZED,
-                "this gateway wants one of its own tokens as the API key",
+                "this gateway expects a client token as the API key",
             ));
         }
         let is_asked_here = this_machine::asks(head) && !this_machine::is_for_another_page(head);
         if self.callers.are_all_here() && !is_asked_here {
             return Err(Refusal::new(
                 StatusCode::FORBIDDEN,
-                "without a client token this gateway is there as localhost or a loopback address only, through no \
-                 other proxy, and not for pages of other origins: set --client-token",
+                "without a client token this gateway answers only requests to localhost or a loopback address, not \
+                 through another proxy and not from pages of other origins: set --client-token",
             ));
         }
-        // An answer to TRACE repeats the request, with the key in it, and CONNECT asks for a way past this gateway.
+        // A response to TRACE echoes the request with the key in it. CONNECT asks for a tunnel.
         if [Method::TRACE, Method::CONNECT].contains(&head.method) {
             return Err(Refusal::new(
                 StatusCode::NOT_IMPLEMENTED,
-                format!("this gateway passes on no {}", head.method),
+                format!("this gateway does not forward {}", head.method),
             ));
         }
         if body.size_hint().lower() > self.limits.most as u64 {
@@ -103,7 +103,7 @@ impl Proxy {
         }
         self.upstream
             .uri_of(&head.uri)
-            .ok_or_else(|| Refusal::new(StatusCode::BAD_REQUEST, "this gateway passes on no such path"))
+            .ok_or_else(|| Refusal::new(StatusCode::BAD_REQUEST, "this gateway does not forward this path"))
     }
 
     fn pass_on(&self, api: Api, method: &Method, mut response: Response) -> Response {
@@ -113,7 +113,7 @@ impl Proxy {
         if status == StatusCode::TOO_MANY_REQUESTS {
             self.correct_retry_after(&mut response);
         }
-        // Those beyond 599 are errors of no class.
+        // Statuses above 599 are outside every class; treat them as errors.
         if self.sanitize_errors && status.as_u16() >= 400 {
             let refusal = Refusal {
                 status,
@@ -122,17 +122,19 @@ impl Proxy {
             };
             let mut error = api.error(refusal);
             *error.extensions_mut() = mem::take(response.extensions_mut());
-            // What stands behind the status in HTTP/1.1 is the upstream's text, too.
+            // The reason phrase of HTTP/1.1 is the upstream's text, too.
             error.extensions_mut().remove::<ReasonPhrase>();
             return error;
         }
         tokens::count(&self.pool, method, response)
     }
 
-    /// A limited response speaks of one key. Where all rest, the caller hears when the first of them is back.
+    /// Replaces the `Retry-After` of a limited response, which is about one key, if no key is available.
+    ///
+    /// The new value is the time until the first key is available.
     fn correct_retry_after(&self, response: &mut Response) {
         let Some(wait) = self.pool.next_return().filter(|wait| !wait.is_zero()) else { return };
-        // Clients believe these first.
+        // Clients prefer these headers to `Retry-After`.
         for of_one_key in ["retry-after-ms", "x-ms-retry-after-ms"] {
             response.headers_mut().remove(of_one_key);
         }
@@ -153,7 +155,7 @@ async fn answer(State(proxy): State<Proxy>, request: Request) -> Response {
     response
 }
 
-/// What to tell the caller where there is no response.
+/// Turns an error of the client into an error for the caller.
 fn refuse(error: Error<BoxError>, caller: &Caller) -> Refusal {
     match error {
         Error::NoKeyAvailable(no_key) => no_key_available(&no_key),
@@ -166,7 +168,7 @@ fn no_key_available(no_key: &NoKeyAvailable) -> Refusal {
     match no_key.retry_in() {
         Some(wait) => Refusal {
             status: StatusCode::TOO_MANY_REQUESTS,
-            message: format!("all keys of this gateway rest; the first is back in {} s", seconds_up(wait)),
+            message: format!("all keys are resting; the first is available in {} s", seconds_up(wait)),
             retry_after: Some(whole_seconds(wait)),
         },
         None if no_key.is_empty_pool() => {
@@ -174,7 +176,7 @@ fn no_key_available(no_key: &NoKeyAvailable) -> Refusal {
         }
         None => Refusal::new(
             StatusCode::SERVICE_UNAVAILABLE,
-            "no key of this gateway can serve, and none comes back by itself",
+            "no key of this gateway is available until an operator resets one",
         ),
     }
 }
@@ -187,7 +189,7 @@ fn not_answered(error: &(dyn StdError + 'static), caller: &Caller) -> Refusal {
         return Refusal::new(StatusCode::BAD_REQUEST, "the request's body broke off");
     }
     if error.is::<Elapsed>() && caller.is_waited_for() {
-        return Refusal::new(StatusCode::REQUEST_TIMEOUT, "the request's body did not come in time");
+        return Refusal::new(StatusCode::REQUEST_TIMEOUT, "the request's body did not arrive in time");
     }
     tracing::warn!("no answer from the upstream: {}", with_sources(error));
     if error.is::<Elapsed>() {
@@ -197,13 +199,13 @@ fn not_answered(error: &(dyn StdError + 'static), caller: &Caller) -> Refusal {
     let message = if unreachable {
         "the upstream can't be reached"
     } else {
-        "the upstream broke off before it answered"
+        "the upstream broke off the connection before it answered"
     };
     Refusal::new(StatusCode::BAD_GATEWAY, message)
 }
 
 fn too_large() -> Refusal {
-    Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, "the request's body is larger than this gateway takes")
+    Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, "the request's body is larger than this gateway accepts")
 }
 
 fn is_behind<E: StdError + 'static>(error: &(dyn StdError + 'static)) -> bool {

@@ -1,4 +1,4 @@
-//! Tokens used: read from a response as it passes, and credited to the key that served it.
+//! Token usage: read from a response as it streams by, and credited to the key that served it.
 
 use std::{
     mem,
@@ -17,10 +17,10 @@ use tower_key_rotation::{KeyId, KeyPool, ServedBy};
 
 use crate::media_type::media_type;
 
-/// The largest JSON that is looked at: an answer, or an event of a stream.
+/// The largest JSON that is parsed: a whole response, or one event of a stream.
 const LARGEST_JSON: usize = 8 << 20;
 
-/// A body that is passed on as it is, and looked at.
+/// A response body that passes unchanged while a reader looks for its usage.
 struct Counted {
     body: Body,
     reader: Reader,
@@ -28,8 +28,9 @@ struct Counted {
     key: KeyId,
 }
 
-/// Only what was posted uses tokens: an answer that is kept can be read as often as one likes, and says each time what
-/// was used once.
+/// Counts the tokens of a response to a `POST`.
+///
+/// Other methods use no tokens: a `GET` of a stored response reports the same usage each time.
 pub(super) fn count(pool: &KeyPool, method: &Method, response: Response) -> Response {
     if method != Method::POST {
         return response;
@@ -40,7 +41,7 @@ pub(super) fn count(pool: &KeyPool, method: &Method, response: Response) -> Resp
     response.map(|body| Body::new(Counted { body, reader, pool, key }))
 }
 
-/// When a body is dropped it has been passed on, all of it or as much as the caller wanted.
+/// Records the usage on drop, so that it counts even if the caller stops reading early.
 impl Drop for Counted {
     fn drop(&mut self) {
         if let Some(tokens) = self.reader.usage().tokens() {
@@ -104,7 +105,7 @@ impl Reader {
         }
     }
 
-    /// After all that has come.
+    /// Returns the usage of everything read so far.
     fn usage(&mut self) -> Usage {
         match self {
             Self::Json { chunks, .. } => usage_in(&chunks.concat()),
@@ -113,15 +114,15 @@ impl Reader {
     }
 }
 
-/// An event stream as far as it has come, read as the HTML standard says, section 9.2.6.
+/// A parser of server-sent events (HTML standard, section 9.2.6).
 #[derive(Default)]
 struct Events {
     is_begun: bool,
-    /// What has come of a line that has not ended yet.
+    /// The current, incomplete line.
     line: Vec<u8>,
-    /// A line break in `\r\n` ends no second line.
+    /// Whether the last byte was `\r`: in `\r\n`, the `\n` ends no second line.
     is_after_return: bool,
-    /// Of the event that has not ended yet.
+    /// Data of the current, incomplete event.
     data: Vec<u8>,
     usage: Usage,
 }
@@ -147,13 +148,13 @@ impl Events {
         let is_first = !mem::replace(&mut self.is_begun, true);
         let line = self.line.strip_prefix(b"\xef\xbb\xbf").filter(|_| is_first).unwrap_or(&self.line);
         if line.is_empty() {
-            // Of one line, all is known.
+            // The usage of single-line data was read when the line ended.
             if self.data.contains(&b'\n') {
                 self.usage.update(usage_in(&self.data));
             }
             self.data.clear();
         } else if let Some(data) = line.strip_prefix(b"data:") {
-            // Some services leave out the empty lines.
+            // Some services omit the empty line between events, so each line is tried as a whole event.
             let used = usage_in(data);
             self.usage.update(used);
             if used.tokens().is_none() && self.data.len() + data.len() <= LARGEST_JSON {
@@ -166,7 +167,7 @@ impl Events {
         self.line.clear();
     }
 
-    /// What was used counts also where the caller had no patience for the last line break.
+    /// Ends the stream and returns its usage. It counts even if the caller stopped before the last line break.
     fn end(&mut self) -> Usage {
         self.end_line();
         self.end_line();
@@ -174,7 +175,7 @@ impl Events {
     }
 }
 
-/// What an answer or an event says of the tokens that were used.
+/// Reads the usage in a response or an event.
 fn usage_in(json: &[u8]) -> Usage {
     let Ok(answer) = serde_json::from_slice::<Answer>(json) else { return Usage::default() };
     let of_part = answer.message.or(answer.response).and_then(|part| part.usage);
@@ -195,7 +196,7 @@ struct Part {
     usage: Option<Usage>,
 }
 
-/// The numbers of both APIs, by their names there.
+/// Token counts under the field names of both APIs.
 #[derive(Clone, Copy, Default, Deserialize)]
 struct Usage {
     total_tokens: Option<u64>,
@@ -208,8 +209,9 @@ struct Usage {
 }
 
 impl Usage {
-    /// Takes over what a later event says. Its numbers count from the beginning, and one that has become smaller was
-    /// left out: some services say 0 for the input once it has been told.
+    /// Merges the usage of a later event.
+    ///
+    /// Counts are cumulative, so the larger one is right: some services report the input once and 0 after that.
     fn update(&mut self, later: Self) {
         self.total_tokens = self.total_tokens.max(later.total_tokens);
         self.prompt_tokens = self.prompt_tokens.max(later.prompt_tokens);
@@ -221,8 +223,10 @@ impl Usage {
         self.cache_read_input_tokens = self.cache_read_input_tokens.max(later.cache_read_input_tokens);
     }
 
-    /// The total where the API says it: OpenAI's input has what was cached in it already. Anthropic's has not.
-    /// Services that are like OpenAI's may leave out the total, and may call the same number by both names.
+    /// Returns the total: as reported, or else the sum of its parts.
+    ///
+    /// OpenAI's input includes cached tokens, Anthropic's does not. Services compatible with OpenAI may omit the total,
+    /// and may report the same count under both names.
     fn tokens(self) -> Option<u64> {
         let parts = [
             self.input_tokens.or(self.prompt_tokens),

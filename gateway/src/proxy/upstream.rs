@@ -1,4 +1,4 @@
-//! The upstream, and the client that sends requests to it: failover around rotation around `hyper`.
+//! The upstream, and the client that sends requests to it: the key rotation around `hyper`.
 
 use std::{error::Error, io, str::FromStr, time::Duration};
 
@@ -36,19 +36,19 @@ use crate::{settings::Settings, sources, this_machine, with_sources};
 
 pub(super) type Client = BoxCloneSyncService<Request<KeptBody>, Response<Body>, RotationError<BoxError>>;
 
-/// How much of an error's body is looked at, for what it says of the key.
+/// How many bytes of an error body the classifier reads.
 const ERROR_BODY: usize = 16 * 1024;
 
-/// How often a request is sent again with the same key, where the upstream says that it has done nothing with it.
+/// How often a request is sent again with the same key if the upstream did not process it.
 const RESENDS: u32 = 5;
 
-/// How long it waits for that; twice as long each time.
+/// The first backoff before such a retry. It doubles each time.
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 
-/// An upstream from which nothing comes for so long, not even that it is still there, is gone.
+/// How long an unresponsive HTTP/1.1 connection lasts before TCP keepalive closes it.
 const GONE_AFTER: Duration = Duration::from_secs(60);
 
-/// A client that puts one of the pool's keys into each request, and sends a limited one again with another.
+/// Returns a client that puts one of the pool's keys into each request and retries a limited request with another.
 pub(super) fn client(pool: &KeyPool, settings: &Settings) -> io::Result<Client> {
     let failover = FailoverLayer::new(pool)
         // With no key twice, so that this is at most once with each.
@@ -68,31 +68,31 @@ pub(super) fn client(pool: &KeyPool, settings: &Settings) -> io::Result<Client> 
     Ok(BoxCloneSyncService::new(client))
 }
 
-/// An answer that stalls for so long fails, and is broken off for the caller, too.
+/// Adds an idle timeout to a response body. After it, the response to the caller breaks off, too.
 fn with_limit<B>(idle: Duration, body: B) -> Body
 where
     B: HttpBody<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
 {
-    // With the limit, it would no longer be known that nothing comes.
+    // `TimeoutBody` does not forward `is_end_stream`, so an empty body would look like a stream.
     if body.is_end_stream() {
         return Body::empty();
     }
     let body = TimeoutBody::new(idle, body);
     Body::new(body.map_err(|error| {
-        tracing::warn!("the upstream's answer broke off: {}", with_sources(&*error));
+        tracing::warn!("the upstream's response broke off: {}", with_sources(&*error));
         error
     }))
 }
 
-/// It follows no redirect: a key would go with it.
+/// Builds the hyper client. It follows no redirects, because the key would go with them.
 fn hyper(
     settings: &Settings,
 ) -> io::Result<HyperClient<impl Connect + Clone + Send + Sync + 'static, KeptBody>> {
     let mut tcp = HttpConnector::new();
     tcp.enforce_http(false);
     tcp.set_nodelay(true);
-    // An upstream that is silently gone is noticed in HTTP/1.1 by these, and in HTTP/2, where one connection carries
-    // all requests, by pings.
+    // TCP keepalive detects a dead HTTP/1.1 connection. HTTP/2 pings do so for HTTP/2, where one connection carries all
+    // requests.
     tcp.set_keepalive(Some(GONE_AFTER / 2));
     tcp.set_keepalive_interval(Some(GONE_AFTER / 6));
     tcp.set_keepalive_retries(Some(3));
@@ -128,8 +128,9 @@ impl CloneRequest<Request<KeptBody>> for SendAgain {
     }
 }
 
-/// What an HTTP/2 server has not begun, it can be sent again by RFC 9113, section 8.7: where it closes the connection in
-/// good order, as nginx does after a thousand requests, or refuses the stream.
+/// Retry policy for requests that an HTTP/2 server did not process (RFC 9113 section 8.7).
+///
+/// The server sends a graceful `GOAWAY`, as nginx does after a thousand requests, or `REFUSED_STREAM`.
 #[derive(Clone, Default)]
 struct NotProcessed {
     pauses: u32,
@@ -147,7 +148,7 @@ impl<B> Policy<Request<KeptBody>, Response<B>, BoxError> for NotProcessed {
         if self.pauses >= RESENDS || !is_not_processed(&**error, request) || !request.body().hold() {
             return None;
         }
-        tracing::debug!("sent again, since the upstream has not begun: {}", with_sources(&**error));
+        tracing::debug!("sent again, because the upstream did not process it: {}", with_sources(&**error));
         let pause = FIRST_PAUSE * 2_u32.pow(self.pauses);
         self.pauses += 1;
         Some(sleep(pause))
@@ -159,8 +160,8 @@ impl<B> Policy<Request<KeptBody>, Response<B>, BoxError> for NotProcessed {
 }
 
 fn is_not_processed(error: &(dyn Error + 'static), request: &Request<KeptBody>) -> bool {
-    // What was about to be sent on a connection that is closed later in good order, h2 tells by the same error. The
-    // server may then have got a head, and no body.
+    // h2 reports the same error for a request that it was still sending when a graceful `GOAWAY` arrived. The server
+    // may have processed its head, so a request without a body must be idempotent.
     let is_harmless = request.method().is_idempotent() || !request.body().is_end_stream();
     let errors = sources(error).filter_map(|error| error.downcast_ref::<h2::Error>());
     errors.filter(|error| error.is_remote()).any(|error| {
@@ -169,12 +170,12 @@ fn is_not_processed(error: &(dyn Error + 'static), request: &Request<KeptBody>) 
     })
 }
 
-/// Where the API is.
+/// The URL of the API.
 #[derive(Clone)]
 pub(crate) struct Upstream {
     scheme: Scheme,
     authority: Authority,
-    /// Without a slash at its end.
+    /// Path without a trailing slash.
     base: String,
 }
 
@@ -184,13 +185,14 @@ impl Upstream {
         self.authority.as_str()
     }
 
-    /// Whether nobody on the way can read what is sent there.
+    /// Whether keys do not cross a network in cleartext.
     pub(crate) fn is_safe(&self) -> bool {
         self.scheme == Scheme::HTTPS || this_machine::is_loopback(self.authority.host())
     }
 
-    /// Where a request goes that came with this URI. `None` where that has no path, or one that leads out of the
-    /// upstream's own.
+    /// Maps the URI of a caller's request to the upstream.
+    ///
+    /// Returns `None` if the URI has no path, or a path that leads out of the upstream's.
     pub(super) fn uri_of(&self, uri: &Uri) -> Option<Uri> {
         let path = uri.path_and_query()?.as_str();
         if !path.starts_with('/') || leads_out(uri.path()) {
@@ -205,7 +207,7 @@ impl Upstream {
             .ok()
     }
 
-    /// Where a caller of the gateway finds what an answer's `Location` means. `None` where that is not there.
+    /// Maps a `Location` below the upstream's URL to a path of the gateway, and any other to `None`.
     pub(super) fn path_of(&self, location: &str) -> Option<HeaderValue> {
         let uri: Uri = location.parse().ok()?;
         let is_here = match uri.authority() {
@@ -219,7 +221,7 @@ impl Upstream {
         let path = uri.path_and_query()?.as_str().strip_prefix(&*self.base)?;
         let slash = if path.starts_with('/') { "" } else { "/" };
         let is_below = self.base.is_empty() || path.is_empty() || path.starts_with(['/', '?']);
-        // To a browser, a host's name follows these.
+        // A browser reads a host name after these.
         let names_a_host = ["//", "/\\"].iter().any(|slashes| path.starts_with(slashes));
         if !is_here || !is_below || names_a_host || leads_out(uri.path()) {
             return None;
@@ -245,7 +247,7 @@ impl FromStr for Upstream {
         let parts = uri.into_parts();
         let scheme = parts.scheme.filter(|scheme| [Scheme::HTTP, Scheme::HTTPS].contains(scheme));
         let (Some(scheme), Some(authority)) = (scheme, parts.authority) else {
-            return Err("it is http://… or https://…");
+            return Err("it must be http://… or https://…");
         };
         if authority.as_str().contains('@') {
             return Err("it has a user or password: keys come from --keys or --mongodb");

@@ -17,7 +17,7 @@ use crate::support::http;
 
 const TO_INSTALL: &str = "apt-get install chromium chromium-driver";
 
-/// What a browser does for itself is none of the tests' business; and as root it has no sandbox.
+/// Background activity of the browser is disabled. The sandbox does not work as root.
 const ARGUMENTS: [&str; 8] = [
     "--headless=new",
     "--no-sandbox",
@@ -29,7 +29,7 @@ const ARGUMENTS: [&str; 8] = [
     "--disable-sync",
 ];
 
-/// A browser of a test's own; it is gone with this.
+/// A browser for one test, closed on drop.
 pub(crate) struct Browser {
     driver: WebDriver,
     _chromedriver: Child,
@@ -54,7 +54,7 @@ impl Browser {
         self.driver.goto(url).await.unwrap();
     }
 
-    /// Has the page so large, in CSS pixels. A window can't be as narrow as a phone.
+    /// Emulates a viewport of this size in CSS pixels, because a window can't be as narrow as a phone.
     pub(crate) async fn looks_through(&self, width: u32, height: u32, scale: f32) {
         let size =
             json!({ "width": width, "height": height, "deviceScaleFactor": scale, "mobile": width < 700 });
@@ -70,14 +70,14 @@ impl Browser {
         self.driver.cdp().send_raw(command, arguments).await.unwrap();
     }
 
-    /// What an expression is in the page.
+    /// Evaluates an expression in the page.
     pub(crate) async fn eval(&self, expression: &str) -> Value {
         let script = format!("return {expression}");
         let value = self.driver.execute(script, Vec::new()).await;
         value.unwrap_or_else(|error| panic!("{expression}: {error}")).json().clone()
     }
 
-    /// Waits until that holds in the page, and says how long it took.
+    /// Waits until an expression is true in the page, and returns how long it took.
     pub(crate) async fn see(&self, expression: &str) -> Duration {
         let begun = Instant::now();
         while self.eval(&format!("Boolean({expression})")).await != json!(true) {
@@ -88,19 +88,19 @@ impl Browser {
         begun.elapsed()
     }
 
-    /// As somebody would: it has to be in view, and nothing in front of it.
+    /// Clicks like a user: the element must be in view and not covered.
     pub(crate) async fn click(&self, selector: &str) {
         let element = self.driver.query(thirtyfour::By::Css(selector)).first().await.unwrap();
         element.click().await.unwrap_or_else(|error| panic!("{selector}: {error}"));
     }
 
-    /// Types at the end of what is there.
+    /// Appends text to a field.
     pub(crate) async fn type_into(&self, selector: &str, text: &str) {
         let element = self.driver.query(thirtyfour::By::Css(selector)).first().await.unwrap();
         element.send_keys(text).await.unwrap_or_else(|error| panic!("{selector}: {error}"));
     }
 
-    /// A key for whatever has the focus.
+    /// Sends a key to the focused element.
     pub(crate) async fn press(&self, key: impl Into<TypingData>) {
         self.driver.active_element().await.unwrap().send_keys(key).await.unwrap();
     }
@@ -109,12 +109,12 @@ impl Browser {
         self.driver.screenshot_as_png().await.unwrap()
     }
 
-    /// Of a test that fails, it ends by itself.
+    /// Closes the browser. In a failed test, it closes on drop.
     pub(crate) async fn quit(self) {
         self.driver.quit().await.unwrap();
     }
 
-    /// What the browser has complained of since this was asked before.
+    /// Returns the browser's warnings and errors since the last call.
     pub(crate) async fn complaints(&self) -> Vec<String> {
         let log = self.driver.browser_log().await.unwrap();
         log.into_iter()
@@ -124,7 +124,7 @@ impl Browser {
     }
 }
 
-/// It takes a port that is free, and says which.
+/// Starts chromedriver on a free port and returns its URL.
 async fn start_chromedriver() -> (Child, String) {
     let mut chromedriver = Command::new("chromedriver")
         .arg("--port=0")
@@ -145,7 +145,7 @@ async fn start_chromedriver() -> (Child, String) {
 async fn port_in(mut said: Lines<BufReader<ChildStdout>>) -> u16 {
     while let Some(line) = said.next_line().await.unwrap() {
         if let Some((_, port)) = line.split_once("started successfully on port ") {
-            // It goes on reading, so that chromedriver can go on writing.
+            // Keep reading, or chromedriver would block on a full pipe.
             tokio::spawn(async move { while let Ok(Some(_)) = said.next_line().await {} });
             return port.trim_end_matches('.').parse().unwrap();
         }

@@ -5,8 +5,8 @@
 //! cargo test -p key-rotation-gateway --test browser -- --ignored
 //! ```
 //!
-//! `SCREENSHOT=docs/page.png` makes the picture of the README. It takes a quarter of an hour, the time that the page
-//! shows.
+//! `SCREENSHOT=docs/page.png` takes the screenshot for the README. It needs a quarter of an hour, the time span of the
+//! page's timelines.
 
 mod browser;
 #[path = "../support/mod.rs"]
@@ -32,7 +32,7 @@ use tokio::{
 
 const TOKEN: &str = "the-admin-s-token";
 
-/// The page of a gateway before a service, open in a browser.
+/// The admin page of a gateway in front of a service, open in a browser.
 struct Page {
     browser: Browser,
     gateway: Gateway,
@@ -41,7 +41,7 @@ struct Page {
 }
 
 impl Page {
-    /// Where no token is needed.
+    /// Opens the page of a gateway without an admin token.
     async fn of<const N: usize>(keys: &[&str], arguments: [&str; N]) -> Self {
         let page = Self::closed(keys, arguments).await;
         page.browser.open(&page.gateway.url("/admin")).await;
@@ -55,7 +55,7 @@ impl Page {
         Self { browser: Browser::start().await, gateway, service, http: http() }
     }
 
-    /// Another gateway is where this one was, with these arguments.
+    /// Restarts the gateway at the same address with these arguments.
     async fn restart<const N: usize>(&mut self, arguments: [&str; N]) {
         self.gateway.terminate().await;
         self.gateway.ended().await;
@@ -69,7 +69,7 @@ impl Page {
         self.http.get(self.gateway.url("/v1/models")).send().await.unwrap();
     }
 
-    /// As clients do, about ten times a second.
+    /// Sends requests, about ten per second.
     async fn ask_for(&self, time: Duration) {
         let begun = Instant::now();
         while begun.elapsed() < time {
@@ -111,12 +111,12 @@ impl Page {
         self.browser.eval(expression).await
     }
 
-    /// Nothing was refused by the page's policy, and nothing went wrong in its scripts.
+    /// Checks that the browser logged no violation of the page's policy and no script error.
     async fn end(self) {
         self.end_with([]).await;
     }
 
-    /// The same, but for what a test brings about.
+    /// The same check, with exceptions for errors that the test provokes.
     async fn end_with<const N: usize>(self, expected: [&str; N]) {
         let complaints = self.browser.complaints().await;
         let is_expected = |complaint: &String| expected.iter().any(|part| complaint.contains(part));
@@ -145,7 +145,7 @@ async fn a_wrong_token_is_refused_and_said_to_be_wrong_and_the_right_one_lets_in
     page.browser.press(Key::Enter).await;
     page.see("document.querySelector('#token-error').innerText === 'That is not the admin token.'").await;
     assert_eq!(page.eval("document.querySelector('#overview').hidden").await, json!(true));
-    // As a text processor makes it, which can't be sent.
+    // A typographic character, as word processors insert, can't be sent in a header.
     page.type_into("#token", &format!("“{TOKEN}”")).await;
     page.eval("document.querySelector('#token-error').innerText = ''").await;
     page.browser.press(Key::Enter).await;
@@ -203,7 +203,7 @@ async fn of_many_lines_the_bad_one_is_named_and_the_others_are_there() {
             ["Line 3", "gamma", "Added."],
         ])
     );
-    // The refused line is left to be put right.
+    // The refused line stays in the form, to be corrected.
     assert_eq!(page.eval("document.querySelector('#import-text').value").await, "no separator");
     page.click("#import [data-close]").await;
     page.see_status("beta", "Healthy").await;
@@ -231,7 +231,7 @@ async fn a_limited_key_is_seen_to_rest_and_to_come_back_without_reloading() {
     page.see_status("alpha", "Healthy").await;
     page.see("document.querySelector('[data-count=resting]').innerText === '0'").await;
     assert_eq!(page.eval("window.isTheSamePage").await, json!(true));
-    // The rest stays in the timeline, about 3 of its 900 seconds wide, and only in that key's.
+    // The rest stays visible in this key's timeline only, about 3 of its 900 seconds wide.
     let rests = |key: &str| format!("{}.querySelector('.t-rate_limited').getAttribute('d')", row(key));
     page.see(&rests("alpha")).await;
     assert_eq!(page.eval(&rests("beta")).await, "");
@@ -287,7 +287,7 @@ async fn a_key_is_removed_only_by_who_says_so_twice() {
     page.act("beta", "remove").await;
     page.see("document.querySelector('#remove-key').open").await;
     assert_eq!(page.eval("document.querySelector('#remove-id').innerText").await, "beta");
-    // Enter does what is safe.
+    // Enter cancels.
     assert_eq!(page.eval("document.activeElement.innerText").await, "Cancel");
     page.browser.press(Key::Enter).await;
     page.see("!document.querySelector('#remove-key').open").await;
@@ -314,7 +314,7 @@ async fn the_page_finds_its_gateway_again_after_a_restart() {
     page.gateway.ended().await;
     page.see("document.querySelector('#connection').innerText.startsWith('Connection lost')").await;
     page.see("'stale' in document.body.dataset").await;
-    // What is known stays in view.
+    // The last known state stays visible.
     page.see_status("alpha", "Healthy").await;
 
     let keys = keys_file("alpha|sk-alpha\nomega|sk-omega\n");
@@ -331,7 +331,7 @@ async fn the_page_finds_its_gateway_again_after_a_restart() {
 
 const IS_WAITING: &str = "!document.querySelector('#connect-now').hidden";
 
-/// As what stands before a gateway does while it is away, or where it is asked too often.
+/// The page gets responses like those of a proxy whose gateway is down or overloaded.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "it needs a browser"]
 async fn who_is_signed_in_stays_so_whatever_a_proxy_answers_until_the_gateway_itself_refuses() {
@@ -346,7 +346,7 @@ async fn who_is_signed_in_stays_so_whatever_a_proxy_answers_until_the_gateway_it
     )
     .await;
     page.restart(["--admin-token", TOKEN]).await;
-    // It needn't wait for the next attempt.
+    // The page need not wait for its next automatic attempt.
     page.see("(dispatchEvent(new Event('online')), answers.length === 0)").await;
     page.see("document.querySelector('#connection-text').innerText === 'Live'").await;
     assert_eq!(page.eval("document.querySelector('#sign-in').hidden").await, json!(true));
@@ -360,7 +360,7 @@ async fn who_is_signed_in_stays_so_whatever_a_proxy_answers_until_the_gateway_it
 #[ignore = "it needs a browser"]
 async fn a_gateway_that_says_nothing_is_asked_again() {
     let mut page = Page::of(&["alpha"], []).await;
-    // Time goes fast here.
+    // Fake timers: time passes faster here.
     page.eval("(window.setTimeout = ((wait) => (then, time) => wait(then, time / 50))(setTimeout))").await;
     page.gateway.terminate().await;
     page.gateway.ended().await;
@@ -376,7 +376,7 @@ async fn a_gateway_that_says_nothing_is_asked_again() {
     page.end_with(["ERR_CONNECTION_REFUSED"]).await;
 }
 
-/// How long the page may take for what somebody does, with all that chromedriver adds.
+/// The longest time for a reaction of the page, chromedriver's overhead included.
 const AT_ONCE: Duration = Duration::from_millis(1_500);
 
 #[tokio::test(flavor = "multi_thread")]
@@ -401,7 +401,7 @@ async fn ten_thousand_keys_are_searched_and_paged_at_once_and_only_one_page_is_i
     page.click("[data-group=out_of_service]").await;
     let filtering = page.see("document.querySelector('#range').innerText === '1–1 of 1'").await;
 
-    // What all of it takes is measured in the page itself.
+    // The page measures the whole reaction itself.
     let frame = page
         .eval(
             "(() => { const begun = performance.now(); const s = document.querySelector('#status'); s.value = ''; \
@@ -474,7 +474,7 @@ async fn everything_is_reached_by_keyboard_and_has_a_name() {
          !(e.ariaLabel || e.innerText?.trim() || e.textContent.trim() || e.labels?.length)).map((e) => e.outerHTML)",
     );
     assert_eq!(unnamed.await, json!([]));
-    // From the search on, each press of Tab is seen to arrive.
+    // Starting at the search field, each press of Tab must move the visible focus.
     let mut seen = Vec::new();
     loop {
         page.browser.press(Key::Tab).await;
@@ -495,7 +495,7 @@ async fn everything_is_reached_by_keyboard_and_has_a_name() {
     page.end().await;
 }
 
-/// What the other tests would see if the page did what it must not.
+/// Proves that the other tests would notice a forbidden action of the page.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "it needs a browser"]
 async fn a_script_or_a_style_that_gets_into_the_page_is_kept_from_working_and_is_complained_of() {
@@ -513,7 +513,7 @@ async fn a_script_or_a_style_that_gets_into_the_page_is_kept_from_working_and_is
     }
 }
 
-/// Keys as somebody may have them.
+/// Realistic key names.
 const KEYS: [&str; 12] = [
     "acme-eu-1",
     "acme-eu-2",
@@ -529,7 +529,7 @@ const KEYS: [&str; 12] = [
     "translation",
 ];
 
-/// It answers as services do: each key now and then with 429, one that is used up with 402, one that is gone with 401.
+/// A realistic service: an occasional 429 for each key, 402 for an exhausted one, 401 for a revoked one.
 async fn moody_service() -> Server {
     let asked: Arc<Mutex<HashMap<String, u32>>> = Arc::default();
     Server::start(move |request| {
@@ -573,7 +573,7 @@ async fn a_screenshot_is_kept() {
     page.browser.prefers("light").await;
     page.browser.open(&page.gateway.url("/admin")).await;
 
-    // Somebody takes a key out of service in the last minutes.
+    // An operator disables a key in the last minutes.
     page.ask_for(time * 4 / 5).await;
     let disable = page.http.post(page.gateway.url("/admin/api/keys/translation/disable"));
     disable.header("x-gateway-admin", "1").send().await.unwrap();

@@ -1,8 +1,8 @@
-"""Calls an API with its own SDK, and says in JSON what came of each call.
+"""Calls an API with its own SDK and prints the outcome of each call as JSON.
 
     calls.py BASE_URL TOKEN RETRIES CALL…
 
-A call is the name of one of the functions below. Each gives the text of the answer.
+A call is the name of a function below, which returns the text of the response.
 """
 
 import json

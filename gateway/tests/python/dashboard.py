@@ -1,4 +1,4 @@
-"""Reads a dashboard with Grafana's own library, and prints what that writes of it.
+"""Parses a dashboard with Grafana's own library and prints it again.
 
     dashboard.py FILE
 """

@@ -86,12 +86,12 @@ impl Gateway {
         format!("http://{}{path}", self.address)
     }
 
-    /// Its log so far.
+    /// Returns the log so far.
     pub fn log(&self) -> String {
         self.log.lock().unwrap().clone()
     }
 
-    /// Sends SIGTERM, as a process manager does.
+    /// Sends SIGTERM, as process managers do.
     pub async fn terminate(&self) {
         let id = self.child.id().expect("the gateway has exited").to_string();
         assert!(Command::new("kill").args(["-TERM", &id]).status().await.unwrap().success());

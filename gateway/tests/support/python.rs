@@ -1,6 +1,7 @@
 //! A Python with the packages of `tests/python/requirements.txt`.
 //!
-//! The packages are installed once into the target folder, which needs `python3` with `venv` and the Python package index.
+//! The packages are installed once into the target folder. This needs `python3` with `venv` and access to the Python
+//! package index.
 
 use std::{
     env, fs,

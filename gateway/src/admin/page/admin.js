@@ -1,4 +1,4 @@
-// Puts the page together: who is signed in, what is shown, what is done.
+// Assembles the page: sign-in, view and actions.
 
 import { adding, importing, removing, sentence } from "/admin/dialogs.js";
 import { Keys } from "/admin/keys.js";
@@ -9,7 +9,7 @@ import { count, left, number, rounded } from "/admin/words.js";
 
 const PER_PAGE = 50;
 
-/** Countdowns are looked at so often; timelines with every fourth time. */
+/** Update interval of countdowns; timelines update every fourth time. */
 const TICK = 250;
 
 const element = (id) => document.getElementById(id);
@@ -19,11 +19,11 @@ const view = { search: "", group: "", sort: "id", descending: false, page: 0 };
 const table = new Table(keys, act);
 const stream = new Stream(heard, connection);
 
-// ---- what is shown ----
+// ---- view ----
 
 let isScheduled = false;
 
-/** Shows what has changed, all of it at once, when the browser draws next. */
+/** Schedules one update of the view for the next frame. */
 function schedule() {
   if (isScheduled) return;
   isScheduled = true;
@@ -49,7 +49,7 @@ function show() {
   element("previous").disabled = view.page === 0;
   element("next").disabled = view.page === pages - 1;
   element("nothing").hidden = found.length > 0;
-  element("nothing").textContent = keys.size ? "No key matches." : "There are no keys yet. Add one, or import many.";
+  element("nothing").textContent = keys.size ? "No key matches." : "There are no keys yet. Add or import some.";
 }
 
 function showTotals(now) {
@@ -88,7 +88,7 @@ let countdown;
 const CONNECTION = {
   connecting: () => "Connecting",
   live: () => "Live",
-  waiting: () => "Connection lost, trying again",
+  waiting: () => "Connection lost, reconnecting",
   refused: () => "Not signed in",
 };
 
@@ -96,7 +96,7 @@ function connection(state, detail) {
   clearInterval(countdown);
   element("connection-wait").textContent = "";
   element("connect-now").hidden = state !== "waiting";
-  // While it tries again it is still lost.
+  // During a reconnect, the connection still counts as lost.
   const isLost = state === "connecting" && document.body.dataset.stale !== undefined;
   if (!isLost) {
     element("connection").dataset.state = state;
@@ -122,7 +122,7 @@ function countDown(until) {
   countdown = setInterval(say, TICK);
 }
 
-// ---- signing in ----
+// ---- sign-in ----
 
 function signedIn(yes) {
   element("sign-in").hidden = yes;
@@ -153,11 +153,11 @@ element("sign-out").addEventListener("click", () => {
   stream.start();
 });
 
-// ---- what is done ----
+// ---- actions ----
 
 let forgetting = {};
 
-/** Says what came of something, to everybody. */
+/** Announces an outcome, also to screen readers. */
 function announce(text, isFailure = false) {
   const place = element(isFailure ? "failed" : "done");
   place.textContent = text;
@@ -191,7 +191,7 @@ element("reset-resting").addEventListener("click", async () => {
   }
 });
 
-// ---- what is looked for ----
+// ---- search, filter and sorting ----
 
 function look(changes) {
   Object.assign(view, { page: 0 }, changes);
@@ -205,7 +205,7 @@ function look(changes) {
   schedule();
 }
 
-/** Numbers begin with the largest. */
+/** Numbers sort in descending order first. */
 const beginsDescending = (sort) => !["id", "status", "left"].includes(sort);
 
 element("search").addEventListener("input", ({ target }) => look({ search: target.value.trim() }));

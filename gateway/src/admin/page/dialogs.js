@@ -1,11 +1,11 @@
-// What is asked before something is done: a key's secret, many keys, whether it is meant.
+// Dialogs: add a key, import keys, confirm a removal.
 
 import { call, pathOf } from "/admin/server.js";
 import { count } from "/admin/words.js";
 
 const element = (id) => document.getElementById(id);
 
-/** Has a dialog's form do something once, and stay open where it fails. */
+/** Runs an action when a dialog's form is submitted. The dialog stays open if the action fails. */
 function onSubmit(dialog, action, failed) {
   for (const button of dialog.querySelectorAll("[data-close]")) button.addEventListener("click", () => dialog.close());
   dialog.querySelector("form").addEventListener("submit", async (event) => {
@@ -21,7 +21,7 @@ function onSubmit(dialog, action, failed) {
       dialog.ariaBusy = null;
     }
   });
-  // No secret stays in a page longer than it must.
+  // A secret must not stay in the page after the dialog closes.
   dialog.addEventListener("close", () => dialog.querySelector("form").reset());
 }
 
@@ -62,7 +62,7 @@ export function importing(announce) {
     element("import-lines").replaceChildren(...imported.lines.map((line) => outcome(line, format === "application/json" ? "Entry" : "Line")));
     report.hidden = false;
     announce(`${summary}.`);
-    // Keeps what was refused, to be corrected. What was added would be refused the next time.
+    // Keep only the refused lines, to be corrected. A second import would refuse the added ones.
     if (format === "text/plain") text.value = onlyRefused(text.value, imported.lines);
     else if (!imported.refused) text.value = "";
   };

@@ -1,4 +1,4 @@
-// What is known of the keys, and which of them are asked for.
+// The state of the keys, with search, filter and sorting.
 
 export const STATUSES = {
   healthy: "Healthy",
@@ -13,10 +13,10 @@ const GROUPS = {
   out_of_service: ["revoked", "disabled"],
 };
 
-/** Those first that want to be looked at. */
+/** Sort order of statuses, most urgent first. */
 const URGENCY = ["revoked", "exhausted", "rate_limited", "disabled", "healthy"];
 
-/** A key without a value goes behind those that have one. */
+/** Sort values. A key without a value sorts last. */
 const VALUES = {
   id: () => 0,
   status: (key) => URGENCY.indexOf(key.status),
@@ -37,7 +37,7 @@ export class Keys {
   #keys = new Map();
   #ranked = true;
 
-  /** Takes in an event of the stream. */
+  /** Applies an event of the stream. */
   hear(name, data, now) {
     if (name === "snapshot") {
       this.#keys.clear();
@@ -76,7 +76,7 @@ export class Keys {
     return this.#keys.size;
   }
 
-  /** How many keys have each status, how many requests and tokens there were, and when the first is back. */
+  /** Returns keys per status and group, total requests and tokens, and the time when the first key returns. */
   totals() {
     const totals = { total: this.#keys.size, requests: 0, tokens: 0, returnsAt: Infinity };
     for (const status in STATUSES) totals[status] = 0;
@@ -90,7 +90,7 @@ export class Keys {
     return totals;
   }
 
-  /** The keys that match, in order. */
+  /** Returns the matching keys in order. */
   find({ search, group, sort, descending }) {
     this.#rank();
     const wanted = search.toLowerCase();
@@ -108,7 +108,7 @@ export class Keys {
     });
   }
 
-  /** Comparing ids takes its time, so it is done once for all keys. */
+  /** Ranks all ids once, because their comparison is slow. */
   #rank() {
     if (this.#ranked) return;
     [...this.#keys.values()].sort((a, b) => collator.compare(a.id, b.id)).forEach((key, rank) => (key.rank = rank));

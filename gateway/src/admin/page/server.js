@@ -1,9 +1,9 @@
-// Calls of the API, and the stream of changes, which is opened again when it breaks.
+// API calls, and the stream of changes, which reconnects by itself.
 
 const API = "/admin/api";
 const TOKEN = "admin-token";
 
-/** Without a word for so long, its head's too, the stream is taken for dead: a comment comes every 10 seconds. */
+/** A stream that is silent for this long is dead, because the server sends a comment every 10 seconds. */
 const SILENCE = 25_000;
 const FIRST_WAIT = 500;
 const LONGEST_WAIT = 15_000;
@@ -15,18 +15,18 @@ export const token = {
 };
 
 export class Refused extends Error {
-  /** `error` is what the gateway says, where it is the gateway that answers. */
+  /** `error` is the gateway's message. It is undefined if something else answered, such as a proxy. */
   constructor(status, error) {
     super(error ?? `the gateway answered ${status}`);
     this.status = status;
-    // What stands before the gateway has refusals of its own, say while the gateway starts.
+    // A proxy in front of the gateway may answer 403 itself, for example while the gateway starts.
     this.isFinal = status === 401 || (status === 403 && error !== undefined);
   }
 }
 
 export const pathOf = (id, action) => `/keys/${encodeURIComponent(id)}${action ? `/${action}` : ""}`;
 
-/** Does something, and gives what is answered. */
+/** Calls the API and returns its response. */
 export async function call(method, path, body, type = "application/json") {
   const headers = { "x-gateway-admin": "1" };
   if (body !== undefined) headers["content-type"] = type;
@@ -37,8 +37,8 @@ export async function call(method, path, body, type = "application/json") {
 async function send(path, options) {
   const headers = { ...options.headers };
   const given = token.get();
-  // Some can't stand in a header, and none is one of a token's.
-  if (given && !/^[!-~]+$/.test(given)) throw new Refused(401, "a token has no such characters");
+  // Other characters can be part of no token, and fetch can't send some of them in a header.
+  if (given && !/^[!-~]+$/.test(given)) throw new Refused(401, "the token contains an invalid character");
   if (given) headers.authorization = `Bearer ${given}`;
   const response = await fetch(API + path, { ...options, headers, cache: "no-store" }).catch((error) => {
     throw options.signal?.aborted ? error : new Refused(0, "the gateway can't be reached");
@@ -49,10 +49,11 @@ async function send(path, options) {
 }
 
 /**
- * Follows the keys until it is told to stop.
+ * Follows the event stream until `stop()`.
  *
- * `heard(name, data)` is called for each event, and `state(name, wait)` with "connecting", "live", "waiting" (and for
- * how many milliseconds) or "refused" (and why), after which it goes on only when it is started again.
+ * Calls `heard(name, data)` for each event and `state(name, detail)` for each state: "connecting", "live", "waiting"
+ * (detail: milliseconds until the next attempt) or "refused" (detail: the error). After "refused", only `start()`
+ * connects again.
  */
 export class Stream {
   #heard;
@@ -98,7 +99,7 @@ export class Stream {
   }
 
   #again() {
-    // Not all pages at once.
+    // Jitter, so that not all pages reconnect at once.
     const wait = this.#wait * (0.75 + Math.random() / 2);
     this.#wait = Math.min(this.#wait * 2, LONGEST_WAIT);
     this.#timer = setTimeout(() => this.start(), wait);

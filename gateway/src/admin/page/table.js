@@ -1,4 +1,4 @@
-// The rows of the page that is shown, and nothing of the other keys.
+// The table. It contains only the rows of the current page.
 
 import { STATUSES, canReset } from "/admin/keys.js";
 import { describe, describeAt, draw } from "/admin/timeline.js";
@@ -14,7 +14,7 @@ export class Table {
   #canHover = matchMedia("(hover: hover)");
   #keys;
 
-  /** `act(action, key)` is called when somebody wants something done with a key. */
+  /** Calls `act(action, key)` when a button of a row is pressed. */
   constructor(keys, act) {
     this.#keys = keys;
     this.#body.addEventListener("click", ({ target }) => {
@@ -26,7 +26,7 @@ export class Table {
     this.#body.addEventListener("pointermove", ({ target, clientX }) => this.#explain(target.closest("svg.timeline"), clientX));
   }
 
-  /** Whether rows should stay where they are: somebody is about to press a button in one. */
+  /** Whether rows must keep their places, because the user is about to press a button in one. */
   get isHeld() {
     const pressed = ".c-actions:hover";
     return Boolean(this.#body.querySelector((this.#canHover.matches ? `${pressed}, ` : "") + ".c-actions :focus-visible"));
@@ -50,7 +50,7 @@ export class Table {
     return [...this.#rows.keys()];
   }
 
-  /** What changes with time; and, where that is asked for, the timelines. */
+  /** Updates the cells that change with time, and optionally the timelines. */
   update(now, timelines) {
     const width = this.#widthOfTimelines();
     for (const [id, row] of this.#rows) {
@@ -67,7 +67,7 @@ export class Table {
     if (svg.ariaLabel !== words) svg.ariaLabel = words;
   }
 
-  /** One is as wide as the others. */
+  /** All timelines have the same width. */
   #widthOfTimelines() {
     return this.#body.querySelector("svg.timeline")?.clientWidth || this.#axis.clientWidth;
   }
@@ -118,7 +118,7 @@ function fill(row, key, now) {
   cell("used", key.usedAt === null ? NONE : ago(now - key.usedAt));
 }
 
-/** Writes only what is new, so that nothing is laid out again for nothing. */
+/** Writes only a changed text, to avoid a new layout. */
 function put(element, text) {
   const words = String(text);
   if (element.textContent === words) return;

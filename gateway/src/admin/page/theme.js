@@ -1,6 +1,6 @@
-// Light, dark, or as the system has it.
+// The colour theme: light, dark, or that of the system.
 
-const THEMES = { auto: "as the system has it", light: "light", dark: "dark" };
+const THEMES = { auto: "as the system", light: "light", dark: "dark" };
 const STORED = "admin-theme";
 
 export function startTheme(button) {

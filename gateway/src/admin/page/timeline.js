@@ -1,12 +1,12 @@
-// The last 15 minutes of one key, as five paths: one for each status, whatever a key went through.
+// The last 15 minutes of one key, as one SVG path per status.
 
 import { STATUSES } from "/admin/keys.js";
 import { ago, count } from "/admin/words.js";
 
-/** Where each status is drawn: its top and its height. What is normal is a thin line. */
+/** Top and height of each status. A healthy key is a thin line. */
 const BANDS = { healthy: [9, 2], rate_limited: [2, 16], exhausted: [2, 16], revoked: [2, 16], disabled: [7, 6] };
 
-/** What is shorter is still seen. */
+/** Minimum width, so that short spans stay visible. */
 const NARROWEST = 1.5;
 
 export function draw(svg, key, now, kept, width) {
@@ -23,16 +23,16 @@ export function draw(svg, key, now, kept, width) {
   }
 }
 
-/** What it shows, in words. */
+/** Describes the timeline in words. */
 export function describe(key, now, kept) {
   const all = spans(key, now, kept);
   const rests = all.filter(({ status }) => status === "rate_limited" || status === "exhausted");
-  if (all.every(({ status }) => status === "healthy")) return "Healthy all the time";
+  if (all.every(({ status }) => status === "healthy")) return "Always healthy";
   const resting = rests.reduce((sum, { from, to }) => sum + to - from, 0);
   return rests.length ? `${count(rests.length, "rest")}, ${ago(resting)} in all` : STATUSES[key.status];
 }
 
-/** The span at a place between 0, 15 minutes ago, and 1, now; in words. */
+/** Describes the span at a place between 0 (15 minutes ago) and 1 (now). */
 export function describeAt(key, now, kept, place) {
   const at = now - (1 - place) * kept;
   const span = spans(key, now, kept).find(({ from, to }) => from <= at && at <= to);

@@ -1,17 +1,17 @@
-// Numbers and times, as they are shown.
+// Formats of numbers and times.
 
 const grouped = new Intl.NumberFormat("en");
 const compact = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 });
 
-/** All digits, as long as there is room for them. */
+/** Formats a number with all digits if they fit. */
 export const number = (value) => (value < 10_000_000 ? grouped : compact).format(value);
 
-/** Few digits. */
+/** Formats a number with few digits. */
 export const rounded = (value) => (value < 10_000 ? grouped : compact).format(value);
 
 export const count = (value, one, several = `${one}s`) => `${number(value)} ${value === 1 ? one : several}`;
 
-/** What is left: 1:42, 2 h 05, 3 d 4 h. */
+/** Formats a time left: 1:42, 2 h 05, 3 d 4 h. */
 export function left(ms) {
   const seconds = Math.max(0, Math.ceil(ms / 1000));
   const [hours, minutes] = [Math.floor(seconds / 3600), Math.floor(seconds / 60) % 60];
@@ -19,7 +19,7 @@ export function left(ms) {
   return hours ? `${hours} h ${two(minutes)}` : `${minutes}:${two(seconds % 60)}`;
 }
 
-/** What has passed: 5 s, 12 min, 3 h, 2 d. */
+/** Formats a time passed: 5 s, 12 min, 3 h, 2 d. */
 export function ago(ms) {
   const seconds = Math.max(0, Math.floor(ms / 1000));
   if (seconds < 60) return `${seconds} s`;
