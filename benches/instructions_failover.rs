@@ -1,4 +1,4 @@
-//! Instructions per request through failover and rotation, compared with tower's `Retry` around `SetRequestHeader`.
+//! Instructions per request through the layer with failover, compared with tower's `Retry` around `SetRequestHeader`.
 //!
 //! ```text
 //! cargo install gungraun-runner --version 0.20.0    # and valgrind
@@ -18,7 +18,7 @@ use support::{
 };
 use tower::{Layer, retry::Retry};
 use tower_http::set_header::SetRequestHeader;
-use tower_key_rotation::{FailoverLayer, KeyRotation, KeyRotationLayer, failover::Failover};
+use tower_key_rotation::{Failover, KeyRotation, KeyRotationLayer, classify::TooManyRequests};
 
 type Retrying = Retry<Cloning, SetRequestHeader<Answers, HeaderValue>>;
 
@@ -28,14 +28,15 @@ fn retry_and_set_request_header(service: Retrying) -> Retrying {
     send_all(service)
 }
 
-fn failing_over(keys: usize) -> Failover<KeyRotation<Answers>> {
-    let pool = pool(keys);
-    warm(FailoverLayer::new(&pool).layer(KeyRotationLayer::new(&pool).layer(Answers)))
+type FailingOver = KeyRotation<Answers, TooManyRequests, Failover>;
+
+fn failing_over(keys: usize) -> FailingOver {
+    warm(KeyRotationLayer::new(&pool(keys)).failover(Failover::default()).layer(Answers))
 }
 
 #[library_benchmark]
 #[bench::keys_10(failing_over(10))]
-fn failover_and_key_rotation(service: Failover<KeyRotation<Answers>>) -> Failover<KeyRotation<Answers>> {
+fn failover_and_key_rotation(service: FailingOver) -> FailingOver {
     send_all(service)
 }
 

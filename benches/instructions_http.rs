@@ -37,7 +37,7 @@ use tower::{
     retry::{Retry, RetryLayer},
 };
 use tower_http::set_header::{SetRequestHeader, SetRequestHeaderLayer};
-use tower_key_rotation::{FailoverLayer, KeyRotation, KeyRotationLayer, failover::Failover};
+use tower_key_rotation::{Failover, KeyRotation, KeyRotationLayer, classify::TooManyRequests};
 
 type Body = Full<Bytes>;
 type OverHttp = Client<InMemory, Body>;
@@ -120,7 +120,7 @@ where
     }
 
     fn send(&mut self) {
-        let request = request().map(Full::from);
+        let request = request().map(|body| Full::from(body.0));
         let answer = self.runtime.block_on(async {
             let response = self.client.ready().await.unwrap().call(request).await.unwrap();
             response.into_body().collect().await.unwrap().to_bytes()
@@ -159,11 +159,10 @@ fn retry_and_set_request_header(wire: Wire<Retrying>) -> Wire<Retrying> {
     wire.send_all()
 }
 
-type FailingOver = Failover<KeyRotation<OverHttp>>;
+type FailingOver = KeyRotation<OverHttp, TooManyRequests, Failover>;
 
 fn failing_over(keys: usize) -> Wire<FailingOver> {
-    let pool = pool(keys);
-    Wire::new(Stack::new(KeyRotationLayer::new(&pool), FailoverLayer::new(&pool)))
+    Wire::new(KeyRotationLayer::new(&pool(keys)).failover(Failover::default()))
 }
 
 #[library_benchmark]

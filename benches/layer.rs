@@ -13,7 +13,7 @@ use std::{
 
 use http::Request;
 use support::{
-    Answers,
+    Answers, Text,
     compare::{Bar, Comparison},
     peers::{self, InTurn},
     request, rotation, send,
@@ -29,7 +29,7 @@ const HALF_RESTING: &str = "`KeyRotationLayer`, 100 keys of which 50 rest";
 /// A typical number of keys.
 const KEYS: usize = 10;
 
-fn sends(mut client: impl Service<Request<&'static str>, Error: Debug>) -> impl FnMut() {
+fn sends(mut client: impl Service<Request<Text>, Error: Debug>) -> impl FnMut() {
     move || send(&mut client, request())
 }
 

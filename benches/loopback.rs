@@ -23,7 +23,7 @@ use support::{
 };
 use tokio::{net::TcpListener, runtime::Runtime};
 use tower::{Layer, Service, ServiceExt, retry::Retry};
-use tower_key_rotation::{FailoverLayer, KeyRotationLayer};
+use tower_key_rotation::{Failover, KeyRotationLayer};
 
 type Body = Full<bytes::Bytes>;
 
@@ -33,7 +33,7 @@ const KEYS: usize = 100;
 const BARE: &str = "header set by the caller";
 const SET_HEADER: &str = "`SetRequestHeader`";
 const LAYER: &str = "`KeyRotationLayer`";
-const FAILOVER: &str = "`FailoverLayer` and `KeyRotationLayer`";
+const FAILOVER: &str = "`KeyRotationLayer` with failover";
 const RETRY: &str = "tower's `Retry`, cloning, and `SetRequestHeader`";
 
 static PREPARED: LazyLock<HeaderValue> = LazyLock::new(authorization);
@@ -125,9 +125,8 @@ fn main() {
         .case(SET_HEADER, || hyper(set_header, |_| {}))
         .case(LAYER, || hyper(|client| KeyRotationLayer::new(&pool(KEYS)).layer(client), |_| {}))
         .case(FAILOVER, || {
-            let pool = pool(KEYS);
-            let rotation = KeyRotationLayer::new(&pool);
-            hyper(move |client| FailoverLayer::new(&pool).layer(rotation.layer(client)), |_| {})
+            let layer = KeyRotationLayer::new(&pool(KEYS)).failover(Failover::default());
+            hyper(move |client| layer.layer(client), |_| {})
         })
         .case(RETRY, || hyper(|client| Retry::new(Cloning, set_header(client)), |_| {}));
     if let Some(outcome) = comparison.run() {
@@ -140,9 +139,8 @@ fn main() {
         })
         .case(LAYER, || reqwest(|client| KeyRotationLayer::new(&pool(KEYS)).layer(client), |_| {}))
         .case(FAILOVER, || {
-            let pool = pool(KEYS);
-            let rotation = KeyRotationLayer::new(&pool);
-            reqwest(move |client| FailoverLayer::new(&pool).layer(rotation.layer(client)), |_| {})
+            let layer = KeyRotationLayer::new(&pool(KEYS)).failover(Failover::default());
+            reqwest(move |client| layer.layer(client), |_| {})
         });
     if let Some(outcome) = comparison.run() {
         outcome.print(LAYER);

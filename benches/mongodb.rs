@@ -65,7 +65,7 @@ async fn main() {
     };
     let database = Client::with_uri_str(&uri).await.unwrap().database(DATABASE);
     database.drop().await.unwrap();
-    let documents: Collection<Document> = database.collection("ohmygpt_keys");
+    let documents: Collection<Document> = database.collection("keys");
     for chunk in (0..KEYS).collect::<Vec<_>>().chunks(10_000) {
         documents.insert_many(chunk.iter().map(|number| healthy(*number))).await.unwrap();
     }
@@ -156,7 +156,7 @@ async fn changes(store: &MongoStore) {
     for number in 0..REPETITIONS {
         let id = KeyId::new(format!("key-{number:06}")).unwrap();
         let started = Instant::now();
-        assert_eq!(store.load_some(&[id]).await.unwrap().records.len(), 1);
+        assert_eq!(store.load(Some(&[id])).await.unwrap().records.len(), 1);
         times.push(started.elapsed());
     }
     row("load of one changed key", median(times));

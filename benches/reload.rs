@@ -20,8 +20,8 @@ use support::{
 };
 use tower::Layer;
 use tower_key_rotation::{
-    KeyId, KeyPool, KeyRotationLayer,
-    store::{KeyStore, MemoryStore},
+    KeyId, KeyPool, KeyRotationLayer, KeySpec,
+    store::{KeyStore, MemoryStore, Operation},
 };
 
 const KEYS: usize = 100_000;
@@ -47,8 +47,8 @@ fn main() {
         // Each reload finds a new key, as if another process had inserted it, so that the pool replaces its snapshot.
         let id = KeyId::new(format!("more-{}", changes.fetch_add(1, Relaxed))).unwrap();
         runtime.block_on(async {
-            let secret = format!("sk-{id}");
-            store.insert(id, secret.into()).await.unwrap();
+            let spec = KeySpec::new(id.clone(), format!("sk-{id}"));
+            store.operate(id, Operation::Insert(spec)).await.unwrap().unwrap();
             pool.reload().await.unwrap();
         });
         reloads.fetch_add(1, Relaxed);

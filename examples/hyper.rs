@@ -15,7 +15,7 @@ use http::{Request, Uri};
 use http_body_util::{BodyExt, Empty};
 use hyper_util::{client::legacy::Client, rt::TokioExecutor};
 use tower::{Service, ServiceBuilder, ServiceExt};
-use tower_key_rotation::{FailoverLayer, Inject, KeyPool, KeyRotationLayer, RecoveryHandle};
+use tower_key_rotation::{Failover, Inject, KeyPool, KeyRotationLayer, RecoveryHandle};
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
@@ -28,8 +28,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let recovery = RecoveryHandle::spawn(&pool);
 
     let mut client = ServiceBuilder::new()
-        .layer(FailoverLayer::new(&pool))
-        .layer(KeyRotationLayer::new(&pool))
+        .layer(KeyRotationLayer::new(&pool).failover(Failover::default()))
         .service(Client::builder(TokioExecutor::new()).build_http::<Empty<Bytes>>());
 
     for _ in 0..4 {

@@ -13,7 +13,7 @@ use std::{env, error::Error, time::Duration};
 use reqwest::{Method, Request, Url};
 use tower::{Service, ServiceBuilder, ServiceExt};
 use tower_key_rotation::{
-    FailoverLayer, KeyPool, KeyRotationLayer, RecoveryHandle, ServedBy, same_origin_redirects,
+    Failover, KeyPool, KeyRotationLayer, RecoveryHandle, ServedBy, same_origin_redirects,
 };
 
 #[tokio::main]
@@ -29,8 +29,12 @@ async fn main() -> Result<(), Box<dyn Error>> {
     // By itself, reqwest would take a key along to other hosts.
     let client = same_origin_redirects(reqwest::Client::builder()).build()?;
     let mut client = ServiceBuilder::new()
-        .layer(FailoverLayer::new(&pool).wait_up_to(Duration::from_secs(10)))
-        .layer(KeyRotationLayer::new(&pool).expose_key())
+        .layer(
+            KeyRotationLayer::new(&pool)
+                .expose_key()
+                .failover(Failover::default())
+                .wait_up_to(Duration::from_secs(10)),
+        )
         .service(client);
 
     for _ in 0..4 {

@@ -12,7 +12,7 @@ use std::{env, error::Error};
 
 use reqwest_middleware::ClientBuilder;
 use tower_key_rotation::{
-    FailoverLayer, KeyPool, KeyRotationLayer, KeyRotationMiddleware, RecoveryHandle, classify::LlmGateway,
+    Failover, KeyPool, KeyRotationLayer, KeyRotationMiddleware, RecoveryHandle, classify::LlmGateway,
     same_origin_redirects,
 };
 
@@ -24,11 +24,12 @@ async fn main() -> Result<(), Box<dyn Error>> {
     };
     let recovery = RecoveryHandle::spawn(&pool);
 
-    let rotation = KeyRotationLayer::new(&pool).classify(LlmGateway::new()).read_error_bodies(16 * 1024);
+    let rotation = KeyRotationLayer::new(&pool)
+        .classify(LlmGateway::new())
+        .read_error_bodies(16 * 1024)
+        .failover(Failover::default());
     let client = same_origin_redirects(reqwest::Client::builder()).build()?;
-    let client = ClientBuilder::new(client)
-        .with(KeyRotationMiddleware::new(rotation).with_failover(FailoverLayer::new(&pool)))
-        .build();
+    let client = ClientBuilder::new(client).with(KeyRotationMiddleware::new(rotation)).build();
 
     for _ in 0..4 {
         let response = client.get(&url).header("accept", "application/json").send().await?;

@@ -57,7 +57,7 @@ struct Options {
     #[arg(long, default_value_t = 30_000)]
     interval_ms: u64,
     /// The database.
-    #[arg(long, default_value = "fproxy")]
+    #[arg(long, default_value = "worker")]
     database: String,
 }
 

@@ -2,8 +2,8 @@
 //!
 //! Programs that call rate-limited services, LLM providers above all, hold several keys. This crate puts one
 //! into each outgoing request, each in its turn; rests a key for 2 minutes after a 429, or for as long as
-//! the service asks; sends the limited request again with another key; and takes the rested key back by
-//! itself. It does so as [tower](https://docs.rs/tower) layers around any client, `reqwest` among them.
+//! the service asks; sends the limited request again with another key, if you like; and takes the rested key
+//! back by itself. It does so as a [tower](https://docs.rs/tower) layer around any client, `reqwest` among them.
 //!
 //! ```
 //! use http::{Request, Response};
@@ -41,12 +41,13 @@
 //! # Where to look
 //!
 //! - [`KeyPool`]: the keys, where they come from, how long they rest; [`Inject`]: where they go in a request.
-//! - [`KeyRotationLayer`]: a key for each request ([`layer`]).
-//! - `FailoverLayer`: the same request again with another key ([`failover`]).
+//! - [`KeyRotationLayer`]: a key for each request; [`Failover`]: a refused request again with another key. The
+//!   module [`service`] explains what happens to a limited request, whether a `POST` is ever sent twice, and the
+//!   order of layers.
 //! - [`classify`]: what a response says of its key.
 //! - [`RecoveryHandle`] and [`store`]: state that outlives a process, and is shared by several, in MongoDB for
 //!   one.
-//! - `KeyRotationMiddleware`: all of it for `reqwest-middleware`.
+//! - `KeyRotationMiddleware`: the layer for `reqwest-middleware`.
 //! - `same_origin_redirects`: a `reqwest` client that takes no key to another host.
 //!
 //! # Features
@@ -56,11 +57,10 @@
 //! | feature | what it adds |
 //! |---|---|
 //! | `encryption` | `DataKeys`: secrets are encrypted in MongoDB; brings `mongodb` |
-//! | `failover` | [`failover`]: a limited request is sent again with another key |
 //! | `metrics` | `KeyPool::record_metrics`: for the recorder of the `metrics` crate |
 //! | `mongodb` | `MongoStore`: keys and their state shared by many processes |
-//! | `reqwest` | the layers over `reqwest::Request` |
-//! | `reqwest-middleware` | `KeyRotationMiddleware`; brings `reqwest` and `failover` |
+//! | `reqwest` | the layer over `reqwest::Request` |
+//! | `reqwest-middleware` | `KeyRotationMiddleware`; brings `reqwest` |
 //! | `serde` | statistics are `Serialize` |
 //! | `toml` | keys in a TOML file |
 //! | `full` | all of these |
@@ -68,7 +68,6 @@
 #![forbid(unsafe_code)]
 #![cfg_attr(not(test), warn(clippy::expect_used, clippy::panic, clippy::unwrap_used))]
 #![cfg_attr(docsrs, feature(doc_cfg))]
-#![cfg_attr(not(feature = "failover"), allow(rustdoc::broken_intra_doc_links))]
 
 pub mod classify;
 pub mod clock;
@@ -77,29 +76,29 @@ mod limit;
 mod message;
 mod meter;
 mod pool;
-mod recovery;
-mod service;
+mod replication;
+pub mod service;
 pub mod store;
 mod sync;
 
-#[cfg(feature = "reqwest-middleware")]
-pub use self::service::KeyRotationMiddleware;
-#[cfg(feature = "failover")]
-pub use self::service::failover::{self, FailoverLayer};
 #[cfg(feature = "reqwest")]
-pub use self::service::same_origin_redirects;
+pub use self::service::redirects::same_origin_redirects;
+#[cfg(feature = "reqwest-middleware")]
+pub use self::service::reqwest_middleware::KeyRotationMiddleware;
 pub use self::{
     key::{
         Credentials, Inject, InjectError, InvalidKeyId, KeyId, KeySpec, ParsedKey, Rejected, Secret,
-        UnusableSecret, UriTooLong,
+        UnusableSecret,
     },
     limit::{Rest, Status},
-    message::{ReadableResponse, Replay, RequestMessage, ResponseMessage},
-    pool::{BuildError, KeyPool, KeyPoolBuilder, KeyStats, NoKeyAvailable, OperateError, PoolStats},
-    recovery::{MarksNotWritten, PassError, RecoveryConfig, RecoveryHandle, Report},
+    message::Replay,
+    pool::{
+        BuildError, KeyPool, KeyPoolBuilder, KeyStats, NoKeyAvailable, OperateError, PoolStats, ScopeStats,
+    },
+    replication::{MarksNotWritten, PassError, RecoveryConfig, RecoveryHandle, Report},
     service::{
-        Error, ServedBy,
-        layer::{self, KeyRotation, KeyRotationLayer},
+        error::Error, failover::Failover, key_rotation::KeyRotation, layer::KeyRotationLayer,
+        served_by::ServedBy,
     },
 };
 

@@ -6,6 +6,7 @@
 use std::{borrow::Cow, time::Duration};
 
 use crate::{
+    key::unkeyed::Unkeyed,
     limit::Rest,
     sync::atomic::{AtomicU64, Ordering::Relaxed},
 };
@@ -17,6 +18,7 @@ pub(crate) struct Meter {
     pool: Cow<'static, str>,
     marks: [AtomicU64; REASONS.len()],
     no_key: AtomicU64,
+    pub(crate) unkeyed: Unkeyed,
     failovers: AtomicU64,
     budget_used_up: AtomicU64,
     pass_failures: AtomicU64,
@@ -26,10 +28,10 @@ pub(crate) struct Meter {
 
 const REASONS: [&str; 3] = ["rate_limited", "exhausted", "revoked"];
 
-/// What a store is asked for.
+/// What a store is asked for, as failures are counted.
 #[cfg_attr(not(feature = "metrics"), allow(dead_code))]
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Operation {
+pub(crate) enum Counted {
     Load,
     Write,
     Recover,
@@ -44,7 +46,18 @@ impl Meter {
     pub(crate) fn of(pool: Cow<'static, str>) -> Self {
         let (marks, store_errors) = Default::default();
         let (no_key, failovers, budget_used_up, pass_failures, recovered) = Default::default();
-        Self { pool, marks, no_key, failovers, budget_used_up, pass_failures, recovered, store_errors }
+        let unkeyed = Unkeyed::default();
+        Self {
+            pool,
+            marks,
+            no_key,
+            unkeyed,
+            failovers,
+            budget_used_up,
+            pass_failures,
+            recovered,
+            store_errors,
+        }
     }
 
     pub(crate) fn marked(&self, rest: Rest) {
@@ -60,17 +73,14 @@ impl Meter {
         self.no_key.fetch_add(1, Relaxed);
     }
 
-    #[cfg(feature = "failover")]
     pub(crate) fn failed_over(&self) {
         self.failovers.fetch_add(1, Relaxed);
     }
 
-    #[cfg(feature = "failover")]
     pub(crate) fn budget_is_used_up(&self) {
         self.budget_used_up.fetch_add(1, Relaxed);
     }
 
-    #[cfg(feature = "failover")]
     pub(crate) fn waited(&self, time: Duration) {
         self.observe("key_rotation_wait_seconds", time);
     }
@@ -82,7 +92,7 @@ impl Meter {
     }
 
     #[cfg(feature = "metrics")]
-    pub(crate) fn store_failed(&self, operation: Operation) {
+    pub(crate) fn store_failed(&self, operation: Counted) {
         self.store_errors[operation as usize].fetch_add(1, Relaxed);
     }
 
@@ -122,6 +132,7 @@ mod recorded {
             }
             counter!("key_rotation_picks_total", self.labels(None)).absolute(picks);
             self.counted("key_rotation_no_key_total", &self.no_key);
+            counter!("key_rotation_unkeyed_total", self.labels(None)).absolute(self.unkeyed.count());
             self.counted("key_rotation_failovers_total", &self.failovers);
             self.counted("key_rotation_failover_budget_used_up_total", &self.budget_used_up);
             self.counted("key_rotation_pass_failures_total", &self.pass_failures);
@@ -165,10 +176,11 @@ mod recorded {
         ),
     ];
 
-    const COUNTERS: [Described; 8] = [
+    const COUNTERS: [Described; 9] = [
         ("key_rotation_picks_total", Unit::Count, "Requests that got a key."),
         ("key_rotation_marks_total", Unit::Count, "Responses that marked their key, by reason."),
         ("key_rotation_no_key_total", Unit::Count, "Attempts that found no available key."),
+        ("key_rotation_unkeyed_total", Unit::Count, "Requests that were sent without a key."),
         ("key_rotation_failovers_total", Unit::Count, "Retries after a limited response."),
         ("key_rotation_failover_budget_used_up_total", Unit::Count, "Retries that the retry budget refused."),
         ("key_rotation_pass_failures_total", Unit::Count, "Recovery passes that failed."),

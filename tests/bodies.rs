@@ -22,7 +22,7 @@ use support::*;
 use tokio::time::sleep;
 use tower::{Layer, ServiceExt};
 use tower_key_rotation::{
-    FailoverLayer, KeyRotationLayer,
+    Failover, KeyRotationLayer,
     classify::{LlmGateway, TooManyRequests},
     clock::ManualClock,
 };
@@ -54,7 +54,7 @@ async fn rest_after(
 }
 
 #[tokio::test]
-async fn a_hint_in_a_body_counts_only_where_bodies_are_read() {
+async fn body_hints_count_only_with_read_error_bodies() {
     assert_eq!(rest_after(vec![], RETRY_INFO, Some(1024)).await, (5 * MINUTE, RETRY_INFO.into()));
     assert_eq!(rest_after(vec![], RETRY_INFO, None).await, (2 * MINUTE, RETRY_INFO.into()));
 }
@@ -76,7 +76,7 @@ async fn sending(status: u16) -> (Server, Bodies) {
 }
 
 #[tokio::test]
-async fn a_hint_beyond_the_limit_is_not_seen_and_the_caller_still_gets_the_whole_body() {
+async fn a_hint_past_the_read_limit_is_ignored() {
     const LATE: &str = r#"{"error":{"message":"................................................................","details":[{"@type":"type.googleapis.com/google.rpc.RetryInfo","retryDelay":"300s"}]}}"#;
     // One chunk is read at least, however long: so this body comes in many.
     let pool = pool(["alpha"], &ManualClock::new());
@@ -98,13 +98,13 @@ async fn a_hint_beyond_the_limit_is_not_seen_and_the_caller_still_gets_the_whole
 }
 
 #[tokio::test]
-async fn a_hint_in_the_headers_goes_before_one_in_the_body() {
+async fn header_hints_take_precedence_over_body_hints() {
     let headers = vec![("retry-after", "600")];
     assert_eq!(rest_after(headers, RETRY_INFO, Some(1024)).await, (10 * MINUTE, RETRY_INFO.into()));
 }
 
 #[tokio::test]
-async fn a_body_that_is_no_json_is_passed_on_and_is_no_hint() {
+async fn a_body_without_a_hint_passes_unchanged() {
     for body in [
         "",
         "<html>",
@@ -122,7 +122,7 @@ fn pieces() -> Vec<String> {
 }
 
 #[tokio::test]
-async fn the_caller_gets_the_whole_body_where_it_is_chunked_and_larger_than_what_is_read() {
+async fn a_chunked_body_past_the_limit_arrives_whole() {
     for limit in [0, 1, 99, 100, 4_096, 1_000_000] {
         let pool = pool(["alpha", "beta"], &ManualClock::new());
         let server = Server::answering(|| {
@@ -139,7 +139,7 @@ async fn the_caller_gets_the_whole_body_where_it_is_chunked_and_larger_than_what
         // And where it is read a second time, for the next attempt; here over hyper's client.
         pool.reset("alpha").await.unwrap();
         let http = Client::builder(TokioExecutor::new()).build_http::<Full<Bytes>>();
-        let client = FailoverLayer::new(&pool).drain_up_to(limit).layer(rotation.layer(http));
+        let client = rotation.failover(Failover::default().drain_up_to(limit)).layer(http);
         let request = Request::get(server.url()).body(Full::default()).unwrap();
         let response = client.oneshot(request).await.unwrap();
         assert_eq!(response.status(), 429);
@@ -161,7 +161,7 @@ fn broken_off() -> axum::body::Body {
 }
 
 #[tokio::test]
-async fn the_caller_gets_a_body_that_breaks_off_as_broken_off() {
+async fn a_truncated_error_body_reaches_the_caller_truncated() {
     let pool = pool(["alpha"], &ManualClock::new());
     let server = Server::answering(|| answer(429, broken_off())).await;
     let client = KeyRotationLayer::new(&pool).read_error_bodies(1024).layer(http());
@@ -179,14 +179,13 @@ async fn the_caller_gets_a_body_that_breaks_off_as_broken_off() {
     assert_eq!(received, b"begun");
 }
 
-/// Broken once: with every body read, not only that of an error, it failed.
 #[tokio::test]
-async fn f27_the_body_of_a_response_that_went_well_is_not_read_ahead() {
+async fn f27_bodies_are_not_read_ahead_without_a_429() {
     for status in [200, 206, 302, 500] {
         let pool = pool(["alpha", "beta"], &ManualClock::new());
         let (server, bodies) = sending(status).await;
         let rotation = KeyRotationLayer::new(&pool).read_error_bodies(1024);
-        let client = FailoverLayer::new(&pool).layer(rotation.layer(http()));
+        let client = rotation.failover(Failover::default()).layer(http());
         // The head arrives before any of the body, and each chunk before the next is sent.
         let mut response = in_time(get(&client, &server.url())).await.unwrap();
         assert_eq!(response.status(), status);
@@ -201,9 +200,8 @@ async fn f27_the_body_of_a_response_that_went_well_is_not_read_ahead() {
     }
 }
 
-/// Broken once: with a 429 counted only where its body is there, it failed.
 #[tokio::test]
-async fn f27_a_429_rests_its_key_by_its_head_while_its_body_is_still_to_come() {
+async fn f27_a_429_marks_its_key_before_body_arrives() {
     let pool = pool(["alpha"], &ManualClock::new());
     let (server, bodies) = sending(429).await;
     let response = in_time(get(&rotating(&pool), &server.url())).await.unwrap();
@@ -215,17 +213,17 @@ async fn f27_a_429_rests_its_key_by_its_head_while_its_body_is_still_to_come() {
 }
 
 #[tokio::test]
-async fn f27_a_stream_that_breaks_off_is_never_sent_for_again() {
+async fn f27_a_broken_stream_is_never_retried() {
     let pool = pool(["alpha", "beta"], &ManualClock::new());
     let server = Server::answering(|| answer(200, broken_off())).await;
-    let client = failing_over(&pool, FailoverLayer::new(&pool));
+    let client = failing_over(failover(&pool));
     let response = get(&client, &server.url()).await.unwrap();
     assert!(response.bytes().await.is_err());
     assert_eq!((server.count(), pool.stats().healthy), (1, 2));
 }
 
 #[tokio::test]
-async fn an_error_body_that_does_not_end_is_read_for_a_second_by_the_pools_clock_and_goes_on_after_that() {
+async fn endless_error_bodies_are_read_for_one_second() {
     let clock = ManualClock::new();
     let pool = pool(["alpha"], &clock);
     let (server, bodies) = sending(429).await;
@@ -249,7 +247,7 @@ async fn an_error_body_that_does_not_end_is_read_for_a_second_by_the_pools_clock
 }
 
 #[tokio::test]
-async fn another_status_with_a_hint_in_its_body_counts_where_that_is_asked_for() {
+async fn body_hints_turn_configured_statuses_into_rate_limits() {
     let pool = pool(["alpha", "beta"], &ManualClock::new());
     let server = Server::start(|request| async move {
         answer(503, if key_of(&request) == Some("alpha") { RETRY_INFO } else { "down" })

@@ -9,15 +9,18 @@ use http::{Request, Response};
 use http_body_util::{BodyExt, Empty, Full};
 use hyper::body::Incoming;
 use hyper_util::{client::legacy::Client, rt::TokioExecutor};
-use support::{Server, get_request, http, pool};
+use support::{Server, failover, get_request, http, pool};
 use tower::{
     BoxError, Service, ServiceBuilder, ServiceExt, buffer::BufferLayer, limit::ConcurrencyLimitLayer,
     service_fn, timeout::TimeoutLayer, util::BoxCloneService,
 };
 use tower_key_rotation::{
-    BuildError, Error, FailoverLayer, InjectError, KeyPool, KeyRotation, KeyRotationLayer,
-    KeyRotationMiddleware, NoKeyAvailable, OperateError, RecoveryHandle, Rejected, UnusableSecret,
-    classify::LlmGateway, clock::ManualClock, failover::Failover, layer::ResponseFuture, store::StoreError,
+    BuildError, Error, Failover, InjectError, KeyPool, KeyRotation, KeyRotationLayer, KeyRotationMiddleware,
+    NoKeyAvailable, OperateError, RecoveryHandle, Rejected, UnusableSecret,
+    classify::{LlmGateway, TooManyRequests},
+    clock::ManualClock,
+    service::ResponseFuture,
+    store::StoreError,
 };
 
 /// Two keys, of which the server limits one, so that every stack has something to do.
@@ -40,8 +43,7 @@ where
 async fn over_reqwest() {
     let (pool, server) = two_keys().await;
     let client = ServiceBuilder::new()
-        .layer(FailoverLayer::new(&pool))
-        .layer(KeyRotationLayer::new(&pool))
+        .layer(KeyRotationLayer::new(&pool).failover(Failover::default()))
         .service(http());
     assert_eq!(answered(client, &server).await.status(), 200);
     assert_eq!(server.keys(), ["alpha", "beta"]);
@@ -52,8 +54,7 @@ async fn over_reqwest_with_middleware_of_its_own() {
     let (pool, server) = two_keys().await;
     let inner = reqwest_middleware::ClientBuilder::new(http()).build();
     let client = ServiceBuilder::new()
-        .layer(FailoverLayer::new(&pool))
-        .layer(KeyRotationLayer::new(&pool))
+        .layer(KeyRotationLayer::new(&pool).failover(Failover::default()))
         .service(inner);
     assert_eq!(answered(client, &server).await.status(), 200);
 }
@@ -61,9 +62,8 @@ async fn over_reqwest_with_middleware_of_its_own() {
 #[tokio::test]
 async fn as_a_middleware_of_reqwest() {
     let (pool, server) = two_keys().await;
-    let rotation = KeyRotationMiddleware::new(KeyRotationLayer::new(&pool));
     let client = reqwest_middleware::ClientBuilder::new(http())
-        .with(rotation.with_failover(FailoverLayer::new(&pool)))
+        .with(KeyRotationMiddleware::new(failover(&pool)))
         .build();
     assert_eq!(client.get(server.url()).send().await.unwrap().status(), 200);
 }
@@ -72,8 +72,7 @@ async fn as_a_middleware_of_reqwest() {
 async fn over_a_hyper_client() {
     let (pool, server) = two_keys().await;
     let mut client = ServiceBuilder::new()
-        .layer(FailoverLayer::new(&pool))
-        .layer(KeyRotationLayer::new(&pool))
+        .layer(KeyRotationLayer::new(&pool).failover(Failover::default()))
         .service(Client::builder(TokioExecutor::new()).build_http::<Full<Bytes>>());
     let request = Request::post(server.url()).body(Full::from("ask")).unwrap();
     let response = client.ready().await.unwrap().call(request).await.unwrap();
@@ -83,7 +82,7 @@ async fn over_a_hyper_client() {
 }
 
 #[tokio::test]
-async fn over_a_hyper_client_without_failover_the_body_is_hypers_own() {
+async fn hypers_body_type_passes_through_without_failover() {
     let (pool, server) = two_keys().await;
     let mut client = ServiceBuilder::new()
         .layer(KeyRotationLayer::new(&pool))
@@ -95,15 +94,14 @@ async fn over_a_hyper_client_without_failover_the_body_is_hypers_own() {
 }
 
 #[tokio::test]
-async fn under_a_buffer_a_limit_a_timeout_and_a_box() {
+async fn layers_compose_under_buffer_limit_timeout_and_box() {
     let (pool, server) = two_keys().await;
     let client = ServiceBuilder::new()
         .layer(BufferLayer::new(8))
         .layer(ConcurrencyLimitLayer::new(1))
         .layer(TimeoutLayer::new(Duration::from_secs(10)))
         .layer_fn(BoxCloneService::new)
-        .layer(FailoverLayer::new(&pool))
-        .layer(KeyRotationLayer::new(&pool))
+        .layer(KeyRotationLayer::new(&pool).failover(Failover::default()))
         .service(http());
     assert_eq!(answered(client.clone(), &server).await.status(), 200);
     assert_eq!(answered(client, &server).await.status(), 200);
@@ -115,8 +113,7 @@ async fn over_a_buffer_a_limit_and_a_timeout() {
     let (pool, server) = two_keys().await;
     let client = ServiceBuilder::new()
         .map_err(Error::into_inner)
-        .layer(FailoverLayer::new(&pool))
-        .layer(KeyRotationLayer::new(&pool))
+        .layer(KeyRotationLayer::new(&pool).failover(Failover::default()))
         .layer(BufferLayer::new(8))
         .layer(ConcurrencyLimitLayer::new(1))
         .layer(TimeoutLayer::new(Duration::from_secs(10)))
@@ -136,21 +133,22 @@ async fn over_a_function_of_any_body() {
     assert_eq!(client.ready().await.unwrap().call(request).await.unwrap().into_body(), 4);
 }
 
+type FailingOver<S> = KeyRotation<S, TooManyRequests, Failover>;
+
 #[test]
-fn what_a_program_holds_on_to_can_be_shared_and_sent() {
+fn pool_layers_and_services_are_send_and_shareable() {
     fn shared<T: Send + Sync + Clone + 'static>() {}
     fn sent<T: Send + 'static>() {}
     shared::<KeyPool>();
     shared::<KeyRotationLayer>();
-    shared::<FailoverLayer>();
+    shared::<KeyRotationLayer<LlmGateway, Failover>>();
     shared::<KeyRotation<reqwest::Client>>();
     shared::<KeyRotation<reqwest::Client, LlmGateway>>();
-    shared::<Failover<KeyRotation<reqwest::Client>>>();
-    shared::<Failover<KeyRotation<Client<hyper_util::client::legacy::connect::HttpConnector, Full<Bytes>>>>>(
-    );
+    shared::<FailingOver<reqwest::Client>>();
+    shared::<FailingOver<Client<hyper_util::client::legacy::connect::HttpConnector, Full<Bytes>>>>();
     shared::<NoKeyAvailable>();
     sent::<ResponseFuture<std::future::Ready<()>, LlmGateway>>();
-    sent::<<Failover<KeyRotation<reqwest::Client>> as Service<reqwest::Request>>::Future>();
+    sent::<<FailingOver<reqwest::Client> as Service<reqwest::Request>>::Future>();
     sent::<RecoveryHandle>();
 }
 

@@ -31,19 +31,14 @@ use tower::{
     retry::budget::{Budget, TpsBudget},
 };
 use tower_key_rotation::{
-    FailoverLayer, KeyPool, KeyRotationLayer, Status, classify::LlmGateway, clock::ManualClock,
-    failover::CloneRequest,
+    Failover, KeyRotationLayer, Status, classify::LlmGateway, clock::ManualClock, service::CloneRequest,
 };
 
-fn failover(pool: &KeyPool) -> FailoverLayer {
-    FailoverLayer::new(pool)
-}
-
 #[tokio::test]
-async fn a_limited_request_is_sent_again_at_once_with_another_key() {
+async fn a_limited_request_is_retried_with_another_key() {
     let pool = pool(["alpha", "beta"], &ManualClock::new());
     let server = Server::limiting(["alpha"]).await;
-    let client = failing_over(&pool, failover(&pool));
+    let client = failing_over(failover(&pool));
 
     let mut request = reqwest::Request::new(reqwest::Method::POST, server.url().parse().unwrap());
     *request.body_mut() = Some("the same".into());
@@ -55,23 +50,22 @@ async fn a_limited_request_is_sent_again_at_once_with_another_key() {
     assert_eq!(stats_of(&pool, "alpha").status, Status::RateLimited);
 }
 
-/// Broken once: without the count of attempts, it failed.
 #[tokio::test]
-async fn f19_a_request_is_sent_3_times_at_most_each_time_with_another_key() {
+async fn f19_a_request_uses_at_most_3_different_keys() {
     const ALL: [&str; 5] = ["alpha", "beta", "gamma", "delta", "epsilon"];
     let pool = pool(ALL, &ManualClock::new());
     let server = Server::limiting(ALL).await;
-    assert_eq!(status(&failing_over(&pool, failover(&pool)), &server.url()).await, 429);
+    assert_eq!(status(&failing_over(failover(&pool)), &server.url()).await, 429);
     assert_eq!(server.keys(), ALL[..3]);
 }
 
 #[tokio::test]
-async fn f19_the_number_of_attempts_can_be_set_and_is_1_at_least() {
+async fn f19_attempts_are_configurable_and_at_least_one() {
     const ALL: [&str; 5] = ["alpha", "beta", "gamma", "delta", "epsilon"];
     for (attempts, sent) in [(0, 1), (1, 1), (4, 4), (9, 5)] {
         let pool = pool(ALL, &ManualClock::new());
         let server = Server::limiting(ALL).await;
-        let client = failing_over(&pool, failover(&pool).attempts(attempts));
+        let client = failing_over(KeyRotationLayer::new(&pool).failover(Failover::attempts(attempts)));
         assert_eq!(status(&client, &server.url()).await, 429);
         assert_eq!(server.keys(), ALL[..sent]);
     }
@@ -85,11 +79,11 @@ fn long_body() -> String {
 }
 
 #[tokio::test]
-async fn where_there_is_no_other_key_the_caller_gets_the_429_itself_as_it_was_sent() {
+async fn the_caller_gets_the_last_429_unchanged() {
     for keys in [&["alpha"][..], &["alpha", "beta"]] {
         let pool = builder(keys, &ManualClock::new()).build().unwrap();
         let server = Server::answering(|| answer_with(429, DETAIL, long_body())).await;
-        let response = get(&failing_over(&pool, failover(&pool)), &server.url()).await.unwrap();
+        let response = get(&failing_over(failover(&pool)), &server.url()).await.unwrap();
         assert_eq!(server.count(), keys.len());
         assert_eq!(response.status(), 429);
         assert_eq!(response.headers()["x-detail"], "account");
@@ -100,7 +94,7 @@ async fn where_there_is_no_other_key_the_caller_gets_the_429_itself_as_it_was_se
 }
 
 #[tokio::test]
-async fn a_429_that_was_begun_to_be_read_is_whole_where_the_other_key_is_gone_by_then() {
+async fn a_partly_read_429_arrives_whole_without_failover() {
     let pool = pool(["alpha", "beta"], &ManualClock::new());
     let bodies = Arc::new(Mutex::new(Vec::new()));
     let server = Server::start({
@@ -112,7 +106,7 @@ async fn a_429_that_was_begun_to_be_read_is_whole_where_the_other_key_is_gone_by
         }
     })
     .await;
-    let client = failing_over(&pool, failover(&pool));
+    let client = failing_over(failover(&pool));
     let url = server.url();
     let response = tokio::spawn(async move { get(&client, &url).await });
     eventually("the 429 is on its way", || bodies.lock().unwrap().len() == 1).await;
@@ -133,11 +127,11 @@ async fn a_429_that_was_begun_to_be_read_is_whole_where_the_other_key_is_gone_by
 }
 
 #[tokio::test]
-async fn over_hypers_client_too_a_429_without_another_key_comes_whole() {
+async fn over_hyper_the_last_429_arrives_whole() {
     let pool = pool(["alpha", "beta"], &ManualClock::new());
     let server = Server::answering(|| answer_with(429, DETAIL, long_body())).await;
     let client = Client::builder(TokioExecutor::new()).build_http::<Full<Bytes>>();
-    let client = failover(&pool).layer(KeyRotationLayer::new(&pool).layer(client));
+    let client = KeyRotationLayer::new(&pool).failover(Failover::default()).layer(client);
 
     let request = Request::post(server.url()).body(Full::from("prompt")).unwrap();
     let response = client.clone().oneshot(request).await.unwrap();
@@ -156,22 +150,21 @@ async fn over_hypers_client_too_the_other_key_answers() {
     let pool = pool(["alpha", "beta"], &ManualClock::new());
     let server = Server::limiting(["alpha"]).await;
     let client = Client::builder(TokioExecutor::new()).build_http::<Full<Bytes>>();
-    let client = failover(&pool).layer(KeyRotationLayer::new(&pool).layer(client));
+    let client = KeyRotationLayer::new(&pool).failover(Failover::default()).layer(client);
     let request = Request::get(server.url()).body(Full::default()).unwrap();
     let response = client.oneshot(request).await.unwrap();
     assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "fine");
     assert_eq!(server.keys(), ["alpha", "beta"]);
 }
 
-/// Broken once: with a budget that nobody asks, it failed.
 #[tokio::test]
-async fn f19_with_100_keys_and_all_of_them_limited_the_budget_bounds_the_attempts() {
+async fn f19_the_budget_bounds_attempts_with_100_limited_keys() {
     const REQUESTS: usize = 50;
     const RESERVE: usize = 10;
     let pool = builder(0..100, &ManualClock::new()).build().unwrap();
     let server = Server::answering(|| answer(429, "the whole account")).await;
     let budget = TpsBudget::new(10 * SECOND, 1, 0.2);
-    let client = failing_over(&pool, failover(&pool).budget(budget));
+    let client = failing_over(KeyRotationLayer::new(&pool).failover(Failover::default().budget(budget)));
     for _ in 0..REQUESTS {
         assert_eq!(status(&client, &server.url()).await, 429);
     }
@@ -180,12 +173,12 @@ async fn f19_with_100_keys_and_all_of_them_limited_the_budget_bounds_the_attempt
 }
 
 #[tokio::test]
-async fn f19_the_default_budget_is_a_fifth_of_the_requests_and_10_a_second() {
+async fn f19_the_default_retry_budget_reserves_100_attempts() {
     const REQUESTS: usize = 300;
     const RESERVE: usize = 100;
     let pool = builder(0..1_000, &ManualClock::new()).build().unwrap();
     let server = Server::answering(|| answer(429, "the whole account")).await;
-    let client = failing_over(&pool, failover(&pool));
+    let client = failing_over(failover(&pool));
     for _ in 0..REQUESTS {
         assert_eq!(status(&client, &server.url()).await, 429);
     }
@@ -208,7 +201,7 @@ impl Budget for Counting {
 }
 
 #[tokio::test]
-async fn f19_a_request_that_goes_well_pays_into_the_budget_once_and_one_that_does_not_pays_nothing() {
+async fn f19_only_successes_deposit_once_into_the_retry_budget() {
     let server = Server::start(|request| async move {
         answer(if key_of(&request) == Some("limited") { 429 } else { 200 }, "body")
     })
@@ -218,14 +211,16 @@ async fn f19_a_request_that_goes_well_pays_into_the_budget_once_and_one_that_doe
     {
         let budget = Counting::default();
         let pool = builder(keys, &ManualClock::new()).build().unwrap();
-        let client = failing_over(&pool, failover(&pool).budget(budget.clone()));
+        let client =
+            failing_over(KeyRotationLayer::new(&pool).failover(Failover::default().budget(budget.clone())));
         let status = status(&client, &server.url()).await;
         assert_eq!((status, budget.0.load(Relaxed)), expected, "{keys:?}");
     }
 
     let budget = Counting::default();
     let pool = pool(["healthy"], &ManualClock::new());
-    let client = failing_over(&pool, failover(&pool).budget(budget.clone()));
+    let client =
+        failing_over(KeyRotationLayer::new(&pool).failover(Failover::default().budget(budget.clone())));
     let mut request = reqwest::Request::new(reqwest::Method::POST, server.url().parse().unwrap());
     *request.body_mut() = Some(reqwest::Body::wrap_stream(iter(["one"].map(Ok::<_, std::io::Error>))));
     assert_eq!(send(&client, request).await.unwrap().status(), 200);
@@ -234,16 +229,15 @@ async fn f19_a_request_that_goes_well_pays_into_the_budget_once_and_one_that_doe
     assert_eq!(budget.0.load(Relaxed), 0, "it got no answer");
 }
 
-/// Broken once: with "no key" for a 429 that can't be sent again, it failed.
 #[tokio::test]
-async fn f26_a_body_that_streams_is_sent_once_its_key_rests_and_the_429_comes_back() {
+async fn f26_a_streaming_request_is_not_retried_after_429() {
     let pool = pool(["alpha", "beta"], &ManualClock::new());
     let server = Server::answering(|| answer_with(429, DETAIL, long_body())).await;
     let mut request = reqwest::Request::new(reqwest::Method::POST, server.url().parse().unwrap());
     let pieces = ["one ", "two ", "three"].map(Ok::<_, std::io::Error>);
     *request.body_mut() = Some(reqwest::Body::wrap_stream(iter(pieces)));
 
-    let response = send(&failing_over(&pool, failover(&pool)), request).await.unwrap();
+    let response = send(&failing_over(failover(&pool)), request).await.unwrap();
     assert_eq!(
         (response.status().as_u16(), &response.headers()["retry-after"]),
         (429, &HeaderValue::from_static("7"))
@@ -264,13 +258,15 @@ struct KeptWhileSent {
 }
 
 impl CloneRequest<reqwest::Request> for KeptWhileSent {
-    fn clone_request(&self, request: &reqwest::Request) -> Option<reqwest::Request> {
+    type Kept = reqwest::Request;
+
+    fn keep(&self, request: &reqwest::Request) -> Option<reqwest::Request> {
         request.try_clone()
     }
 
-    fn can_send_again(&self, _: &reqwest::Request) -> bool {
+    fn again(&self, kept: &reqwest::Request) -> Option<reqwest::Request> {
         self.asked.fetch_add(1, Relaxed);
-        self.can_be_sent
+        kept.try_clone().filter(|_| self.can_be_sent)
     }
 }
 
@@ -290,8 +286,8 @@ async fn sent_while_kept(keys: &[&str], can_be_sent: bool) -> (Vec<String>, u16,
     let server = Server::limiting(["alpha"]).await;
     let kept = KeptWhileSent { can_be_sent, ..KeptWhileSent::default() };
     // To wait would be in vain, too; and it would never end, since nobody turns the clock.
-    let failover = failover(&pool).budget(kept.clone()).wait_up_to(10 * MINUTE).clone_with(kept.clone());
-    let client = failover.layer(rotating(&pool));
+    let failover = Failover::default().budget(kept.clone()).clone_with(kept.clone());
+    let client = KeyRotationLayer::new(&pool).failover(failover).wait_up_to(10 * MINUTE).layer(http());
     let response = in_time(send(&client, get_request(&server.url()))).await.unwrap();
     let status = response.status().as_u16();
     let expected = if status == 429 { "too many requests" } else { "fine" };
@@ -299,9 +295,8 @@ async fn sent_while_kept(keys: &[&str], can_be_sent: bool) -> (Vec<String>, u16,
     (server.keys(), status, kept.asked.load(Relaxed), kept.spent.load(Relaxed))
 }
 
-/// Broken once: without the question, and with the question after the budget was asked, it failed.
 #[tokio::test]
-async fn f26_a_clone_that_turns_out_not_to_be_sendable_is_not_sent_costs_nothing_and_the_429_comes_back() {
+async fn f26_an_unsendable_clone_is_neither_sent_nor_charged() {
     let sent = |keys: &[&str]| keys.iter().map(ToString::to_string).collect::<Vec<_>>();
     assert_eq!(sent_while_kept(&["alpha", "beta"], false).await, (sent(&["alpha"]), 429, 1, 0));
     assert_eq!(sent_while_kept(&["alpha"], false).await, (sent(&["alpha"]), 429, 1, 0));
@@ -310,7 +305,7 @@ async fn f26_a_clone_that_turns_out_not_to_be_sendable_is_not_sent_costs_nothing
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn in_a_storm_no_request_is_sent_twice_with_the_same_key_and_all_counts_agree() {
+async fn concurrent_retries_reuse_no_key_and_counts_agree() {
     const KEYS: usize = 8;
     const REQUESTS: usize = 200;
     let pool = builder(0..KEYS, &ManualClock::new()).build().unwrap();
@@ -320,7 +315,7 @@ async fn in_a_storm_no_request_is_sent_twice_with_the_same_key_and_all_counts_ag
         answer(if key.is_multiple_of(2) { 429 } else { 200 }, "body")
     })
     .await;
-    let client = failing_over(&pool, failover(&pool).attempts(KEYS as u32));
+    let client = failing_over(KeyRotationLayer::new(&pool).failover(Failover::attempts(KEYS as u32)));
     let answered = in_time(join_all((0..REQUESTS).map(|number| {
         let (client, mut request) = (client.clone(), get_request(&server.url()));
         request.headers_mut().insert("x-number", number.into());
@@ -344,17 +339,17 @@ async fn in_a_storm_no_request_is_sent_twice_with_the_same_key_and_all_counts_ag
 }
 
 #[tokio::test]
-async fn a_request_is_not_sent_twice_with_the_same_key_even_where_its_cooldown_is_nothing() {
+async fn no_retry_reuses_a_key_with_zero_cooldown() {
     let clock = ManualClock::new();
     clock.advance(MINUTE);
     let pool = builder(["alpha"], &clock).exact_hints().hint_limits(Duration::ZERO, MINUTE).build().unwrap();
     let server = Server::answering(|| answer_with(429, [("retry-after", "0")], "again")).await;
-    assert_eq!(status(&failing_over(&pool, failover(&pool)), &server.url()).await, 429);
+    assert_eq!(status(&failing_over(failover(&pool)), &server.url()).await, 429);
     assert_eq!(server.keys(), ["alpha"]);
 }
 
 #[tokio::test]
-async fn a_request_is_not_sent_twice_with_a_key_that_comes_back_while_its_429_is_read() {
+async fn no_retry_uses_a_key_returned_while_draining() {
     let clock = ManualClock::new();
     let pool = builder(["alpha", "beta"], &clock).exact_hints().build().unwrap();
     let bodies = Arc::new(Mutex::new(Vec::new()));
@@ -367,7 +362,7 @@ async fn a_request_is_not_sent_twice_with_a_key_that_comes_back_while_its_429_is
         }
     })
     .await;
-    let client = failing_over(&pool, failover(&pool));
+    let client = failing_over(failover(&pool));
     let waiting = spawn_get(&client, &server.url());
     eventually("alpha rests", || pool.stats().rate_limited == 1).await;
     // The other key goes while the body of the 429, which does not end, is read for a second.
@@ -379,7 +374,7 @@ async fn a_request_is_not_sent_twice_with_a_key_that_comes_back_while_its_429_is
 }
 
 #[tokio::test]
-async fn the_connection_is_kept_after_a_429_whether_its_body_has_a_length_or_not() {
+async fn chunked_and_sized_429s_keep_the_connection() {
     for chunked in [false, true] {
         let pool = pool(["alpha", "beta", "gamma"], &ManualClock::new());
         let server = Server::start(move |request| async move {
@@ -392,14 +387,14 @@ async fn the_connection_is_kept_after_a_429_whether_its_body_has_a_length_or_not
             answer(429, if chunked { axum::body::Body::from_stream(iter(pieces)) } else { text.into() })
         })
         .await;
-        assert_eq!(status(&failing_over(&pool, failover(&pool)), &server.url()).await, 200);
+        assert_eq!(status(&failing_over(failover(&pool)), &server.url()).await, 200);
         assert_eq!(server.count(), 3);
         assert_eq!(server.connections(), 1, "chunked: {chunked}");
     }
 }
 
 #[tokio::test]
-async fn a_429_with_a_longer_body_than_is_read_costs_its_connection_and_nothing_else() {
+async fn an_undrained_429_body_costs_only_its_connection() {
     let pool = pool(["alpha", "beta"], &ManualClock::new());
     let server = Server::start(|request| async move {
         match key_of(&request) {
@@ -408,13 +403,13 @@ async fn a_429_with_a_longer_body_than_is_read_costs_its_connection_and_nothing_
         }
     })
     .await;
-    let client = failing_over(&pool, failover(&pool).drain_up_to(1_000));
+    let client = failing_over(KeyRotationLayer::new(&pool).failover(Failover::default().drain_up_to(1_000)));
     assert_eq!(in_time(status(&client, &server.url())).await, 200);
     assert_eq!(server.connections(), 2);
 }
 
 #[tokio::test]
-async fn a_429_whose_body_never_ends_holds_the_next_attempt_up_for_a_second_by_the_pools_clock() {
+async fn an_endless_429_body_delays_failover_one_second() {
     let clock = ManualClock::new();
     let pool = pool(["alpha", "beta"], &clock);
     let bodies = Arc::new(Mutex::new(Vec::new()));
@@ -430,7 +425,7 @@ async fn a_429_whose_body_never_ends_holds_the_next_attempt_up_for_a_second_by_t
         std::future::ready(reply)
     })
     .await;
-    let client = failing_over(&pool, failover(&pool));
+    let client = failing_over(failover(&pool));
     let url = server.url();
     let response = tokio::spawn(async move { status(&client, &url).await });
     eventually("the key rests", || pool.stats().rate_limited == 1).await;
@@ -449,18 +444,17 @@ async fn a_revoked_key_fails_over_as_well() {
         answer(if key_of(&request) == Some("alpha") { 401 } else { 200 }, "")
     })
     .await;
-    let rotation = KeyRotationLayer::new(&pool).classify(LlmGateway::new()).read_error_bodies(1_000);
-    let client = failover(&pool).layer(rotation.layer(http()));
+    let client = failover(&pool).classify(LlmGateway::new()).read_error_bodies(1_000).layer(http());
     assert_eq!(status(&client, &server.url()).await, 200);
     assert_eq!(server.keys(), ["alpha", "beta"]);
     assert_eq!(stats_of(&pool, "alpha").status, Status::Revoked);
 }
 
 #[tokio::test]
-async fn an_error_that_says_nothing_of_the_key_is_not_sent_again() {
+async fn errors_unrelated_to_the_key_are_not_retried() {
     let pool = pool(["alpha", "beta"], &ManualClock::new());
     let server = Server::answering(|| answer(500, "")).await;
-    assert_eq!(status(&failing_over(&pool, failover(&pool)), &server.url()).await, 500);
+    assert_eq!(status(&failing_over(failover(&pool)), &server.url()).await, 500);
     assert_eq!(server.count(), 1);
 }
 
@@ -477,11 +471,11 @@ where
 }
 
 #[tokio::test]
-async fn f20_a_request_waits_for_the_first_key_where_that_is_asked_for() {
+async fn f20_a_request_waits_for_the_first_returning_key() {
     let clock = ManualClock::new();
     let pool = pool(["alpha", "beta"], &clock);
     let server = Server::limiting(["alpha", "beta"]).await;
-    let client = failing_over(&pool, failover(&pool).wait_up_to(2 * MINUTE));
+    let client = failing_over(failover(&pool).wait_up_to(2 * MINUTE));
     let rotating = rotating(&pool);
     assert_eq!(status(&rotating, &server.url()).await, 429);
     clock.advance(MINUTE);
@@ -500,14 +494,13 @@ async fn f20_a_request_waits_for_the_first_key_where_that_is_asked_for() {
     assert_eq!(server.keys(), ["alpha", "beta", "alpha"]);
 }
 
-/// Broken once: with a wait for whatever key, it failed.
 #[tokio::test]
-async fn f20_a_request_fails_at_once_where_the_first_key_is_back_later_than_it_would_wait() {
+async fn f20_a_request_fails_fast_beyond_its_wait_limit() {
     let clock = ManualClock::new();
     let pool = pool(["alpha"], &clock);
     let server = Server::limiting(["alpha"]).await;
     assert_eq!(status(&rotating(&pool), &server.url()).await, 429);
-    let client = failing_over(&pool, failover(&pool).wait_up_to(2 * MINUTE - INSTANT));
+    let client = failing_over(failover(&pool).wait_up_to(2 * MINUTE - INSTANT));
     let error = in_time(spawn_get(&client, &server.url())).await.unwrap().unwrap_err();
     assert_eq!(error.no_key_available().unwrap().retry_in(), Some(2 * MINUTE));
     clock.advance(INSTANT);
@@ -518,7 +511,7 @@ async fn f20_a_request_fails_at_once_where_the_first_key_is_back_later_than_it_w
 }
 
 #[tokio::test]
-async fn f20_a_request_that_waits_gives_up_when_its_key_is_put_off_beyond_its_limit() {
+async fn f20_a_cooldown_extended_beyond_the_limit_fails_waiters() {
     let clock = ManualClock::new();
     let pool = pool(["alpha"], &clock);
     let release = Arc::new(Semaphore::new(0));
@@ -536,7 +529,7 @@ async fn f20_a_request_that_waits_gives_up_when_its_key_is_put_off_beyond_its_li
         }
     })
     .await;
-    let client = failing_over(&pool, failover(&pool).wait_up_to(3 * MINUTE));
+    let client = failing_over(failover(&pool).wait_up_to(3 * MINUTE));
     let held = spawn_get(&rotating(&pool), &format!("{}/held", server.url()));
     eventually("the held request is at the server", || server.count() == 1).await;
     assert_eq!(status(&rotating(&pool), &server.url()).await, 429);
@@ -551,11 +544,11 @@ async fn f20_a_request_that_waits_gives_up_when_its_key_is_put_off_beyond_its_li
 }
 
 #[tokio::test]
-async fn the_only_key_is_waited_for_after_its_429_and_the_request_is_sent_again_with_it() {
+async fn requests_wait_for_the_only_key_and_retry() {
     let clock = ManualClock::new();
     let pool = pool(["alpha"], &clock);
     let server = Server::limiting(["alpha"]).await;
-    let client = failing_over(&pool, failover(&pool).wait_up_to(5 * MINUTE));
+    let client = failing_over(failover(&pool).wait_up_to(5 * MINUTE));
     let waiting = spawn_get(&client, &server.url());
     eventually("the key rests", || pool.stats().rate_limited == 1).await;
     settle().await;
@@ -567,12 +560,12 @@ async fn the_only_key_is_waited_for_after_its_429_and_the_request_is_sent_again_
 }
 
 #[tokio::test]
-async fn a_request_that_would_have_to_wait_too_long_after_its_429_gets_the_429() {
+async fn a_wait_beyond_the_limit_returns_the_429() {
     let clock = ManualClock::new();
     let pool = pool(["alpha"], &clock);
     let server = Server::limiting(["alpha"]).await;
     // The first wait uses up so much of the limit that there is not enough for the second.
-    let client = failing_over(&pool, failover(&pool).wait_up_to(3 * MINUTE));
+    let client = failing_over(failover(&pool).wait_up_to(3 * MINUTE));
     let waiting = spawn_get(&client, &server.url());
     eventually("the key rests", || pool.stats().rate_limited == 1).await;
     settle().await;
@@ -582,12 +575,12 @@ async fn a_request_that_would_have_to_wait_too_long_after_its_429_gets_the_429()
 }
 
 #[tokio::test]
-async fn a_waiting_request_goes_as_soon_as_an_operator_resets_or_adds_a_key() {
+async fn a_reset_or_insert_wakes_a_waiting_request() {
     for adds in [false, true] {
         let clock = ManualClock::new();
         let pool = pool(["alpha"], &clock);
         let server = Server::limiting(["alpha"]).await;
-        let client = failing_over(&pool, failover(&pool).wait_up_to(5 * MINUTE));
+        let client = failing_over(failover(&pool).wait_up_to(5 * MINUTE));
         assert_eq!(status(&rotating(&pool), &server.url()).await, 429);
         server.lift("alpha");
         let waiting = spawn_get(&client, &server.url());
@@ -619,15 +612,14 @@ async fn holding(permits: Arc<Semaphore>, held: Arc<AtomicUsize>) -> Server {
     .await
 }
 
-/// Broken once: without a window, it failed.
 #[tokio::test]
-async fn f22_1_000_callers_that_wait_for_one_key_are_let_through_a_few_at_first_and_all_in_the_end() {
+async fn f22_1_000_waiting_callers_proceed_in_doubling_batches() {
     const CALLERS: usize = 1_000;
     let clock = ManualClock::new();
     let pool = pool(["alpha"], &clock);
     let (permits, held) = (Arc::new(Semaphore::new(0)), Arc::new(AtomicUsize::new(0)));
     let server = holding(permits.clone(), held.clone()).await;
-    let client = failing_over(&pool, failover(&pool).wait_up_to(5 * MINUTE));
+    let client = failing_over(failover(&pool).wait_up_to(5 * MINUTE));
     assert_eq!(status(&rotating(&pool), &format!("{}/limited", server.url())).await, 429);
 
     let callers: Vec<_> = (0..CALLERS).map(|_| spawn_get(&client, &server.url())).collect();
@@ -647,14 +639,13 @@ async fn f22_1_000_callers_that_wait_for_one_key_are_let_through_a_few_at_first_
     assert_eq!(server.count(), 1 + CALLERS);
 }
 
-/// Broken once: with the available keys counted as one, it failed.
 #[tokio::test]
-async fn f22_where_several_keys_come_back_at_once_each_is_tried_at_once() {
+async fn f22_each_of_several_returning_keys_gets_one_request() {
     let clock = ManualClock::new();
     let pool = pool(["alpha", "beta", "gamma"], &clock);
     let (permits, held) = (Arc::new(Semaphore::new(0)), Arc::new(AtomicUsize::new(0)));
     let server = holding(permits.clone(), held.clone()).await;
-    let client = failing_over(&pool, failover(&pool).wait_up_to(5 * MINUTE));
+    let client = failing_over(failover(&pool).wait_up_to(5 * MINUTE));
     for _ in 0..3 {
         assert_eq!(status(&rotating(&pool), &format!("{}/limited", server.url())).await, 429);
     }
@@ -671,7 +662,7 @@ async fn f22_where_several_keys_come_back_at_once_each_is_tried_at_once() {
 }
 
 #[tokio::test]
-async fn f22_callers_that_were_limited_themselves_are_let_through_again_in_the_same_way() {
+async fn f22_limited_callers_also_retry_in_doubling_batches() {
     const CALLERS: usize = 1 + 2 + 4;
     let clock = ManualClock::new();
     let pool = pool(["alpha"], &clock);
@@ -695,7 +686,7 @@ async fn f22_callers_that_were_limited_themselves_are_let_through_again_in_the_s
         }
     })
     .await;
-    let client = failing_over(&pool, failover(&pool).wait_up_to(5 * MINUTE));
+    let client = failing_over(failover(&pool).wait_up_to(5 * MINUTE));
     let callers: Vec<_> = (0..CALLERS).map(|_| spawn_get(&client, &server.url())).collect();
     eventually("the key rests", || pool.stats().keys[0].limited == CALLERS as u64).await;
     settle().await;
@@ -711,13 +702,12 @@ async fn f22_callers_that_were_limited_themselves_are_let_through_again_in_the_s
     }
 }
 
-/// Broken once: without a window, it failed.
 #[tokio::test]
-async fn f22_where_the_key_is_still_limited_each_return_of_it_costs_one_request() {
+async fn f22_a_limited_key_costs_one_request_per_return() {
     let clock = ManualClock::new();
     let pool = pool(["alpha"], &clock);
     let server = Server::limiting(["alpha"]).await;
-    let client = failing_over(&pool, failover(&pool).wait_up_to(60 * MINUTE));
+    let client = failing_over(failover(&pool).wait_up_to(60 * MINUTE));
     let callers: Vec<_> = (0..100).map(|_| spawn_get(&client, &server.url())).collect();
     eventually("the key rests", || pool.stats().rate_limited == 1).await;
     settle().await;
@@ -735,12 +725,12 @@ async fn f22_where_the_key_is_still_limited_each_return_of_it_costs_one_request(
 }
 
 #[tokio::test]
-async fn a_caller_that_goes_away_while_it_waits_leaves_nothing_behind() {
+async fn a_cancelled_wait_blocks_no_later_request() {
     let clock = ManualClock::new();
     let pool = pool(["alpha"], &clock);
     let (permits, held) = (Arc::new(Semaphore::new(0)), Arc::new(AtomicUsize::new(0)));
     let server = holding(permits.clone(), held.clone()).await;
-    let client = failing_over(&pool, failover(&pool).wait_up_to(5 * MINUTE));
+    let client = failing_over(failover(&pool).wait_up_to(5 * MINUTE));
     assert_eq!(status(&rotating(&pool), &format!("{}/limited", server.url())).await, 429);
 
     let mut callers: Vec<_> = (0..10).map(|_| spawn_get(&client, &server.url())).collect();
@@ -762,12 +752,12 @@ async fn a_caller_that_goes_away_while_it_waits_leaves_nothing_behind() {
 }
 
 #[tokio::test]
-async fn waiting_requests_go_in_their_order_and_later_ones_do_not_overtake_them() {
+async fn waiting_requests_proceed_in_arrival_order() {
     let clock = ManualClock::new();
     let pool = pool(["alpha"], &clock);
     let (permits, held) = (Arc::new(Semaphore::new(0)), Arc::new(AtomicUsize::new(0)));
     let server = holding(permits.clone(), held.clone()).await;
-    let client = failing_over(&pool, failover(&pool).wait_up_to(5 * MINUTE));
+    let client = failing_over(failover(&pool).wait_up_to(5 * MINUTE));
     assert_eq!(status(&rotating(&pool), &format!("{}/limited", server.url())).await, 429);
 
     let mut callers = Vec::new();

@@ -12,7 +12,7 @@ use support::{Logs, all_that_it_says};
 use tower::{Layer, ServiceExt, service_fn};
 use tower_key_rotation::{
     KeyId, KeyPool, KeyPoolBuilder, KeyRotationLayer, KeySpec, OperateError,
-    store::{KeyStore, MemoryStore},
+    store::{KeyStore, MemoryStore, Operation},
 };
 
 /// A file of that name and text, for one test.
@@ -35,7 +35,7 @@ fn of_file(path: &Path) -> KeyPool {
 }
 
 #[test]
-fn bad_lines_of_a_file_are_rejected_by_number() {
+fn bad_lines_are_rejected_by_number() {
     let path = file(
         "keys.txt",
         "# ours\nalpha|sk-1\n|canary-1\nbeta|canary-2 \r\n\nalpha|canary-3\nsk-4\ngamma|sk-1\n",
@@ -130,7 +130,7 @@ async fn inserted_specs_have_outcomes_in_their_order() {
 }
 
 #[test]
-fn broken_json_or_toml_is_named_by_line_alone() {
+fn broken_json_or_toml_names_only_the_line() {
     for (name, text, said) in [
         (
             "broken.json",
@@ -218,7 +218,8 @@ async fn f30_an_unusable_key_is_refused_and_99_serve() {
         the_others_serve(&in_code).await;
 
         let store = MemoryStore::new();
-        assert!(store.insert(id(), secret.into()).await.unwrap());
+        let spec = KeySpec::new(id(), secret);
+        store.operate(id(), Operation::Insert(spec)).await.unwrap().unwrap();
         let in_a_store = ninety_nine().open(store).await.unwrap();
         assert_eq!(in_a_store.stats().unreadable, 1);
         assert_eq!(logs.count("key=unusable"), number, "{:?}", logs.ours());

@@ -30,7 +30,7 @@ fn built(inject: Inject) -> KeyPool {
 }
 
 #[test]
-fn a_key_takes_at_most_256_bytes_beside_its_secret() {
+fn keys_take_at_most_256_bytes_excluding_secrets() {
     for inject in [Inject::bearer(), Inject::header("x-api-key")] {
         let bytes = bytes_per_key(|| built(inject));
         assert!(bytes <= 256, "{bytes}");
@@ -38,7 +38,7 @@ fn a_key_takes_at_most_256_bytes_beside_its_secret() {
 }
 
 #[test]
-fn so_it_does_in_a_pool_over_a_store() {
+fn stored_keys_take_at_most_256_bytes() {
     let store = MemoryStore::new();
     let filled = KeyPool::builder().keys((0..KEYS).map(|number| (id(number), secret(number))));
     drop(open(filled, &store));

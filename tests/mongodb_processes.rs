@@ -219,7 +219,7 @@ async fn limit_each(service: &Service, keys: &[String], apart: Duration) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn four_processes_share_keys_through_a_kill_of_one_and_a_restart_of_mongodb() {
+async fn four_processes_share_keys_through_crashes_and_restarts() {
     let mut server = own(Kind::ReplicaSet).await;
     let mongo = Mongo::at(&server.uri()).await;
     let keys: Vec<String> = (0..8).map(|number| format!("key-{number}")).collect();
@@ -308,10 +308,8 @@ async fn resting_until(mongo: &Mongo) -> BTreeMap<String, mongodb::bson::DateTim
     resting
 }
 
-/// Broken once: with a sweep that reads who has expired and then resets those, 2,000 cooldowns were reset
-/// 10,159 times.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn f06_of_eight_processes_that_sweep_at_once_one_resets_each_expired_key() {
+async fn f06_eight_sweeping_processes_reset_each_key_once() {
     let mongo = Mongo::standalone().await;
     let names: Vec<_> = (0..8).map(|number| format!("sweeper-{number}")).collect();
     let mut workers: Vec<_> =
@@ -378,10 +376,9 @@ fn shifted_clock() -> PathBuf {
     library
 }
 
-/// Broken once: with a pool that reads the wall clock, it failed.
 #[cfg(target_os = "linux")]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn f13_a_wall_clock_that_jumps_while_keys_rest_changes_nothing() {
+async fn f13_wall_clock_jumps_leave_cooldowns_unchanged() {
     let mongo = Mongo::replica_set().await;
     mongo.insert_all(["alpha", "beta", "gamma"]).await;
     let service = Service::default();
@@ -422,10 +419,9 @@ async fn f13_a_wall_clock_that_jumps_while_keys_rest_changes_nothing() {
     all_healthy(&mongo).await;
 }
 
-/// Broken once: with deadlines reckoned from the client's clock, it failed.
 #[cfg(target_os = "linux")]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn f12_client_clocks_that_are_wrong_by_10_minutes_change_nothing() {
+async fn f12_wrong_client_clocks_leave_cooldowns_unchanged() {
     let mongo = Mongo::replica_set().await;
     mongo.insert_all(["alpha", "beta"]).await;
     let service = Service::default();

@@ -14,8 +14,11 @@ use mongodb::bson::{Document, doc};
 use support::{mongo::*, *};
 use tokio::{sync::mpsc, time::sleep};
 use tower_key_rotation::{
-    KeyId, KeyPool, KeyRotation, RecoveryHandle, Secret, Status,
-    store::{Changed, KeyStore, Loaded, Mark, MongoStore, Recovered, Replaced, StoreFuture, UsageBatch},
+    KeyId, KeyPool, KeyRotation, RecoveryHandle, Status,
+    store::{
+        Change, KeyStore, Loaded, Mark, MongoStore, Operation, Recovered, Replaced, Standing, StoreFuture,
+        Usage,
+    },
 };
 
 const MILLISECOND: Duration = Duration::from_millis(1);
@@ -27,44 +30,35 @@ struct Counting {
     loads: Arc<AtomicUsize>,
 }
 
-impl Counting {
-    fn count(&self) {
-        self.loads.fetch_add(1, SeqCst);
-    }
-}
-
 impl KeyStore for Counting {
-    fn load(&self) -> StoreFuture<'_, Loaded> {
-        self.count();
-        KeyStore::load(&self.inner)
+    fn load<'a>(&'a self, only: Option<&'a [KeyId]>) -> StoreFuture<'a, Loaded> {
+        self.loads.fetch_add(1, SeqCst);
+        self.inner.load(only)
     }
 
-    fn load_some<'a>(&'a self, ids: &'a [KeyId]) -> StoreFuture<'a, Loaded> {
-        self.count();
-        self.inner.load_some(ids)
+    fn merge(&self, mark: Mark) -> StoreFuture<'_, Option<Standing>> {
+        self.inner.merge(mark)
     }
 
-    fn watch(&self) -> Option<mpsc::Receiver<Changed>> {
-        self.inner.watch()
+    fn operate(&self, id: KeyId, operation: Operation) -> StoreFuture<'_, Option<Standing>> {
+        self.inner.operate(id, operation)
     }
 
-    fn write(&self, mark: Mark) -> StoreFuture<'_, ()> {
-        self.inner.write(mark)
+    fn sweep(&self) -> StoreFuture<'_, Recovered> {
+        self.inner.sweep()
     }
 
-    fn recover(&self) -> StoreFuture<'_, Recovered> {
-        self.inner.recover()
+    fn changes(&self) -> Option<mpsc::Receiver<Change>> {
+        self.inner.changes()
     }
 
-    fn add_usage<'a>(&'a self, usage: &'a UsageBatch) -> StoreFuture<'a, ()> {
+    fn add_usage(&self, usage: Vec<Usage>) -> StoreFuture<'_, ()> {
         self.inner.add_usage(usage)
     }
 
     fn replace_failed(&self) -> StoreFuture<'_, Vec<Replaced>> {
         self.inner.replace_failed()
     }
-
-    operators_of!(inner);
 }
 
 /// A process that makes no pass but those that it is asked for.
@@ -132,7 +126,7 @@ async fn two_processes(keys: &[&str]) -> (Mongo, Process, Process) {
 }
 
 #[tokio::test]
-async fn a_mark_is_honoured_by_another_process_within_a_second() {
+async fn another_process_honours_a_mark_within_a_second() {
     let (_mongo, here, there) = two_processes(&["alpha", "beta"]).await;
     let server = Server::limiting(["alpha"]).await;
     assert_eq!(status(&here.client, &server.url()).await, 429);
@@ -147,7 +141,7 @@ async fn a_mark_is_honoured_by_another_process_within_a_second() {
 }
 
 #[tokio::test]
-async fn what_an_operator_does_is_seen_by_another_process_within_a_second() {
+async fn other_processes_see_operator_changes_within_a_second() {
     let (_mongo, here, there) = two_processes(&["alpha"]).await;
     let server = Server::limiting(["alpha"]).await;
     assert_eq!(status(&here.client, &server.url()).await, 429);
@@ -169,7 +163,7 @@ async fn what_an_operator_does_is_seen_by_another_process_within_a_second() {
 }
 
 #[tokio::test]
-async fn what_another_program_writes_is_seen_within_a_second() {
+async fn changes_by_other_programs_appear_within_a_second() {
     let (mongo, _here, there) = two_processes(&["alpha"]).await;
     let server = Server::limiting([]).await;
     let words = [("error", Status::Revoked), ("paused", Status::Disabled), ("healthy", Status::Healthy)];
@@ -210,15 +204,15 @@ async fn what_another_program_writes_is_seen_within_a_second() {
 async fn many_changes_at_once_are_all_seen() {
     let (mongo, _here, there) = two_processes(&[]).await;
     mongo.keys().insert_many((0..3_000).map(|number| healthy(&format!("key-{number}")))).await.unwrap();
-    sees(10 * SECOND, "3,000 new keys", || there.pool.stats().healthy == 3_000).await;
+    sees(60 * SECOND, "3,000 new keys", || there.pool.stats().healthy == 3_000).await;
     mongo.keys().update_many(doc! {}, doc! { "$set": { "status": "error" } }).await.unwrap();
-    sees(10 * SECOND, "3,000 revoked keys", || there.pool.stats().revoked == 3_000).await;
+    sees(60 * SECOND, "3,000 revoked keys", || there.pool.stats().revoked == 3_000).await;
     mongo.keys().delete_many(doc! { "_id": { "$ne": "key-7" } }).await.unwrap();
-    sees(10 * SECOND, "2,999 removed keys", || there.pool.stats().keys.len() == 1).await;
+    sees(60 * SECOND, "2,999 removed keys", || there.pool.stats().keys.len() == 1).await;
 }
 
 #[tokio::test]
-async fn usage_that_one_process_writes_makes_no_other_one_read() {
+async fn usage_writes_trigger_no_reload_in_other_processes() {
     let (mongo, here, there) = two_processes(&["alpha", "beta"]).await;
     let server = Server::limiting([]).await;
     // What follows the probe's end may still be on its way.
@@ -237,13 +231,12 @@ async fn usage_that_one_process_writes_makes_no_other_one_read() {
 }
 
 #[tokio::test]
-async fn what_changed_while_the_connection_was_cut_is_seen_when_it_is_back() {
+async fn changes_during_an_outage_appear_after_reconnecting() {
     assert_seen_after_outages("").await;
 }
 
 #[tokio::test]
-async fn what_changed_while_the_connection_was_cut_for_longer_than_the_driver_tries_is_seen_when_it_is_back()
-{
+async fn changes_appear_after_outages_beyond_driver_retries() {
     assert_seen_after_outages("&serverSelectionTimeoutMS=50").await;
 }
 
@@ -282,7 +275,7 @@ async fn assert_seen_after_outages(options: &str) {
 }
 
 #[tokio::test]
-async fn what_changed_right_after_the_server_was_killed_and_came_back_is_seen() {
+async fn changes_right_after_a_mongod_restart_are_seen() {
     let mut mongod = own(Kind::ReplicaSet).await;
     let mongo = Mongo::at(&mongod.uri()).await;
     mongo.insert_all(["alpha", "beta"]).await;
@@ -301,7 +294,7 @@ async fn what_changed_right_after_the_server_was_killed_and_came_back_is_seen() 
 }
 
 #[tokio::test]
-async fn when_the_collection_is_dropped_the_pool_empties_and_new_keys_are_seen_afterwards() {
+async fn the_pool_follows_a_dropped_and_recreated_collection() {
     let (mongo, _here, there) = two_processes(&["alpha", "beta"]).await;
     for _ in 0..2 {
         mongo.keys().drop().await.unwrap();
@@ -314,7 +307,7 @@ async fn when_the_collection_is_dropped_the_pool_empties_and_new_keys_are_seen_a
 }
 
 #[tokio::test]
-async fn without_change_streams_the_keys_are_read_at_the_poll_interval() {
+async fn without_change_streams_the_store_is_polled() {
     let mongo = Mongo::standalone().await;
     mongo.insert_all(["alpha", "beta"]).await;
     let here = Process::over(mongo.store().await).await;
@@ -335,7 +328,7 @@ async fn without_change_streams_the_keys_are_read_at_the_poll_interval() {
 }
 
 #[tokio::test]
-async fn the_poll_interval_is_5_seconds_unless_it_is_set() {
+async fn the_poll_interval_defaults_to_five_seconds() {
     let (logs, _guard) = Logs::capture();
     let mongo = Mongo::standalone().await;
     mongo.insert("alpha").await;
@@ -349,7 +342,7 @@ async fn the_poll_interval_is_5_seconds_unless_it_is_set() {
 }
 
 #[tokio::test]
-async fn f31_when_the_handle_is_dropped_nothing_is_read_any_more() {
+async fn f31_a_dropped_handle_stops_polling() {
     let mongo = Mongo::standalone().await;
     mongo.insert("alpha").await;
     let often = mongo.builder().poll_interval(20 * MILLISECOND).connect(&mongo.uri).await.unwrap();
@@ -368,7 +361,7 @@ async fn f31_when_the_handle_is_dropped_nothing_is_read_any_more() {
 async fn open_cursors(mongo: &Mongo) -> usize {
     let operations = doc! { "$currentOp": { "allUsers": true, "idleCursors": true } };
     let on_keys = doc! { "$match": {
-        "ns": format!("{}.ohmygpt_keys", mongo.database.name()),
+        "ns": format!("{}.keys", mongo.database.name()),
         "cursor": { "$exists": true },
     } };
     let admin = mongo.database.client().database("admin");
@@ -381,7 +374,7 @@ async fn open_cursors(mongo: &Mongo) -> usize {
 }
 
 #[tokio::test]
-async fn f31_when_the_handle_is_dropped_or_shut_down_its_change_stream_ends() {
+async fn f31_drop_and_shutdown_close_the_change_stream() {
     for shut_down in [false, true] {
         let (mongo, here, there) = two_processes(&["alpha"]).await;
         here.follows(&mongo).await;

@@ -14,7 +14,7 @@ use tower_key_rotation::{KeyPool, KeyRotationLayer};
 
 /// With the two indexes written in the other order, half a million of these errors came in four seconds.
 #[test]
-fn a_key_that_rests_and_comes_back_all_the_time_is_never_said_to_be_gone_for_good() {
+fn rapid_cooldown_cycles_always_report_a_retry_time() {
     let pool = KeyPool::builder().key("alpha", "sk-1").cooldown(Duration::from_micros(3)).build().unwrap();
     let answered = AtomicU64::new(0);
     let end = Instant::now() + Duration::from_millis(700);

@@ -1,24 +1,22 @@
-//! Several pools over one store, with their recoveries, beside a plain model of them: what each has been told of a
-//! key, what it has read, and what the store has. A longer run: `PROPTEST_CASES=100000`.
+//! Several pools over one store, with their recoveries, beside a model of the protocol: what each process knows of each
+//! key as a word that is joined, and what the store has. A longer run: `PROPTEST_CASES=100000`.
 //!
-//! When it was written, of 36 single changes to the pool, its recovery and its store that each break something (a shorter
-//! mark that wins, a reload that clears what it can't know, a reset that forgets news, a failed write that counts as made,
-//! a restart that loses what waits), it found 34; 27 of them within 50 cases.
+//! Requests, passes, faults, operators, other programs, late writes, late news and crashes are played to both. After each
+//! step both have to agree on every key in every pool and in the store. In the end the faults are over, each process makes
+//! a pass, and all have to agree with a log of what the service said: no reset is undone, and no mark is lost.
 //!
-//! Random sequences of requests, passes, faults, operators' changes and restarts are played to both. After each step
-//! both have to say the same of every key in every pool and in the store. In the end the faults are over, each
-//! process makes one pass, and all have to agree, also with the log of what the service ever said.
-//!
-//! A process is a pool with its recovery, a runtime of its own, so that it can die at any moment, a clock of its own
-//! and a connection of its own to the store. Each step ends with a second in which every process writes the marks that
-//! wait, as far as its connection lets it: so no two things happen at once, and no writer pauses any longer.
+//! A process is a pool with its recovery, a runtime, a clock and a connection of its own. Each step ends with a second in
+//! which every process writes its pending marks, as far as its connection lets it: so no two things happen at once.
 
 mod support;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
+    collections::{BTreeMap, BTreeSet},
     fmt,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
@@ -32,47 +30,40 @@ use proptest_state_machine::{ReferenceStateMachine, StateMachineTest, prop_state
 use support::{FaultyStore, Mode, SECOND, model::*, passes_by_hand};
 use tokio::{runtime::Runtime, task::yield_now};
 use tower_key_rotation::{
-    KeyPool, MarksNotWritten, OperateError, RecoveryHandle, Status,
+    KeyPool, KeySpec, MarksNotWritten, OperateError, RecoveryHandle, Status,
     clock::{Clock, ManualClock},
-    store::{Changed, KeyStore, MemoryStore},
+    store::{Born, Change, KeyStore, Mark, MemoryStore, Operation, Resting, Standing, Until, Words},
 };
 
 type Id = &'static str;
 
-const IDS: [Id; 3] = ["alpha", "beta", "gamma"];
+const IDS: [Id; 2] = ["alpha", "beta"];
 
 #[derive(Clone, Debug)]
 enum Step {
-    /// A request for each key that the process has available. The one with that key is answered so, or stays under
-    /// way; the others go well.
+    /// A request with each available key. The one with that key is answered so, or stays in flight; the others succeed.
     Send(usize, Id, Option<Answer>),
-    /// The answer to one that is under way.
+    /// The answer to a request in flight.
     Answer(usize, Answer),
-    /// The caller drops one that is under way.
-    Drop(usize),
     Wait(u64),
-    /// From now on, that is what the process's connection does.
+    /// From now on, a part of the process's connection fails or hangs.
     Break(usize, Part, Mode),
-    /// It works again, all of it.
+    /// All parts work again.
     Heal(usize),
     Reload(usize),
-    /// The store tells the process which keys have changed.
-    Follow(usize, Vec<Id>),
-    Pass(usize, Connection),
-    Operate(usize, Change, Id),
-    /// Another program does it, in the store.
-    Elsewhere(Change, Id),
-    NewSecret(Id),
-    /// The process ends, and another one starts in its place.
-    ShutDown(usize, Connection),
+    Pass(usize),
+    Operate(usize, Act, Id),
+    /// Another program does it in the store.
+    Elsewhere(Act, Id),
+    /// The store tells a process which keys have changed.
+    Changed(usize, Vec<Id>),
+    /// The store tells a process how a key stood at some moment: news may be late.
+    Stood(usize, usize),
+    /// A write that its process gave up arrives, perhaps once more.
+    LateWrite(usize),
+    /// The process ends, and another one takes its place.
+    ShutDown(usize),
     Crash(usize),
-}
-
-/// Whether the connection works again just before.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Connection {
-    AsItIs,
-    Healed,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -82,39 +73,148 @@ enum Part {
     Replies,
     Recovers,
     Operators,
+    Confirmations,
 }
 
-const PARTS: [Part; 5] = [Part::Loads, Part::Writes, Part::Replies, Part::Recovers, Part::Operators];
+const PARTS: [Part; 6] =
+    [Part::Loads, Part::Writes, Part::Replies, Part::Recovers, Part::Operators, Part::Confirmations];
 
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Change {
+enum Act {
     Reset,
     Disable,
     Enable,
     Remove,
+    /// With a new secret.
     Insert,
+    /// Another program's: removed and inserted again, with that secret.
+    Replace(SecretNumber),
 }
 
 // ---- the model ----
 
-#[derive(Clone)]
-struct World {
-    now: Duration,
-    store: BTreeMap<Id, Stored>,
-    processes: Vec<Process>,
-    flights: Vec<Sent>,
-    log: Log,
-    /// How many secrets there have been; the newest is that one.
-    secrets: SecretNumber,
-    moments: u64,
-    outcome: Outcome,
+/// A generation and a rest, joined by the greater one.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Word {
+    generation: u64,
+    rest: Option<Rest>,
 }
 
-/// What came of a step at once.
-#[derive(Clone, Debug, PartialEq)]
+impl Word {
+    fn is_beyond(&self, other: &Self) -> bool {
+        let is_longer = self.rest.is_some_and(|rest| rest.outlasts(other.rest));
+        self.generation > other.generation || self.generation == other.generation && is_longer
+    }
+
+    fn join(&mut self, other: Self) {
+        if other.is_beyond(self) {
+            *self = other;
+        }
+    }
+
+    fn at(self, now: Duration) -> Self {
+        Self { rest: self.rest.filter(|rest| !rest.is_over(now)), ..self }
+    }
+}
+
+/// A key in the store.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Stored {
+    secret: SecretNumber,
+    /// Which key object of that id it is.
+    born: u64,
+    word: Word,
+    disabled: bool,
+}
+
+/// A key in a process.
+#[derive(Clone, Copy, Debug)]
+struct Known {
+    /// Which key object of the process it is.
+    object: u64,
+    key: Stored,
+    pending: Option<Word>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Write {
+    id: Id,
+    object: u64,
+    born: u64,
+    word: Word,
+    /// The store's answer, once the write has arrived.
+    answer: Option<Option<Stored>>,
+}
+
+/// What a process does in its turn, while a part of its connection hangs.
+#[derive(Clone, Debug)]
+enum Turn {
+    Load { found: BTreeMap<Id, Stored>, ids: Vec<Id>, of: Load },
+    Operate { act: Act, id: Id, secret: SecretNumber, answer: Option<Option<Stored>> },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Load {
+    Reload,
+    /// After a change of a key of which the store has another one.
+    Changed,
+    /// Of keys whose marks were refused; the writer waits for it.
+    Refused,
+    /// Of which nobody hears the outcome.
+    Other,
+}
+
+/// The outcomes of what a process was asked for.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Done {
+    reloads: Vec<bool>,
+    /// How many keys were reset, if nothing failed.
+    passes: Vec<Option<u64>>,
+    changes: Vec<Outcome>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
 enum Outcome {
+    Done,
+    UnknownKey,
+    KeyExists,
+    StoreFailed,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Process {
+    keys: BTreeMap<Id, Known>,
+    broken: BTreeMap<Part, Mode>,
+    turn: Option<Turn>,
+    writes: Vec<Write>,
+    /// Keys whose marks the store refused, which are to be loaded.
+    refused: Vec<Id>,
+    done: Done,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Sent {
+    process: usize,
+    id: Id,
+    object: u64,
+}
+
+/// What the service said of a key, as its process understood it.
+#[derive(Clone, Copy, Debug)]
+struct Told {
+    object: u64,
+    born: u64,
+    word: Word,
+    /// Whether the store had it at some moment.
+    arrived: bool,
+    /// Whether the key object that knew it is gone.
+    lost: bool,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+enum Seen {
     Nothing,
-    /// The secrets that requests went out with, and the one among them that was asked about.
+    /// The secrets that requests were sent with, and that of the key in question.
     Sent {
         with: BTreeSet<SecretNumber>,
         of_interest: Option<SecretNumber>,
@@ -125,179 +225,21 @@ enum Outcome {
     LeftBehind(usize),
 }
 
-#[derive(Clone, Debug)]
-struct Stored {
-    secret: SecretNumber,
-    condition: Condition,
-    reset_at: Option<Duration>,
-}
-
-impl Stored {
-    fn healthy(secret: SecretNumber) -> Self {
-        Self { secret, condition: Condition::default(), reset_at: None }
-    }
-}
-
-#[derive(Clone, Debug, Default)]
-struct Process {
-    keys: BTreeMap<Id, Known>,
-    broken: BTreeMap<Part, Mode>,
-    /// A load that hangs.
-    reading: Option<Reading>,
-    /// Writes that hang.
-    writing: Vec<Mark>,
-    /// Whether some have just failed: who writes marks takes a break.
-    writer_pauses: bool,
-    /// What operators have asked for, in its turn.
-    queue: VecDeque<Asked>,
-    done: Done,
-}
-
-/// What a process knows of a key.
-#[derive(Clone, Debug)]
-struct Known {
-    secret: SecretNumber,
-    /// A key that was away is another one when it is back.
-    born: u64,
-    condition: Condition,
-    /// When it was last reset here.
-    reset_at: Duration,
-    told_at: Duration,
-    /// What it was told that the store is still to know.
-    waiting: Option<Rest>,
-    acknowledged: u64,
-}
-
-impl Known {
-    fn new(born: u64, secret: SecretNumber, condition: Condition) -> Self {
-        let (reset_at, told_at, waiting, acknowledged) = Default::default();
-        Self { secret, born, condition, reset_at, told_at, waiting, acknowledged }
-    }
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Sent {
-    process: usize,
-    id: Id,
-    born: u64,
-}
-
-#[derive(Clone, Debug)]
-struct Mark {
-    id: Id,
-    born: u64,
-    secret: SecretNumber,
-    rest: Rest,
-    told_at: Duration,
-    arrived: bool,
-}
-
-#[derive(Clone, Debug)]
-struct Reading {
-    found: BTreeMap<Id, Stored>,
-    ids: Vec<Id>,
-    began: u64,
-    of: Load,
-}
-
-#[derive(Clone, Copy, Debug)]
-enum Load {
-    Reload,
-    /// What it has recovered, if nothing has failed so far.
-    Pass(Option<u64>),
-    /// Of which nobody hears how it went.
-    Other,
-}
-
-#[derive(Clone, Debug)]
-struct Asked {
-    change: Change,
-    id: Id,
-    secret: SecretNumber,
-    at: Duration,
-    has_turn: bool,
-    /// Which key that is, when it has its turn.
-    born: Option<u64>,
-    holds_back_writes: bool,
-    /// Of a removal: the key that has been taken out, for the case that the store fails.
-    leaving: Option<Known>,
-}
-
-/// What has come of what was asked of a process, in the order of it.
-#[derive(Clone, Debug, Default, PartialEq)]
-struct Done {
-    reloads: Vec<bool>,
-    /// How many keys were reset, where nothing failed.
-    passes: Vec<Option<u64>>,
-    changes: Vec<Changing>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Changing {
-    Done,
-    UnknownKey,
-    KeyExists,
-    StoreFailed,
-}
-
-/// Every word of the service that had a key rest longer than what its process was still to tell, and what became of it.
-#[derive(Clone, Debug, Default)]
-struct Log(Vec<Told>);
-
-#[derive(Clone, Debug)]
-struct Told {
-    /// Which key of which process was told.
-    born: u64,
-    secret: SecretNumber,
-    rest: Rest,
-    at: Duration,
-    fate: Fate,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Fate {
-    Waits,
-    Stored,
-    Forgotten,
-}
-
-impl Log {
-    fn of(&mut self, born: u64) -> impl Iterator<Item = &mut Told> {
-        self.0.iter_mut().filter(move |told| told.born == born)
-    }
-
-    /// What the store doesn't have is lost, as far as it was told by then.
-    fn forget(&mut self, born: u64, by: Duration) {
-        self.of(born)
-            .filter(|told| told.fate == Fate::Waits && told.at <= by)
-            .for_each(|told| told.fate = Fate::Forgotten);
-    }
-
-    fn arrived(&mut self, mark: &Mark) {
-        self.of(mark.born)
-            .filter(|told| told.at == mark.told_at || told.at < mark.told_at && told.fate == Fate::Waits)
-            .for_each(|told| told.fate = Fate::Stored);
-    }
-
-    /// A reset ends what was told before it. The key that it was asked of knows what it was told since it was asked.
-    fn reset(&mut self, secret: SecretNumber, asked: Option<(u64, Duration)>, now: Duration) {
-        for told in self.0.iter_mut().filter(|told| told.secret == secret) {
-            if asked.is_some_and(|(born, at)| told.born == born && told.at > at) {
-                (told.at, told.fate) = (now, Fate::Waits);
-            } else {
-                told.fate = Fate::Forgotten;
-            }
-        }
-    }
-
-    /// How long a key rests by all that still holds.
-    fn rest(&self, secret: SecretNumber, now: Duration) -> Option<Rest> {
-        let mut condition = Condition::default();
-        for told in self.0.iter().filter(|told| told.secret == secret && told.fate != Fate::Forgotten) {
-            condition.extend(told.rest);
-        }
-        condition.rest(now)
-    }
+#[derive(Clone)]
+struct World {
+    now: Duration,
+    store: BTreeMap<Id, Stored>,
+    processes: Vec<Process>,
+    flights: Vec<Sent>,
+    /// Writes that were given up before they arrived.
+    late: Vec<Write>,
+    /// How keys have stood.
+    news: Vec<(Id, Stored)>,
+    told: Vec<Told>,
+    /// How many secrets, key objects of the store and of processes there have been.
+    secrets: SecretNumber,
+    numbers: u64,
+    seen: Seen,
 }
 
 impl Process {
@@ -305,24 +247,23 @@ impl Process {
         self.broken.get(&part).copied().unwrap_or(Mode::Works)
     }
 
-    fn marks_waiting(&self) -> usize {
-        self.keys.values().filter(|key| key.waiting.is_some()).count()
+    fn pending(&self) -> usize {
+        self.keys.values().filter(|key| key.pending.is_some()).count()
     }
 
-    /// Not beside other writes, nor beside a reset in the store.
-    fn may_write(&self) -> bool {
-        self.writing.is_empty() && !self.queue.front().is_some_and(|asked| asked.holds_back_writes)
+    fn may_begin(&self) -> bool {
+        self.turn.is_none() && self.refused.is_empty()
     }
 
-    fn has_its_turn_free(&self) -> bool {
-        self.reading.is_none() && self.queue.is_empty()
+    fn writer_is_idle(&self) -> bool {
+        let loads = matches!(self.turn, Some(Turn::Load { of: Load::Refused, .. }));
+        self.writes.is_empty() && self.refused.is_empty() && !loads
     }
 
-    /// Nothing is under way between it and the store, nor would a pass begin what hangs.
-    fn can_make_a_pass(&self, connection: Connection) -> bool {
-        let hangs = [Part::Writes, Part::Replies].map(|part| self.does(part) == Mode::Hangs);
-        let lets = connection == Connection::Healed || !hangs.contains(&true);
-        self.has_its_turn_free() && self.writing.is_empty() && lets
+    /// Whether a pass would hang nowhere.
+    fn may_pass(&self) -> bool {
+        let hangs = [Part::Writes, Part::Replies, Part::Loads].map(|part| self.does(part) == Mode::Hangs);
+        self.may_begin() && self.writes.is_empty() && !hangs.contains(&true)
     }
 }
 
@@ -335,35 +276,36 @@ impl fmt::Debug for World {
 
 impl World {
     fn new(processes: usize, keys: usize) -> Self {
-        let store = IDS.into_iter().zip(1..).take(keys).map(|(id, secret)| (id, Stored::healthy(secret)));
         let mut world = Self {
             now: Duration::ZERO,
-            store: store.collect(),
+            store: BTreeMap::new(),
             processes: vec![Process::default(); processes],
             flights: Vec::new(),
-            log: Log::default(),
-            secrets: keys as SecretNumber,
-            moments: 0,
-            outcome: Outcome::Nothing,
+            late: Vec::new(),
+            news: Vec::new(),
+            told: Vec::new(),
+            secrets: 0,
+            numbers: 0,
+            seen: Seen::Nothing,
         };
+        IDS.into_iter().take(keys).for_each(|id| _ = world.insert(id, None));
         (0..processes).for_each(|process| world.start(process));
         world
     }
 
-    fn moment(&mut self) -> u64 {
-        self.moments += 1;
-        self.moments
+    fn number(&mut self) -> u64 {
+        self.numbers += 1;
+        self.numbers
     }
 
     fn take(&mut self, step: &Step) {
-        self.outcome = Outcome::Nothing;
+        self.seen = Seen::Nothing;
         match step {
             Step::Send(process, id, answer) => self.send(*process, id, *answer),
             Step::Answer(flight, answer) => {
                 let sent = self.flights.remove(*flight);
                 self.tell(sent, *answer);
             }
-            Step::Drop(flight) => _ = self.flights.remove(*flight),
             Step::Wait(seconds) => self.now += Duration::from_secs(*seconds),
             Step::Break(process, part, mode) => {
                 self.processes[*process].broken.insert(*part, *mode);
@@ -373,406 +315,358 @@ impl World {
                 self.processes[*process].broken.clear();
                 self.go_on(*process);
             }
-            Step::Reload(process) => self.read(*process, IDS.to_vec(), Load::Reload),
-            Step::Follow(process, ids) => self.read(*process, ids.clone(), Load::Other),
-            Step::Pass(process, connection) => {
-                self.heal(*process, *connection);
-                self.pass(*process);
+            Step::Reload(process) => self.load(*process, IDS.to_vec(), Load::Reload),
+            Step::Pass(process) => self.pass(*process),
+            Step::Operate(process, act, id) => self.operate(*process, *act, id),
+            Step::Elsewhere(act, id) => {
+                let secret = self.new_secret(*act);
+                self.change(*act, id, secret);
             }
-            Step::Operate(process, change, id) => self.operate(*process, *change, id),
-            Step::Elsewhere(change, id) => {
-                let secret = self.new_secret_for(*change);
-                self.change(None, *change, id, secret);
+            Step::Changed(process, ids) => self.load(*process, ids.clone(), Load::Other),
+            Step::Stood(process, news) => self.hear(*process, *news),
+            Step::LateWrite(write) => {
+                let mut write = self.late[*write];
+                self.arrive(&mut write);
             }
-            Step::NewSecret(id) => {
-                let secret = self.new_secret_for(Change::Insert);
-                self.store.entry(id).and_modify(|stored| *stored = Stored::healthy(secret));
-            }
-            Step::ShutDown(process, connection) => {
-                self.heal(*process, *connection);
+            Step::ShutDown(process) => {
                 self.write_marks(*process);
-                self.outcome = Outcome::LeftBehind(self.processes[*process].marks_waiting());
+                self.seen = Seen::LeftBehind(self.processes[*process].pending());
                 self.start(*process);
             }
             Step::Crash(process) => self.start(*process),
         }
         self.now += SECOND;
-        for process in 0..self.processes.len() {
-            self.write_marks(process);
-        }
+        (0..self.processes.len()).for_each(|process| _ = self.write_marks(process));
     }
 
-    /// A process that has what the store has, in the place of one that is gone.
+    /// A process that has what the store has, in the place of one that ends.
     fn start(&mut self, process: usize) {
-        let Process { keys, queue, .. } = std::mem::take(&mut self.processes[process]);
-        let leaving = queue.into_iter().filter_map(|asked| asked.leaving);
-        keys.into_values().chain(leaving).for_each(|key| self.log.forget(key.born, self.now));
+        let Process { keys, writes, .. } = std::mem::take(&mut self.processes[process]);
+        self.late.extend(writes.iter().filter(|write| write.answer.is_none()));
+        keys.values().for_each(|key| self.forget(key.object));
         self.flights.retain(|sent| sent.process != process);
-        self.read(process, IDS.to_vec(), Load::Other);
+        self.load(process, IDS.to_vec(), Load::Other);
     }
 
-    fn heal(&mut self, process: usize, connection: Connection) {
-        if connection == Connection::Healed {
-            self.processes[process].broken.clear();
-        }
+    /// What only a key object knew is lost with it.
+    fn forget(&mut self, object: u64) {
+        self.told.iter_mut().filter(|told| told.object == object).for_each(|told| told.lost = true);
     }
 
     fn send(&mut self, process: usize, id: Id, answer: Option<Answer>) {
+        let now = self.now;
         let keys = &self.processes[process].keys;
-        let available = || keys.iter().filter(|(_, key)| key.condition.is_available(self.now));
-        let with: BTreeSet<_> = available().map(|(_, key)| key.secret).collect();
-        let of_interest = available().find(|(own, _)| **own == id).map(|(_, key)| key);
-        self.outcome = match with.is_empty() {
-            true => Outcome::NoKey { retry_in: retry_in(keys.values().map(|key| &key.condition), self.now) },
-            false => Outcome::Sent { with, of_interest: of_interest.map(|key| key.secret) },
+        let available = || keys.iter().filter(|(_, key)| key.key.condition().is_available(now));
+        let with: BTreeSet<_> = available().map(|(_, key)| key.key.secret).collect();
+        let of_interest = available().find(|(own, _)| **own == id).map(|(_, key)| *key);
+        self.seen = match with.is_empty() {
+            true => {
+                let conditions: Vec<_> = keys.values().map(|key| key.key.condition()).collect();
+                Seen::NoKey { retry_in: retry_in(&conditions, now) }
+            }
+            false => Seen::Sent { with, of_interest: of_interest.map(|key| key.key.secret) },
         };
         let Some(key) = of_interest else { return };
-        let sent = Sent { process, id, born: key.born };
+        let sent = Sent { process, id, object: key.object };
         match answer {
             Some(answer) => self.tell(sent, answer),
             None => self.flights.push(sent),
         }
     }
 
-    fn tell(&mut self, Sent { process, id, born }: Sent, answer: Answer) {
-        let now = self.now;
-        let Some(rest) = answer.rest(now) else { return };
-        let Process { keys, queue, .. } = &mut self.processes[process];
-        let leaving = queue.iter_mut().filter_map(|asked| asked.leaving.as_mut());
-        let known = keys.get_mut(id).into_iter().chain(leaving).find(|key| key.born == born);
-        // What is known may have been read from the store, and may have been reset there since.
-        if let Some(key) = known
-            && rest.outlasts(key.waiting)
-        {
-            key.condition.extend(rest);
-            (key.told_at, key.waiting) = (now, Some(rest));
-            self.log.0.push(Told { born, secret: key.secret, rest, at: now, fate: Fate::Waits });
+    fn tell(&mut self, Sent { process, id, object }: Sent, answer: Answer) {
+        let Some(rest) = answer.rest(self.now) else { return };
+        let known = self.processes[process].keys.get_mut(id).filter(|known| known.object == object);
+        let Some(known) = known else { return };
+        let word = Word { generation: known.key.word.generation, rest: Some(rest) };
+        if word.is_beyond(&known.key.word) {
+            known.key.word = word;
+            known.pending.get_or_insert_default().join(word);
+            self.told.push(Told { object, born: known.key.born, word, arrived: false, lost: false });
         }
     }
 
-    /// Has a process write the marks that wait, and says whether nothing failed.
+    /// Has a process write its pending marks if its writer is idle. Returns whether nothing failed.
     fn write_marks(&mut self, process: usize) -> bool {
-        if self.processes[process].may_write() {
-            let acknowledged = self.moment();
-            let Process { keys, writing, .. } = &mut self.processes[process];
-            for (id, key) in keys.iter_mut() {
-                match key.waiting {
-                    Some(rest) if !rest.is_over(self.now) => writing.push(Mark {
-                        id,
-                        born: key.born,
-                        secret: key.secret,
-                        rest,
-                        told_at: key.told_at,
-                        arrived: false,
-                    }),
+        let now = self.now;
+        let is_idle = self.processes[process].writer_is_idle();
+        let Process { keys, writes, .. } = &mut self.processes[process];
+        if is_idle {
+            for (id, known) in keys.iter_mut() {
+                let Some(word) = known.pending else { continue };
+                let born = known.key.born;
+                match word.at(now).rest {
+                    Some(_) => writes.push(Write { id, object: known.object, born, word, answer: None }),
                     // There is nothing to say of a rest that is over.
-                    Some(_) => (key.waiting, key.acknowledged) = (None, acknowledged),
-                    None => {}
+                    None => known.pending = None,
                 }
             }
         }
-        self.deliver_marks(process)
+        self.deliver(process)
     }
 
-    fn deliver_marks(&mut self, process: usize) -> bool {
-        let mut nothing_failed = true;
-        for mut mark in std::mem::take(&mut self.processes[process].writing) {
-            if !mark.arrived && self.processes[process].does(Part::Writes) == Mode::Works {
-                self.arrive(&mark);
-                mark.arrived = true;
+    fn deliver(&mut self, process: usize) -> bool {
+        let mut is_ok = true;
+        for mut write in std::mem::take(&mut self.processes[process].writes) {
+            if write.answer.is_none() && self.processes[process].does(Part::Writes) == Mode::Works {
+                self.arrive(&mut write);
             }
-            let part = if mark.arrived { Part::Replies } else { Part::Writes };
-            match self.processes[process].does(part) {
-                Mode::Works => self.acknowledge(process, &mark),
-                Mode::Hangs => self.processes[process].writing.push(mark),
-                _ => nothing_failed = false,
+            let part = if write.answer.is_some() { Part::Replies } else { Part::Writes };
+            match (self.processes[process].does(part), write.answer) {
+                (Mode::Hangs, _) => self.processes[process].writes.push(write),
+                (Mode::Works, Some(Some(answer))) => self.acknowledge(process, &write, answer),
+                (Mode::Works, _) => self.processes[process].refused.push(write.id),
+                (_, None) => {
+                    is_ok = false;
+                    self.late.push(write);
+                }
+                _ => is_ok = false,
             }
         }
-        self.processes[process].writer_pauses = !nothing_failed;
-        nothing_failed
+        is_ok & self.load_refused(process)
     }
 
-    fn arrive(&mut self, mark: &Mark) {
-        let is_news = |stored: &&mut Stored| {
-            stored.secret == mark.secret && stored.reset_at.is_none_or(|reset| reset <= mark.told_at)
-        };
-        if let Some(stored) = self.store.get_mut(mark.id).filter(is_news) {
-            stored.condition.extend(mark.rest);
-            self.log.arrived(mark);
+    fn arrive(&mut self, write: &mut Write) {
+        let now = self.now;
+        let stored = self.store.get_mut(write.id).filter(|stored| stored.born == write.born);
+        write.answer = Some(stored.map(|stored| {
+            stored.word.join(write.word.at(now));
+            *stored
+        }));
+        let Some(Some(answer)) = write.answer else { return };
+        self.news.push((write.id, answer));
+        let is_part = |told: &&mut Told| told.object == write.object && !told.word.is_beyond(&write.word);
+        self.told.iter_mut().filter(is_part).for_each(|told| told.arrived = true);
+    }
+
+    fn acknowledge(&mut self, process: usize, write: &Write, answer: Stored) {
+        let known =
+            self.processes[process].keys.get_mut(write.id).filter(|known| known.object == write.object);
+        if let Some(known) = known {
+            if known.pending == Some(write.word) {
+                known.pending = None;
+            }
+            known.join(answer.word.at(self.now));
         }
     }
 
-    fn acknowledge(&mut self, process: usize, mark: &Mark) {
-        let acknowledged = self.moment();
-        let key = self.processes[process].keys.get_mut(mark.id);
-        if let Some(key) = key.filter(|key| key.born == mark.born && key.waiting == Some(mark.rest)) {
-            (key.waiting, key.acknowledged) = (None, acknowledged);
+    /// The writer loads the keys whose marks were refused, when it has its turn.
+    fn load_refused(&mut self, process: usize) -> bool {
+        if !self.processes[process].writes.is_empty() || self.processes[process].turn.is_some() {
+            return true;
         }
+        let refused = std::mem::take(&mut self.processes[process].refused);
+        let is_ok = refused.is_empty() || self.processes[process].does(Part::Loads) != Mode::Fails;
+        if !refused.is_empty() {
+            self.load(process, refused, Load::Refused);
+        }
+        is_ok
     }
 
-    /// Goes on with all that hung, as far as the connection lets it.
+    /// Continues all that hung, as far as the connection lets it.
     fn go_on(&mut self, process: usize) {
-        self.deliver_marks(process);
-        self.finish_reading(process);
-        self.give_turns(process);
+        match self.processes[process].turn.take() {
+            Some(Turn::Load { found, ids, of }) => self.finish_load(process, found, ids, of),
+            Some(Turn::Operate { act, id, secret, answer }) => {
+                self.finish_change(process, act, id, secret, answer)
+            }
+            None => {}
+        }
+        self.deliver(process);
     }
 
     fn pass(&mut self, process: usize) {
         let written = self.write_marks(process);
         let recovered = (self.processes[process].does(Part::Recovers) == Mode::Works).then(|| self.sweep());
-        self.read(process, IDS.to_vec(), Load::Pass(recovered.filter(|_| written)));
+        let loaded = self.processes[process].does(Part::Loads) == Mode::Works;
+        self.load(process, IDS.to_vec(), Load::Other);
+        self.processes[process].done.passes.push(recovered.filter(|_| written && loaded));
     }
 
     fn sweep(&mut self) -> u64 {
         let now = self.now;
-        let over = |stored: &&mut Stored| stored.condition.rest.is_some_and(|rest| rest.is_over(now));
-        self.store.values_mut().filter(over).map(|stored| stored.condition.rest = None).count() as u64
+        let over = |stored: &&mut Stored| stored.word.at(now) != stored.word;
+        self.store.values_mut().filter(over).map(|stored| stored.word = stored.word.at(now)).count() as u64
     }
 
-    fn read(&mut self, process: usize, ids: Vec<Id>, of: Load) {
-        let began = self.moment();
-        self.processes[process].reading = Some(Reading { found: self.store.clone(), ids, began, of });
-        self.finish_reading(process);
+    fn load(&mut self, process: usize, ids: Vec<Id>, of: Load) {
+        self.finish_load(process, self.store.clone(), ids, of);
     }
 
-    fn finish_reading(&mut self, process: usize) {
+    fn finish_load(&mut self, process: usize, found: BTreeMap<Id, Stored>, ids: Vec<Id>, of: Load) {
         let mode = self.processes[process].does(Part::Loads);
-        if mode == Mode::Hangs {
-            return;
-        }
-        let Some(reading) = self.processes[process].reading.take() else { return };
-        if mode == Mode::Works {
-            self.learn(process, &reading);
+        match mode {
+            Mode::Hangs => return self.processes[process].turn = Some(Turn::Load { found, ids, of }),
+            Mode::Works => ids.iter().for_each(|id| self.learn(process, id, found.get(id).copied())),
+            _ => {}
         }
         let done = &mut self.processes[process].done;
-        match reading.of {
+        match of {
             Load::Reload => done.reloads.push(mode == Mode::Works),
-            Load::Pass(recovered) => done.passes.push(recovered.filter(|_| mode == Mode::Works)),
-            Load::Other => {}
+            Load::Changed => done.changes.push(Outcome::Done),
+            Load::Refused | Load::Other => {}
         }
+        self.load_refused(process);
     }
 
-    fn learn(&mut self, process: usize, reading: &Reading) {
-        // What the store had before a change that is still on its way there is no news.
-        let queue = self.processes[process].queue.iter();
-        let on_their_way: Vec<_> = queue.map(|asked| (asked.change, asked.id)).collect();
-        let is_on_its_way =
-            |id: Id, changes: &[Change]| changes.iter().any(|change| on_their_way.contains(&(*change, id)));
-        for id in &reading.ids {
-            let Some(found) = reading.found.get(id) else {
-                self.take_out(process, id);
-                continue;
-            };
-            let condition = Condition { rest: found.condition.rest(self.now), ..found.condition };
-            if is_on_its_way(id, &[Change::Remove]) && !self.processes[process].keys.contains_key(id) {
-                continue;
+    fn learn(&mut self, process: usize, id: Id, found: Option<Stored>) {
+        let found = found.map(|found| Stored { word: found.word.at(self.now), ..found });
+        let object = self.number();
+        let keys = &mut self.processes[process].keys;
+        match (keys.get_mut(id), found) {
+            (Some(known), Some(found)) if known.key.born == found.born => {
+                known.key.disabled = found.disabled;
+                known.join(found.word);
             }
-            let known = self.processes[process].keys.get_mut(id);
-            let Some(key) = known.filter(|key| key.secret == found.secret) else {
-                self.take_out(process, id);
-                let key = Known::new(self.moment(), found.secret, condition);
-                self.processes[process].keys.insert(id, key);
-                continue;
-            };
-            if !is_on_its_way(id, &[Change::Disable, Change::Enable]) {
-                key.condition.disabled = condition.disabled;
-            }
-            let had_all = key.waiting.is_none() && key.acknowledged < reading.began;
-            match condition.rest {
-                _ if is_on_its_way(id, &[Change::Reset]) => {}
-                rest if had_all => key.condition.rest = rest,
-                Some(rest) => _ = key.condition.extend(rest),
-                None => {}
+            (_, found) => {
+                let new = found.map(|key| Known { object, key, pending: None });
+                let before = match new {
+                    Some(new) => keys.insert(id, new),
+                    None => keys.remove(id),
+                };
+                before.iter().for_each(|before| self.forget(before.object));
             }
         }
     }
 
-    fn take_out(&mut self, process: usize, id: Id) {
-        if let Some(key) = self.processes[process].keys.remove(id) {
-            self.log.forget(key.born, self.now);
+    fn hear(&mut self, process: usize, news: usize) {
+        let (id, stood) = self.news[news];
+        let word = stood.word.at(self.now);
+        match self.processes[process].keys.get_mut(id).filter(|known| known.key.born == stood.born) {
+            Some(known) => {
+                known.join(word);
+                if known.key.disabled != stood.disabled {
+                    self.load(process, vec![id], Load::Other);
+                }
+            }
+            None => self.load(process, vec![id], Load::Other),
         }
     }
 
-    fn new_secret_for(&mut self, change: Change) -> SecretNumber {
-        self.secrets += SecretNumber::from(change == Change::Insert);
+    fn new_secret(&mut self, act: Act) -> SecretNumber {
+        self.secrets += SecretNumber::from(act == Act::Insert);
         self.secrets
     }
 
-    fn operate(&mut self, process: usize, change: Change, id: Id) {
-        let secret = self.new_secret_for(change);
-        let asked = Asked {
-            change,
-            id,
-            secret,
-            at: self.now,
-            has_turn: false,
-            born: None,
-            holds_back_writes: false,
-            leaving: None,
-        };
-        if change != Change::Insert && !self.processes[process].keys.contains_key(id) {
-            return self.processes[process].done.changes.push(Changing::UnknownKey);
-        }
-        let leaving = self.change_in_memory(process, &asked);
-        self.processes[process].queue.push_back(Asked { leaving, ..asked });
-        self.give_turns(process);
-    }
-
-    /// The key that is to be removed.
-    fn change_in_memory(&mut self, process: usize, Asked { change, id, at, .. }: &Asked) -> Option<Known> {
-        let key = self.processes[process].keys.get_mut(id)?;
-        match change {
-            Change::Reset => {
-                key.reset_at = key.reset_at.max(*at);
-                if key.told_at <= key.reset_at {
-                    (key.condition.rest, key.waiting) = (None, None);
-                }
-                self.log.forget(key.born, key.reset_at);
-            }
-            Change::Disable | Change::Enable => key.condition.disabled = *change == Change::Disable,
-            Change::Remove => return self.processes[process].keys.remove(id),
-            Change::Insert => {}
-        }
-        None
-    }
-
-    /// Operators' changes come to the store one after the other, and not while a load or, for a reset, a write hangs.
-    fn give_turns(&mut self, process: usize) {
-        while self.processes[process].reading.is_none()
-            && let Some(mut asked) = self.processes[process].queue.pop_front()
-        {
-            if !asked.has_turn {
-                // To be removed is what has that name now.
-                if let Some(key) = self.change_in_memory(process, &asked)
-                    && let Some(before) = asked.leaving.replace(key)
-                {
-                    self.log.forget(before.born, self.now);
-                }
-                asked.has_turn = true;
-                asked.born = self.processes[process].keys.get(asked.id).map(|key| key.born);
-            }
-            let Process { writing, queue, .. } = &mut self.processes[process];
-            let is_reset = asked.change == Change::Reset && asked.born.is_some();
-            if is_reset && !writing.is_empty() {
-                return queue.push_front(asked);
-            }
-            let Some(came) = self.change_in_store(process, &asked) else {
-                asked.holds_back_writes = is_reset;
-                return self.processes[process].queue.push_front(asked);
-            };
-            if let Some(key) = asked.leaving {
-                match came {
-                    Changing::Done => self.log.forget(key.born, self.now),
-                    _ => _ = self.processes[process].keys.insert(asked.id, key),
-                }
-            }
-            self.processes[process].done.changes.push(came);
-            // Marks that it held back, and what is news, are written before the next change has its turn.
-            if is_reset && !self.processes[process].writer_pauses {
-                self.write_marks(process);
-            }
+    fn operate(&mut self, process: usize, act: Act, id: Id) {
+        let secret = self.new_secret(act);
+        let is_known = self.processes[process].keys.contains_key(id);
+        match (act, is_known) {
+            (Act::Insert, true) => self.processes[process].done.changes.push(Outcome::KeyExists),
+            (Act::Insert, false) | (_, true) => self.finish_change(process, act, id, secret, None),
+            (_, false) => self.processes[process].done.changes.push(Outcome::UnknownKey),
         }
     }
 
-    /// What came of it; nothing where the connection hangs.
-    fn change_in_store(&mut self, process: usize, asked: &Asked) -> Option<Changing> {
-        let Asked { change, id, secret, at, born, .. } = *asked;
-        match (change, born) {
-            (Change::Insert, Some(_)) => return Some(Changing::KeyExists),
-            (Change::Insert | Change::Remove, _) => {}
-            (_, None) => return Some(Changing::UnknownKey),
-            _ => {}
-        }
-        match self.processes[process].does(Part::Operators) {
-            Mode::Works => {}
-            Mode::Hangs => return None,
-            _ => return Some(Changing::StoreFailed),
-        }
-        let key = self.processes[process].keys.get(id).filter(|key| Some(key.born) == born);
-        let asked = born.map(|born| (born, key.map_or(at, |key| key.reset_at)));
-        let changed = self.change(asked, change, id, secret);
-        let known = self.processes[process].keys.get_mut(id).filter(|key| Some(key.born) == born);
-        match (change, known) {
-            (Change::Insert, _) if changed => {
-                let key = Known::new(self.moment(), secret, Condition::default());
-                self.processes[process].keys.insert(id, key);
-            }
-            (Change::Insert, _) => return Some(Changing::KeyExists),
-            (Change::Remove, _) => {}
-            _ if !changed => return Some(Changing::UnknownKey),
-            // That is news, and the store has forgotten it, if it had it.
-            (Change::Reset, Some(key)) if key.told_at > at => {
-                (key.told_at, key.waiting) = (self.now, key.condition.rest);
-            }
-            _ => {}
-        }
-        Some(Changing::Done)
-    }
-
-    /// A change in the store: of a key of a process, which was asked for it then, or by another program. Says whether
-    /// the store had the key, or the id was free.
-    fn change(
+    fn finish_change(
         &mut self,
-        asked: Option<(u64, Duration)>,
-        change: Change,
+        process: usize,
+        act: Act,
         id: Id,
         secret: SecretNumber,
-    ) -> bool {
-        if change == Change::Insert {
-            let is_free = !self.store.contains_key(id);
-            self.store.entry(id).or_insert_with(|| Stored::healthy(secret));
-            return is_free;
+        mut answer: Option<Option<Stored>>,
+    ) {
+        if answer.is_none() && self.processes[process].does(Part::Operators) == Mode::Works {
+            answer = Some(self.change(act, id, secret));
         }
-        let Some(stored) = self.store.get_mut(id) else { return false };
-        match change {
-            Change::Reset => {
-                stored.condition.rest = None;
-                stored.reset_at = Some(self.now);
-                self.log.reset(stored.secret, asked, self.now);
+        let part = if answer.is_some() { Part::Confirmations } else { Part::Operators };
+        let outcome = match (self.processes[process].does(part), answer) {
+            (Mode::Hangs, _) => {
+                self.processes[process].turn = Some(Turn::Operate { act, id, secret, answer });
+                return;
             }
-            Change::Remove => _ = self.store.remove(id),
-            _ => stored.condition.disabled = change == Change::Disable,
-        }
-        true
+            (Mode::Works, Some(stored)) => match self.confirm(process, act, id, stored) {
+                Some(outcome) => outcome,
+                None => return self.load(process, vec![id], Load::Changed),
+            },
+            _ => Outcome::StoreFailed,
+        };
+        self.processes[process].done.changes.push(outcome);
+        self.load_refused(process);
     }
 
-    /// Whether a rest that is still to be written ends within the second that the step takes: then it is a matter of
-    /// luck whether it is.
+    /// Applies the store's answer. `None` if the store has another key of that id, which is to be loaded.
+    fn confirm(&mut self, process: usize, act: Act, id: Id, stored: Option<Stored>) -> Option<Outcome> {
+        let born = self.processes[process].keys.get(id).map(|known| known.key.born);
+        match (act, stored) {
+            (Act::Remove, _) => self.learn(process, id, None),
+            (Act::Insert, None) => return Some(Outcome::KeyExists),
+            (_, None) => return Some(Outcome::UnknownKey),
+            (Act::Insert, stored) => self.learn(process, id, stored),
+            (_, Some(stored)) if born != Some(stored.born) => return None,
+            (_, stored) => self.learn(process, id, stored),
+        }
+        Some(Outcome::Done)
+    }
+
+    /// A change in the store, with its answer.
+    fn change(&mut self, act: Act, id: Id, secret: SecretNumber) -> Option<Stored> {
+        match act {
+            Act::Insert if self.store.contains_key(id) => return None,
+            Act::Insert => return Some(self.insert(id, Some(secret))),
+            Act::Remove => return self.store.remove(id),
+            Act::Replace(secret) => {
+                self.store.remove(id)?;
+                return Some(self.insert(id, Some(secret)));
+            }
+            _ => {}
+        }
+        let stored = self.store.get_mut(id)?;
+        match act {
+            Act::Reset => stored.word = Word { generation: stored.word.generation + 1, rest: None },
+            _ => stored.disabled = act == Act::Disable,
+        }
+        self.news.push((id, *stored));
+        Some(*stored)
+    }
+
+    fn insert(&mut self, id: Id, secret: Option<SecretNumber>) -> Stored {
+        let secret = secret.unwrap_or_else(|| self.new_secret(Act::Insert));
+        let stored = Stored { secret, born: self.number(), word: Word::default(), disabled: false };
+        self.store.insert(id, stored);
+        self.news.push((id, stored));
+        stored
+    }
+
+    /// Whether a pending rest ends within the second of the step: then it is a matter of luck whether it is written.
     fn is_a_race(&self, step: &Step) -> bool {
         let waited =
             if let Step::Wait(seconds) = step { Duration::from_secs(*seconds) } else { Duration::ZERO };
         let (from, to) = (self.now + waited, self.now + waited + SECOND);
-        self.processes.iter().any(|process| {
-            let may_be_written = |key: &&Known| key.waiting.is_some() || !process.queue.is_empty();
-            let leaving = process.queue.iter().filter_map(|asked| asked.leaving.as_ref());
-            process
-                .keys
-                .values()
-                .chain(leaving)
-                .filter(may_be_written)
-                .flat_map(|key| [key.condition.rest, key.waiting])
-                .any(|rest| rest.is_some_and(|rest| !rest.is_over(from) && rest.is_over(to)))
-        })
+        let ends = |word: Word| word.rest.is_some_and(|rest| !rest.is_over(from) && rest.is_over(to));
+        let writes = self.processes.iter().flat_map(|process| process.writes.iter().map(|write| write.word));
+        let pending = self.processes.iter().flat_map(|process| process.keys.values());
+        pending.filter_map(|known| known.pending).chain(writes).any(ends)
     }
 
-    /// Among them those at which a rest ends, with the second that the step itself takes, and just before.
+    /// Among them those at which a rest ends, with the second of the step itself, and just before.
     fn times_to_wait(&self) -> Vec<u64> {
-        let known = self.processes.iter().flat_map(|process| process.keys.values().map(|key| key.condition));
-        let all = known.chain(self.store.values().map(|stored| stored.condition));
-        let ends = all.filter_map(|condition| condition.time_left(self.now)).map(|left| left.as_secs());
+        let known = self.processes.iter().flat_map(|process| process.keys.values().map(|known| known.key));
+        let all = known.chain(self.store.values().copied());
+        let ends = all.filter_map(|key| key.condition().time_left(self.now)).map(|left| left.as_secs());
         ends.flat_map(|left| [left.saturating_sub(1), left.saturating_sub(2)])
             .chain([1, 10, 100, 1_000])
             .collect()
     }
 
-    /// The faults are over; each process writes what waits, and makes one pass.
+    /// The faults end, and each process makes a pass: the second time, it knows all that the others wrote.
     fn last_steps(&self) -> Vec<Step> {
         let every = |step: fn(usize) -> Step| (0..self.processes.len()).map(step);
-        let mut steps: Vec<_> = self.flights.iter().map(|_| Step::Drop(0)).collect();
-        steps.extend(every(Step::Heal));
-        steps.extend(every(|process| Step::Pass(process, Connection::AsItIs)));
-        steps.extend(every(|process| Step::Send(process, IDS[0], Some(FINE))));
-        steps
+        every(Step::Heal).chain(every(Step::Pass)).chain(every(Step::Pass)).collect()
+    }
+}
+
+impl Stored {
+    fn condition(&self) -> Condition {
+        Condition { rest: self.word.rest, disabled: self.disabled }
+    }
+}
+
+impl Known {
+    fn join(&mut self, word: Word) {
+        self.key.word.join(word);
+        let generation = self.key.word.generation;
+        self.pending = self.pending.filter(|pending| pending.generation == generation);
     }
 }
 
@@ -784,26 +678,18 @@ fn answer() -> impl Strategy<Value = Answer> {
     (status, retry_after).prop_map(|(status, retry_after)| Answer { status, retry_after })
 }
 
-fn change() -> impl Strategy<Value = Change> {
-    prop_oneof![
-        4 => Just(Change::Reset),
-        1 => Just(Change::Disable),
-        1 => Just(Change::Enable),
-        1 => Just(Change::Remove),
-        2 => Just(Change::Insert),
-    ]
+fn act() -> impl Strategy<Value = Act> {
+    use Act::{Disable, Enable, Insert, Remove, Reset};
+    prop_oneof![4 => Just(Reset), 1 => Just(Disable), 1 => Just(Enable), 1 => Just(Remove), 2 => Just(Insert)]
 }
 
 fn fault() -> impl Strategy<Value = (Part, Mode)> {
     prop_oneof![
         4 => Just((Part::Loads, Mode::Hangs)),
         2 => Just((Part::Writes, Mode::Hangs)),
+        2 => Just((Part::Replies, Mode::Hangs)),
         4 => (select(PARTS.to_vec()), select(vec![Mode::Fails, Mode::Hangs])),
     ]
-}
-
-fn connection() -> impl Strategy<Value = Connection> {
-    select(vec![Connection::AsItIs, Connection::Healed])
 }
 
 impl ReferenceStateMachine for World {
@@ -811,30 +697,35 @@ impl ReferenceStateMachine for World {
     type Transition = Step;
 
     fn init_state() -> BoxedStrategy<Self> {
-        (2usize..=3, 1..=IDS.len()).prop_map(|(processes, keys)| Self::new(processes, keys)).boxed()
+        (1..=IDS.len()).prop_map(|keys| Self::new(2, keys)).boxed()
     }
 
     fn transitions(world: &Self) -> BoxedStrategy<Step> {
         // Much of it about one key and one process, so that things meet.
         let process = || prop_oneof![Just(0), 0..world.processes.len()];
-        let id = || prop_oneof![Just(IDS[0]), select(IDS.to_vec())];
-        let flight = || 0..world.flights.len().max(1);
-        let maybe_answered = prop::option::weighted(0.5, answer());
+        let id = || prop_oneof![3 => Just(IDS[0]), 1 => select(IDS.to_vec())];
+        let one_of = |count: usize| 0..count.max(1);
+        let secret = world.store.get(IDS[0]).map_or(1, |stored| stored.secret);
+        let replace = prop_oneof![Just(secret), Just(SecretNumber::MAX - world.numbers as SecretNumber)]
+            .prop_map(Act::Replace);
+        let elsewhere = prop_oneof![3 => act(), 1 => replace];
         prop_oneof![
-            16 => (process(), id(), maybe_answered).prop_map(|(process, id, answer)| Step::Send(process, id, answer)),
-            16 => (flight(), answer()).prop_map(|(flight, answer)| Step::Answer(flight, answer)),
-            1 => flight().prop_map(Step::Drop),
+            16 => (process(), id(), prop::option::weighted(0.5, answer()))
+                .prop_map(|(process, id, answer)| Step::Send(process, id, answer)),
+            16 => (one_of(world.flights.len()), answer()).prop_map(|(flight, answer)| Step::Answer(flight, answer)),
             6 => select(world.times_to_wait()).prop_map(Step::Wait),
-            8 => (process(), fault()).prop_map(|(process, (part, mode))| Step::Break(process, part, mode)),
-            4 => process().prop_map(Step::Heal),
-            10 => process().prop_map(Step::Reload),
-            4 => (process(), subsequence(IDS.to_vec(), 1..IDS.len())).prop_map(|(process, ids)| Step::Follow(process, ids)),
-            8 => (process(), connection()).prop_map(|(process, connection)| Step::Pass(process, connection)),
-            10 => (process(), change(), id()).prop_map(|(process, change, id)| Step::Operate(process, change, id)),
-            5 => (change(), id()).prop_map(|(change, id)| Step::Elsewhere(change, id)),
-            2 => id().prop_map(Step::NewSecret),
-            3 => (process(), connection()).prop_map(|(process, connection)| Step::ShutDown(process, connection)),
-            1 => process().prop_map(Step::Crash),
+            10 => (process(), fault()).prop_map(|(process, (part, mode))| Step::Break(process, part, mode)),
+            6 => process().prop_map(Step::Heal),
+            8 => process().prop_map(Step::Reload),
+            6 => process().prop_map(Step::Pass),
+            10 => (process(), act(), id()).prop_map(|(process, act, id)| Step::Operate(process, act, id)),
+            6 => (elsewhere, id()).prop_map(|(act, id)| Step::Elsewhere(act, id)),
+            4 => (process(), subsequence(IDS.to_vec(), 1..=IDS.len()))
+                .prop_map(|(process, ids)| Step::Changed(process, ids)),
+            8 => (process(), one_of(world.news.len())).prop_map(|(process, news)| Step::Stood(process, news)),
+            4 => one_of(world.late.len()).prop_map(Step::LateWrite),
+            2 => process().prop_map(Step::ShutDown),
+            2 => process().prop_map(Step::Crash),
         ]
         .boxed()
     }
@@ -843,24 +734,29 @@ impl ReferenceStateMachine for World {
         if world.is_a_race(step) {
             return false;
         }
-        let process = |process: &usize| world.processes.get(*process);
+        let process = |process: &usize| &world.processes[*process];
         match step {
-            Step::Answer(flight, _) | Step::Drop(flight) => *flight < world.flights.len(),
-            Step::Reload(which) => process(which).is_some_and(Process::has_its_turn_free),
-            Step::Follow(which, _) => process(which).is_some_and(|process| {
-                process.has_its_turn_free() && process.does(Part::Loads) == Mode::Works
-            }),
-            Step::Pass(which, connection) | Step::ShutDown(which, connection) => {
-                process(which).is_some_and(|process| process.can_make_a_pass(*connection))
+            Step::Answer(flight, _) => *flight < world.flights.len(),
+            Step::LateWrite(write) => *write < world.late.len(),
+            Step::Reload(which) | Step::Operate(which, ..) => process(which).may_begin(),
+            Step::Changed(which, _) => {
+                process(which).may_begin() && process(which).does(Part::Loads) == Mode::Works
             }
+            Step::Stood(which, news) => {
+                let may_load = process(which).may_begin() && process(which).does(Part::Loads) == Mode::Works;
+                may_load && *news < world.news.len()
+            }
+            Step::Pass(which) | Step::ShutDown(which) => process(which).may_pass(),
             // A sweep that hangs is one that comes later.
-            Step::Break(which, part, mode) => {
-                process(which).is_some() && (*part, *mode) != (Part::Recovers, Mode::Hangs)
+            Step::Break(_, part, mode) => (*part, *mode) != (Part::Recovers, Mode::Hangs),
+            Step::Elsewhere(Act::Insert, id) => !world.store.contains_key(id),
+            Step::Elsewhere(Act::Replace(secret), id) => {
+                let is_free =
+                    world.store.iter().all(|(other, stored)| other == id || stored.secret != *secret);
+                world.store.contains_key(id) && is_free
             }
-            Step::Send(which, ..) | Step::Heal(which) | Step::Operate(which, ..) | Step::Crash(which) => {
-                process(which).is_some()
-            }
-            Step::Wait(_) | Step::Elsewhere(..) | Step::NewSecret(_) => true,
+            Step::Elsewhere(_, id) => world.store.contains_key(id),
+            _ => true,
         }
     }
 
@@ -877,7 +773,9 @@ struct Real {
     memory: MemoryStore,
     processes: Vec<RealProcess>,
     flights: Vec<(usize, Flight)>,
-    starts: u64,
+    starts: u32,
+    /// The births of the model's key objects.
+    born: BTreeMap<u64, Born>,
 }
 
 struct RealProcess {
@@ -890,23 +788,23 @@ struct RealProcess {
     done: Arc<Mutex<Done>>,
 }
 
-/// Has everything run that can.
+/// Runs all that can run.
 fn settle(runtime: &Runtime) {
     runtime.block_on(async {
-        for _ in 0..10 {
+        for _ in 0..20 {
             yield_now().await;
         }
     });
 }
 
 impl RealProcess {
-    fn start(memory: &MemoryStore, store_clock: &ManualClock, number: u64) -> Self {
+    fn start(memory: &MemoryStore, store_clock: &ManualClock, number: u32) -> Self {
         // One first pass in some millions would otherwise come before the end of the test.
         fastrand::seed(1);
         let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
         let connection = FaultyStore::over(memory.clone(), store_clock);
         let clock = ManualClock::new();
-        clock.advance(1_000 * number as u32 * SECOND);
+        clock.advance(1_000 * number * SECOND);
         let opening = KeyPool::builder().clock(clock.clone()).open(connection.clone());
         let pool = runtime.block_on(opening).expect("the store is there");
         let recovery = {
@@ -917,6 +815,9 @@ impl RealProcess {
         let (recovery, done) = (Arc::new(recovery), Arc::default());
         let process = Self { runtime, clock, connection, recovery, pool, caller, done };
         process.settle();
+        // Births are random numbers, too, and never the same.
+        static STARTS: AtomicU64 = AtomicU64::new(2);
+        fastrand::seed(STARTS.fetch_add(1, Relaxed));
         process
     }
 
@@ -930,90 +831,112 @@ impl RealProcess {
     {
         let done = self.done.clone();
         self.runtime.spawn(async move {
-            let came = what.await;
-            note(&mut done.lock().expect("not poisoned"), came);
+            let outcome = what.await;
+            note(&mut done.lock().expect("not poisoned"), outcome);
         });
     }
 
     fn set(&self, part: Part, mode: Mode) {
-        let operation = match part {
+        let method = match part {
             Part::Loads => &self.connection.loads,
             Part::Writes => &self.connection.writes,
             Part::Replies => &self.connection.replies,
             Part::Recovers => &self.connection.recovers,
             Part::Operators => &self.connection.operators,
+            Part::Confirmations => &self.connection.confirmations,
         };
-        operation.set(mode);
+        method.set(mode);
     }
 
-    fn heal(&self, connection: Connection) {
-        if connection == Connection::Healed {
-            PARTS.iter().for_each(|part| self.set(*part, Mode::Works));
-        }
-    }
-
-    fn reload(&self) {
-        let pool = self.pool.clone();
-        self.spawn(async move { pool.reload().await }, |done, came| done.reloads.push(came.is_ok()));
-    }
-
-    fn pass(&self) {
-        let recovery = self.recovery.clone();
-        self.spawn(async move { recovery.sweep_now().await }, |done, report| {
-            done.passes.push(report.outcome.ok().map(|recovered| recovered.count));
-        });
-    }
-
-    fn operate(&self, change: Change, id: Id, number: SecretNumber) {
+    fn operate(&self, act: Act, id: Id, number: SecretNumber) {
         let pool = self.pool.clone();
         let changing = async move {
-            match change {
-                Change::Reset => pool.reset(id).await,
-                Change::Disable => pool.disable(id).await,
-                Change::Enable => pool.enable(id).await,
-                Change::Remove => pool.remove(id).await,
-                Change::Insert => pool.insert(id, secret(number)).await,
+            match act {
+                Act::Reset => pool.reset(id).await,
+                Act::Disable => pool.disable(id).await,
+                Act::Enable => pool.enable(id).await,
+                Act::Insert => pool.insert(id, secret(number)).await,
+                Act::Remove | Act::Replace(_) => pool.remove(id).await,
             }
         };
-        self.spawn(changing, |done, came| {
-            done.changes.push(match came {
-                Ok(()) => Changing::Done,
-                Err(OperateError::UnknownKey(_)) => Changing::UnknownKey,
-                Err(OperateError::KeyExists(_)) => Changing::KeyExists,
-                Err(OperateError::Store(_)) => Changing::StoreFailed,
+        self.spawn(changing, |done, outcome| {
+            done.changes.push(match outcome {
+                Ok(()) => Outcome::Done,
+                Err(OperateError::UnknownKey(_)) => Outcome::UnknownKey,
+                Err(OperateError::KeyExists(_)) => Outcome::KeyExists,
+                Err(OperateError::Store(_)) => Outcome::StoreFailed,
                 Err(error) => panic!("{error:?}"),
             });
         });
     }
 
-    /// Ends the process as one does that has the time for it, and says how many marks it could not write.
+    fn tell(&self, change: Change) {
+        self.runtime.block_on(self.connection.tell(change));
+    }
+
+    /// Ends the process in order, and returns how many marks it could not write.
     fn shut_down(self) -> usize {
-        let recovery = Arc::into_inner(self.recovery).expect("no pass is under way");
+        let recovery = Arc::into_inner(self.recovery).expect("no pass is in progress");
         let shutdown = self.runtime.spawn(recovery.shutdown());
         settle(&self.runtime);
-        let came = shutdown.now_or_never().expect("nothing hangs").expect("no panic");
-        came.map_or_else(|MarksNotWritten(marks)| marks, |()| 0)
+        let outcome = shutdown.now_or_never().expect("nothing hangs").expect("no panic");
+        outcome.map_or_else(|MarksNotWritten(marks)| marks, |()| 0)
     }
+
+    /// What is seen of its keys.
+    fn seen(&self) -> Conditions {
+        let stats = self.pool.stats();
+        stats.keys.into_iter().map(|key| (key.id.to_string(), (key.status, key.time_left))).collect()
+    }
+}
+
+type Conditions = BTreeMap<String, (Status, Option<Duration>)>;
+
+fn seen<'a>(keys: impl Iterator<Item = (&'a Id, Stored)>, now: Duration) -> Conditions {
+    let seen = |key: Stored| (key.condition().status(now), key.condition().time_left(now));
+    keys.map(|(id, key)| (id.to_string(), seen(key))).collect()
+}
+
+fn words(word: Word, now: Duration) -> Words {
+    let resting = |rest: Rest| Resting {
+        until: rest.until.map_or(Until::Reset, |until| Until::After(until - now)),
+        reason: match rest.status {
+            Status::Exhausted => tower_key_rotation::Rest::Exhausted,
+            Status::Revoked => tower_key_rotation::Rest::Revoked,
+            _ => tower_key_rotation::Rest::RateLimited,
+        },
+    };
+    Words { generation: word.generation, key: word.at(now).rest.map(resting), ..Words::default() }
 }
 
 impl Real {
     fn new(world: &World) -> Self {
         let clock = ManualClock::new();
         let memory = MemoryStore::with_clock(Arc::new(clock.clone()));
+        let (processes, flights, born) = Default::default();
+        let mut real = Self { clock, memory, processes, flights, starts: 0, born };
         for (id, stored) in &world.store {
-            assert!(immediately(memory.insert(key_id(id), secret(stored.secret).into())).expect("memory"));
+            real.change(Act::Insert, id, stored.secret);
         }
-        let mut real = Self { clock, memory, processes: Vec::new(), flights: Vec::new(), starts: 0 };
         for _ in &world.processes {
             let process = real.start();
             real.processes.push(process);
         }
+        real.learn_births(world);
         real
     }
 
     fn start(&mut self) -> RealProcess {
         self.starts += 1;
         RealProcess::start(&self.memory, &self.clock, self.starts)
+    }
+
+    fn learn_births(&mut self, world: &World) {
+        for record in immediately(self.memory.load(None)).expect("memory").records {
+            if let Some(stored) = world.store.get(record.spec.id.as_str()) {
+                self.born.entry(stored.born).or_insert(record.standing.born);
+            }
+        }
     }
 
     fn advance(&self, by: Duration) {
@@ -1024,71 +947,81 @@ impl Real {
         }
     }
 
-    /// Ends a process by way of `end`, and has another one take its place.
+    /// Ends a process by `end`, and has another one take its place.
     fn restart<T>(&mut self, process: usize, end: impl FnOnce(RealProcess) -> T) -> T {
         self.flights.retain(|(of, _)| *of != process);
-        let came = self.end(process, end);
+        let outcome = self.end(process, end);
         let next = self.start();
         self.processes.insert(process, next);
-        came
+        outcome
     }
 
     fn end<T>(&mut self, process: usize, end: impl FnOnce(RealProcess) -> T) -> T {
         let process = self.processes.remove(process);
         let clock = Arc::downgrade(process.pool.clock());
-        let came = end(process);
+        let outcome = end(process);
         assert!(clock.upgrade().is_none(), "something still holds the pool");
-        came
+        outcome
     }
 
     fn take(&mut self, step: Step, world: &World) {
         match step {
             Step::Send(process, _, answer) => self.send(process, answer, world),
             Step::Answer(flight, answer) => drop(self.flights.remove(flight).1.answer(answer)),
-            Step::Drop(flight) => drop(self.flights.remove(flight)),
             Step::Wait(seconds) => self.advance(Duration::from_secs(seconds)),
             Step::Break(process, part, mode) => self.processes[process].set(part, mode),
-            Step::Heal(process) => self.processes[process].heal(Connection::Healed),
-            Step::Reload(process) => self.processes[process].reload(),
-            Step::Follow(process, ids) => {
-                let process = &self.processes[process];
-                let ids = ids.into_iter().map(key_id).collect();
-                immediately(process.connection.tell(Changed::Keys(ids)));
+            Step::Heal(process) => {
+                PARTS.iter().for_each(|part| self.processes[process].set(*part, Mode::Works))
             }
-            Step::Pass(process, connection) => {
-                self.processes[process].heal(connection);
-                self.processes[process].pass();
+            Step::Reload(process) => {
+                let pool = self.processes[process].pool.clone();
+                let note = |done: &mut Done, outcome: Result<(), _>| done.reloads.push(outcome.is_ok());
+                self.processes[process].spawn(async move { pool.reload().await }, note);
             }
-            Step::Operate(process, change, id) => self.processes[process].operate(change, id, world.secrets),
-            Step::Elsewhere(change, id) => self.change(change, id, world.secrets),
-            Step::NewSecret(id) => {
-                if immediately(self.memory.remove(&key_id(id))).expect("memory") {
-                    self.change(Change::Insert, id, world.secrets);
-                }
+            Step::Pass(process) => {
+                let recovery = self.processes[process].recovery.clone();
+                self.processes[process].spawn(async move { recovery.sweep_now().await }, |done, report| {
+                    done.passes.push(report.outcome.ok().map(|recovered| recovered.count));
+                });
             }
-            Step::ShutDown(process, connection) => {
-                self.processes[process].heal(connection);
+            Step::Operate(process, act, id) => self.processes[process].operate(act, id, world.secrets),
+            Step::Elsewhere(act, id) => self.change(act, id, world.secrets),
+            Step::Changed(process, ids) => {
+                self.processes[process].tell(Change::Keys(ids.into_iter().map(key_id).collect()));
+            }
+            Step::Stood(process, news) => {
+                let (id, stood) = world.news[news];
+                let words = words(stood.word, self.clock.now());
+                let standing = Standing::new(self.born[&stood.born], words, stood.disabled);
+                self.processes[process].tell(Change::Standing(key_id(id), standing));
+            }
+            Step::LateWrite(write) => {
+                let Write { id, born, word, .. } = world.late[write];
+                let mark = Mark::new(key_id(id), self.born[&born], words(word, self.clock.now()));
+                immediately(self.memory.merge(mark)).expect("memory");
+            }
+            Step::ShutDown(process) => {
                 let left_behind = self.restart(process, RealProcess::shut_down);
                 assert_eq!(
-                    Outcome::LeftBehind(left_behind),
-                    world.outcome,
+                    Seen::LeftBehind(left_behind),
+                    world.seen,
                     "marks that a shutdown could not write"
                 );
             }
             Step::Crash(process) => self.restart(process, drop),
         }
         self.processes.iter().for_each(RealProcess::settle);
+        self.learn_births(world);
         self.advance(SECOND);
     }
 
     fn send(&mut self, process: usize, answer: Option<Answer>, world: &World) {
         let caller = &mut self.processes[process].caller;
-        let (with, of_interest) = match &world.outcome {
-            Outcome::Sent { with, of_interest } => (with, of_interest),
-            outcome => {
+        let (with, of_interest) = match &world.seen {
+            Seen::Sent { with, of_interest } => (with, of_interest),
+            seen => {
                 let retry_in = caller.send().err().expect("no key is available").retry_in();
-                assert_eq!(Outcome::NoKey { retry_in }, *outcome, "process {process}");
-                return;
+                return assert_eq!(Seen::NoKey { retry_in }, *seen, "process {process}");
             }
         };
         let flights: Vec<_> = with.iter().map(|_| caller.send().expect("a key is available")).collect();
@@ -1103,57 +1036,26 @@ impl Real {
         }
     }
 
-    fn change(&self, change: Change, id: Id, number: SecretNumber) {
-        let id = key_id(id);
-        let changing = match change {
-            Change::Reset => self.memory.reset(&id),
-            Change::Disable => self.memory.set_disabled(&id, true),
-            Change::Enable => self.memory.set_disabled(&id, false),
-            Change::Remove => self.memory.remove(&id),
-            Change::Insert => self.memory.insert(id, secret(number).into()),
+    /// A change by another program.
+    fn change(&self, act: Act, id: Id, number: SecretNumber) {
+        let operate = |operation| {
+            let done = immediately(self.memory.operate(key_id(id), operation)).expect("memory");
+            done.expect("the key is there, or the id is free");
         };
-        immediately(changing).expect("memory");
+        let insertion = |number| Operation::Insert(KeySpec::new(key_id(id), secret(number)));
+        match act {
+            Act::Reset => operate(Operation::Reset(None)),
+            Act::Disable => operate(Operation::Disable),
+            Act::Enable => operate(Operation::Enable),
+            Act::Remove => operate(Operation::Remove),
+            Act::Insert => operate(insertion(number)),
+            Act::Replace(number) => {
+                operate(Operation::Remove);
+                operate(insertion(number));
+            }
+        }
     }
 
-    /// What the store has.
-    fn stored(&self) -> BTreeMap<String, (SecretNumber, Condition)> {
-        let now = self.clock.now();
-        let loaded = immediately(self.memory.load()).expect("memory");
-        let seen = loaded.records.into_iter().map(|record| {
-            let rest = record
-                .rest
-                .map(|(rest, left)| Rest { status: rest.into(), until: left.map(|left| now + left) });
-            let condition = Condition { rest, disabled: record.disabled };
-            let number = secret_number(record.secret.expose()).expect("one of our secrets");
-            (record.id.to_string(), (number, as_seen(condition, now)))
-        });
-        seen.collect()
-    }
-}
-
-impl RealProcess {
-    fn seen(&self) -> Seen {
-        let stats = self.pool.stats();
-        stats.keys.into_iter().map(|key| (key.id.to_string(), (key.status, key.time_left))).collect()
-    }
-}
-
-/// What is seen of keys in a pool.
-type Seen = BTreeMap<String, (Status, Option<Duration>)>;
-
-fn seen<'a>(keys: impl IntoIterator<Item = (impl ToString, &'a Condition)>, now: Duration) -> Seen {
-    let seen = |key: &Condition| (key.status(now), key.time_left(now));
-    keys.into_iter().map(|(id, key)| (id.to_string(), seen(key))).collect()
-}
-
-/// Of a rest that is over nobody can say when that was, or why it was.
-fn as_seen(condition: Condition, now: Duration) -> Condition {
-    let over = Rest { status: Status::Healthy, until: Some(now) };
-    let rest = condition.rest.map(|rest| if rest.is_over(now) { over } else { rest });
-    Condition { rest, ..condition }
-}
-
-impl Real {
     fn take_after(&mut self, step: Step, world: &mut World) {
         world.take(&step);
         self.take(step, world);
@@ -1177,47 +1079,43 @@ impl StateMachineTest for Real {
     fn check_invariants(real: &Self, world: &World) {
         let now = world.now;
         for (number, (process, model)) in real.processes.iter().zip(&world.processes).enumerate() {
-            let known = model.keys.iter().map(|(id, key)| (id, &key.condition));
+            let known = model.keys.iter().map(|(id, known)| (id, known.key));
             assert_eq!(process.seen(), seen(known, now), "what process {number} knows");
-            assert_eq!(
-                process.pool.stats().marks_waiting,
-                model.marks_waiting(),
-                "marks that wait in process {number}"
-            );
-            assert_eq!(
-                *process.done.lock().expect("not poisoned"),
-                model.done,
-                "what process {number} has done"
-            );
+            assert_eq!(process.pool.stats().marks_waiting, model.pending(), "pending in process {number}");
+            let done = process.done.lock().expect("not poisoned");
+            assert_eq!(*done, model.done, "the outcomes in process {number}");
         }
-        let stored = world
-            .store
-            .iter()
-            .map(|(id, stored)| (id.to_string(), (stored.secret, as_seen(stored.condition, now))));
-        assert_eq!(real.stored(), stored.collect(), "what the store has");
+        let records = immediately(real.memory.load(None)).expect("memory").records;
+        let found: Vec<_> = records.into_iter().map(|record| (record.spec, record.standing)).collect();
+        let expected = world.store.iter().map(|(id, stored)| {
+            let standing = Standing::new(real.born[&stored.born], words(stored.word, now), stored.disabled);
+            (KeySpec::new(key_id(id), secret(stored.secret)), standing)
+        });
+        assert_eq!(found, expected.collect::<Vec<_>>(), "what the store has");
         assert_eq!(real.flights.len(), world.flights.len());
     }
 
     fn teardown(mut real: Self, mut world: World) {
         for step in world.last_steps() {
-            // What is a matter of luck is waited for, as no step before was taken.
             while world.is_a_race(&step) {
                 let past = (1..10).map(Step::Wait).find(|wait| !world.is_a_race(wait));
                 real.take_after(past.expect("some second in which no rest ends"), &mut world);
             }
             real.take_after(step, &mut world);
         }
-        let stored = real.stored();
-        for process in &real.processes {
-            let stored = stored.iter().map(|(id, (_, condition))| (id, condition));
-            assert_eq!(process.seen(), seen(stored, world.now), "all pools and the store agree");
+        let now = world.now;
+        for (number, process) in real.processes.iter().enumerate() {
+            let stored = world.store.iter().map(|(id, stored)| (id, *stored));
+            assert_eq!(process.seen(), seen(stored, now), "process {number} and the store agree");
             assert_eq!(process.pool.stats().marks_waiting, 0);
         }
-        for (id, (secret, condition)) in &stored {
-            let left = |rest: Option<Rest>| rest.map(|rest| rest.until);
-            let told = world.log.rest(*secret, world.now);
-            let (left, told) = (left(condition.rest(world.now)), left(told));
-            assert_eq!(left, told, "until when {id} rests, and by all that the service said");
+        for (id, stored) in &world.store {
+            let generation = stored.word.generation;
+            let of_key = world.told.iter().filter(|told| told.born == stored.born);
+            let counts = |told: &&Told| told.word.generation == generation && (told.arrived || !told.lost);
+            let mut told = Word { generation, rest: None };
+            of_key.filter(counts).for_each(|of| told.join(of.word));
+            assert_eq!(stored.word.at(now), told.at(now), "how {id} rests, and by all that the service said");
         }
         while !real.processes.is_empty() {
             assert_eq!(real.end(0, RealProcess::shut_down), 0, "marks are left");
@@ -1233,5 +1131,5 @@ prop_state_machine! {
     })]
 
     #[test]
-    fn pools_that_share_a_store_agree_with_it_and_with_what_they_were_told(sequential 1..100 => Real);
+    fn pools_and_their_store_agree_by_joining_words(sequential 1..100 => Real);
 }

@@ -75,9 +75,8 @@ fn is_the_redirect(response: &reqwest::Response, second: &Server, case: &str) {
     assert_eq!(second.count(), 0, "{case}");
 }
 
-/// Broken once: without the comparison of origins, and with the `Location` left as it comes, it failed.
 #[tokio::test]
-async fn s02_a_reqwest_client_takes_no_key_to_another_origin() {
+async fn s02_a_reqwest_client_sends_other_origins_no_key() {
     for_every_redirect!(|first, second, inject, method, case| {
         let pool = pool(inject).build().unwrap();
         let client = same_origin_redirects(reqwest::Client::builder().no_proxy()).build().unwrap();
@@ -89,7 +88,7 @@ async fn s02_a_reqwest_client_takes_no_key_to_another_origin() {
 }
 
 #[tokio::test]
-async fn s02_nor_does_one_with_a_middleware() {
+async fn s02_reqwest_middleware_sends_other_origins_no_key() {
     for_every_redirect!(|first, second, inject, method, case| {
         let pool = pool(inject).build().unwrap();
         let client = same_origin_redirects(reqwest::Client::builder().no_proxy()).build().unwrap();
@@ -111,9 +110,8 @@ fn request(method: Method, server: &Server) -> Request<Full<Bytes>> {
     Request::builder().method(method).uri(url(server)).body(Full::default()).unwrap()
 }
 
-/// Broken once: with a look at ASCII alone, and at the query alone, it failed.
 #[tokio::test]
-async fn s02_a_redirect_that_is_no_ascii_or_has_the_key_elsewhere_takes_it_nowhere() {
+async fn s02_non_ascii_or_encoded_locations_carry_no_key() {
     for path in ["/café?key=", "/#key=", "/back/%3Fkey%3D", "/?to=%2Fcaf\u{e9}%3Fkey%3D"] {
         let second = Server::answering(|| answer(200, "here you are")).await;
         let location = format!("http://{}{path}{PERCENT_ENCODED}", second.address());
@@ -134,9 +132,8 @@ async fn s02_a_redirect_that_is_no_ascii_or_has_the_key_elsewhere_takes_it_nowhe
     }
 }
 
-/// Broken once: with a look at `Location` alone, it failed.
 #[tokio::test]
-async fn s02_no_header_that_repeats_the_query_tells_the_key() {
+async fn s02_response_headers_never_repeat_the_query_key() {
     let server = Server::answering(|| {
         let own = format!("/v1?page=2&key={PERCENT_ENCODED}");
         let mut response = answer(200, "{}");
@@ -166,9 +163,8 @@ async fn s02_no_header_that_repeats_the_query_tells_the_key() {
     assert!(!headers.contains_key("refresh"));
 }
 
-/// Broken once: with the `Location` left as it comes, a key in the query reached the second server.
 #[tokio::test]
-async fn s02_redirects_that_are_followed_around_the_layer_take_a_key_to_allowed_hosts_only() {
+async fn s02_outer_redirects_send_keys_only_to_allowed_hosts() {
     for_every_redirect!(|first, second, inject, method, case| {
         let pool = pool(inject).allowed_hosts([first.address().to_string()]).build().unwrap();
         let client = FollowRedirectLayer::new().layer(KeyRotationLayer::new(&pool).layer(hyper()));
@@ -181,7 +177,7 @@ async fn s02_redirects_that_are_followed_around_the_layer_take_a_key_to_allowed_
 }
 
 #[tokio::test]
-async fn s02_redirects_that_are_followed_under_the_layer_within_an_origin_take_no_key_elsewhere() {
+async fn s02_inner_same_origin_redirects_leak_no_key() {
     for_every_redirect!(|first, second, inject, method, case| {
         let pool = pool(inject).build().unwrap();
         let within = FollowRedirectLayer::with_policy(SameOrigin::new());
@@ -208,7 +204,7 @@ async fn redirecting_within() -> Server {
 }
 
 #[tokio::test]
-async fn within_an_origin_redirects_are_followed_with_the_key() {
+async fn same_origin_redirects_keep_the_key() {
     for (place, inject) in &places() {
         let server = redirecting_within().await;
         let pool = pool(inject).build().unwrap();
@@ -238,7 +234,7 @@ async fn redirects_in_a_circle_end() {
 
 /// Why `same_origin_redirects` is there; and that these tests would see a key that reaches the second server.
 #[tokio::test]
-async fn a_reqwest_client_as_it_comes_takes_keys_to_wherever_a_service_says() {
+async fn a_default_reqwest_client_leaks_keys_on_redirect() {
     for (place, inject) in &places() {
         let (first, second) = redirecting(302).await;
         let pool = pool(inject).build().unwrap();

@@ -11,11 +11,12 @@ use std::{
 use futures_util::future::join_all;
 use http::header::AUTHORIZATION;
 use support::{
-    INSTANT, MINUTE, SECOND, builder, failing_over, get, http, in_time, pool, rotating, status, time_left,
+    INSTANT, MINUTE, SECOND, builder, failing_over, failover, get, http, in_time, pool, rotating, status,
+    time_left,
 };
 use tower::{Layer, retry::budget::TpsBudget};
 use tower_key_rotation::{
-    Error, FailoverLayer, KeyPool, KeyRotationLayer, KeyRotationMiddleware, RecoveryConfig, RecoveryHandle,
+    Error, Failover, KeyPool, KeyRotationLayer, KeyRotationMiddleware, RecoveryConfig, RecoveryHandle,
     clock::ManualClock, store::MemoryStore,
 };
 use wiremock::{Mock, MockServer, Request, Respond, ResponseTemplate, matchers::any};
@@ -77,7 +78,7 @@ fn sweep_at_once() -> RecoveryConfig {
 }
 
 #[tokio::test]
-async fn a_429_rests_its_key_for_exactly_2_minutes_and_then_it_is_used_again() {
+async fn a_429_starts_a_two_minute_cooldown() {
     let clock = ManualClock::new();
     let pool = pool(["alpha", "beta"], &clock);
     let quotas = Quotas::of([("alpha", 0)]);
@@ -95,7 +96,7 @@ async fn a_429_rests_its_key_for_exactly_2_minutes_and_then_it_is_used_again() {
 }
 
 #[tokio::test]
-async fn a_longer_retry_after_is_honoured_and_a_shorter_one_is_not() {
+async fn only_a_longer_retry_after_is_honoured() {
     for (retry_after, rest) in [("300", 5 * MINUTE), ("30", 2 * MINUTE)] {
         let clock = ManualClock::new();
         let pool = pool(["alpha"], &clock);
@@ -106,7 +107,7 @@ async fn a_longer_retry_after_is_honoured_and_a_shorter_one_is_not() {
 }
 
 #[tokio::test]
-async fn a_shorter_retry_after_is_honoured_where_hints_are_exact() {
+async fn exact_hints_honour_a_shorter_retry_after() {
     let clock = ManualClock::new();
     let pool = builder(["alpha"], &clock).exact_hints().build().unwrap();
     let server = Quotas::of([("alpha", 0)]).retry_after("30").serve().await;
@@ -115,7 +116,7 @@ async fn a_shorter_retry_after_is_honoured_where_hints_are_exact() {
 }
 
 #[tokio::test]
-async fn with_all_keys_resting_nothing_is_sent_and_the_error_says_when_the_first_is_back() {
+async fn nothing_is_sent_while_all_keys_cool_down() {
     let clock = ManualClock::new();
     let pool = pool(["alpha", "beta"], &clock);
     let server = Quotas::of([("alpha", 0), ("beta", 0)]).serve().await;
@@ -133,7 +134,7 @@ async fn with_all_keys_resting_nothing_is_sent_and_the_error_says_when_the_first
 }
 
 #[tokio::test]
-async fn a_rested_key_comes_back_by_itself_before_any_sweep() {
+async fn a_cooldown_ends_without_a_sweep() {
     let clock = ManualClock::new();
     let pool = pool(["alpha"], &clock);
     let quotas = Quotas::of([("alpha", 0)]);
@@ -146,7 +147,7 @@ async fn a_rested_key_comes_back_by_itself_before_any_sweep() {
 }
 
 #[tokio::test]
-async fn a_sweep_brings_a_rested_key_back_for_every_pool_over_the_store() {
+async fn one_sweep_recovers_a_key_for_every_pool() {
     let clock = ManualClock::new();
     let store = MemoryStore::with_clock(Arc::new(clock.clone()));
     let here = builder(["alpha"], &clock).open(store.clone()).await.unwrap();
@@ -179,7 +180,7 @@ async fn a_limited_request_succeeds_with_another_key() {
     let clock = ManualClock::new();
     let pool = pool(["alpha", "beta", "gamma"], &clock);
     let server = Quotas::of([("alpha", 0), ("beta", 0)]).serve().await;
-    let client = failing_over(&pool, FailoverLayer::new(&pool));
+    let client = failing_over(failover(&pool));
     assert_eq!(status(&client, &server.uri()).await, 200);
     assert_eq!(seen(&server).await, ["alpha", "beta", "gamma"]);
     assert_eq!(status(&client, &server.uri()).await, 200);
@@ -187,14 +188,14 @@ async fn a_limited_request_succeeds_with_another_key() {
 }
 
 #[tokio::test]
-async fn a_storm_of_requests_is_carried_by_the_keys_that_are_left() {
+async fn remaining_keys_carry_a_burst_of_requests() {
     const REQUESTS: usize = 120;
     let clock = ManualClock::new();
     let pool = pool(["alpha", "beta", "gamma", "delta", "epsilon"], &clock);
     let quotas = Quotas::of([("alpha", 2), ("beta", 5)]);
     let server = quotas.serve().await;
     let budget = TpsBudget::new(10 * SECOND, 1000, 1.0);
-    let client = failing_over(&pool, FailoverLayer::new(&pool).budget(budget));
+    let client = failing_over(KeyRotationLayer::new(&pool).failover(Failover::default().budget(budget)));
 
     let url = server.uri();
     let storm = join_all((0..REQUESTS).map(|_| status(&client, &url)));
@@ -233,9 +234,8 @@ async fn the_same_holds_through_reqwest_middleware() {
     let pool = pool(["alpha", "beta"], &clock);
     let quotas = Quotas::of([("alpha", 0)]);
     let server = quotas.serve().await;
-    let rotation = KeyRotationMiddleware::new(KeyRotationLayer::new(&pool));
     let client = reqwest_middleware::ClientBuilder::new(http())
-        .with(rotation.with_failover(FailoverLayer::new(&pool)))
+        .with(KeyRotationMiddleware::new(failover(&pool)))
         .build();
     assert_eq!(client.get(server.uri()).send().await.unwrap().status(), 200);
     assert_eq!(seen(&server).await, ["alpha", "beta"]);
@@ -248,12 +248,12 @@ async fn the_same_holds_through_reqwest_middleware() {
 }
 
 #[tokio::test]
-async fn a_layer_over_a_client_with_middleware_of_its_own_does_as_well() {
+async fn layers_work_over_a_reqwest_middleware_client() {
     let clock = ManualClock::new();
     let pool = pool(["alpha", "beta"], &clock);
     let server = Quotas::of([("alpha", 0)]).serve().await;
     let client = reqwest_middleware::ClientBuilder::new(http()).build();
-    let client = FailoverLayer::new(&pool).layer(KeyRotationLayer::new(&pool).layer(client));
+    let client = KeyRotationLayer::new(&pool).failover(Failover::default()).layer(client);
     let response = get(&client, &server.uri()).await.unwrap();
     assert_eq!(response.status(), 200);
     assert_eq!(seen(&server).await, ["alpha", "beta"]);

@@ -14,7 +14,7 @@ use std::{
     fmt::Debug,
     future::{Future, Ready, ready},
     hint::black_box,
-    pin::pin,
+    pin::{Pin, pin},
     sync::LazyLock,
     task::{Context, Poll, Waker},
 };
@@ -24,6 +24,7 @@ use http::{
     HeaderValue, Method, Request, Response, StatusCode, Uri,
     header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, USER_AGENT},
 };
+use http_body::{Frame, SizeHint};
 use http_body_util::Empty;
 use tower::{Layer, Service};
 use tower_key_rotation::{KeyPool, KeyRotation, KeyRotationLayer};
@@ -34,9 +35,34 @@ pub const SECRET: &str = "sk-proj-0123456789abcdefghijklmnopqrstuvwxyz01234567";
 static TARGET: LazyLock<Uri> =
     LazyLock::new(|| Uri::from_static("https://api.example.com/v1/chat/completions"));
 
+/// A body that costs nothing to make, to clone and to drop.
+#[derive(Clone, Debug)]
+pub struct Text(pub &'static str);
+
+impl http_body::Body for Text {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        let text = std::mem::take(&mut self.0);
+        Poll::Ready((!text.is_empty()).then(|| Ok(Frame::data(Bytes::from_static(text.as_bytes())))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(self.0.len() as u64)
+    }
+}
+
 /// Creates a request with three headers and a body, from parts that need no parsing.
-pub fn request() -> Request<&'static str> {
-    let mut request = Request::new(r#"{"model":"m","messages":[]}"#);
+pub fn request() -> Request<Text> {
+    let mut request = Request::new(Text(r#"{"model":"m","messages":[]}"#));
     *request.method_mut() = Method::POST;
     *request.uri_mut() = TARGET.clone();
     let headers = request.headers_mut();
@@ -157,9 +183,6 @@ fn answer<B, S: Service<Request<B>>>(service: &mut S, request: Request<B>) -> Re
 }
 
 /// Sends one request and drops the response.
-pub fn send<S: Service<Request<&'static str>, Error: Debug>>(
-    service: &mut S,
-    request: Request<&'static str>,
-) {
+pub fn send<S: Service<Request<Text>, Error: Debug>>(service: &mut S, request: Request<Text>) {
     let _ = black_box(answer(service, request));
 }

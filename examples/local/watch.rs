@@ -1,8 +1,10 @@
-//! Two small layers, around the rotation and inside it, that record for a ledger when keys are picked, used and limited.
+//! Two small layers, inside the rotation and around it, that record for a ledger when keys are picked, used and limited.
 //!
 //! The ledger belongs to the program that includes this file: `crate::ledger::Ledger`.
 
 use std::{
+    cell::RefCell,
+    hash::{DefaultHasher, Hash, Hasher},
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
@@ -14,15 +16,16 @@ use reqwest::{
     header::{HeaderMap, HeaderName, HeaderValue},
 };
 use tower::Service;
-use tower_key_rotation::ServedBy;
+use tower_key_rotation::KeyId;
 
 use crate::ledger::Ledger;
 
 /// Header of a request to the local service: a time just before its key was picked.
 pub(crate) const BEFORE_PICK: HeaderName = HeaderName::from_static("x-before-pick");
 
-/// Header of the local service's 429: the time of the answer.
+/// Headers of the local service's 429: the time of the answer, and the key.
 pub(crate) const ANSWERED: HeaderName = HeaderName::from_static("x-answered-at");
+pub(crate) const KEY: HeaderName = HeaderName::from_static("x-key");
 
 pub(crate) fn stamp(time: Duration) -> HeaderValue {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX).into()
@@ -41,37 +44,46 @@ pub(crate) enum Witness {
     Client,
 }
 
-/// Around the rotation: knows when a key is about to be picked, and when one has been marked.
+/// A limited response: of which key, and when it was answered.
+type Limited = (KeyId, Duration);
+
+thread_local! {
+    /// Limited responses that have just come out of [`InsideRotation`]. The rotation marks their keys in the same poll,
+    /// at the end of which [`AroundRotation`] looks here.
+    static LIMITED: RefCell<Vec<Limited>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Around the rotation: it knows by when a key has been marked.
 #[derive(Clone)]
 pub(crate) struct AroundRotation<S> {
     inner: S,
     ledger: Arc<Ledger>,
-    witness: Witness,
 }
 
-/// Inside the rotation: knows when a request leaves, and when the head of its response arrives.
-#[derive(Clone)]
+/// Inside the rotation: it knows when a key is about to be picked, and when the head of a response is here.
 pub(crate) struct InsideRotation<S> {
     inner: S,
     ledger: Arc<Ledger>,
-}
-
-/// Extension of a response: the times that [`InsideRotation`] recorded.
-#[derive(Clone, Copy)]
-struct OnTheWire {
-    sent_at: Duration,
-    answered_at: Duration,
+    witness: Witness,
+    /// The rotation picks a key between the moment when it finds the service inside ready and its call.
+    ready_at: Duration,
 }
 
 impl<S> AroundRotation<S> {
-    pub(crate) fn new(inner: S, ledger: Arc<Ledger>, witness: Witness) -> Self {
-        Self { inner, ledger, witness }
+    pub(crate) fn new(inner: S, ledger: Arc<Ledger>) -> Self {
+        Self { inner, ledger }
     }
 }
 
 impl<S> InsideRotation<S> {
-    pub(crate) fn new(inner: S, ledger: Arc<Ledger>) -> Self {
-        Self { inner, ledger }
+    pub(crate) fn new(inner: S, ledger: Arc<Ledger>, witness: Witness) -> Self {
+        Self { inner, ledger, witness, ready_at: Duration::ZERO }
+    }
+}
+
+impl<S: Clone> Clone for InsideRotation<S> {
+    fn clone(&self) -> Self {
+        Self::new(self.inner.clone(), self.ledger.clone(), self.witness)
     }
 }
 
@@ -90,38 +102,16 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, mut request: Request) -> Self::Future {
-        let (ledger, witness) = (self.ledger.clone(), self.witness);
-        let before_pick = ledger.now();
-        if witness == Witness::Service {
-            request.headers_mut().insert(BEFORE_PICK, stamp(before_pick));
-        }
-        // The key is picked in this call.
-        let response = self.inner.call(request);
-        Box::pin(async move {
-            let response = response.await?;
-            // By now the key has been marked, if it had to be.
-            note(&ledger, witness, before_pick, &response);
-            Ok(response)
-        })
-    }
-}
-
-/// Records a response that has just left the rotation.
-fn note(ledger: &Ledger, witness: Witness, before_pick: Duration, response: &Response) {
-    let marked_by = ledger.now();
-    let Some(ServedBy(key)) = response.extensions().get() else { return };
-    let on_the_wire: Option<&OnTheWire> = response.extensions().get();
-    let limited_at = match witness {
-        Witness::Service => stamped(response.headers(), &ANSWERED),
-        Witness::Client if response.status() != StatusCode::TOO_MANY_REQUESTS => None,
-        Witness::Client => on_the_wire.map(|wire| wire.answered_at),
-    };
-    if let (Witness::Client, Some(wire)) = (witness, on_the_wire) {
-        ledger.arrived(key, before_pick, wire.sent_at);
-    }
-    if let Some(limited_at) = limited_at {
-        ledger.limited(key, limited_at, marked_by);
+    fn call(&mut self, request: Request) -> Self::Future {
+        let ledger = self.ledger.clone();
+        let mut response = Box::pin(self.inner.call(request));
+        Box::pin(std::future::poll_fn(move |cx| {
+            let polled = response.as_mut().poll(cx);
+            for (key, answered_at) in LIMITED.take() {
+                ledger.limited(&key, answered_at, ledger.now());
+            }
+            polled
+        }))
     }
 }
 
@@ -135,18 +125,47 @@ where
     type Future = ResponseFuture<S::Error>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
-        self.inner.poll_ready(cx)
+        let ready = self.inner.poll_ready(cx);
+        self.ready_at = self.ledger.now();
+        ready
     }
 
-    fn call(&mut self, request: Request) -> Self::Future {
-        let ledger = self.ledger.clone();
-        let sent_at = ledger.now();
+    fn call(&mut self, mut request: Request) -> Self::Future {
+        let (ledger, before_pick) = (self.ledger.clone(), self.ready_at);
+        if self.witness == Witness::Service {
+            request.headers_mut().insert(BEFORE_PICK, stamp(before_pick));
+            let response = self.inner.call(request);
+            return Box::pin(async move {
+                let response = response.await?;
+                LIMITED.with_borrow_mut(|limited| limited.extend(limited_by_service(&response)));
+                Ok(response)
+            });
+        }
+        let key = name_of_key(&request);
+        if let Some(key) = &key {
+            ledger.arrived(key, before_pick, ledger.now());
+        }
         let response = self.inner.call(request);
         Box::pin(async move {
-            let mut response = response.await?;
-            let answered_at = ledger.now();
-            response.extensions_mut().insert(OnTheWire { sent_at, answered_at });
+            let response = response.await?;
+            let key = key.filter(|_| response.status() == StatusCode::TOO_MANY_REQUESTS);
+            LIMITED.with_borrow_mut(|limited| limited.extend(key.map(|key| (key, ledger.now()))));
             Ok(response)
         })
     }
+}
+
+fn limited_by_service(response: &Response) -> Option<Limited> {
+    let key = KeyId::new(response.headers().get(KEY)?.to_str().ok()?).ok()?;
+    Some((key, stamped(response.headers(), &ANSWERED)?))
+}
+
+/// A real service does not say which key a request came with: a hash of all that may hold the key stands for it.
+fn name_of_key(request: &Request) -> Option<KeyId> {
+    let mut hasher = DefaultHasher::new();
+    request.url().query().hash(&mut hasher);
+    for value in request.headers().values().filter(|value| value.is_sensitive()) {
+        value.hash(&mut hasher);
+    }
+    KeyId::new(format!("{:x}", hasher.finish())).ok()
 }

@@ -11,11 +11,11 @@ pub(crate) struct Options {
     /// The deployment.
     #[arg(long, env = "MONGODB_URI", hide_env_values = true)]
     uri: String,
-    /// The database.
-    #[arg(long, default_value = "fproxy")]
-    database: String,
+    /// The database, unless the URI names it.
+    #[arg(long)]
+    database: Option<String>,
     /// The collection of keys.
-    #[arg(long, default_value = "ohmygpt_keys")]
+    #[arg(long, default_value = "keys")]
     collection: String,
     /// The collection of standby keys, if there is one.
     #[arg(long)]
@@ -35,10 +35,12 @@ pub(crate) async fn run(options: Options) -> Result<(), Box<dyn Error>> {
         None => DataKeys::from_env("KEY_ROTATION_DATA_KEYS")?,
     };
     let mut store = MongoStore::builder()
-        .database(options.database)
         .collection(options.collection)
         .fields(Fields::new().api_key(options.field))
         .encrypt_with(data_keys);
+    if let Some(database) = options.database {
+        store = store.database(database);
+    }
     if let Some(standby) = options.standby_collection {
         store = store.standby_collection(standby);
     }

@@ -31,8 +31,7 @@ use mongodb::{
 use reqwest::{Method, Request, Url};
 use tower::{Service, ServiceBuilder, ServiceExt};
 use tower_key_rotation::{
-    FailoverLayer, KeyPool, KeyRotationLayer, RecoveryHandle, ServedBy, same_origin_redirects,
-    store::MongoStore,
+    Failover, KeyPool, KeyRotationLayer, RecoveryHandle, ServedBy, same_origin_redirects, store::MongoStore,
 };
 
 const DATABASE: &str = "key_rotation_example";
@@ -88,8 +87,7 @@ async fn show_a_rest() -> Result<(), Box<dyn Error>> {
         .await?;
     let recovery = RecoveryHandle::spawn(&pool);
     let mut client = ServiceBuilder::new()
-        .layer(FailoverLayer::new(&pool))
-        .layer(KeyRotationLayer::new(&pool).expose_key())
+        .layer(KeyRotationLayer::new(&pool).expose_key().failover(Failover::default()))
         .service(same_origin_redirects(reqwest::Client::builder()).build()?);
 
     let documents = Client::with_uri_str(&uri).await?.database(DATABASE).collection::<Document>(COLLECTION);

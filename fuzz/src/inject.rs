@@ -20,7 +20,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Uri, h
 use percent_encoding::percent_decode_str;
 use reqwest::Url;
 use tower::{Layer, ServiceExt, service_fn};
-use tower_key_rotation::{Error, Inject, InjectError, KeyPool, KeyRotationLayer, RequestMessage, ServedBy};
+use tower_key_rotation::{Error, Inject, KeyPool, KeyRotationLayer, ServedBy, service::RequestMessage};
 
 use crate::{can_be_sent, now, text};
 
@@ -67,6 +67,8 @@ struct Seen {
     address: String,
     has_path: bool,
     is_cleartext: bool,
+    /// Whether the URI is only a path.
+    is_relative: bool,
     /// The host of the URI, or of the `Host` header if the URI is relative.
     host: Option<String>,
     port: Option<u16>,
@@ -87,6 +89,7 @@ impl From<&Request<()>> for Seen {
             address: uri.to_string().split('?').next().unwrap_or_default().to_owned(),
             has_path: uri.path().starts_with('/'),
             is_cleartext: uri.host().is_some() && uri.scheme_str() != Some("https"),
+            is_relative: uri.host().is_none(),
             host,
             port,
             query: uri.query().map(str::to_owned),
@@ -105,6 +108,7 @@ impl From<&reqwest::Request> for Seen {
             address: without_query.to_string(),
             has_path: true,
             is_cleartext: url.scheme() != "https",
+            is_relative: false,
             host: url.host_str().map(str::to_ascii_lowercase),
             port: url.port(),
             query: url.query().map(str::to_owned),
@@ -244,12 +248,14 @@ impl<'a> Setup<'a> {
                     self.assert_keyed(&before, response.body(), secret);
                 }
                 (Ruling::PassThrough, Ok(response)) => assert_eq!(response.body(), &before),
-                (Ruling::Refused, Err(Error::Inject(error @ InjectError::Cleartext { .. }))) => {
+                (Ruling::Refused, Err(Error::Inject(error))) if error.is_cleartext() => {
                     let host_is_canary = before.host.as_ref().is_some_and(|host| host.contains(CANARY));
                     let shown = format!("{error} {error:?}").to_ascii_lowercase();
                     assert!(host_is_canary || !shown.contains(CANARY), "{shown}");
                 }
-                (Ruling::Key, Err(Error::Inject(InjectError::NoQuery))) => {
+                (Ruling::Key, Err(Error::Inject(error)))
+                    if !error.is_cleartext() && !error.is_uri_too_long() =>
+                {
                     assert!(!self.query(secret).is_empty() && !before.has_path, "{before:?}");
                 }
                 (_, outcome) => panic!("ruling {ruling:?}, but outcome {outcome:?}"),
@@ -288,13 +294,20 @@ impl<'a> Setup<'a> {
     }
 
     fn ruling(&self, request: &Seen) -> Ruling {
-        let port = request.port.unwrap_or(if request.is_cleartext { 80 } else { 443 });
-        let host = request.host.as_deref().filter(|host| !host.is_empty());
-        let listed =
-            |hosts: &[&str]| host.is_some_and(|host| hosts.iter().any(|listed| lists(listed, host, port)));
-        if !self.allowed.is_empty() && !listed(&self.allowed) {
+        let Some(host) = request.host.as_deref().filter(|host| !host.is_empty()) else {
+            return Ruling::PassThrough;
+        };
+        let listed = |hosts: &[&str], default_port| {
+            let port = request.port.unwrap_or(default_port);
+            hosts.iter().any(|listed| lists(listed, host, port))
+        };
+        let is_fit_for_cleartext = is_loopback(host) || listed(&self.cleartext, 80);
+        let is_allowed = listed(&self.allowed, if request.is_cleartext { 80 } else { 443 });
+        if !self.allowed.is_empty() && !is_allowed {
             Ruling::PassThrough
-        } else if request.is_cleartext && !host.is_some_and(is_loopback) && !listed(&self.cleartext) {
+        } else if request.is_relative && self.allowed.is_empty() && !is_fit_for_cleartext {
+            Ruling::PassThrough
+        } else if request.is_cleartext && !is_fit_for_cleartext {
             Ruling::Refused
         } else {
             Ruling::Key

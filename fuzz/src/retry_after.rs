@@ -139,17 +139,15 @@ impl Rules {
     /// Sends a request that gets this response, and checks the key's state afterwards.
     fn assert_rest(&self, headers: &HeaderMap, head: &ResponseHead<'_>) {
         let body = Bytes::copy_from_slice(head.body().unwrap_or_default());
-        let client = service_fn(|_: Request<()>| {
-            let mut response = Response::new(Full::new(body.clone()));
-            *response.status_mut() = head.status();
-            *response.headers_mut() = headers.clone();
-            ready(Ok::<_, Infallible>(response))
-        });
+        let mut answer = Response::new(Full::new(body.clone()));
+        *answer.status_mut() = head.status();
+        *answer.headers_mut() = headers.clone();
+        let client = service_fn(move |_: Request<()>| ready(Ok::<_, Infallible>(answer.clone())));
         let request = || Request::get("https://api.example.com").body(()).unwrap();
 
         let pool = self.pool();
         let layer = KeyRotationLayer::new(&pool);
-        now(layer.layer(client).oneshot(request())).unwrap();
+        now(layer.layer(client.clone()).oneshot(request())).unwrap();
         self.assert_rests_after(
             TooManyRequests::new().classify(&ResponseHead::new(head.status(), headers)),
             &pool,

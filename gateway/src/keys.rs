@@ -77,7 +77,7 @@ fn wrong(error: BuildError) -> WrongSetting {
 
 fn of_mongodb(error: ConnectError) -> Box<dyn Error> {
     match error {
-        ConnectError::Uri(_) | ConnectError::Name(_) => {
+        ConnectError::Uri(_) | ConnectError::NoDatabase | ConnectError::Name(_) => {
             WrongSetting::new(format!("--mongodb: {error}")).into()
         }
         other => other.into(),

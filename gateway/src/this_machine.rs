@@ -76,7 +76,7 @@ mod tests {
     }
 
     #[test]
-    fn who_comes_from_elsewhere_or_through_a_proxy_is_not_taken_for_somebody_on_this_machine() {
+    fn remote_peers_and_proxied_requests_are_not_local() {
         let asked = |peer: &str, header: &str| {
             let request = Request::get("/").header(HOST, "localhost").header(header, "x");
             let peer = ConnectInfo(peer.parse::<SocketAddr>().unwrap());
@@ -114,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn a_second_name_must_be_of_this_machine_as_well() {
+    fn every_host_of_a_request_must_be_local() {
         let request = |uri: &str, host: Option<&str>| {
             let request = Request::get(uri);
             head(host.into_iter().fold(request, |request, host| request.header(HOST, host)))
@@ -125,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_is_ours_only_where_it_comes_from_where_the_request_goes() {
+    fn only_same_origin_pages_are_trusted() {
         let is_another = |headers: &[(HeaderName, &str)]| {
             let request = Request::get("/").header(HOST, "localhost:8080");
             let request = headers.iter().fold(request, |request, (name, value)| request.header(name, *value));

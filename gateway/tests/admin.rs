@@ -193,7 +193,7 @@ async fn change_of(key: &str, events: &mut (impl Stream<Item = (String, Value)> 
 }
 
 #[tokio::test]
-async fn each_route_is_described_and_each_that_is_described_is_there() {
+async fn the_openapi_description_lists_exactly_the_routes() {
     let admin = Admin::with(&["alpha"]).await;
     let mut described = BTreeSet::new();
     for (path, operations) in description()["paths"].as_object().unwrap() {
@@ -223,7 +223,7 @@ async fn each_route_is_described_and_each_that_is_described_is_there() {
 }
 
 #[tokio::test]
-async fn what_is_not_there_is_said_by_the_admin_and_never_asked_of_the_upstream() {
+async fn unknown_admin_paths_never_reach_the_upstream() {
     let admin = Admin::with(&["alpha"]).await;
     for path in
         ["/admin/nothing", "/admin/api/nothing", "/admin/api", "/admin/api/", "/admin/api/keys/alpha/nothing"]
@@ -242,7 +242,7 @@ async fn what_is_not_there_is_said_by_the_admin_and_never_asked_of_the_upstream(
 }
 
 #[tokio::test]
-async fn without_the_token_or_with_another_nothing_is_told_or_done() {
+async fn a_missing_or_wrong_token_permits_nothing() {
     let admin = Admin::with(&["alpha"]).await;
     let wrong = [
         "",
@@ -272,7 +272,7 @@ async fn without_the_token_or_with_another_nothing_is_told_or_done() {
 }
 
 #[tokio::test]
-async fn without_a_token_it_is_there_under_a_name_of_this_machine_only() {
+async fn without_token_only_local_host_names_are_served() {
     let service = Server::limiting([]).await;
     let gateway = Gateway::before(service.address(), &["alpha"], []).await;
     let http = http();
@@ -302,7 +302,7 @@ async fn without_a_token_it_is_there_under_a_name_of_this_machine_only() {
 
 /// Callers may come through a proxy on this machine, which makes them look local.
 #[tokio::test]
-async fn where_there_are_client_tokens_it_needs_a_token_of_its_own_and_says_so() {
+async fn client_tokens_require_a_separate_admin_token() {
     let service = Server::limiting([]).await;
     let gateway = Gateway::before(service.address(), &["alpha"], ["--client-token", "one"]).await;
     for path in ["/admin", "/admin/admin.js", "/admin/api/keys", "/admin/api/events", "/metrics"] {
@@ -327,7 +327,7 @@ async fn where_there_are_client_tokens_it_needs_a_token_of_its_own_and_says_so()
 
 /// Users may follow a link to the page from any site.
 #[tokio::test]
-async fn without_a_token_other_pages_may_open_it_and_nothing_else() {
+async fn without_token_other_sites_open_only_the_page() {
     let service = Server::limiting([]).await;
     let gateway = Gateway::before(service.address(), &["alpha"], []).await;
     let ask = async |path: &str, name: &str, value: &str| {
@@ -346,7 +346,7 @@ async fn without_a_token_other_pages_may_open_it_and_nothing_else() {
 }
 
 #[tokio::test]
-async fn a_change_that_another_site_may_have_asked_for_is_refused_with_the_token_too() {
+async fn cross_site_changes_are_refused_despite_the_token() {
     let admin = Admin::with(&["alpha"]).await;
     let paths = [
         (Method::POST, "/keys"),
@@ -399,7 +399,7 @@ async fn every_answer_has_the_strict_headers() {
 }
 
 #[tokio::test]
-async fn a_key_is_added_disabled_enabled_and_removed_and_each_is_logged_by_its_id() {
+async fn key_changes_are_applied_and_logged_by_id() {
     let admin = Admin::with(&["alpha"]).await;
     let (status, key) = admin.add("beta", "sk-beta-0123456789abcdef").await;
     assert_eq!(status, 201);
@@ -423,7 +423,7 @@ async fn a_key_is_added_disabled_enabled_and_removed_and_each_is_logged_by_its_i
 }
 
 #[tokio::test]
-async fn what_can_t_be_done_is_said_with_the_status_that_is_described() {
+async fn failed_requests_return_the_documented_status() {
     let admin = Admin::with(&["alpha"]).await;
     for (id, secret, status) in [
         ("alpha", "sk-other", 409),
@@ -459,9 +459,9 @@ async fn what_can_t_be_done_is_said_with_the_status_that_is_described() {
 
 /// Keys from a file, with a store that is down.
 #[tokio::test]
-async fn where_the_store_fails_it_is_said_what_holds_and_logged_of_which_key_and_why() {
+async fn store_failures_report_the_outcome_and_are_logged() {
     let service = Server::limiting([]).await;
-    let mongo = "mongodb://127.0.0.1:1/?serverSelectionTimeoutMS=200";
+    let mongo = "mongodb://127.0.0.1:1/gateway?serverSelectionTimeoutMS=200";
     let arguments = ["--admin-token", TOKEN, "--mongodb", mongo];
     let gateway = Gateway::before(service.address(), &["alpha"], arguments).await;
     let admin = Admin { gateway, service, http: http() };
@@ -491,9 +491,8 @@ async fn where_the_store_fails_it_is_said_what_holds_and_logged_of_which_key_and
     }
 }
 
-/// Broken once: where what is not wanted was not read on, the connection broke.
 #[tokio::test]
-async fn who_sends_too_much_is_told_so_even_after_having_sent_all_of_it() {
+async fn a_fully_sent_oversized_import_still_gets_413() {
     let admin = Admin::with(&["alpha"]).await;
     let body = "x".repeat(16 << 20);
     let head = format!(
@@ -512,7 +511,7 @@ async fn who_sends_too_much_is_told_so_even_after_having_sent_all_of_it() {
 }
 
 #[tokio::test]
-async fn an_id_may_have_any_characters_in_a_path() {
+async fn ids_in_paths_may_contain_any_character() {
     let admin = Admin::with(&["omega"]).await;
     for (id, path) in [
         ("a/b?c#d%", "a%2Fb%3Fc%23d%25"),
@@ -534,7 +533,7 @@ async fn an_id_may_have_any_characters_in_a_path() {
 
 /// A key file may contain such an id.
 #[tokio::test]
-async fn no_key_is_added_that_a_client_would_leave_out_of_a_path() {
+async fn adding_a_dot_segment_id_is_refused() {
     let admin = Admin::with(&["."]).await;
     for id in [".", ".."] {
         let (status, said) = admin.add(id, "sk-dots").await;
@@ -552,7 +551,7 @@ async fn no_key_is_added_that_a_client_would_leave_out_of_a_path() {
 }
 
 #[tokio::test]
-async fn keys_are_found_by_id_by_the_end_of_a_secret_and_by_status_a_page_at_a_time() {
+async fn key_search_covers_id_masked_secret_and_status() {
     let admin = Admin::with(&["alpha-1", "alpha-2", "beta-1", "beta-2", "gamma"]).await;
     assert_eq!(admin.ids("?search=ALPHA").await, ["alpha-1", "alpha-2"]);
     // Of the 8 characters of sk-gamma, two are shown.
@@ -581,7 +580,7 @@ async fn eventually_async(what: &str, holds: impl AsyncFn() -> bool) {
 }
 
 #[tokio::test]
-async fn keys_that_rest_are_reset_one_or_all_and_others_stay_as_they_are() {
+async fn an_operator_resets_one_or_all_resting_keys() {
     let admin = Admin::with(&["alpha", "beta", "gamma", "delta"]).await;
     admin.act("delta", "disable").await;
     admin.limit(&["alpha", "beta", "gamma"]).await;
@@ -598,7 +597,7 @@ async fn keys_that_rest_are_reset_one_or_all_and_others_stay_as_they_are() {
 }
 
 #[tokio::test]
-async fn of_many_lines_each_is_added_or_refused_by_itself() {
+async fn imported_lines_are_added_or_refused_individually() {
     let admin = Admin::with(&["alpha"]).await;
     let lines = "# ours\r\nbeta|sk-beta\r\n\r\nsk-no-id\nalpha|sk-again\n gamma |sk|gamma\n|sk-empty\ndelta|\nbeta|sk-2\n";
     let (status, report) = admin.import("text/plain; charset=utf-8", lines).await;
@@ -627,7 +626,7 @@ async fn of_many_lines_each_is_added_or_refused_by_itself() {
 }
 
 #[tokio::test]
-async fn of_json_each_entry_is_added_or_refused_by_itself() {
+async fn json_entries_are_added_or_refused_individually() {
     let admin = Admin::with(&["omega"]).await;
     let list = json!([{ "id": "alpha", "secret": "sk-1" }, "sk-2", { "id": "beta", "secret": 3 }]);
     let (_, report) = admin.import("application/json", list.to_string()).await;
@@ -699,7 +698,7 @@ async fn a_field_without_effect_is_refused_by_name() {
 
 /// Checks that no significant part of a secret appears in any response, event or log line.
 #[tokio::test]
-async fn a_secret_that_was_given_is_never_given_back() {
+async fn a_submitted_secret_is_never_revealed_again() {
     let canaries = Canaries::of(&[
         "alpha",
         "as-a-name",
@@ -757,7 +756,7 @@ async fn a_secret_that_was_given_is_never_given_back() {
 }
 
 #[tokio::test]
-async fn the_stream_begins_with_all_keys_and_goes_on_with_what_changes() {
+async fn the_event_stream_sends_a_snapshot_then_changes() {
     let admin = Admin::with(&["alpha", "beta"]).await;
     let mut events = admin.events().await;
     let (name, snapshot) = in_time(events.next()).await.unwrap();
@@ -807,7 +806,7 @@ async fn counters_are_told_at_most_once_a_second() {
 
 /// An HTTP/2 listener with a small flow-control window that stops reading for a while.
 #[tokio::test]
-async fn a_listener_that_falls_behind_gets_a_snapshot_again() {
+async fn a_lagging_listener_gets_another_snapshot() {
     // The snapshot exceeds the flow-control window.
     let names: Vec<_> = (0..200).map(|number| format!("{number}{}", "\"".repeat(240))).collect();
     let admin = Admin::with(&names.iter().map(String::as_str).chain(["alpha"]).collect::<Vec<_>>()).await;
@@ -837,7 +836,7 @@ async fn a_listener_that_falls_behind_gets_a_snapshot_again() {
 }
 
 #[tokio::test]
-async fn a_stream_that_is_open_does_not_hold_up_the_end() {
+async fn an_open_event_stream_delays_no_shutdown() {
     let mut admin = Admin::with(&["alpha"]).await;
     let mut events = admin.events().await;
     events.next().await.unwrap();

@@ -57,9 +57,8 @@ fn missing(here: &Value, there: &Value, path: &str) -> Vec<String> {
     parts.into_iter().flat_map(compare).collect()
 }
 
-/// Broken once: with a name in it that Grafana does not know, it failed.
 #[tokio::test]
-async fn grafana_s_own_library_understands_all_that_is_in_it() {
+async fn grafanas_library_knows_every_dashboard_field() {
     let written = run_script("dashboard.py", &[FILE]).await.unwrap_or_else(|error| panic!("{error}"));
     let missing = missing(&dashboard(), &serde_json::from_slice(&written).unwrap(), "");
     assert!(missing.is_empty(), "{missing:#?}");
@@ -147,10 +146,9 @@ fn questions() -> Vec<String> {
         .collect()
 }
 
-/// Broken once: with a parenthesis too few, and with a label that no metric has, it failed.
 #[tokio::test]
 #[ignore = "it needs prometheus, as Debian's package has it"]
-async fn prometheus_has_an_answer_to_each_of_its_questions() {
+async fn prometheus_answers_every_dashboard_query() {
     // Half of the requests are limited, which causes failovers and waits for a key.
     let asked = Arc::new(AtomicU32::new(0));
     let service = Server::start(move |_| {

@@ -148,7 +148,7 @@ fn message_stream() -> Answer {
 }
 
 #[tokio::test]
-async fn every_call_succeeds_at_once_while_one_key_is_left() {
+async fn sdk_calls_succeed_while_one_key_remains() {
     let (upstream, limited) = upstream([("a", 2), ("b", 3), ("c", usize::MAX)]).await;
     let gateway = Gateway::before(upstream.address(), &["a", "b", "c"], INJECT).await;
     let outcomes = calls(&gateway, "no matter what", 0, &[CALLS, CALLS].concat()).await;
@@ -157,7 +157,7 @@ async fn every_call_succeeds_at_once_while_one_key_is_left() {
 }
 
 #[tokio::test]
-async fn while_all_keys_rest_the_sdks_raise_their_own_error_and_are_told_when_to_come_back() {
+async fn sdks_raise_rate_limit_errors_with_retry_after() {
     let (upstream, _) = upstream([("a", 0), ("b", 0)]).await;
     let gateway = Gateway::before(upstream.address(), &["a", "b"], INJECT).await;
     let outcomes =
@@ -182,7 +182,7 @@ async fn while_all_keys_rest_the_sdks_raise_their_own_error_and_are_told_when_to
 }
 
 #[tokio::test]
-async fn an_sdk_that_tries_again_comes_back_when_it_was_told_to_and_succeeds() {
+async fn a_retrying_sdk_honours_retry_after_and_succeeds() {
     let seen = Arc::new(Mutex::new(HashSet::new()));
     let upstream = Server::start(move |request| {
         let is_first = seen.lock().unwrap().insert(request.uri().path().to_owned());
@@ -196,7 +196,7 @@ async fn an_sdk_that_tries_again_comes_back_when_it_was_told_to_and_succeeds() {
 }
 
 #[tokio::test]
-async fn what_else_goes_wrong_is_an_error_of_the_sdk_for_it() {
+async fn sdks_raise_their_own_401_and_413_errors() {
     let upstream = Server::start(|request| std::future::ready(reply(&request))).await;
     let arguments = ["--client-token", "the-token", "--max-body", "1000000"];
     let gateway = Gateway::before(upstream.address(), &["a"], arguments).await;

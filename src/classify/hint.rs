@@ -461,7 +461,7 @@ mod tests {
     }
 
     #[test]
-    fn a_local_clock_before_the_epoch_counts_as_the_epoch() {
+    fn a_clock_before_the_epoch_counts_as_epoch() {
         let headers = HeaderMap::from_iter([(
             http::header::RETRY_AFTER,
             "Thu, 01 Jan 1970 00:00:07 GMT".parse().unwrap(),

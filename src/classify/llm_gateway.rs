@@ -3,7 +3,7 @@
 use http::StatusCode;
 use serde_json::Value;
 
-use super::{ClassifyResponse, ResponseHead, Verdict};
+use super::classifier::{ClassifyResponse, ResponseHead, Verdict};
 
 /// A classifier for LLM services and LLM gateways.
 ///
@@ -250,7 +250,7 @@ mod tests {
     const LIMITED: Verdict = Verdict::RateLimited { wait: None };
 
     #[test]
-    fn a_401_403_or_402_counts_without_a_body() {
+    fn auth_and_payment_errors_count_without_a_body() {
         assert_eq!(classify(401, ""), Verdict::Revoked);
         assert_eq!(classify(403, ""), Verdict::Revoked);
         assert_eq!(classify(402, ""), EXHAUSTED);
@@ -260,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn a_body_is_wanted_for_400_401_403_429_only() {
+    fn only_400_401_403_429_want_a_body() {
         let wants_body = |status: &u16| {
             let headers = HeaderMap::new();
             let head = ResponseHead::new(StatusCode::from_u16(*status).unwrap(), &headers);
@@ -289,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn a_400_counts_by_code_or_beginning_of_message() {
+    fn code_or_message_prefix_decides_about_a_400() {
         assert_eq!(classify(400, "Budget has been exceeded! Current cost: 12"), EXHAUSTED);
         assert_eq!(classify(400, r#"{"error":{"type":"budget_exceeded","code":"400"}}"#), EXHAUSTED);
         let no_credit = r#"{"type":"error","error":{"type":"invalid_request_error",
@@ -308,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn text_that_a_400_quotes_from_the_request_is_ignored() {
+    fn quoted_request_text_in_a_400_is_ignored() {
         for value in
             ["budget exceeded", "budget_exceeded", "api_key_invalid", "your credit balance is too low"]
         {
@@ -322,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn a_401_or_403_that_refuses_the_request_is_ignored() {
+    fn auth_errors_about_the_request_are_ignored() {
         for (status, body) in [
             (403, r#"{"error":{"type":"invalid_request_error","code":"model_not_found"}}"#),
             (401, r#"{"error":{"message":"no","code":"mismatched_organization"}}"#),
@@ -389,7 +389,7 @@ mod tests {
     }
 
     #[test]
-    fn a_429_with_a_binary_body_is_rate_limited() {
+    fn binary_429_bodies_are_rate_limited() {
         let headers = HeaderMap::new();
         let head = ResponseHead::new(StatusCode::TOO_MANY_REQUESTS, &headers);
         assert_eq!(LlmGateway::new().classify(&head.with_body(&[0xff, 0x00, 0xfe])), LIMITED);

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use http::StatusCode;
 
-use super::{ClassifyResponse, ResponseHead, Verdict};
+use super::classifier::{ClassifyResponse, ResponseHead, Verdict};
 
 /// Rate limits a key after a 429, and ignores every other status.
 ///
@@ -114,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn a_body_is_wanted_only_for_a_missing_hint() {
+    fn only_a_missing_hint_wants_a_body() {
         let classifier = TooManyRequests::new().or_with_a_hint([StatusCode::FORBIDDEN]);
         let wants_body =
             |status, retry_after| with_head(status, retry_after, |head| classifier.wants_body(head));

@@ -13,17 +13,34 @@ pub(crate) struct Hosts {
 /// Where a request goes, as far as it says.
 #[derive(Clone, Copy, Debug)]
 pub struct Destination<'a> {
-    pub(crate) is_cleartext: bool,
+    pub(crate) transport: Transport,
     pub(crate) host: Option<&'a str>,
     pub(crate) port: Option<u16>,
+}
+
+/// How a request travels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Transport {
+    Tls,
+    Cleartext,
+    /// The URI has no scheme: the connection decides.
+    Unknown,
 }
 
 /// Whether a request gets a key.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Ruling {
     Key,
-    PassThrough,
+    NoKey(NoKeyBecause),
     RefuseCleartext,
+}
+
+/// Why a request goes out without a key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum NoKeyBecause {
+    NoHost,
+    HostNotAllowed,
+    NoScheme,
 }
 
 impl Hosts {
@@ -34,24 +51,34 @@ impl Hosts {
     }
 
     pub(crate) fn rule(&self, to: Destination<'_>) -> Ruling {
+        let Some(host) = to.host.filter(|host| !host.is_empty()) else {
+            return Ruling::NoKey(NoKeyBecause::NoHost);
+        };
         if let Some(allowed) = &self.allowed
-            && !listed(allowed, to)
+            && !listed(allowed, to, if to.transport == Transport::Cleartext { HTTP } else { HTTPS })
         {
-            return Ruling::PassThrough;
+            return Ruling::NoKey(NoKeyBecause::HostNotAllowed);
         }
-        if to.is_cleartext && !is_loopback(to.host) && !listed(&self.cleartext, to) {
-            return Ruling::RefuseCleartext;
+        let fit_for_cleartext = || is_loopback(host) || listed(&self.cleartext, to, HTTP);
+        match to.transport {
+            Transport::Tls => Ruling::Key,
+            Transport::Cleartext if fit_for_cleartext() => Ruling::Key,
+            Transport::Cleartext => Ruling::RefuseCleartext,
+            Transport::Unknown if self.allowed.is_some() || fit_for_cleartext() => Ruling::Key,
+            Transport::Unknown => Ruling::NoKey(NoKeyBecause::NoScheme),
         }
-        Ruling::Key
     }
 }
 
-fn listed(hosts: &[Host], to: Destination<'_>) -> bool {
-    hosts.iter().any(|host| host.matches(to))
+/// Default ports.
+const HTTP: u16 = 80;
+const HTTPS: u16 = 443;
+
+fn listed(hosts: &[Host], to: Destination<'_>, default_port: u16) -> bool {
+    hosts.iter().any(|host| host.matches(to, default_port))
 }
 
-fn is_loopback(host: Option<&str>) -> bool {
-    let Some(host) = host else { return false };
+fn is_loopback(host: &str) -> bool {
     let address = host.trim_start_matches('[').trim_end_matches(']');
     // RFC 6761 §6.3 keeps `localhost` and all below it for loopback.
     match address.parse::<IpAddr>() {
@@ -110,12 +137,11 @@ impl Host {
         Ok(Self { name: name.trim_end_matches('.').to_owned(), below, port: authority.port_u16() })
     }
 
-    fn matches(&self, to: Destination<'_>) -> bool {
+    fn matches(&self, to: Destination<'_>, default_port: u16) -> bool {
         let Some(host) = to.host else { return false };
         let host = host.strip_suffix('.').unwrap_or(host);
         let name =
             if self.below { is_below(host, &self.name) } else { host.eq_ignore_ascii_case(&self.name) };
-        let default_port = if to.is_cleartext { 80 } else { 443 };
         name && self.port.is_none_or(|port| port == to.port.unwrap_or(default_port))
     }
 }
@@ -128,12 +154,23 @@ mod tests {
         crate::message::rule(hosts, &http::Request::get(url).body(()).unwrap())
     }
 
+    /// Of a request whose URI is only a path.
+    fn rule_of_path(hosts: &Hosts, host: Option<&str>) -> Ruling {
+        let mut request = http::Request::get("/v1").body(()).unwrap();
+        if let Some(host) = host {
+            request.headers_mut().insert(http::header::HOST, host.parse().unwrap());
+        }
+        crate::message::rule(hosts, &request)
+    }
+
+    const NOT_ALLOWED: Ruling = Ruling::NoKey(NoKeyBecause::HostNotAllowed);
+
     fn allowed(host: &str) -> Hosts {
         Hosts { allowed: Some(Host::all([host]).unwrap()), ..Hosts::default() }
     }
 
     #[test]
-    fn a_host_is_matched_whole_and_without_regard_to_case_or_a_last_dot() {
+    fn hosts_match_exactly_ignoring_case_and_trailing_dot() {
         let hosts = allowed("api.example.com");
         assert_eq!(rule(&hosts, "https://API.example.com./v1"), Ruling::Key);
         for other in [
@@ -143,23 +180,23 @@ mod tests {
             "https://evil.test/?api.example.com",
             "https://api.example.com@evil.test/",
         ] {
-            assert_eq!(rule(&hosts, other), Ruling::PassThrough, "{other}");
+            assert_eq!(rule(&hosts, other), NOT_ALLOWED, "{other}");
         }
     }
 
     #[test]
-    fn a_star_stands_for_everything_below_a_domain_but_not_the_domain() {
+    fn a_wildcard_matches_subdomains_but_not_the_domain() {
         let hosts = allowed("*.example.com");
         assert_eq!(rule(&hosts, "https://a.b.Example.com"), Ruling::Key);
-        assert_eq!(rule(&hosts, "https://example.com"), Ruling::PassThrough);
-        assert_eq!(rule(&hosts, "https://badexample.com"), Ruling::PassThrough);
+        assert_eq!(rule(&hosts, "https://example.com"), NOT_ALLOWED);
+        assert_eq!(rule(&hosts, "https://badexample.com"), NOT_ALLOWED);
     }
 
     #[test]
     fn a_port_restricts_a_host_to_it() {
         let hosts = allowed("api.example.com:443");
         assert_eq!(rule(&hosts, "https://api.example.com"), Ruling::Key);
-        assert_eq!(rule(&hosts, "https://api.example.com:8443"), Ruling::PassThrough);
+        assert_eq!(rule(&hosts, "https://api.example.com:8443"), NOT_ALLOWED);
         assert_eq!(rule(&allowed("api.example.com"), "https://api.example.com:8443"), Ruling::Key);
     }
 
@@ -189,7 +226,35 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_host_is_refused_when_it_is_given() {
+    fn s06_a_request_without_a_host_gets_no_key() {
+        for hosts in [Hosts::default(), allowed("api.example.com")] {
+            for host in [None, Some("")] {
+                assert_eq!(rule_of_path(&hosts, host), Ruling::NoKey(NoKeyBecause::NoHost));
+            }
+        }
+    }
+
+    #[test]
+    fn s06_schemeless_keys_go_to_listed_hosts_or_loopback() {
+        let open = Hosts::default();
+        let cleartext = Hosts { cleartext: Host::all(["gateway.internal"]).unwrap(), ..Hosts::default() };
+        let no_scheme = || Ruling::NoKey(NoKeyBecause::NoScheme);
+        for (hosts, host, expected) in [
+            (&open, "api.example.com", no_scheme()),
+            (&open, "localhost:8080", Ruling::Key),
+            (&open, "[::1]:8080", Ruling::Key),
+            (&cleartext, "api.example.com", no_scheme()),
+            (&cleartext, "gateway.internal", Ruling::Key),
+            (&allowed("api.example.com"), "api.example.com", Ruling::Key),
+            (&allowed("api.example.com:443"), "api.example.com", Ruling::Key),
+            (&allowed("api.example.com"), "localhost", NOT_ALLOWED),
+        ] {
+            assert_eq!(rule_of_path(hosts, Some(host)), expected, "{host}");
+        }
+    }
+
+    #[test]
+    fn invalid_host_patterns_are_refused() {
         for wrong in [
             "",
             "https://api.example.com",

@@ -276,35 +276,48 @@ impl fmt::Debug for Rendered {
     }
 }
 
-/// Why a request was not given a key.
+/// Why a key can't or must not be put into a request. The request was not sent.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum InjectError {
-    /// It would travel in cleartext to a host that is not loopback.
+#[error(transparent)]
+pub struct InjectError(#[from] Obstacle);
+
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+enum Obstacle {
     #[error("{host} would get a key in cleartext: use https, or name it to the pool's `allow_cleartext_to`")]
-    Cleartext {
-        /// The host.
-        host: String,
-    },
-    /// With the key in it, the URI would be longer than one can be.
-    #[error(transparent)]
-    UriTooLong(#[from] UriTooLong),
-    /// The key goes into the query, and the URI is one that has none: that of a `CONNECT`, or `*`.
+    Cleartext { host: String },
+    #[error("with the key in its query, the request's URI would be too long")]
+    UriTooLong,
     #[error("the request's URI is one that can't have a query, where the key would go")]
     NoQuery,
 }
 
-/// A request's URI would become longer than one can be with the key in it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct UriTooLong;
+impl InjectError {
+    /// Whether the key would travel in cleartext to a host that is neither loopback nor in
+    /// [`allow_cleartext_to`](crate::KeyPoolBuilder::allow_cleartext_to).
+    #[must_use]
+    pub fn is_cleartext(&self) -> bool {
+        matches!(self.0, Obstacle::Cleartext { .. })
+    }
 
-impl fmt::Display for UriTooLong {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("with the key in its query, the request's URI would be too long")
+    /// Whether the URI would be longer than a URI can be with the key in its query.
+    #[must_use]
+    pub fn is_uri_too_long(&self) -> bool {
+        self.0 == Obstacle::UriTooLong
+    }
+
+    pub(crate) fn cleartext(host: &str) -> Self {
+        Self(Obstacle::Cleartext { host: host.to_owned() })
+    }
+
+    pub(crate) fn uri_too_long() -> Self {
+        Self(Obstacle::UriTooLong)
+    }
+
+    /// The URI of a `CONNECT`, or `*`, has no query.
+    pub(crate) fn no_query() -> Self {
+        Self(Obstacle::NoQuery)
     }
 }
-
-impl std::error::Error for UriTooLong {}
 
 #[cfg(test)]
 mod tests {
@@ -354,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_share_a_form_if_it_is_the_same() {
+    fn keys_with_equal_forms_share_one() {
         let inject = Inject::custom(|secret, credentials| {
             let name = if secret.len() > 4 { "x-long" } else { "x-short" };
             credentials.header(HeaderName::from_static(name), secret)

@@ -7,12 +7,13 @@ pub(crate) mod rejected;
 mod secret;
 pub(crate) mod source;
 mod spec;
+pub(crate) mod unkeyed;
 mod unusable;
 
 #[cfg(feature = "mongodb")]
 pub(crate) use self::secret::is_encrypted;
 pub use self::{
-    inject::{Credentials, Inject, InjectError, UriTooLong},
+    inject::{Credentials, Inject, InjectError},
     rejected::{ParsedKey, Rejected},
     secret::{InvalidKeyId, KeyId, Secret},
     spec::KeySpec,

@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_is_removed_from_a_url_in_any_encoding() {
+    fn urls_lose_the_key_in_any_encoding() {
         let key = [Parameter::new("key", "s&cret/1")];
         for (url, without) in [
             ("https://other.test/v1?key=s%26cret%2F1", Some("https://other.test/v1")),

@@ -156,7 +156,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_unknown_field_is_named_unless_it_may_be_a_secret() {
+    fn unknown_fields_are_named_unless_possibly_secret() {
         let shown = |name| Reason::unknown_field(name).to_string();
         assert!(shown("tire").starts_with("unknown field `tire`: a key has `id`, `secret`, "));
         for secret in ["sk-1", "A1b2", "abcdefghijklmnopqrstu", "c2VjcmV0"] {

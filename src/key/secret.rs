@@ -156,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn an_id_that_breaks_a_log_line_is_refused() {
+    fn ids_that_break_log_lines_are_refused() {
         for id in ["", "a\nb", "a\u{7f}b", &"x".repeat(257)] {
             assert_eq!(KeyId::new(id), Err(InvalidKeyId), "{id:?}");
         }

@@ -3,9 +3,13 @@
 mod rules;
 mod status;
 mod word;
+mod words;
 
-pub use self::status::{Rest, Status};
 pub(crate) use self::{
     rules::Cooldowns,
-    word::{AtomicState, NEVER, State, nanos},
+    word::{AtomicWord, NEVER, Word, millis, nanos},
+};
+pub use self::{
+    status::{Rest, Status},
+    words::{InvalidScope, Resting, Scope, Until, Words},
 };

@@ -54,7 +54,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_hint_it_is_2_minutes_or_24_hours_or_for_good() {
+    fn without_a_hint_the_default_cooldowns_apply() {
         let rules = Cooldowns::default();
         assert_eq!(rules.how_long(Rest::RateLimited, None), Some(2 * MINUTE));
         assert_eq!(rules.how_long(Rest::Exhausted, None), Some(24 * 60 * MINUTE));
@@ -62,7 +62,7 @@ mod tests {
     }
 
     #[test]
-    fn a_longer_hint_is_honoured_and_a_shorter_one_is_not() {
+    fn only_hints_longer_than_the_cooldown_are_honoured() {
         let rules = Cooldowns::default();
         assert_eq!(limited(&rules, 5 * MINUTE), Some(5 * MINUTE));
         assert_eq!(limited(&rules, MINUTE), Some(2 * MINUTE));
@@ -74,14 +74,14 @@ mod tests {
     }
 
     #[test]
-    fn exact_hints_are_honoured_when_shorter_too_down_to_the_floor() {
+    fn exact_hints_shorten_cooldowns_down_to_the_floor() {
         let rules = Cooldowns { exact_hints: true, ..Cooldowns::default() };
         assert_eq!(limited(&rules, MINUTE), Some(MINUTE));
         assert_eq!(limited(&rules, Duration::ZERO), Some(Duration::from_secs(1)));
     }
 
     #[test]
-    fn an_exact_hint_is_capped_below_the_cooldown_too_but_a_quota_may_take_its_day() {
+    fn exact_hints_are_capped_except_for_quotas() {
         let rules = Cooldowns { exact_hints: true, longest_hint: MINUTE, ..Cooldowns::default() };
         assert_eq!(limited(&rules, 60 * MINUTE), Some(MINUTE));
         assert_eq!(rules.how_long(Rest::RateLimited, None), Some(2 * MINUTE));
@@ -90,7 +90,7 @@ mod tests {
     }
 
     #[test]
-    fn a_floor_above_the_cap_gives_way_without_a_panic() {
+    fn the_cap_wins_over_a_higher_floor() {
         let rules = Cooldowns {
             shortest_hint: 2 * MINUTE,
             longest_hint: MINUTE,

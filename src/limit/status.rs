@@ -17,8 +17,8 @@ pub enum Status {
     Disabled,
 }
 
-/// Why a key rests.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+/// Why a key rests; the graver reason is the greater one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum Rest {
     /// The service limits it.

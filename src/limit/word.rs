@@ -1,50 +1,93 @@
-//! The state of one key, in one atomic word.
+//! A limit's generation and rest in one atomic word.
 //!
-//! Zero is healthy. Otherwise the word says until when the key is not used, and why; the highest bit says
-//! that an operator disabled it, whatever else holds. Deadlines compare as numbers do.
+//! From the highest bit: 19 bits of generation, 42 bits of deadline in milliseconds of the pool's clock, 2 bits of
+//! reason, and a flag. Without the flag, words compare as numbers do: the greater of two words is their join.
 
 use std::time::Duration;
 
-use super::status::{Rest, Status};
+use super::{
+    status::{Rest, Status},
+    words::{Resting, Until},
+};
 use crate::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
-/// The deadline of what does not come back by itself.
+/// The deadline of a rest that does not end by itself.
 pub(crate) const NEVER: u64 = u64::MAX;
 
-const DISABLED: u64 = 1 << 63;
-const REST_BITS: u32 = 2;
-/// 2^61 nanoseconds are 73 years.
-const FOREVER: u64 = (DISABLED >> REST_BITS) - 1;
+const FLAG: u64 = 1;
+const REASON_BITS: u32 = 2;
+const UNTIL_BITS: u32 = 42;
+const REASON_AT: u32 = 1;
+const UNTIL_AT: u32 = REASON_AT + REASON_BITS;
+const GENERATION_AT: u32 = UNTIL_AT + UNTIL_BITS;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct State(u64);
+/// 2^42 milliseconds are 139 years.
+const FOREVER: u64 = (1 << UNTIL_BITS) - 1;
+const LAST_GENERATION: u64 = u64::MAX >> GENERATION_AT;
 
-impl State {
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Word(u64);
+
+impl Word {
+    /// The first generation, in which nothing rests.
     pub(crate) const HEALTHY: Self = Self(0);
 
-    /// At rest until `until`, or until somebody resets the key.
-    pub(crate) fn resting(rest: Rest, until: Option<Duration>) -> Self {
-        let until = until.map_or(FOREVER, |until| nanos(until).clamp(1, FOREVER - 1));
-        Self(until << REST_BITS | rest as u64)
+    /// A generation beyond the last one that has room counts as the last one.
+    pub(crate) fn new(generation: u64, resting: Option<Resting>, now: Duration) -> Self {
+        let generation = generation.min(LAST_GENERATION) << GENERATION_AT;
+        let Some(Resting { until, reason }) = resting else { return Self(generation) };
+        let until = match until {
+            Until::After(Duration::ZERO) => return Self(generation),
+            Until::Reset => FOREVER,
+            // Up, so that no rest is shorter than it should be.
+            Until::After(left) => ceil_millis(now.saturating_add(left)).clamp(1, FOREVER - 1),
+        };
+        Self(generation | until << UNTIL_AT | (reason as u64) << REASON_AT)
     }
 
-    pub(crate) fn disabled(self, disabled: bool) -> Self {
-        Self(if disabled { self.0 | DISABLED } else { self.0 & !DISABLED })
+    /// Whether nothing but a generation is set.
+    #[inline(always)]
+    pub(crate) fn is_available(self) -> bool {
+        self.0 << (u64::BITS - GENERATION_AT) == 0
     }
 
-    pub(crate) fn is_disabled(self) -> bool {
-        self.0 & DISABLED != 0
+    pub(crate) fn generation(self) -> u64 {
+        self.0 >> GENERATION_AT
+    }
+
+    pub(crate) fn in_generation_of(self, other: Self) -> Self {
+        let rest = (1 << GENERATION_AT) - 1;
+        Self(other.0 & !rest | self.0 & rest)
+    }
+
+    /// The join of two words, with the flag of the first one.
+    pub(crate) fn join(self, other: Self) -> Self {
+        Self((self.0 & !FLAG).max(other.0 & !FLAG) | self.0 & FLAG)
+    }
+
+    /// The same generation and flag without a rest.
+    pub(crate) fn ended(self) -> Self {
+        Self::HEALTHY.in_generation_of(self).flag(self.is_flagged())
+    }
+
+    /// A key's state is flagged if an operator disabled the key; its pending word, if rests of scopes are pending.
+    pub(crate) fn flag(self, flag: bool) -> Self {
+        Self(self.0 & !FLAG | u64::from(flag))
+    }
+
+    pub(crate) fn is_flagged(self) -> bool {
+        self.0 & FLAG != 0
     }
 
     fn until(self) -> u64 {
-        (self.0 & !DISABLED) >> REST_BITS
+        self.0 >> UNTIL_AT & FOREVER
     }
 
-    /// When the key is due back, for a key that comes back by itself.
+    /// When the key comes back by itself, in milliseconds.
     pub(crate) fn deadline(self) -> u64 {
         match self.until() {
             0 | FOREVER => NEVER,
-            _ if self.is_disabled() => NEVER,
+            _ if self.is_flagged() => NEVER,
             until => until,
         }
     }
@@ -53,129 +96,156 @@ impl State {
         self.deadline() <= now
     }
 
-    /// This state and another, whichever ends later. An operator's word stands either way.
-    pub(crate) fn later(self, other: Self) -> Self {
-        let longest = if other.until() > self.until() { other } else { self };
-        longest.disabled(self.is_disabled())
-    }
-
-    /// By how many nanoseconds this state ends before `other` does.
-    pub(crate) fn earlier_by(self, other: Self) -> u64 {
-        other.until().saturating_sub(self.until())
-    }
-
-    /// Why the key rests and how much of that is left; `None` for a key that doesn't.
-    pub(crate) fn rest(self, now: u64) -> Option<(Rest, Option<Duration>)> {
-        let rest = match self.0 & ((1 << REST_BITS) - 1) {
+    /// The rest that is left.
+    pub(crate) fn resting(self, now: Duration) -> Option<Resting> {
+        let reason = match self.0 >> REASON_AT & ((1 << REASON_BITS) - 1) {
             0 => Rest::RateLimited,
             1 => Rest::Exhausted,
             _ => Rest::Revoked,
         };
-        match self.until() {
-            FOREVER => Some((rest, None)),
-            until if until > now => Some((rest, Some(Duration::from_nanos(until - now)))),
-            _ => None,
-        }
+        let until = match self.until() {
+            FOREVER => Until::Reset,
+            until => {
+                let left = Duration::from_millis(until).saturating_sub(now);
+                Until::After(Some(left).filter(|left| !left.is_zero())?)
+            }
+        };
+        Some(Resting { until, reason })
     }
 
-    pub(crate) fn status(self, now: u64) -> Status {
-        if self.is_disabled() {
+    pub(crate) fn status(self, now: Duration) -> Status {
+        if self.is_flagged() {
             return Status::Disabled;
         }
-        self.rest(now).map_or(Status::Healthy, |(rest, _)| rest.into())
+        self.resting(now).map_or(Status::Healthy, |resting| resting.reason.into())
+    }
+
+    pub(crate) fn time_left(self, now: Duration) -> Option<Duration> {
+        match self.resting(now)?.until {
+            Until::After(left) => Some(left),
+            Until::Reset => None,
+        }
     }
 }
 
-/// Nanoseconds, as the pool's atomics hold them; 584 years at most.
+/// Nanoseconds as atomics hold them; 584 years at most.
 #[inline]
 pub(crate) fn nanos(duration: Duration) -> u64 {
     duration.as_secs().saturating_mul(1_000_000_000).saturating_add(duration.subsec_nanos().into())
 }
 
+/// The milliseconds that have passed, as deadlines are compared with them.
+#[inline]
+pub(crate) fn millis(duration: Duration) -> u64 {
+    duration.as_secs().saturating_mul(1_000).saturating_add(duration.subsec_millis().into())
+}
+
+fn ceil_millis(duration: Duration) -> u64 {
+    millis(duration.saturating_add(Duration::from_nanos(999_999)))
+}
+
 #[derive(Debug, Default)]
-pub(crate) struct AtomicState(AtomicU64);
+pub(crate) struct AtomicWord(AtomicU64);
 
-impl AtomicState {
-    pub(crate) fn new(state: State) -> Self {
-        Self(AtomicU64::new(state.0))
-    }
-
+impl AtomicWord {
     #[inline]
-    pub(crate) fn load(&self) -> State {
-        State(self.0.load(SeqCst))
+    pub(crate) fn load(&self) -> Word {
+        Word(self.0.load(SeqCst))
     }
 
-    /// Has it last until `other` ends, if that is later, and returns what it is then; of two that end together the graver
-    /// one stays. Neither may be disabled. Also where it changes nothing, whoever does it afterwards sees what was done
-    /// before.
-    pub(crate) fn extend(&self, other: State) -> State {
-        State(self.0.fetch_max(other.0, SeqCst).max(other.0))
-    }
-
-    /// Replaces the state by what `next` makes of it, and returns the one before, where `next` makes
-    /// another one.
-    pub(crate) fn update(&self, next: impl Fn(State) -> State) -> Option<State> {
+    /// Replaces the word by `next` of it. Returns the word before, if that is another one.
+    pub(crate) fn update(&self, next: impl Fn(Word) -> Word) -> Option<Word> {
         self.0
-            .fetch_update(SeqCst, SeqCst, |word| Some(next(State(word)).0).filter(|next| *next != word))
+            .fetch_update(SeqCst, SeqCst, |word| Some(next(Word(word)).0).filter(|next| *next != word))
             .ok()
-            .map(State)
+            .map(Word)
+    }
+
+    /// Replaces the word if it is still `before`.
+    pub(crate) fn replace(&self, before: Word, after: Word) {
+        let _ = self.0.compare_exchange(before.0, after.0, SeqCst, SeqCst);
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     const SECOND: Duration = Duration::from_secs(1);
 
-    fn limited(seconds: u32) -> State {
-        State::resting(Rest::RateLimited, Some(SECOND * seconds))
+    fn word(generation: u64, until: Until, reason: Rest) -> Word {
+        Word::new(generation, Some(Resting { until, reason }), Duration::ZERO)
+    }
+
+    fn limited(seconds: u32) -> Word {
+        word(0, Until::After(SECOND * seconds), Rest::RateLimited)
+    }
+
+    fn any_word() -> impl Strategy<Value = Word> {
+        let until = prop_oneof![(0_u32..5).prop_map(|left| Until::After(SECOND * left)), Just(Until::Reset)];
+        let reason = prop_oneof![Just(Rest::RateLimited), Just(Rest::Exhausted), Just(Rest::Revoked)];
+        let generation = prop_oneof![0_u64..4, Just(LAST_GENERATION)];
+        (generation, until, reason, any::<bool>())
+            .prop_map(|(generation, until, reason, flag)| word(generation, until, reason).flag(flag))
+    }
+
+    /// What orders words: the generation, then the deadline, then the reason.
+    fn order(word: Word) -> (u64, Option<Resting>) {
+        (word.generation(), word.resting(Duration::ZERO))
+    }
+
+    proptest! {
+        #[test]
+        fn f10_joins_keep_the_later_word_and_own_flag(one in any_word(), other in any_word()) {
+            let joined = one.join(other);
+            prop_assert_eq!(order(joined), order(one).max(order(other)));
+            prop_assert_eq!(joined.is_flagged(), one.is_flagged());
+        }
+
+        #[test]
+        fn a_word_says_what_it_was_made_of(
+            generation in 0..=2 * LAST_GENERATION,
+            now in 0_u64..1_000_000_000_000,
+            left in 0_u64..1_000_000_000_000,
+        ) {
+            let (now, left) = (Duration::from_nanos(now), Duration::from_nanos(left));
+            let resting = Resting { until: Until::After(left), reason: Rest::Exhausted };
+            let word = Word::new(generation, Some(resting), now);
+            prop_assert_eq!(word.generation(), generation.min(LAST_GENERATION));
+            let longer = word.time_left(now).unwrap_or_default() - left;
+            prop_assert!(longer < Duration::from_millis(1), "{longer:?}");
+            prop_assert_eq!(word.is_available(), left.is_zero());
+        }
     }
 
     #[test]
-    fn a_later_deadline_replaces_an_earlier_one_and_never_the_other_way() {
-        assert_eq!(limited(1).later(limited(2)), limited(2));
-        assert_eq!(limited(2).later(limited(1)), limited(2));
-        assert_eq!(State::HEALTHY.later(limited(1)), limited(1));
+    fn a_key_is_available_whatever_its_generation() {
+        for generation in [0, 1, LAST_GENERATION] {
+            let healthy = Word::new(generation, None, SECOND);
+            assert!(healthy.is_available() && !healthy.flag(true).is_available());
+            for until in [Until::After(SECOND), Until::Reset] {
+                let resting = word(generation, until, Rest::RateLimited);
+                assert!(!resting.is_available() && resting.ended().is_available());
+                assert_eq!(resting.ended().generation(), generation);
+            }
+        }
     }
 
     #[test]
-    fn of_two_rests_that_end_together_the_first_one_stays() {
-        let exhausted = State::resting(Rest::Exhausted, Some(SECOND));
-        assert_eq!(limited(1).later(exhausted), limited(1));
-        assert_eq!(exhausted.later(limited(1)), exhausted);
-    }
-
-    #[test]
-    fn a_revoked_key_stays_revoked_whatever_is_marked_later() {
-        let revoked = State::resting(Rest::Revoked, None);
-        assert_eq!(revoked.later(limited(u32::MAX)), revoked);
-        assert_eq!(revoked.deadline(), NEVER);
-    }
-
-    #[test]
-    fn a_disabled_key_keeps_its_cooldown_and_is_not_due_back_by_itself() {
-        let disabled = limited(5).disabled(true);
-        assert_eq!(disabled.status(0), Status::Disabled);
-        assert_eq!(disabled.deadline(), NEVER);
-        assert_eq!(disabled.disabled(false), limited(5));
-        assert!(disabled.later(limited(9)).is_disabled());
-        assert_eq!(disabled.disabled(true), disabled);
+    fn revoked_and_disabled_keys_have_no_deadline() {
+        let (revoked, disabled) = (word(3, Until::Reset, Rest::Revoked), limited(5).flag(true));
+        assert_eq!([revoked, disabled].map(Word::deadline), [NEVER, NEVER]);
+        assert_eq!(disabled.status(Duration::ZERO), Status::Disabled);
+        assert_ne!(word(0, Until::After(Duration::MAX), Rest::Revoked).deadline(), NEVER);
     }
 
     #[test]
     fn a_rest_is_over_at_its_deadline_exactly() {
-        let state = limited(2);
-        let end = nanos(SECOND * 2);
-        assert_eq!(state.rest(end - 1), Some((Rest::RateLimited, Some(Duration::from_nanos(1)))));
-        assert_eq!(state.status(end), Status::Healthy);
-        assert!(!state.is_over(end - 1) && state.is_over(end));
-    }
-
-    #[test]
-    fn an_endless_cooldown_does_not_overflow() {
-        let state = State::resting(Rest::Exhausted, Some(Duration::MAX));
-        assert_eq!(state.status(0), Status::Exhausted);
-        assert_ne!(state, State::resting(Rest::Exhausted, None));
+        let instant = Duration::from_nanos(1);
+        assert_eq!(limited(2).time_left(2 * SECOND - instant), Some(instant));
+        assert_eq!(limited(2).status(2 * SECOND), Status::Healthy);
+        assert!(!limited(2).is_over(millis(2 * SECOND - instant)) && limited(2).is_over(millis(2 * SECOND)));
     }
 }

@@ -17,8 +17,9 @@ use crate::clock::Sleep;
 pin_project! {
     /// A response body that yields any frames already read, then the rest.
     ///
-    /// [`KeyRotationLayer::read_error_bodies`](crate::KeyRotationLayer::read_error_bodies) and `FailoverLayer` return
-    /// this type, since both read the bodies of some errors, up to a limit. All other bodies pass through unread.
+    /// [`KeyRotationLayer::failover`](crate::KeyRotationLayer::failover) and
+    /// [`read_error_bodies`](crate::KeyRotationLayer::read_error_bodies) return this type, since both read the bodies of
+    /// some errors, up to a limit. All other bodies pass through unread.
     pub struct Replay<B: Body> {
         #[pin]
         state: State<B>,
@@ -48,35 +49,13 @@ impl<B: Body> Replay<B> {
     }
 
     /// Reads to the end, or until at least `most` bytes are read, or until `time_over` completes.
-    pub(crate) async fn begin(body: B, most: usize, mut time_over: Sleep) -> Self {
-        let mut body = Box::pin(body);
-        let mut read = VecDeque::new();
-        let mut bytes = 0;
-        let mut failed = None;
-        let ended = loop {
-            if bytes >= most {
-                break body.is_end_stream();
-            }
-            let frame = tokio::select! {
-                biased;
-                frame = poll_fn(|cx| body.as_mut().poll_frame(cx)) => frame,
-                () = &mut time_over => break false,
-            };
-            match frame {
-                Some(Ok(frame)) => {
-                    let frame = shared(frame);
-                    bytes += frame.data_ref().map_or(0, Bytes::len);
-                    read.push_back(frame);
-                }
-                Some(Err(error)) => {
-                    failed = Some(error);
-                    break true;
-                }
-                None => break true,
-            }
+    pub(crate) async fn read(self, most: usize, time_over: Sleep) -> Self {
+        let mut begun = match self.state {
+            State::Untouched { body } => Box::new(Begun::new(body)),
+            State::Begun { begun } => begun,
         };
-        let begun = Begun { read, failed, rest: (!ended).then_some(body) };
-        Self { state: State::Begun { begun: Box::new(begun) } }
+        begun.read(most, time_over).await;
+        Self { state: State::Begun { begun } }
     }
 
     /// Returns all bytes that have been read.
@@ -133,6 +112,43 @@ impl<B: Body> Body for Replay<B> {
 }
 
 impl<B: Body> Begun<B> {
+    fn new(body: B) -> Self {
+        Self { read: VecDeque::new(), failed: None, rest: Some(Box::pin(body)) }
+    }
+
+    fn bytes_read(&self) -> usize {
+        self.read.iter().filter_map(Frame::data_ref).map(Bytes::len).sum()
+    }
+
+    async fn read(&mut self, most: usize, mut time_over: Sleep) {
+        let mut bytes = self.bytes_read();
+        while let Some(rest) = &mut self.rest {
+            if bytes >= most {
+                if rest.is_end_stream() {
+                    self.rest = None;
+                }
+                return;
+            }
+            let frame = tokio::select! {
+                biased;
+                frame = poll_fn(|cx| rest.as_mut().poll_frame(cx)) => frame,
+                () = &mut time_over => return,
+            };
+            match frame {
+                Some(Ok(frame)) => {
+                    let frame = shared(frame);
+                    bytes += frame.data_ref().map_or(0, Bytes::len);
+                    self.read.push_back(frame);
+                }
+                Some(Err(error)) => {
+                    self.failed = Some(error);
+                    self.rest = None;
+                }
+                None => self.rest = None,
+            }
+        }
+    }
+
     fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
         if let Some(frame) = self.read.pop_front() {
             return Poll::Ready(Some(Ok(frame)));
@@ -152,8 +168,7 @@ impl<B: Body> Begun<B> {
 
     fn size_hint(&self) -> SizeHint {
         let rest = self.rest.as_ref().map_or(SizeHint::with_exact(0), |rest| rest.size_hint());
-        let read: usize = self.read.iter().filter_map(Frame::data_ref).map(Bytes::len).sum();
-        let read = read as u64;
+        let read = self.bytes_read() as u64;
         let mut hint = SizeHint::new();
         if let Some(upper) = rest.upper() {
             hint.set_upper(upper.saturating_add(read));
@@ -193,15 +208,11 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_fully_read_body_is_replayed_with_its_trailers() {
+    async fn fully_read_bodies_are_replayed_with_trailers() {
         let mut trailers = HeaderMap::new();
         trailers.insert("x-sum", HeaderValue::from_static("1"));
-        let replay = Replay::begin(
-            body(vec![data("ab"), data("cd"), Ok(Frame::trailers(trailers.clone()))]),
-            100,
-            never(),
-        )
-        .await;
+        let frames = vec![data("ab"), data("cd"), Ok(Frame::trailers(trailers.clone()))];
+        let replay = Replay::untouched(body(frames)).read(100, never()).await;
         assert_eq!(replay.beginning(), "abcd");
         assert_eq!(replay.size_hint().exact(), Some(4));
         let again = replay.collect().await.unwrap();
@@ -210,15 +221,27 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn reading_stops_at_the_limit_and_the_rest_follows() {
-        let replay = Replay::begin(body(vec![data("ab"), data("cd"), data("ef")]), 3, never()).await;
+    async fn reading_stops_at_the_limit_and_rest_follows() {
+        let frames = vec![data("ab"), data("cd"), data("ef")];
+        let replay = Replay::untouched(body(frames)).read(3, never()).await;
         assert_eq!(replay.beginning(), "abcd");
         assert_eq!(replay.collect().await.unwrap().to_bytes(), "abcdef");
     }
 
     #[tokio::test]
-    async fn an_error_is_replayed_after_the_frames_before_it() {
-        let mut replay = Box::pin(Replay::begin(body(vec![data("ab"), Err("cut")]), 100, never()).await);
+    async fn reading_goes_on_where_it_stopped() {
+        let frames = vec![data("ab"), data("cd"), data("ef"), data("gh")];
+        let replay = Replay::untouched(body(frames)).read(2, never()).await;
+        assert_eq!(replay.beginning(), "ab");
+        let replay = replay.read(6, never()).await;
+        assert_eq!(replay.beginning(), "abcdef");
+        assert_eq!(replay.collect().await.unwrap().to_bytes(), "abcdefgh");
+    }
+
+    #[tokio::test]
+    async fn errors_are_replayed_after_their_preceding_frames() {
+        let replay = Replay::untouched(body(vec![data("ab"), Err("cut")])).read(100, never()).await;
+        let mut replay = Box::pin(replay);
         assert!(!replay.is_end_stream());
         assert_eq!(replay.frame().await.unwrap().unwrap().into_data().unwrap(), "ab");
         assert_eq!(replay.frame().await.unwrap().unwrap_err(), "cut");
@@ -226,10 +249,10 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn reading_stops_at_the_time_limit_and_the_rest_follows() {
+    async fn reading_stops_in_time_and_the_rest_follows() {
         let (mut sender, channel) = Channel::<Bytes, Infallible>::new(4);
         sender.send_data("ab".into()).await.unwrap();
-        let replay = Replay::begin(channel, 100, Box::pin(std::future::ready(()))).await;
+        let replay = Replay::untouched(channel).read(100, Box::pin(std::future::ready(()))).await;
         assert_eq!(replay.beginning(), "ab");
         sender.send_data("cd".into()).await.unwrap();
         drop(sender);

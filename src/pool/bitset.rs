@@ -1,13 +1,12 @@
-//! A set of slots, in which the next member after a given slot is found in constant time.
+//! A set of slots that finds the next member after a slot in constant time.
 //!
-//! One bit per slot, and above every 64 words a summary word with one bit per word that is not empty:
-//! three levels reach 262,144 slots. No operation locks or allocates. A search that runs beside changes
-//! may miss a slot that is being inserted; [`AtomicBitSet::scan_from`] looks at every word and misses none
-//! that was there when it began.
+//! One bit per slot, and above every 64 words a summary word with one bit per word that is not empty: three levels reach
+//! 262,144 slots. No operation locks or allocates. A search may miss a slot that another thread is inserting;
+//! [`AtomicBitSet::scan_from`] reads every word, and misses no slot that was a member when it began.
 
 use crate::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
-/// Fewer where every schedule is tried, so that a few slots are spread over three levels.
+/// Fewer for loom and shuttle, so that a few slots are spread over three levels.
 const BITS: usize = if cfg!(any(schedules = "loom", schedules = "shuttle")) { 2 } else { u64::BITS as usize };
 
 #[derive(Debug)]
@@ -34,8 +33,8 @@ impl AtomicBitSet {
         let mut index = slot;
         for level in &self.levels {
             if level[index / BITS].fetch_or(bit(index), SeqCst) != 0 {
-                // The word was not empty, so every summary above it stands, or whoever is clearing one
-                // will look at this word again before leaving.
+                // The word was not empty: every summary above it is set, or the thread that clears one looks at this
+                // word again.
                 return;
             }
             index /= BITS;
@@ -47,7 +46,7 @@ impl AtomicBitSet {
         for (depth, level) in self.levels.iter().enumerate() {
             let left = level[index / BITS].fetch_and(!bit(index), SeqCst) & !bit(index);
             if depth > 0 && self.levels[depth - 1][index].load(SeqCst) != 0 {
-                // Somebody filled the word below between our emptying it and our clearing its summary.
+                // Another thread filled the word below between the two changes of this loop.
                 self.summarise(depth, index);
                 return;
             }
@@ -58,7 +57,7 @@ impl AtomicBitSet {
         }
     }
 
-    /// Sets the bit of `index` at `depth`, and what summarises it.
+    /// Sets the bit of `index` at `depth`, and its summaries.
     fn summarise(&self, depth: usize, mut index: usize) {
         for level in &self.levels[depth..] {
             level[index / BITS].fetch_or(bit(index), SeqCst);
@@ -110,7 +109,7 @@ impl AtomicBitSet {
         Found::Slot(index)
     }
 
-    /// Like [`next_from`](Self::next_from), but reads every word and trusts no summary.
+    /// The first member at or after `slot`, by every word instead of the summaries.
     pub(crate) fn scan_from(&self, slot: usize) -> Option<usize> {
         let first = slot / BITS;
         let words = self.levels[0].iter().enumerate().skip(first);
@@ -123,7 +122,6 @@ impl AtomicBitSet {
             .map(|(word, bits)| word * BITS + bits.trailing_zeros() as usize)
     }
 
-    #[cfg(any(feature = "failover", test))]
     pub(crate) fn count(&self) -> usize {
         self.levels[0].iter().map(|word| word.load(SeqCst).count_ones() as usize).sum()
     }
@@ -173,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_slot_of_a_three_level_set_is_found_from_the_first() {
+    fn the_last_slot_is_found_from_the_first() {
         let set = AtomicBitSet::new(262_144);
         assert_eq!(set.next_from(0), None);
         set.insert(262_143);
@@ -183,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn close_by_is_what_stands_in_the_same_word() {
+    fn a_close_search_covers_only_the_same_word() {
         let set = AtomicBitSet::new(256);
         for slot in [70, 100, 127, 128] {
             set.insert(slot);
@@ -193,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn a_search_is_not_led_to_words_that_have_been_emptied() {
+    fn removal_clears_the_summaries_of_empty_words() {
         let set = AtomicBitSet::new(262_144);
         for slot in [0, 1, 64, 70_000, 262_143] {
             set.insert(slot);
@@ -206,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn a_summary_that_is_out_of_date_hides_nothing_behind_it() {
+    fn a_stale_summary_hides_no_later_slot() {
         let set = AtomicBitSet::new(262_144);
         for slot in [3 * 64, 5 * 64, 64 * 64 * 2, 64 * 64 * 3] {
             set.insert(slot);
@@ -220,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn a_summary_that_was_cleared_too_soon_is_put_back_on_every_level() {
+    fn cleared_summaries_are_restored_on_every_level() {
         let set = AtomicBitSet::new(262_144);
         set.insert(70_001);
         for level in &set.levels[1..] {
@@ -230,9 +228,8 @@ mod tests {
         assert_eq!(set.next_from(0), Some(70_001));
     }
 
-    /// Broken once: without the second look at the word below, it failed.
     #[test]
-    fn slots_that_are_inserted_while_the_last_ones_beside_them_are_removed_are_found() {
+    fn inserts_survive_concurrent_removals_in_the_same_word() {
         const WORDS: usize = 1_000;
         let set = AtomicBitSet::new(WORDS * BITS);
         for _ in 0..200 {
@@ -248,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn threads_that_insert_and_remove_neighbours_lose_none_of_their_own() {
+    fn concurrent_changes_to_neighbours_lose_no_slot() {
         let set = AtomicBitSet::new(64 * 64);
         std::thread::scope(|scope| {
             for thread in 0..4 {

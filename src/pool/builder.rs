@@ -9,7 +9,11 @@ use std::{
     time::Duration,
 };
 
-use super::{KeyPool, Persistence, UsableKey};
+use super::{
+    engine::{Config, Engine},
+    key::UsableKey,
+    key_pool::KeyPool,
+};
 use crate::{
     clock::{Clock, SystemClock},
     key::hosts::{Host, Hosts, InvalidHost},
@@ -21,6 +25,7 @@ use crate::{
     },
     limit::Cooldowns,
     meter::Meter,
+    replication::Link,
     store::{KeyStore, StoreError},
 };
 
@@ -68,13 +73,11 @@ enum Given {
     File(PathBuf),
 }
 
-#[derive(Debug)]
-pub(super) struct Config {
-    pub(super) clock: Arc<dyn Clock>,
-    pub(super) inject: Inject,
-    pub(super) hosts: Hosts,
-    pub(super) cooldowns: Cooldowns,
-    pub(super) meter: Arc<Meter>,
+impl KeyPool {
+    /// Returns a builder without keys.
+    pub fn builder() -> KeyPoolBuilder {
+        KeyPoolBuilder::default()
+    }
 }
 
 impl Default for KeyPoolBuilder {
@@ -194,7 +197,8 @@ impl KeyPoolBuilder {
 
     /// Restricts keys to requests to these hosts. By default every host gets a key.
     ///
-    /// A request to another host passes through without a key, and the pool ignores its response.
+    /// A request to another host passes through without a key, and the pool ignores its response. Such requests are
+    /// counted in [`PoolStats::unkeyed`](crate::PoolStats::unkeyed), and each host is logged once.
     ///
     /// | a host | matches |
     /// |---|---|
@@ -203,7 +207,9 @@ impl KeyPoolBuilder {
     /// | `*.example.com` | every host below `example.com`, but not `example.com` itself |
     ///
     /// [`build`](Self::build) reports anything else as an error. If a request's URI has no host, its `Host` header
-    /// decides. Redirects that the client follows by itself bypass this check: see the README.
+    /// decides; such a request gets a key only for a host named here or in
+    /// [`allow_cleartext_to`](Self::allow_cleartext_to), or for loopback, since it may travel in cleartext. A request
+    /// without any host gets no key. Redirects that the client follows by itself bypass this check: see the README.
     ///
     /// ```
     /// use tower_key_rotation::KeyPool;
@@ -230,7 +236,7 @@ impl KeyPoolBuilder {
     /// Allows keys in cleartext requests to these hosts.
     ///
     /// Otherwise a request by `http` to any host but loopback fails with
-    /// [`InjectError::Cleartext`](crate::InjectError::Cleartext).
+    /// an [`InjectError`](crate::InjectError).
     pub fn allow_cleartext_to<I, H>(mut self, hosts: I) -> Self
     where
         I: IntoIterator<Item = H>,
@@ -299,7 +305,7 @@ impl KeyPoolBuilder {
     /// A file or variable can't be read; with [`strict`](Self::strict), also a key that can't be used.
     pub fn build(self) -> Result<KeyPool, BuildError> {
         let (keys, rejected) = self.read()?;
-        Ok(KeyPool::new(keys, rejected, self.config, Persistence::none()))
+        Ok(KeyPool::new(Engine::new(keys, self.config, false), None, rejected))
     }
 
     /// Opens a pool over a store, with the store's keys and those of the builder.
@@ -311,8 +317,8 @@ impl KeyPoolBuilder {
     /// Those of [`build`](Self::build), and [a failure of the store](BuildError::store_error).
     pub async fn open(self, store: impl KeyStore) -> Result<KeyPool, BuildError> {
         let (keys, rejected) = self.read()?;
-        let persistence = Persistence::over(metered(store, &self.config.meter), seeds(&keys));
-        let pool = KeyPool::new(Vec::new(), rejected, self.config, persistence);
+        let seeds = seeds(&keys);
+        let pool = over(store, Vec::new(), seeds, self.config, rejected);
         pool.reload().await.map_err(|error| BuildError(Problem::Store(error)))?;
         Ok(pool)
     }
@@ -320,8 +326,8 @@ impl KeyPoolBuilder {
     /// Opens a pool over a store that need not be reachable yet.
     ///
     /// Until the store can be reached, the keys of the builder serve, all of them healthy. Then the pool becomes the
-    /// one that [`open`](Self::open) would have opened, and writes what it has learnt of the keys to the store. A
-    /// [`RecoveryHandle`](crate::RecoveryHandle) connects: at once, and again at random intervals that grow from about
+    /// one that [`open`](Self::open) would have opened, and writes the marks made in the meantime to the store, except
+    /// those of a key that was ever reset there: a mark does not outlive a reset. A [`RecoveryHandle`](crate::RecoveryHandle) connects: at once, and again at random intervals that grow from about
     /// a second to its usual interval.
     ///
     /// # Errors
@@ -329,8 +335,8 @@ impl KeyPoolBuilder {
     /// Those of [`build`](Self::build).
     pub fn open_when_ready(self, store: impl KeyStore) -> Result<KeyPool, BuildError> {
         let (keys, rejected) = self.read()?;
-        let persistence = Persistence::over(metered(store, &self.config.meter), seeds(&keys));
-        Ok(KeyPool::new(keys, rejected, self.config, persistence))
+        let seeds = seeds(&keys);
+        Ok(over(store, keys, seeds, self.config, rejected))
     }
 
     fn read(&self) -> Result<(Vec<UsableKey>, Vec<Rejected>), BuildError> {
@@ -399,8 +405,21 @@ fn metered(store: impl KeyStore, _: &Arc<Meter>) -> Arc<dyn KeyStore> {
     Arc::new(store)
 }
 
-fn seeds(keys: &[UsableKey]) -> Vec<(KeyId, Secret)> {
-    keys.iter().map(|key| (key.id.clone(), key.secret())).collect()
+fn seeds(keys: &[UsableKey]) -> Vec<KeySpec> {
+    keys.iter().map(|key| KeySpec::new(key.id.clone(), key.secret())).collect()
+}
+
+fn over(
+    store: impl KeyStore,
+    keys: Vec<UsableKey>,
+    seeds: Vec<KeySpec>,
+    config: Config,
+    rejected: Vec<Rejected>,
+) -> KeyPool {
+    let store = metered(store, &config.meter);
+    let engine = Engine::new(keys, config, true);
+    let link = Link::new(&engine, store, seeds);
+    KeyPool::new(engine, Some(link), rejected)
 }
 
 #[derive(Default)]
@@ -499,7 +518,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn f30_a_bad_key_is_rejected_and_the_others_serve() {
+    fn f30_bad_keys_are_rejected_and_others_serve() {
         let pool = KeyPool::builder()
             .keys((0..99).map(|number| (format!("key-{number}"), format!("sk-{number}"))))
             .key("bad", "canary\n")
@@ -511,7 +530,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_of_one_id_or_secret_are_one_key() {
+    fn equal_ids_or_secrets_are_one_key() {
         let pool = KeyPool::builder().keys([("a", "sk-1"), ("a", "sk-2"), ("b", "sk-1")]).build().unwrap();
         let shown: Vec<_> = pool.rejected().iter().map(ToString::to_string).collect();
         assert_eq!(

@@ -1,14 +1,15 @@
-//! When each resting slot is due back, and the earliest of them, in constant time.
+//! The deadlines of resting slots in milliseconds, and the earliest of them in constant time.
 //!
-//! A tree of minima over a row of deadlines: 64 to a node, so three levels of nodes reach 262,144 slots.
-//! A node may be earlier than the earliest deadline below it; whoever finds nothing due there puts it right
-//! and looks again. It may be later only for the moment in which it is being put right, which
-//! [`Deadlines::earliest_for_certain`] knows about.
+//! A tree of minima over a row of deadlines, 64 to a node: three levels of nodes reach 262,144 slots. A node may be
+//! earlier than the earliest deadline below it; a search that finds nothing due there corrects it and continues. A node
+//! may be later only while another thread corrects it, which [`Deadlines::earliest_for_certain`] takes into account.
 
-use crate::limit::NEVER;
-use crate::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use crate::{
+    limit::NEVER,
+    sync::atomic::{AtomicU64, Ordering::SeqCst},
+};
 
-/// Fewer where every schedule is tried, so that a few slots are spread over three levels.
+/// Fewer for loom and shuttle, so that a few slots are spread over three levels.
 const FANOUT: usize = if cfg!(any(schedules = "loom", schedules = "shuttle")) { 2 } else { 64 };
 
 #[derive(Debug)]
@@ -17,7 +18,7 @@ pub(crate) struct Deadlines {
     /// the minimum of the last.
     levels: Box<[Box<[AtomicU64]>]>,
     root: AtomicU64,
-    /// How often nodes have begun, and have ended, to be put right.
+    /// How many corrections of nodes have begun, and have ended.
     begun: AtomicU64,
     ended: AtomicU64,
 }
@@ -41,16 +42,15 @@ impl Deadlines {
         }
     }
 
-    /// No deadline is before this one, but for the moment in which another thread moves one back; [`NEVER`]
-    /// where there is none at all.
+    /// The earliest deadline, or one before it, except while another thread moves one back; [`NEVER`] without any.
     #[inline]
     pub(crate) fn earliest(&self) -> u64 {
         self.root.load(SeqCst)
     }
 
-    /// The same without the exception, for those who would otherwise give up. It looks at every slot where another
-    /// thread is just moving one back, and has the nodes know what it finds: who looks again needs not wait for
-    /// that thread, which may have been stopped.
+    /// The same without the exception, before a caller gives up. While another thread corrects a node, this reads every
+    /// slot, and lowers the nodes to what it finds: the caller's next look must not depend on a thread that may be
+    /// descheduled.
     pub(crate) fn earliest_for_certain(&self) -> u64 {
         let ended = self.ended.load(SeqCst);
         let earliest = self.earliest();
@@ -66,7 +66,7 @@ impl Deadlines {
     pub(crate) fn set(&self, slot: usize, deadline: u64) {
         let before = self.levels[0][slot].swap(deadline, SeqCst);
         if deadline > before {
-            self.put_right(1, slot / FANOUT);
+            self.correct(1, slot / FANOUT);
         } else {
             self.lower(slot, deadline);
         }
@@ -81,7 +81,7 @@ impl Deadlines {
         self.root.fetch_min(deadline, SeqCst);
     }
 
-    /// A node of minima: `depth` is that of its level, and one more for the root.
+    /// A node of minima: `depth` is its level, and one more for the root.
     fn node(&self, depth: usize, index: usize) -> &AtomicU64 {
         self.levels.get(depth).map_or(&self.root, |level| &level[index])
     }
@@ -97,15 +97,15 @@ impl Deadlines {
         }
     }
 
-    /// Puts right what a search from the first slot never comes to: the first node of each level, and the root.
-    /// Two threads that move deadlines of one node back at once can leave it early.
-    pub(crate) fn put_first_path_right(&self, now: u64) {
+    /// Corrects what a search from the first slot never reaches: the first node of each level, and the root. Two threads
+    /// that move deadlines of one node back at once can leave it early.
+    pub(crate) fn correct_first_path(&self, now: u64) {
         if self.earliest() <= now {
-            self.put_right(1, 0);
+            self.correct(1, 0);
         }
     }
 
-    /// Looks at the rest of a node's children, then at the rest of the nodes beside it, and so on upwards.
+    /// Searches the rest of a node's children, then the rest of the nodes beside it, and so on upwards.
     fn search(&self, slot: usize, now: u64) -> Option<Found> {
         let mut index = slot;
         for (depth, level) in self.levels.iter().enumerate() {
@@ -124,7 +124,7 @@ impl Deadlines {
             match self.children(depth, index).position(|deadline| deadline <= now) {
                 Some(child) => index = index * FANOUT + child,
                 None => {
-                    self.put_right(depth, index);
+                    self.correct(depth, index);
                     return Found::NothingUntil((index + 1) * FANOUT.pow(depth as u32));
                 }
             }
@@ -133,7 +133,7 @@ impl Deadlines {
     }
 
     /// Moves a node, and those above it, up to the minimum of its children.
-    fn put_right(&self, depth: usize, mut index: usize) {
+    fn correct(&self, depth: usize, mut index: usize) {
         self.begun.fetch_add(1, SeqCst);
         for depth in depth..=self.levels.len() {
             self.raise(depth, index);
@@ -151,7 +151,7 @@ impl Deadlines {
                 break;
             }
         }
-        // A child that was lowered before the exchange, but after it was read, is still to be counted.
+        // A child may have been lowered after it was read and before the exchange.
         node.fetch_min(self.minimum(depth, index), SeqCst);
     }
 
@@ -181,7 +181,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn it_knows_the_earliest_deadline_and_finds_every_due_slot(
+        fn earliest_deadline_and_due_slots_match_a_model(
             slots in 1usize..9_000,
             changes in prop::collection::vec((any::<prop::sample::Index>(), prop::option::of(0u64..1_000)), 1..200),
             now in 0u64..1_000,
@@ -209,17 +209,17 @@ mod tests {
     }
 
     #[test]
-    fn a_node_that_was_left_early_is_put_right_by_who_finds_nothing_due() {
+    fn searches_correct_nodes_that_were_left_early() {
         let deadlines = Deadlines::new(24);
         // What a thread leaves that read the minimum before another one cleared the slot.
         deadlines.root.fetch_min(5, SeqCst);
         assert_eq!((deadlines.earliest(), deadlines.next_due(0, 9)), (5, None));
-        deadlines.put_first_path_right(9);
+        deadlines.correct_first_path(9);
         assert_eq!(deadlines.earliest(), NEVER);
     }
 
     #[test]
-    fn who_would_give_up_finds_a_deadline_that_is_not_in_the_nodes_yet() {
+    fn an_exact_search_finds_deadlines_missing_from_nodes() {
         let deadlines = Deadlines::new(24);
         deadlines.set(5, 7);
         // What another thread sees while the root is being put right.
@@ -229,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn a_deadline_set_beside_others_that_are_cleared_is_never_overlooked() {
+    fn a_deadline_survives_concurrent_clears_beside_it() {
         let deadlines = Deadlines::new(64 * 64);
         std::thread::scope(|scope| {
             for thread in 0..4 {
@@ -245,7 +245,7 @@ mod tests {
             }
         });
         assert_eq!(deadlines.next_due(0, NEVER - 1), None);
-        deadlines.put_first_path_right(NEVER - 1);
+        deadlines.correct_first_path(NEVER - 1);
         assert_eq!(deadlines.earliest(), NEVER);
     }
 }

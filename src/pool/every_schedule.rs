@@ -1,6 +1,5 @@
-//! What holds in every order in which threads may run, and whatever they may see of each other: `loom` tries them
-//! all, as long as no more than three times a thread is stopped where it could go on. CONTRIBUTING.md says how to
-//! run it.
+//! Every schedule of two or three threads over the pool's atomics, with up to three preemptions, by `loom`.
+//! CONTRIBUTING.md says how to run it.
 //!
 //! An index has two slots to a word or node here, so that a few keys are spread over three levels.
 
@@ -9,15 +8,12 @@ use std::{sync::Arc, time::Duration};
 use futures_util::FutureExt;
 use loom::{model::Builder, thread};
 
-use super::{
-    KeyPool, Lease, NEVER, Rest, Snapshot,
-    bitset::AtomicBitSet,
-    deadlines::Deadlines,
-    state::{AtomicState, State},
-};
+use super::{KeyPool, Lease, bitset::AtomicBitSet, deadlines::Deadlines};
 use crate::{
     clock::ManualClock,
-    store::{KeyStore, Mark, MemoryStore},
+    limit::{AtomicWord, NEVER, Rest, Resting, Until, Word},
+    replication::write_mark,
+    store::{KeyStore, MemoryStore, Operation},
 };
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -79,7 +75,6 @@ fn set_of(members: &[usize]) -> Arc<AtomicBitSet> {
 
 /// Slots of one word, of two words below one summary, and of two summaries; none of them in the first word, which a
 /// search looks at whatever a summary says.
-/// Broken once: where `remove` did not look at the word below again, it failed.
 #[test]
 fn no_summary_is_lost_between_two_changes() {
     use Change::{Insert, Remove};
@@ -102,9 +97,8 @@ fn no_summary_is_lost_between_two_changes() {
     }
 }
 
-/// Broken once: like the one before.
 #[test]
-fn a_set_that_three_threads_change_at_once_loses_none() {
+fn three_threads_changing_a_set_lose_no_slot() {
     model(|| {
         let set = set_of(&[5]);
         let remove = thread::spawn({
@@ -118,9 +112,8 @@ fn a_set_that_three_threads_change_at_once_loses_none() {
 }
 
 /// While a summary is wrong, too.
-/// Broken once: where the scan went by summaries, it failed.
 #[test]
-fn a_slot_that_was_inserted_is_found_by_a_scan_whatever_changes_beside_it() {
+fn a_scan_finds_an_inserted_slot_during_changes() {
     model(|| {
         let set = set_of(&[5]);
         let go_and_come = |set: &Arc<AtomicBitSet>| {
@@ -153,14 +146,13 @@ fn assert_deadlines(tree: &Deadlines, deadlines: &[u64]) {
         let due = deadlines.iter().position(|deadline| *deadline <= now);
         assert_eq!(tree.next_due(0, now), due, "at {now}");
         if due.is_none() {
-            tree.put_first_path_right(now);
+            tree.correct_first_path(now);
             assert!(tree.earliest() > now, "nothing is due at {now}, and everybody looks");
         }
     }
 }
 
 /// Slots of one node, of two nodes below one, and of two of those.
-/// Broken once: without the last `fetch_min` of `raise`, it failed.
 #[test]
 fn no_deadline_is_overlooked_between_two_changes() {
     const SOON: u64 = 3;
@@ -182,10 +174,8 @@ fn no_deadline_is_overlooked_between_two_changes() {
     }
 }
 
-/// Broken once: where the root was believed, it failed; where nodes were not told what was found, it went round
-/// for ever.
 #[test]
-fn who_would_give_up_knows_of_a_deadline_that_others_are_just_moving_around() {
+fn an_exact_search_finds_deadlines_during_updates() {
     for slot in [1, 2] {
         model(move || {
             let tree = tree_of(&[3, NEVER, NEVER]);
@@ -204,23 +194,23 @@ fn who_would_give_up_knows_of_a_deadline_that_others_are_just_moving_around() {
 
 // ---- a key's state ----
 
-fn limited(seconds: u32) -> State {
-    State::resting(Rest::RateLimited, Some(SECOND * seconds))
+fn limited(generation: u64, seconds: u32) -> Word {
+    let until = Until::After(SECOND * seconds);
+    Word::new(generation, Some(Resting { until, reason: Rest::RateLimited }), Duration::ZERO)
 }
 
-/// Broken once: with a load and a store in `update`, it failed.
 #[test]
-fn f10_of_marks_at_once_the_longest_holds_and_an_operators_word_stands() {
+fn f10_concurrent_joins_lose_no_word() {
     model(|| {
-        let state = Arc::new(AtomicState::new(State::HEALTHY));
-        let mark = |state: &Arc<AtomicState>, mark: State| _ = state.update(|before| before.later(mark));
-        let longer = move |state: &Arc<AtomicState>| mark(state, limited(9));
-        let shorter = move |state: &Arc<AtomicState>| {
-            mark(state, limited(5));
-            state.update(|before| before.disabled(true));
+        let state = Arc::new(AtomicWord::default());
+        let join = |state: &Arc<AtomicWord>, word: Word| _ = state.update(|before| before.join(word));
+        let longer = move |state: &Arc<AtomicWord>| join(state, limited(1, 9));
+        let other = move |state: &Arc<AtomicWord>| {
+            join(state, limited(0, 90));
+            state.update(|before| before.flag(true));
         };
-        at_once(&state, longer, shorter);
-        assert_eq!(state.load(), limited(9).disabled(true));
+        at_once(&state, longer, other);
+        assert_eq!(state.load(), limited(1, 9).flag(true));
     });
 }
 
@@ -235,11 +225,11 @@ fn pool_of(keys: usize) -> (KeyPool, ManualClock) {
 }
 
 fn lease(pool: &KeyPool, key: usize) -> Lease {
-    Lease(pool.inner.snapshot.load().keys()[key].clone())
+    Lease(pool.engine().snapshot().keys()[key].clone())
 }
 
 fn mark(pool: &KeyPool, key: usize) {
-    pool.mark(&lease(pool, key), Rest::RateLimited, None, 429);
+    lease(pool, key).mark(Rest::RateLimited, None, 429);
 }
 
 fn reset(pool: &KeyPool, key: usize) {
@@ -252,30 +242,28 @@ fn done<T, E: std::fmt::Debug>(future: impl Future<Output = Result<T, E>>) -> T 
 }
 
 /// Whatever the key's state was.
-fn set_state(pool: &KeyPool, key: usize, state: State) {
+fn set_state(pool: &KeyPool, key: usize, state: Word) {
     let key = lease(pool, key).0;
     key.state.update(|_| state);
-    pool.refresh(&key);
+    pool.engine().refresh(&key);
 }
 
 /// A rest that has ended, and that nobody has noticed yet.
-fn over() -> State {
-    limited(1)
+fn over() -> Word {
+    limited(0, 1)
 }
 
 fn picked(pool: &KeyPool) -> Option<usize> {
     let lease = pool.pick()?;
-    Some(pool.inner.snapshot.load().slot(lease.id()).unwrap())
+    Some(pool.engine().snapshot().slot(lease.id()).unwrap())
 }
 
 fn assert_in_line(pool: &KeyPool) {
-    let snapshot: Arc<Snapshot> = pool.inner.snapshot.load_full();
-    snapshot.assert_in_line();
+    pool.engine().snapshot().assert_in_line();
 }
 
-/// Broken once: with a plain store of the cursor, two threads had the same two keys.
 #[test]
-fn picks_at_once_give_each_key_one_turn_in_a_round() {
+fn concurrent_picks_use_each_key_once_per_round() {
     for resting in [None, Some(1)] {
         model(move || {
             let (pool, _) = pool_of(5);
@@ -291,10 +279,8 @@ fn picks_at_once_give_each_key_one_turn_in_a_round() {
     }
 }
 
-/// Broken once: without the second look at the state, and where every due key was returned whatever its state,
-/// it failed.
 #[test]
-fn f07_a_mark_beside_the_return_of_an_ended_rest_holds_and_the_indexes_agree() {
+fn f07_a_mark_survives_a_concurrent_cooldown_expiry() {
     model(|| {
         let (pool, _) = pool_of(1);
         set_state(&pool, 0, over());
@@ -305,9 +291,8 @@ fn f07_a_mark_beside_the_return_of_an_ended_rest_holds_and_the_indexes_agree() {
     });
 }
 
-/// Broken once: without the second look at the state, it failed.
 #[test]
-fn a_mark_beside_a_reset_leaves_indexes_that_agree() {
+fn a_mark_during_a_reset_leaves_consistent_indexes() {
     model(|| {
         let (pool, _) = pool_of(2);
         set_state(&pool, 1, over());
@@ -317,9 +302,8 @@ fn a_mark_beside_a_reset_leaves_indexes_that_agree() {
 }
 
 /// What takes it back has not yet noticed the mark.
-/// Broken once: where a pick trusted the index, it failed.
 #[test]
-fn a_key_that_rested_before_a_pick_began_is_not_handed_out() {
+fn a_pick_never_returns_a_key_marked_before() {
     model(|| {
         let (pool, _) = pool_of(1);
         set_state(&pool, 0, over());
@@ -331,9 +315,8 @@ fn a_key_that_rested_before_a_pick_began_is_not_handed_out() {
     });
 }
 
-/// Broken once: where a pick gave up as another thread took its turn, it failed.
 #[test]
-fn nobody_says_no_key_while_one_is_healthy_all_the_time() {
+fn pick_finds_the_key_that_stays_healthy() {
     model(|| {
         let (pool, clock) = pool_of(2);
         let rest_and_return = move |pool: &KeyPool| {
@@ -351,9 +334,8 @@ fn nobody_says_no_key_while_one_is_healthy_all_the_time() {
 }
 
 /// The mark takes the last key out of a word of the index, and tells the summary only when another one is there.
-/// Broken once: without `scan_from`, it went round for ever.
 #[test]
-fn nobody_says_no_key_after_one_came_back_beside_one_that_goes() {
+fn pick_finds_the_reset_key_during_another_mark() {
     model(|| {
         let (pool, _) = pool_of(4);
         [0, 1, 3].into_iter().for_each(|key| mark(&pool, key));
@@ -367,16 +349,14 @@ fn nobody_says_no_key_after_one_came_back_beside_one_that_goes() {
 }
 
 /// An index says that it rests until whoever wrote that has looked at the state again.
-/// Broken once: without a look at the states, it failed; where the key that was found was not put into the
-/// index, it went round for ever.
 #[test]
-fn nobody_says_no_key_after_the_only_one_came_back() {
+fn pick_finds_the_only_key_after_its_reset() {
     model(|| {
         let (pool, _) = pool_of(1);
         let come = |pool: &KeyPool| {
             reset(pool, 0);
             let key = pool.pick();
-            let still_healthy = lease(pool, 0).0.state.load() == State::HEALTHY;
+            let still_healthy = lease(pool, 0).0.state.load().is_available();
             assert!(key.is_some() || !still_healthy);
         };
         at_once(&pool, |pool| mark(pool, 0), come);
@@ -384,16 +364,14 @@ fn nobody_says_no_key_after_the_only_one_came_back() {
 }
 
 /// It is healthy or due at each moment, and in an index all the while.
-/// Broken once: with the two indexes written in the other order, it failed, and only where no refreshes were
-/// counted: either is enough.
 #[test]
-fn nobody_says_no_key_while_the_only_one_rests_and_is_due_again() {
-    for before in [State::HEALTHY, over()] {
+fn pick_finds_a_key_while_it_changes_index() {
+    for before in [Word::HEALTHY, over()] {
         model(move || {
             let (pool, _) = pool_of(1);
             set_state(&pool, 0, before);
             let rest_or_return = move |pool: &KeyPool| match before {
-                State::HEALTHY => set_state(pool, 0, over()),
+                Word::HEALTHY => set_state(pool, 0, over()),
                 _ => drop(pool.pick()),
             };
             at_once(&pool, rest_or_return, |pool| assert!(pool.pick().is_some()));
@@ -402,9 +380,8 @@ fn nobody_says_no_key_while_the_only_one_rests_and_is_due_again() {
     }
 }
 
-/// Broken once: like the one before.
 #[test]
-fn who_finds_no_key_knows_when_one_is_back() {
+fn next_return_is_known_whenever_a_pick_fails() {
     model(|| {
         let (pool, _) = pool_of(1);
         let ask = |pool: &KeyPool| {
@@ -419,97 +396,53 @@ fn who_finds_no_key_knows_when_one_is_back() {
 }
 
 /// Over a store that has the key.
-fn pool_over_store() -> (KeyPool, MemoryStore, ManualClock) {
+fn pool_over_store() -> (KeyPool, MemoryStore) {
     let clock = ManualClock::new();
     let store = MemoryStore::with_clock(Arc::new(clock.clone()));
-    let builder = KeyPool::builder().key("key-0", "sk-0").cooldown(COOLDOWN).clock(clock.clone());
-    (done(builder.open(store.clone())), store, clock)
+    let builder = KeyPool::builder().key("key-0", "sk-0").cooldown(COOLDOWN).clock(clock);
+    (done(builder.open(store.clone())), store)
 }
 
 fn write(pool: &KeyPool, store: &MemoryStore) {
-    done(pool.clone().write_mark(lease(pool, 0).0, Arc::new(store.clone())));
-}
-
-fn reload(pool: &KeyPool) {
-    done(pool.reload());
+    let store = Arc::new(store.clone());
+    done(write_mark(pool.engine().clone(), store, lease(pool, 0).0));
 }
 
 /// The first mark is what makes a write begin while the second one is made.
-/// Broken once: where the key's state changed before what waits to be written, and where a write was taken for one of
-/// all that waits, it failed.
 #[test]
-fn f08_a_mark_beside_a_write_and_a_reload_is_not_lost() {
+fn f08_a_mark_survives_a_concurrent_write_and_reload() {
     model(|| {
-        let (pool, store, _) = pool_over_store();
+        let (pool, store) = pool_over_store();
         mark(&pool, 0);
         let write_and_reload = {
             let store = store.clone();
             move |pool: &KeyPool| {
                 write(pool, &store);
-                reload(pool);
+                done(pool.reload());
             }
         };
-        let exhaust = |pool: &KeyPool| pool.mark(&lease(pool, 0), Rest::Exhausted, None, 402);
+        let exhaust = |pool: &KeyPool| lease(pool, 0).mark(Rest::Exhausted, None, 402);
         at_once(&pool, write_and_reload, exhaust);
         assert_eq!(pool.stats().exhausted, 1, "in memory");
         assert_in_line(&pool);
         write(&pool, &store);
-        reload(&pool);
-        assert_eq!(pool.stats().exhausted, 1, "in the store");
+        let stored = done(store.load(None)).records.remove(0).standing.words;
+        assert_eq!(stored.key.map(|resting| resting.reason), Some(Rest::Exhausted), "in the store");
     });
 }
 
-/// Broken once: where reloads were not numbered, and where every one was believed, it failed.
+/// The mark belongs to the generation before the reset, or to the one after it, and to that in state and pending word.
 #[test]
-fn f08_a_reload_beside_a_mark_and_its_write_leaves_it() {
+fn f09_marks_beside_a_loaded_reset_end_or_persist() {
     model(|| {
-        let (pool, store, _) = pool_over_store();
-        let mark_and_write = move |pool: &KeyPool| {
-            mark(pool, 0);
-            write(pool, &store);
-        };
-        at_once(&pool, reload, mark_and_write);
-        assert_eq!(pool.stats().rate_limited, 1);
+        let (pool, store) = pool_over_store();
+        done(store.operate(lease(&pool, 0).id().clone(), Operation::Reset(None)));
+        at_once(&pool, |pool| done(pool.reload()), |pool| mark(pool, 0));
         assert_in_line(&pool);
-    });
-}
-
-/// The mark is for less than what was known, so that the key's state does not tell of it.
-/// Broken once: where a reload did not look at what waits after its change, it failed.
-#[test]
-fn f08_a_reload_that_ends_a_rest_leaves_the_shorter_one_of_a_mark_beside_it() {
-    model(|| {
-        let (pool, store, _) = pool_over_store();
-        let key = lease(&pool, 0).0;
-        let long = Mark::new(key.id.clone(), key.secret(), Rest::Exhausted, None);
-        done(store.write(long));
-        reload(&pool);
-        done(store.reset(&key.id));
-        at_once(&pool, reload, |pool| mark(pool, 0));
-        assert_eq!(pool.stats().healthy, 0);
-        assert_in_line(&pool);
-    });
-}
-
-/// The reset was asked for before the mark, and has to wait for its turn until then.
-/// Broken once: where a mark did not look again at what waits to be written, it failed.
-#[test]
-fn f09_a_mark_that_is_written_before_the_key_rests_by_it_outlives_the_end_of_a_reset() {
-    model(|| {
-        let (pool, store, clock) = pool_over_store();
-        let reset = pool.reset_that_waits("key-0");
-        clock.advance(SECOND);
-        let write_and_end_reset = {
-            let store = store.clone();
-            move |pool: &KeyPool| {
-                write(pool, &store);
-                done(reset);
-            }
-        };
-        at_once(&pool, write_and_end_reset, |pool| mark(pool, 0));
-        assert_eq!(pool.stats().rate_limited, 1, "in memory");
+        let rests = pool.stats().rate_limited;
         write(&pool, &store);
-        reload(&pool);
-        assert_eq!(pool.stats().rate_limited, 1, "in the store");
+        let stored = done(store.load(None)).records.remove(0).standing.words;
+        assert_eq!((pool.stats().rate_limited, stored.key.iter().count()), (rests, rests));
+        assert_eq!(pool.stats().marks_waiting, 0);
     });
 }

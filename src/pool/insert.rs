@@ -9,13 +9,15 @@ use std::{
 use tokio::runtime::Handle;
 
 use super::{
-    KeyPool,
+    engine::Engine,
     key::{Key, UsableKey},
+    key_pool::KeyPool,
     operate::OperateError,
+    snapshot::Snapshot,
 };
 use crate::{
     key::{KeyId, KeySpec, Secret},
-    store::{KeyStore, StoreError},
+    store::{KeyStore, Operation, StoreError},
     sync::JoinSet,
 };
 
@@ -120,18 +122,22 @@ impl KeyPool {
         specs: impl Iterator<Item = Result<KeySpec, OperateError>>,
     ) -> Vec<Result<(), OperateError>> {
         let mut keys: Vec<_> = specs.map(|spec| self.new_key(spec?)).collect();
-        let persistence = &self.inner.persistence;
-        let mut giving = persistence.store.clone().map(Giving::new);
-        for keys in keys.chunks_mut(IN_A_TURN) {
-            let _turn = persistence.turn.lock().await;
-            let planted = self.plant_seeds_in_turn().await;
-            self.refuse_known(keys);
-            if let Some(giving) = &mut giving {
-                giving.give(keys, planted).await;
-            }
-            let new: Vec<_> = keys.iter().flatten().map(|new| new.key.clone()).collect();
-            if !new.is_empty() {
-                self.edit(|before| Some(before.keys().iter().cloned().chain(new).collect()));
+        match self.link() {
+            None => self.engine().edit(|before| {
+                refuse_known(before, &mut keys);
+                with_new(before, &keys)
+            }),
+            Some(link) => {
+                let mut insertion = Insertion::new(self.engine().clone(), link.store.clone());
+                for keys in keys.chunks_mut(IN_A_TURN) {
+                    let (_turn, failure) = match link.loader.turn().await {
+                        Ok(turn) => (Some(turn), None),
+                        Err(error) => (None, Some(error)),
+                    };
+                    refuse_known(&self.engine().snapshot(), keys);
+                    insertion.insert(keys, failure).await;
+                    self.engine().edit(|before| with_new(before, keys));
+                }
             }
         }
         keys.into_iter().map(|key| key.map(drop)).collect()
@@ -143,35 +149,41 @@ impl KeyPool {
         if let Some(field) = unsupported {
             return Err(OperateError::UnsupportedField { id, field });
         }
-        let key = UsableKey::new(id.clone(), &secret, &self.inner.inject)
+        let key = UsableKey::new(id.clone(), &secret, &self.engine().config.inject)
             .map_err(|reason| OperateError::UnusableSecret { id, reason })?;
-        Ok(NewKey { key: key.healthy_in(Arc::downgrade(&self.inner)), secret })
+        Ok(NewKey { key: self.engine().new_key(key), secret })
     }
+}
 
-    /// Refuses what the pool has already, or one that comes before among the new ones.
-    fn refuse_known(&self, keys: &mut [Result<NewKey, OperateError>]) {
-        let snapshot = self.inner.snapshot.load();
-        let (mut ids, mut secrets) = (HashSet::new(), HashMap::new());
-        let asked: HashSet<_> = keys.iter().flatten().map(|new| new.secret.clone()).collect();
-        for key in snapshot.keys() {
-            let secret = key.secret();
-            if asked.contains(&secret) {
-                secrets.insert(secret, key.id.clone());
-            }
-        }
-        for key in keys {
-            let Ok(new) = key else { continue };
-            let id = &new.key.id;
-            if snapshot.get(id.as_str()).is_some() || ids.contains(id) {
-                *key = Err(OperateError::KeyExists(id.clone()));
-            } else if let Some(other) = secrets.get(&new.secret) {
-                *key = Err(OperateError::DuplicateSecret(other.clone()));
-            } else {
-                ids.insert(id.clone());
-                secrets.insert(new.secret.clone(), id.clone());
-            }
+/// Refuses keys that the pool has already, or that come twice among the new ones.
+fn refuse_known(pool: &Snapshot, keys: &mut [Result<NewKey, OperateError>]) {
+    let (mut ids, mut secrets) = (HashSet::new(), HashMap::new());
+    let asked: HashSet<_> = keys.iter().flatten().map(|new| new.secret.clone()).collect();
+    for key in pool.keys() {
+        let secret = key.secret();
+        if asked.contains(&secret) {
+            secrets.insert(secret, key.id.clone());
         }
     }
+    for key in keys {
+        let Ok(new) = key else { continue };
+        let id = &new.key.id;
+        if pool.get(id.as_str()).is_some() || ids.contains(id) {
+            *key = Err(OperateError::KeyExists(id.clone()));
+        } else if let Some(other) = secrets.get(&new.secret) {
+            *key = Err(OperateError::DuplicateSecret(other.clone()));
+        } else {
+            ids.insert(id.clone());
+            secrets.insert(new.secret.clone(), id.clone());
+        }
+    }
+}
+
+/// The keys of a pool, and the new ones behind them.
+fn with_new(pool: &Snapshot, keys: &[Result<NewKey, OperateError>]) -> Option<Vec<Arc<Key>>> {
+    let mut new = keys.iter().flatten().map(|new| new.key.clone()).peekable();
+    new.peek()?;
+    Some(pool.keys().iter().cloned().chain(new).collect())
 }
 
 struct NewKey {
@@ -179,52 +191,48 @@ struct NewKey {
     secret: Secret,
 }
 
-/// Keys on their way to the store.
-struct Giving {
+/// Keys on their way into the store.
+struct Insertion {
+    engine: Arc<Engine>,
     store: Arc<dyn KeyStore>,
-    under_way: JoinSet<Given>,
+    in_flight: JoinSet<Inserted>,
     failures_in_a_row: usize,
 }
 
-/// By its place.
-type Given = (usize, Result<NewKey, OperateError>);
+/// With the key's place among the others.
+type Inserted = (usize, Result<NewKey, OperateError>);
 
-impl Giving {
-    fn new(store: Arc<dyn KeyStore>) -> Self {
-        Self { store, under_way: JoinSet::default(), failures_in_a_row: 0 }
+impl Insertion {
+    fn new(engine: Arc<Engine>, store: Arc<dyn KeyStore>) -> Self {
+        Self { engine, store, in_flight: JoinSet::default(), failures_in_a_row: 0 }
     }
 
-    /// `could_be_asked`: whether the store was there a moment ago.
-    async fn give(
-        &mut self,
-        keys: &mut [Result<NewKey, OperateError>],
-        could_be_asked: Result<(), StoreError>,
-    ) {
-        let mut reason = could_be_asked.err();
-        if reason.is_some() {
+    /// If the store has just failed, no key is tried.
+    async fn insert(&mut self, keys: &mut [Result<NewKey, OperateError>], mut failure: Option<StoreError>) {
+        if failure.is_some() {
             self.failures_in_a_row = AT_ONCE;
         }
         for place in 0..keys.len() {
-            if self.under_way.len() == AT_ONCE {
+            if self.in_flight.len() == AT_ONCE {
                 self.finish_one(keys).await;
             }
             if keys[place].is_err() {
                 continue;
             }
             if self.failures_in_a_row >= AT_ONCE {
-                keys[place] = Err(reason.take().map_or(OperateError::NotTried, OperateError::Store));
+                keys[place] = Err(failure.take().map_or(OperateError::NotTried, OperateError::Store));
                 continue;
             }
             // The text of a panic might hold anything.
             let panicked = Err(OperateError::Store(StoreError::new("an insert panicked")));
             if let Ok(new) = mem::replace(&mut keys[place], panicked) {
-                let store = self.store.clone();
-                let giving = async move { (place, new.given_to(&*store).await) };
+                let (engine, store) = (self.engine.clone(), self.store.clone());
+                let inserting = async move { (place, new.insert(&engine, &*store).await) };
                 if Handle::try_current().is_ok() {
-                    self.under_way.spawn(giving);
+                    self.in_flight.spawn(inserting);
                 } else {
-                    let given = giving.await;
-                    self.settle(Some(given), keys);
+                    let inserted = inserting.await;
+                    self.settle(Some(inserted), keys);
                 }
             }
         }
@@ -232,24 +240,28 @@ impl Giving {
     }
 
     async fn finish_one(&mut self, keys: &mut [Result<NewKey, OperateError>]) -> bool {
-        let Some(given) = self.under_way.join_next().await else { return false };
-        self.settle(given.ok(), keys);
+        let Some(inserted) = self.in_flight.join_next().await else { return false };
+        self.settle(inserted.ok(), keys);
         true
     }
 
-    fn settle(&mut self, given: Option<Given>, keys: &mut [Result<NewKey, OperateError>]) {
-        let was_answered = matches!(given, Some((_, Ok(_) | Err(OperateError::KeyExists(_)))));
+    fn settle(&mut self, inserted: Option<Inserted>, keys: &mut [Result<NewKey, OperateError>]) {
+        let was_answered = matches!(inserted, Some((_, Ok(_) | Err(OperateError::KeyExists(_)))));
         self.failures_in_a_row = if was_answered { 0 } else { self.failures_in_a_row + 1 };
-        if let Some((place, key)) = given {
+        if let Some((place, key)) = inserted {
             keys[place] = key;
         }
     }
 }
 
 impl NewKey {
-    async fn given_to(self, store: &dyn KeyStore) -> Result<Self, OperateError> {
+    async fn insert(self, engine: &Engine, store: &dyn KeyStore) -> Result<Self, OperateError> {
         let id = &self.key.id;
-        let is_new = store.insert(id.clone(), self.secret.clone()).await?;
-        if is_new { Ok(self) } else { Err(OperateError::KeyExists(id.clone())) }
+        let spec = KeySpec::new(id.clone(), self.secret.clone());
+        let inserted = store.operate(id.clone(), Operation::Insert(spec)).await?;
+        let standing = inserted.ok_or_else(|| OperateError::KeyExists(id.clone()))?;
+        self.key.is(&self.secret, standing.born);
+        engine.apply(&self.key, &standing);
+        Ok(self)
     }
 }

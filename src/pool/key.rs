@@ -1,19 +1,26 @@
-//! One key: what is sent for it, and what is known about it.
+//! One key: what requests carry for it, and what is known about it.
 
-use std::sync::{Arc, Weak};
+use std::{
+    fmt,
+    sync::{Arc, OnceLock, Weak},
+    time::Duration,
+};
 
-use super::{Inner, KeyPool};
 use crate::{
     key::inject::{Inject, Rendered, UnusableSecret},
     key::{KeyId, Secret},
-    limit::{AtomicState, State},
-    sync::atomic::{
-        AtomicU16, AtomicU32, AtomicU64,
-        Ordering::{Relaxed, SeqCst},
-    },
+    limit::{AtomicWord, Rest, Word},
+    store::Born,
+    sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering::Relaxed},
 };
 
-/// A name, and what requests carry for it.
+/// The pool as its keys know it: a request in flight holds its key alone, and marks it through this.
+pub(crate) trait Home: fmt::Debug + Send + Sync {
+    /// Applies what a response said of the key that it was sent with.
+    fn mark(&self, key: &Arc<Key>, rest: Rest, hint: Option<Duration>, http_status: u16);
+}
+
+/// An id, and what requests carry for it.
 #[derive(Debug)]
 pub(crate) struct UsableKey {
     pub(crate) id: KeyId,
@@ -23,7 +30,7 @@ pub(crate) struct UsableKey {
 impl UsableKey {
     /// # Errors
     ///
-    /// Where no request could carry the secret.
+    /// If no request could carry the secret.
     pub(crate) fn new(id: KeyId, secret: &Secret, inject: &Inject) -> Result<Self, UnusableSecret> {
         Ok(Self { id, credentials: inject.render(secret)? })
     }
@@ -32,76 +39,64 @@ impl UsableKey {
         self.credentials.secret()
     }
 
-    /// It is to be one of that pool's.
-    pub(crate) fn healthy_in(self, pool: Weak<Inner>) -> Arc<Key> {
-        self.with_state(State::HEALTHY, pool)
-    }
-
-    pub(crate) fn with_state(self, state: State, pool: Weak<Inner>) -> Arc<Key> {
-        Arc::new(Key {
-            state: AtomicState::new(state),
+    /// A healthy key of that pool, which the store may not know yet.
+    pub(crate) fn healthy_in(self, home: Weak<dyn Home>) -> Key {
+        Key {
+            state: AtomicWord::default(),
             counts: Counts::default(),
+            credentials: self.credentials,
             last_status: AtomicU16::new(0),
             slot: AtomicU32::new(0),
-            unwritten: Unwritten::default(),
-            resets: AtomicU32::new(0),
-            switches: AtomicU32::new(0),
-            pool,
+            pending: AtomicWord::default(),
+            born: OnceLock::new(),
+            home,
             id: self.id,
-            credentials: self.credentials,
-        })
+        }
     }
 }
 
-/// Each request writes to it, and reads other parts of it: what is written stands together, so that processors pass
-/// as few cache lines to each other as may be, and what is read stands behind that, so that few have to be fetched.
+/// The fields that each request writes come first, then those that each request reads: so processors pass as few cache
+/// lines to each other, and fetch as few, as possible.
 #[derive(Debug)]
 #[repr(C)]
 pub(crate) struct Key {
-    pub(crate) state: AtomicState,
+    pub(crate) state: AtomicWord,
     pub(crate) counts: Counts,
     pub(crate) credentials: Rendered,
-    /// The last HTTP status that spoke against the key; 0 for none.
+    /// The last HTTP status that counted against the key; 0 for none.
     last_status: AtomicU16,
-    /// Where the newest snapshot holds it. A hint: the reader checks who is there.
+    /// Where the newest snapshot holds the key. A hint: the reader checks who is there.
     slot: AtomicU32,
-    pub(crate) unwritten: Unwritten,
-    /// How many of an operator's changes to it are on their way to the store: resets, and disables and enables.
-    resets: AtomicU32,
-    switches: AtomicU32,
-    /// A request under way holds no more than its key, and marks it through this.
-    pool: Weak<Inner>,
+    /// The join of the marks that the store does not have yet; never more than `state`, unless that is over.
+    pub(crate) pending: AtomicWord,
+    /// Unknown until the store has been read.
+    born: OnceLock<Born>,
+    home: Weak<dyn Home>,
     pub(crate) id: KeyId,
 }
 
 impl Key {
-    /// The same under another id, with all that is known of it.
-    pub(crate) fn renamed(&self, id: KeyId) -> Arc<Self> {
-        let same = UsableKey { id, credentials: self.credentials.clone() };
-        let same = same.with_state(self.state.load(), self.pool.clone());
+    /// The same key under another id.
+    pub(crate) fn renamed(&self, id: KeyId) -> Self {
+        let same = UsableKey { id, credentials: self.credentials.clone() }.healthy_in(self.home.clone());
         same.set_last_status(self.last_status.load(Relaxed));
         same.counts.take_over(&self.counts);
-        same.unwritten.extend(self.unwritten.rest());
-        same.unwritten.set_marked_at(self.unwritten.marked_at());
+        same.state.update(|_| self.state.load());
+        same.pending.update(|_| self.pending.load());
         same
     }
 
-    /// Until the guard is dropped, what the store says of the key's rest may be old.
-    pub(crate) fn reset_on_its_way(self: Arc<Self>) -> OnItsWay {
-        OnItsWay::of(self, |key| &key.resets)
+    /// Whether this is the key object of that secret and birth. A key whose birth is unknown is born by this.
+    pub(crate) fn is(&self, secret: &Secret, born: Born) -> bool {
+        self.credentials.is_of(secret) && *self.born.get_or_init(|| born) == born
     }
 
-    /// Until the guard is dropped, what the store says of the key being disabled may be old.
-    pub(crate) fn switch_on_its_way(self: Arc<Self>) -> OnItsWay {
-        OnItsWay::of(self, |key| &key.switches)
+    pub(crate) fn born(&self) -> Option<Born> {
+        self.born.get().copied()
     }
 
-    pub(crate) fn is_being_reset(&self) -> bool {
-        self.resets.load(SeqCst) != 0
-    }
-
-    pub(crate) fn is_being_switched(&self) -> bool {
-        self.switches.load(SeqCst) != 0
+    pub(crate) fn has_pending(&self) -> bool {
+        self.pending.load() != Word::HEALTHY
     }
 
     pub(crate) fn slot(&self) -> usize {
@@ -116,10 +111,10 @@ impl Key {
         self.credentials.secret()
     }
 
-    /// An ellipsis and the end of the secret: see [`KeyPool::masked_secret`].
+    /// An ellipsis and the end of the secret.
     pub(crate) fn masked_secret(&self) -> String {
         let secret = self.secret();
-        // ASCII, or it would not have been loaded: a byte is a character.
+        // A usable secret is ASCII: a byte is a character.
         let secret = secret.expose();
         let shown = (secret.len() / 4).min(4);
         format!("…{}", secret.get(secret.len() - shown..).unwrap_or(""))
@@ -131,82 +126,6 @@ impl Key {
 
     pub(crate) fn set_last_status(&self, status: u16) {
         self.last_status.store(status, Relaxed);
-    }
-}
-
-/// An operator's change that the store does not have yet.
-pub(crate) struct OnItsWay {
-    key: Arc<Key>,
-    count: fn(&Key) -> &AtomicU32,
-}
-
-impl OnItsWay {
-    fn of(key: Arc<Key>, count: fn(&Key) -> &AtomicU32) -> Self {
-        count(&key).fetch_add(1, SeqCst);
-        Self { key, count }
-    }
-}
-
-impl Drop for OnItsWay {
-    fn drop(&mut self) {
-        (self.count)(&self.key).fetch_sub(1, SeqCst);
-    }
-}
-
-/// What responses said of a key that the store is still to be told.
-///
-/// The key itself may rest longer, by what was read from the store or told to it before. That is not told again: it may
-/// have been reset there meanwhile.
-#[derive(Debug, Default)]
-pub(crate) struct Unwritten {
-    /// Healthy where nothing waits.
-    rest: AtomicState,
-    marked_at: AtomicU64,
-    /// The newest reload that had begun to read when the store was last told something.
-    reload_when_told: AtomicU64,
-}
-
-impl Unwritten {
-    pub(crate) fn rest(&self) -> State {
-        self.rest.load()
-    }
-
-    pub(crate) fn waits(&self) -> bool {
-        self.rest() != State::HEALTHY
-    }
-
-    /// Whether that rest is longer than what waits.
-    pub(crate) fn lacks(&self, rest: State) -> bool {
-        let waiting = self.rest();
-        waiting.later(rest) != waiting
-    }
-
-    /// Returns what waits then.
-    pub(crate) fn extend(&self, rest: State) -> State {
-        self.rest.extend(rest.disabled(false))
-    }
-
-    pub(crate) fn update(&self, next: impl Fn(State) -> State) {
-        self.rest.update(next);
-    }
-
-    pub(crate) fn marked_at(&self) -> u64 {
-        self.marked_at.load(Relaxed)
-    }
-
-    pub(crate) fn set_marked_at(&self, now: u64) {
-        self.marked_at.fetch_max(now, Relaxed);
-    }
-
-    /// The store has that one; `reload` is the newest that has begun to read.
-    pub(crate) fn acknowledge(&self, written: State, reload: u64) {
-        self.reload_when_told.fetch_max(reload, SeqCst);
-        self.rest.update(|waiting| if waiting == written { State::HEALTHY } else { waiting });
-    }
-
-    /// Whether the store had all that it is to be told before that reload began to read.
-    pub(crate) fn was_read_by(&self, reload: u64) -> bool {
-        !self.waits() && self.reload_when_told.load(SeqCst) < reload
     }
 }
 
@@ -245,14 +164,14 @@ impl Count {
         self.sum.load(Relaxed)
     }
 
-    /// What has been added since this was called before.
+    /// What was added since the last call.
     pub(crate) fn take(&self) -> u64 {
         let sum = self.sum();
         sum.wrapping_sub(self.taken.swap(sum, Relaxed))
     }
 }
 
-/// The key that one request goes out with.
+/// The key that one request is sent with.
 #[derive(Clone, Debug)]
 pub(crate) struct Lease(pub(crate) Arc<Key>);
 
@@ -272,8 +191,10 @@ impl Lease {
         &self.0.credentials
     }
 
-    /// None where the pool is gone, and with it whoever would want to know of a mark.
-    pub(crate) fn pool(&self) -> Option<KeyPool> {
-        self.0.pool.upgrade().map(|inner| KeyPool { inner })
+    /// Applies what the response said of the key, if the pool still exists.
+    pub(crate) fn mark(&self, rest: Rest, hint: Option<Duration>, http_status: u16) {
+        if let Some(pool) = self.0.home.upgrade() {
+            pool.mark(&self.0, rest, hint, http_status);
+        }
     }
 }

@@ -1,15 +1,14 @@
-//! How a pool stands, for the recorder of the `metrics` crate.
+//! The state of a pool, for the recorder of the `metrics` crate.
 
-use super::KeyPool;
+use super::key_pool::KeyPool;
 
 impl KeyPool {
-    /// Tells the recorder of the [`metrics`](https://docs.rs/metrics) crate how things stand: to be called before
-    /// its metrics are read. A [`RecoveryHandle`](crate::RecoveryHandle) does so after each pass, too. Takes a
-    /// time that grows with the number of keys; requests don't notice.
+    /// Records the pool's state with the recorder of the [`metrics`](https://docs.rs/metrics) crate: call it before the
+    /// metrics are read. A [`RecoveryHandle`](crate::RecoveryHandle) does so after each pass, too. Takes a time that
+    /// grows with the number of keys; requests don't notice.
     ///
-    /// The recorder is the one of the calling thread,
-    /// or the global one; without one, nothing happens. Each metric has the label `pool`, which is
-    /// [the pool's name](crate::KeyPoolBuilder::name); none has a label for each key.
+    /// The recorder is that of the calling thread, or the global one; without one, nothing happens. Each metric has the
+    /// label `pool`, [the pool's name](crate::KeyPoolBuilder::name); none has a label for each key.
     ///
     /// | metric | type | what |
     /// |---|---|---|
@@ -20,6 +19,7 @@ impl KeyPool {
     /// | `key_rotation_picks_total` | counter | requests that were given a key |
     /// | `key_rotation_marks_total` | counter | responses that had a key rest, or rest longer, by `reason`: `rate_limited`, `exhausted`, `revoked` |
     /// | `key_rotation_no_key_total` | counter | attempts that found no key, those among them that waited for one afterwards |
+    /// | `key_rotation_unkeyed_total` | counter | requests that were sent without a key: to a host that gets none, or without a host |
     /// | `key_rotation_failovers_total` | counter | further attempts |
     /// | `key_rotation_failover_budget_used_up_total` | counter | further attempts that the budget did not allow |
     /// | `key_rotation_wait_seconds` | histogram | how long requests waited for a key |
@@ -39,7 +39,7 @@ impl KeyPool {
     /// # }
     /// ```
     pub fn record_metrics(&self) {
-        let totals = self.totals();
+        let totals = self.engine().totals(self.unreadable());
         let keys = [
             ("healthy", totals.healthy),
             ("rate_limited", totals.rate_limited),
@@ -49,7 +49,7 @@ impl KeyPool {
         ];
         let next = self.next_return().map_or(f64::INFINITY, |time| time.as_secs_f64());
         self.meter().record(
-            self.picks(),
+            self.engine().picks(),
             &keys,
             &[
                 ("key_rotation_unreadable_keys", totals.unreadable as f64),

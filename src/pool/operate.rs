@@ -1,15 +1,13 @@
-//! What an operator does to keys that there are. Each takes effect in this pool at once, then in the store. What is on
-//! its way to the store is not overruled by a reload that has read it before. A change that is dropped before the store
-//! was asked is not done there, and the next reload takes it back here; a removal is taken back at once.
+//! An operator's changes of keys. Each is made in the store first; the pool applies the store's answer. If the store fails,
+//! nothing changes here. A change whose caller has gone may have been made in the store: the next load brings it in.
 
 use std::sync::Arc;
 
-use super::{KeyPool, key::Key};
+use super::{key::Key, key_pool::KeyPool};
 use crate::{
     key::inject::UnusableSecret,
     key::{InvalidKeyId, KeyId},
-    limit::State,
-    store::StoreError,
+    store::{Operation, Scope, StoreError},
 };
 
 /// Why an operator's change could not be made.
@@ -22,11 +20,11 @@ pub enum OperateError {
     /// There is such a key already, here or in the store.
     #[error("there is a key {0} already")]
     KeyExists(KeyId),
-    /// Another key of this pool has that secret. To the service the two would be one: when it limits one, the other would
-    /// go on.
+    /// Another key of this pool has that secret. To the service the two would be one: when it limits one, the pool would
+    /// go on to use the other.
     #[error("key {0} has the same secret")]
     DuplicateSecret(KeyId),
-    /// That can't be the name of a key.
+    /// The id can't be the name of a key.
     #[error(transparent)]
     InvalidKeyId(#[from] InvalidKeyId),
     /// No request could carry the secret.
@@ -45,38 +43,36 @@ pub enum OperateError {
         /// The field.
         field: &'static str,
     },
-    /// The store had failed several times in a row by the turn of this one of many keys, which is not in this pool.
-    #[error("it was not tried: the store had failed for the keys before it")]
+    /// The store had failed several times in a row before the turn of this one of many keys, which was not inserted.
+    #[error("the key was not tried: the store had failed for the keys before it")]
     NotTried,
-    /// The store failed, or gave no answer in time. A key that was to be inserted is not in this pool, one that was to
-    /// be removed is in it again, and what else was done in this pool holds, until the next reload: then the store
-    /// has the last word.
-    #[error("the store does not know of it")]
+    /// The store failed, or did not answer in time. Nothing has changed in this pool. If the store made the change
+    /// nevertheless, the next load brings it in.
+    #[error("the store did not confirm the change")]
     Store(#[from] StoreError),
 }
 
 impl KeyPool {
-    /// Removes a key for good. Requests that are under way with it finish.
+    /// Removes a key for good. Requests in flight with it finish.
     ///
     /// # Errors
     ///
-    /// Where there is no such key; and where the store fails, in which case the pool has the key again.
+    /// If there is no such key, or if the store fails.
     pub async fn remove(&self, id: impl AsRef<str>) -> Result<(), OperateError> {
-        let mut leaving = Leaving::out_of(self, self.known(id.as_ref())?.id.clone())?;
-        let persistence = &self.inner.persistence;
-        let _turn = persistence.turn.lock().await;
-        self.plant_seeds_in_turn().await?;
-        // One of that name may have been inserted meanwhile.
-        leaving.take_out();
-        if let Some(store) = &persistence.store {
-            store.remove(&leaving.id).await?;
-        }
-        leaving.for_good();
+        let key = self.known(id.as_ref())?;
+        let Some(link) = self.link() else {
+            self.engine().remove(&key.id);
+            return Ok(());
+        };
+        let _turn = link.loader.turn().await?;
+        let key = self.known(key.id.as_str())?;
+        link.store.operate(key.id.clone(), Operation::Remove).await?;
+        self.engine().remove(&key.id);
         Ok(())
     }
 
-    /// Ends a key's rest, whatever its reason, and forgets marks that the store does not have yet. A key that
-    /// is disabled stays so.
+    /// Ends all rests of a key, whatever their reasons, and drops what responses said of it before. A key that is
+    /// disabled stays disabled.
     ///
     /// ```
     /// use tower_key_rotation::KeyPool;
@@ -94,48 +90,21 @@ impl KeyPool {
     ///
     /// # Errors
     ///
-    /// Where there is no such key, or the store fails.
+    /// If there is no such key, or if the store fails.
     pub async fn reset(&self, id: impl AsRef<str>) -> Result<(), OperateError> {
-        let key = self.known(id.as_ref())?;
-        let _on_its_way = key.clone().reset_on_its_way();
-        self.end_rest(&key, || false);
-        let asked = self.now();
-        let persistence = &self.inner.persistence;
-        let _turn = persistence.turn.lock().await;
-        self.plant_seeds_in_turn().await?;
-        // It may be another one of that name by now. What a response has said since then is news.
-        let key = self.known(id.as_ref())?;
-        let is_news = || key.unwritten.marked_at() > asked;
-        self.end_rest(&key, is_news);
-        // A mark that is on its way arrives before the reset, not after it.
-        let _no_write_under_way = persistence.writing.lock().await;
-        let Some(store) = &persistence.store else { return Ok(()) };
-        found(&key, store.reset(&key.id).await?)?;
-        if is_news() {
-            // The store took that mark for an older one than the reset, which has only now come to it. The key's state is
-            // that mark: no reload has brought in a rest meanwhile.
-            key.unwritten.set_marked_at(self.now());
-            key.unwritten.extend(key.state.load());
-            self.refresh(&key);
-            persistence.mark_waits();
-        }
-        Ok(())
+        self.change(id.as_ref(), Operation::Reset(None)).await
     }
 
-    /// A reset that is asked for, and waits for its turn until it is polled again.
-    #[cfg(all(test, any(schedules = "loom", schedules = "shuttle")))]
-    pub(super) fn reset_that_waits(
-        &self,
-        id: &'static str,
-    ) -> impl Future<Output = Result<(), OperateError>> + use<> {
-        let _turn = self.inner.persistence.turn.try_lock().expect("nobody has the turn");
-        let pool = self.clone();
-        let mut reset = Box::pin(async move { pool.reset(id).await });
-        assert!(futures_util::FutureExt::now_or_never(reset.as_mut()).is_none(), "it waits for its turn");
-        reset
+    /// Ends the rest of one scope of a key.
+    ///
+    /// # Errors
+    ///
+    /// If there is no such key, or if the store fails.
+    pub async fn reset_scope(&self, id: impl AsRef<str>, scope: Scope) -> Result<(), OperateError> {
+        self.change(id.as_ref(), Operation::Reset(Some(scope))).await
     }
 
-    /// Takes a key out of service until [`enable`](Self::enable). Its cooldown, if it has one, goes on.
+    /// Takes a key out of service until [`enable`](Self::enable). Its cooldown, if it has one, continues.
     ///
     /// ```
     /// use tower_key_rotation::KeyPool;
@@ -153,119 +122,58 @@ impl KeyPool {
     ///
     /// # Errors
     ///
-    /// Where there is no such key, or the store fails.
+    /// If there is no such key, or if the store fails.
     pub async fn disable(&self, id: impl AsRef<str>) -> Result<(), OperateError> {
-        self.set_disabled(id.as_ref(), true).await
+        self.change(id.as_ref(), Operation::Disable).await
     }
 
-    /// Puts a disabled key back into service; if it still has a cooldown, when that ends.
+    /// Puts a disabled key back into service; if it has a cooldown, when that ends.
     ///
     /// # Errors
     ///
-    /// Where there is no such key, or the store fails.
+    /// If there is no such key, or if the store fails.
     pub async fn enable(&self, id: impl AsRef<str>) -> Result<(), OperateError> {
-        self.set_disabled(id.as_ref(), false).await
+        self.change(id.as_ref(), Operation::Enable).await
     }
 
-    async fn set_disabled(&self, id: &str, disabled: bool) -> Result<(), OperateError> {
-        let _on_its_way = self.known(id)?.switch_on_its_way();
-        let set = || {
-            let key = self.known(id)?;
-            self.change(&key, |state| state.disabled(disabled));
-            Ok::<_, OperateError>(key)
+    async fn change(&self, id: &str, operation: Operation) -> Result<(), OperateError> {
+        let key = self.known(id)?;
+        let Some(link) = self.link() else {
+            self.change_alone(&key, operation);
+            return Ok(());
         };
-        set()?;
-        let persistence = &self.inner.persistence;
-        let _turn = persistence.turn.lock().await;
-        self.plant_seeds_in_turn().await?;
-        // It may be another one of that name by now.
-        let key = set()?;
-        match &persistence.store {
-            Some(store) => found(&key, store.set_disabled(&key.id, disabled).await?),
-            None => Ok(()),
+        let turn = link.loader.turn().await?;
+        // The key may have been replaced meanwhile.
+        let key = self.known(id)?;
+        let changed = link.store.operate(key.id.clone(), operation).await?;
+        let standing = changed.ok_or_else(|| OperateError::UnknownKey(key.id.to_string()))?;
+        if key.born() == Some(standing.born) {
+            self.engine().apply(&key, &standing);
+        } else {
+            // The store has another key of that id. If it can't be loaded now, the next pass does it.
+            let _ = link.loader.load_in(turn, Some(vec![key.id.clone()])).await;
+        }
+        Ok(())
+    }
+
+    /// What a store would do.
+    fn change_alone(&self, key: &Arc<Key>, operation: Operation) {
+        let engine = self.engine();
+        match operation {
+            Operation::Reset(scope) => {
+                let mut words = engine.words(key);
+                words.reset(scope.as_ref());
+                engine.join(key, &words);
+            }
+            Operation::Disable => engine.set_disabled(key, true),
+            Operation::Enable => engine.set_disabled(key, false),
+            Operation::Insert(_) | Operation::Remove => {}
         }
     }
 
     fn known(&self, id: &str) -> Result<Arc<Key>, OperateError> {
-        let snapshot = self.inner.snapshot.load();
-        // As much of it as a key's name can have: it may be anything.
+        let snapshot = self.engine().snapshot();
+        // As much of the id as a key's name can have: it may be anything.
         snapshot.get(id).cloned().ok_or_else(|| OperateError::UnknownKey(id.chars().take(256).collect()))
     }
-
-    /// Forgets that the key rests, unless that is news, which is asked with each look: a mark may come just now.
-    fn end_rest(&self, key: &Arc<Key>, is_news: impl Fn() -> bool) {
-        let end = |state: State| if is_news() { state } else { State::HEALTHY.disabled(state.is_disabled()) };
-        // In this order, or a mark that comes in between has the store told of the old rest.
-        key.unwritten.update(end);
-        self.change(key, end);
-    }
-
-    fn change(&self, key: &Arc<Key>, next: impl Fn(State) -> State) {
-        key.state.update(next);
-        self.refresh(key);
-        self.inner.returned.notify_waiters();
-    }
-
-    /// The key that was taken out.
-    fn take_out(&self, id: &KeyId) -> Option<Arc<Key>> {
-        let mut taken = None;
-        self.edit(|before| {
-            taken = before.get(id.as_str()).cloned();
-            taken.as_ref()?;
-            Some(before.keys().iter().filter(|key| key.id != *id).cloned().collect())
-        });
-        taken
-    }
-}
-
-/// A key whose removal is on its way to the store. Dropped before [`for_good`](Self::for_good), it is in the pool
-/// again, with all that is known of it; meanwhile a reload does not bring it in.
-struct Leaving<'a> {
-    pool: &'a KeyPool,
-    id: KeyId,
-    key: Option<Arc<Key>>,
-}
-
-impl<'a> Leaving<'a> {
-    fn out_of(pool: &'a KeyPool, id: KeyId) -> Result<Self, OperateError> {
-        if !pool.inner.persistence.leaving().insert(id.clone()) {
-            return Err(OperateError::UnknownKey(id.to_string()));
-        }
-        let mut leaving = Self { pool, id, key: None };
-        leaving.take_out();
-        Ok(leaving)
-    }
-
-    fn take_out(&mut self) {
-        if let Some(key) = self.pool.take_out(&self.id) {
-            self.pool.count_out(&key);
-            self.key = Some(key);
-        }
-    }
-
-    fn for_good(mut self) {
-        self.key = None;
-    }
-}
-
-impl Drop for Leaving<'_> {
-    fn drop(&mut self) {
-        if let Some(key) = self.key.take() {
-            self.pool.edit(|before| {
-                let is_free = before.get(self.id.as_str()).is_none();
-                is_free.then(|| {
-                    self.pool.count_in(&key);
-                    before.keys().iter().cloned().chain([key]).collect()
-                })
-            });
-            // A mark that was made meanwhile could not be found.
-            self.pool.inner.persistence.mark_waits();
-        }
-        self.pool.inner.persistence.leaving().remove(&self.id);
-    }
-}
-
-/// What the store says of a key that this pool has.
-fn found(key: &Key, found: bool) -> Result<(), OperateError> {
-    if found { Ok(()) } else { Err(OperateError::UnknownKey(key.id.to_string())) }
 }

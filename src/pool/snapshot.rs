@@ -1,7 +1,7 @@
 //! The keys of a pool at one moment, and indexes over their states.
 //!
-//! A key's own state is the truth. `available` and `cooling` only say where to look: each change of a state
-//! is followed by [`Snapshot::refresh`], and who comes to a key through an index checks the state itself.
+//! A key's own state is the truth. The indexes say where to look: each change of a state is followed by
+//! [`Snapshot::refresh`], and whoever finds a key through an index checks its state.
 
 use std::{
     hash::{BuildHasher, RandomState},
@@ -14,7 +14,7 @@ use hashbrown::HashTable;
 use super::{bitset::AtomicBitSet, deadlines::Deadlines, key::Key};
 use crate::{
     key::KeyId,
-    limit::{NEVER, State},
+    limit::NEVER,
     sync::atomic::{
         AtomicU64, AtomicUsize,
         Ordering::{Relaxed, SeqCst},
@@ -30,28 +30,27 @@ pub(crate) struct Snapshot {
     by_id: SlotsById,
     available: AtomicBitSet,
     cooling: Deadlines,
-    unwritten: AtomicBitSet,
+    pending: AtomicBitSet,
     cursor: Cursor,
-    /// How often slots have begun, and have ended, to be refreshed.
+    /// How many refreshes of slots have begun, and have ended.
     begun: AtomicU64,
     ended: AtomicU64,
 }
 
-/// Every pick writes it, so nothing that every pick reads may stand on its cache line, nor on the one that
+/// Every pick writes the cursor, so nothing that every pick reads may be on its cache line, nor on the one that
 /// processors fetch with it.
 #[derive(Debug)]
 #[repr(align(128))]
 struct Cursor(AtomicUsize);
 
 impl Snapshot {
-    /// Goes on with the turn where `before` stood: keys that stay have to stand in the same order as there, and
-    /// new ones behind them.
+    /// Continues the turn of `before`: keys that stay must be in the same order as there, and new ones behind them.
     pub(crate) fn new(keys: Vec<Arc<Key>>, before: Option<&Self>) -> Self {
         let snapshot = Self {
             by_id: SlotsById::new(&keys),
             available: AtomicBitSet::new(keys.len()),
             cooling: Deadlines::new(keys.len()),
-            unwritten: AtomicBitSet::new(keys.len()),
+            pending: AtomicBitSet::new(keys.len()),
             cursor: Cursor(AtomicUsize::new(0)),
             begun: AtomicU64::new(0),
             ended: AtomicU64::new(0),
@@ -85,36 +84,36 @@ impl Snapshot {
     #[inline(always)]
     pub(crate) fn pick(&self) -> Option<&Arc<Key>> {
         let cursor = self.cursor.0.load(Relaxed);
-        // Most often it is close by, and nobody else picks just now.
+        // The usual case: the next key is close by, and no other thread picks at this moment.
         if let Some(slot) = self.available.next_close_by(self.begin_from(cursor))
             && let Some(key) = self.take(cursor, slot)
-            && key.state.load() == State::HEALTHY
+            && key.state.load().is_available()
         {
             return Some(key);
         }
-        self.pick_however_long_it_takes()
+        self.pick_slow()
     }
 
-    fn pick_however_long_it_takes(&self) -> Option<&Arc<Key>> {
+    fn pick_slow(&self) -> Option<&Arc<Key>> {
         loop {
             let cursor = self.cursor.0.load(Relaxed);
             let slot = self.next_available(self.begin_from(cursor))?;
             let Some(key) = self.take(cursor, slot) else { continue };
-            if key.state.load() == State::HEALTHY {
+            if key.state.load().is_available() {
                 return Some(key);
             }
             self.refresh_slot(slot);
         }
     }
 
-    /// Behind the last key the round begins anew; unless keys have been added there meanwhile.
+    /// Behind the last key the round begins again, unless keys were added there meanwhile.
     #[inline(always)]
     fn begin_from(&self, cursor: usize) -> usize {
         if cursor < self.keys.len() { cursor } else { 0 }
     }
 
-    /// Passes the turn to the key behind the one that is picked, not behind the one that was asked for: every
-    /// available key gets its share, whatever rests between them.
+    /// Moves the cursor behind the key that is picked, not behind its own slot: so every available key gets the same
+    /// share, whatever rests between them.
     #[inline(always)]
     fn take(&self, cursor: usize, slot: usize) -> Option<&Arc<Key>> {
         let taken = self.cursor.0.compare_exchange(cursor, slot + 1, Relaxed, Relaxed);
@@ -134,25 +133,25 @@ impl Snapshot {
         self.first_available().is_some()
     }
 
-    #[cfg(feature = "failover")]
     pub(crate) fn count_available(&self) -> usize {
         self.available.count()
     }
 
-    /// When the first resting key is due back, at the earliest.
+    /// The earliest deadline of a resting key.
     #[inline]
     pub(crate) fn earliest(&self) -> u64 {
         self.cooling.earliest()
     }
 
-    /// The same, without the moment in which another thread moves a deadline back.
+    /// The earliest deadline, also while another thread moves one back.
     pub(crate) fn next_deadline(&self) -> u64 {
         self.cooling.earliest_for_certain()
     }
 
-    /// The same for those who would otherwise give up; zero where a key is available after all. It looks at
-    /// every key's state where another thread is just bringing the indexes in line with one, and does so itself
-    /// with the first key: who looks again needs not wait for that thread, which may have been stopped.
+    /// The earliest deadline before a caller gives up; zero if a key is available.
+    ///
+    /// While another thread refreshes a slot, this reads every key's state, and refreshes the first key's slot itself:
+    /// the caller's next look must not depend on a thread that may be descheduled.
     pub(crate) fn earliest_for_certain(&self) -> u64 {
         let ended = self.ended.load(SeqCst);
         if self.has_available() {
@@ -163,7 +162,7 @@ impl Snapshot {
             return earliest;
         }
         let due = |slot: usize| match self.keys[slot].state.load() {
-            State::HEALTHY => 0,
+            state if state.is_available() => 0,
             state => state.deadline(),
         };
         let Some((first, slot)) = (0..self.keys.len()).map(|slot| (due(slot), slot)).min() else {
@@ -173,15 +172,15 @@ impl Snapshot {
         first
     }
 
-    /// Returns a bounded number of keys whose cooldown has ended, and says which.
+    /// Returns a bounded number of keys to service whose cooldown has ended, and calls `returned` with each.
     pub(crate) fn return_expired(&self, now: u64, mut returned: impl FnMut(&Arc<Key>)) {
-        // From the cursor on, so that a key whose turn it is has come back before it is passed over.
+        // From the cursor on: a key whose turn it is must come back before the cursor passes it.
         let cursor = self.cursor.0.load(Relaxed);
         for _ in 0..EXPIRED_PER_PICK {
             let due = self.cooling.next_due(cursor, now).or_else(|| self.cooling.next_due(0, now));
-            let Some(slot) = due else { return self.cooling.put_first_path_right(now) };
+            let Some(slot) = due else { return self.cooling.correct_first_path(now) };
             let key = &self.keys[slot];
-            let expired = key.state.update(|state| if state.is_over(now) { State::HEALTHY } else { state });
+            let expired = key.state.update(|state| if state.is_over(now) { state.ended() } else { state });
             self.refresh_slot(slot);
             if expired.is_some() {
                 returned(key);
@@ -200,6 +199,10 @@ impl Snapshot {
         (0..self.keys.len()).for_each(|slot| self.refresh_slot(slot));
     }
 
+    pub(crate) fn holds(&self, key: &Arc<Key>) -> bool {
+        self.slot_of(key).is_some()
+    }
+
     fn slot_of(&self, key: &Arc<Key>) -> Option<usize> {
         let holds = |slot: &usize| self.keys.get(*slot).is_some_and(|held| Arc::ptr_eq(held, key));
         Some(key.slot()).filter(holds).or_else(|| self.slot(&key.id).filter(holds))
@@ -210,18 +213,18 @@ impl Snapshot {
         self.begun.fetch_add(1, SeqCst);
         loop {
             let state = key.state.load();
-            // A key is in both indexes for a moment rather than in neither: who finds it nowhere gives up.
-            if state == State::HEALTHY {
+            // For a moment a key is in both indexes rather than in neither: a pick that finds it nowhere gives up.
+            if state.is_available() {
                 self.available.insert(slot);
                 self.cooling.set(slot, state.deadline());
             } else {
                 self.cooling.set(slot, state.deadline());
                 self.available.remove(slot);
             }
-            if key.unwritten.waits() {
-                self.unwritten.insert(slot);
+            if key.has_pending() {
+                self.pending.insert(slot);
             }
-            // Two refreshes of one slot may overlap; the one that wrote last still has to look.
+            // Two refreshes of one slot may overlap; the one that wrote last must look again.
             if key.state.load() == state {
                 break;
             }
@@ -229,18 +232,18 @@ impl Snapshot {
         self.ended.fetch_add(1, SeqCst);
     }
 
-    /// Takes the next key in these places of which a mark waits.
-    pub(crate) fn take_unwritten(&self, slots: Range<usize>) -> Option<(usize, &Arc<Key>)> {
-        let slot = self.unwritten.next_from(slots.start).filter(|slot| *slot < slots.end)?;
-        self.unwritten.remove(slot);
+    /// Takes the next key in these slots that has a pending mark.
+    pub(crate) fn take_pending(&self, slots: Range<usize>) -> Option<(usize, &Arc<Key>)> {
+        let slot = self.pending.next_from(slots.start).filter(|slot| *slot < slots.end)?;
+        self.pending.remove(slot);
         Some((slot, &self.keys[slot]))
     }
 
-    pub(crate) fn count_unwritten(&self) -> usize {
-        self.keys.iter().filter(|key| key.unwritten.waits()).count()
+    pub(crate) fn count_pending(&self) -> usize {
+        self.keys.iter().filter(|key| key.has_pending()).count()
     }
 
-    /// Fails where an index does not say what the states say, while nobody changes one.
+    /// Fails if an index and the states disagree while no thread changes them.
     #[cfg(all(test, any(schedules = "loom", schedules = "shuttle")))]
     pub(crate) fn assert_in_line(&self) {
         let slots_of = |next: &dyn Fn(usize) -> Option<usize>| {
@@ -255,15 +258,15 @@ impl Snapshot {
             assert_eq!(slots_of(&|slot| self.cooling.next_due(slot, time)), due, "due at {time}");
         }
         assert!(self.keys.iter().all(|key| self.earliest() <= deadline(key)), "a deadline is overlooked");
-        let healthy = slots_where(&|key| key.state.load() == State::HEALTHY);
-        assert_eq!(slots_of(&|slot| self.available.next_from(slot)), healthy, "available");
-        let waiting = slots_where(&|key| key.unwritten.waits());
-        let unwritten = slots_of(&|slot| self.unwritten.next_from(slot));
-        assert!(waiting.iter().all(|slot| unwritten.contains(slot)), "a mark waits, and nobody knows");
+        let available = slots_where(&|key| key.state.load().is_available());
+        assert_eq!(slots_of(&|slot| self.available.next_from(slot)), available, "available");
+        let pending = slots_where(&|key| key.has_pending());
+        let indexed = slots_of(&|slot| self.pending.next_from(slot));
+        assert!(pending.iter().all(|slot| indexed.contains(slot)), "a pending mark is in no index");
     }
 }
 
-/// Which key an id is: an index into the keys, which hold the ids.
+/// The slot of each id. The keys hold the ids themselves.
 #[derive(Debug)]
 struct SlotsById {
     slots: HashTable<u32>,
@@ -271,7 +274,7 @@ struct SlotsById {
 }
 
 impl SlotsById {
-    /// Ids are taken to be all different: a pool sees to that.
+    /// All ids must be different.
     fn new(keys: &[Arc<Key>]) -> Self {
         let hasher = RandomState::new();
         let hash = |slot: &u32| hasher.hash_one(keys[*slot as usize].id.as_str());
@@ -293,52 +296,77 @@ mod tests {
     use std::{sync::Weak, time::Duration};
 
     use super::*;
-    use crate::{key::inject::Inject, limit::Rest, pool::key::UsableKey};
+    use crate::{
+        key::inject::Inject,
+        limit::{Rest, Resting, Until, Word},
+        pool::key::{Home, UsableKey},
+    };
+
+    #[derive(Debug)]
+    struct Nowhere;
+
+    impl Home for Nowhere {
+        fn mark(&self, _: &Arc<Key>, _: Rest, _: Option<Duration>, _: u16) {}
+    }
 
     fn snapshot(ids: &[&str]) -> Snapshot {
-        let key =
-            |id: &&str| UsableKey::new(KeyId::new(id).unwrap(), &"sk".into(), &Inject::bearer()).unwrap();
-        Snapshot::new(ids.iter().map(|id| key(id).healthy_in(Weak::new())).collect(), None)
+        let key = |id: &&str| {
+            let key = UsableKey::new(KeyId::new(id).unwrap(), &"sk".into(), &Inject::bearer()).unwrap();
+            Arc::new(key.healthy_in(Weak::<Nowhere>::new()))
+        };
+        Snapshot::new(ids.iter().map(key).collect(), None)
+    }
+
+    fn resting() -> Word {
+        let until = Until::After(Duration::from_secs(120));
+        Word::new(0, Some(Resting { until, reason: Rest::RateLimited }), Duration::ZERO)
     }
 
     #[test]
-    fn a_key_whose_state_has_changed_is_not_picked_although_the_index_does_not_know_it_yet() {
+    fn resting_keys_are_never_picked_by_stale_indexes() {
         let snapshot = snapshot(&["alpha", "beta"]);
-        let resting = State::resting(Rest::RateLimited, Some(Duration::from_secs(120)));
-        snapshot.keys()[0].state.update(|_| resting);
+        snapshot.keys()[0].state.update(|_| resting());
         for _ in 0..3 {
             assert_eq!(snapshot.pick().unwrap().id.as_str(), "beta");
         }
-        snapshot.keys()[1].state.update(|_| resting);
+        snapshot.keys()[1].state.update(|_| resting());
         assert!(snapshot.pick().is_none());
     }
 
     #[test]
-    fn who_would_give_up_goes_by_the_states_of_keys_while_one_is_being_refreshed() {
+    fn a_key_of_any_generation_is_picked() {
         let snapshot = snapshot(&["alpha"]);
-        let resting = State::resting(Rest::RateLimited, Some(Duration::from_secs(120)));
-        snapshot.keys()[0].state.update(|_| resting);
-        // What another thread sees that comes between the two indexes.
-        snapshot.available.remove(0);
-        assert_eq!(snapshot.earliest_for_certain(), NEVER);
-        snapshot.begun.fetch_add(1, SeqCst);
-        assert_eq!(snapshot.earliest_for_certain(), resting.deadline());
-        snapshot.keys()[0].state.update(|_| State::HEALTHY);
+        snapshot.keys()[0].state.update(|_| Word::new(3, None, Duration::ZERO));
+        assert!(snapshot.pick().is_some());
+        snapshot.refresh_all();
         assert_eq!(snapshot.earliest_for_certain(), 0);
     }
 
     #[test]
-    fn a_mark_is_taken_out_of_the_places_that_are_asked_for_only() {
-        let snapshot = snapshot(&["alpha", "beta"]);
-        snapshot.keys()[1].unwritten.extend(State::resting(Rest::Revoked, None));
-        snapshot.refresh_slot(1);
-        assert!(snapshot.take_unwritten(0..1).is_none());
-        assert_eq!(snapshot.take_unwritten(0..2).map(|(slot, _)| slot), Some(1));
-        assert!(snapshot.take_unwritten(0..2).is_none());
+    fn states_decide_about_keys_during_a_refresh() {
+        let snapshot = snapshot(&["alpha"]);
+        snapshot.keys()[0].state.update(|_| resting());
+        // What another thread sees between the writes to the two indexes.
+        snapshot.available.remove(0);
+        assert_eq!(snapshot.earliest_for_certain(), NEVER);
+        snapshot.begun.fetch_add(1, SeqCst);
+        assert_eq!(snapshot.earliest_for_certain(), resting().deadline());
+        snapshot.keys()[0].state.update(|_| Word::HEALTHY);
+        assert_eq!(snapshot.earliest_for_certain(), 0);
     }
 
     #[test]
-    fn a_key_is_found_by_its_id_and_no_other_is() {
+    fn pending_marks_are_taken_once_per_slot() {
+        let snapshot = snapshot(&["alpha", "beta"]);
+        snapshot.keys()[1].pending.update(|_| resting());
+        snapshot.refresh_slot(1);
+        assert!(snapshot.take_pending(0..1).is_none());
+        assert_eq!(snapshot.take_pending(0..2).map(|(slot, _)| slot), Some(1));
+        assert!(snapshot.take_pending(0..2).is_none());
+    }
+
+    #[test]
+    fn a_snapshot_finds_keys_by_id() {
         let snapshot = snapshot(&["alpha", "beta"]);
         assert_eq!(snapshot.get("beta").unwrap().id.as_str(), "beta");
         assert!(snapshot.get("gamma").is_none());

@@ -1,11 +1,15 @@
 //! What a pool looks like at one moment.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
-use super::{KeyPool, key::Key};
-use crate::{key::KeyId, limit::Status, sync::atomic::Ordering::Relaxed};
+use super::{engine::Engine, key::Key};
+use crate::{
+    key::KeyId,
+    limit::{Resting, Scope, Status, Until},
+    sync::atomic::Ordering::Relaxed,
+};
 
-/// The totals of a pool, and each key: see [`KeyPool::stats`].
+/// The totals of a pool, and each key: see [`KeyPool::stats`](crate::KeyPool::stats).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
@@ -20,59 +24,63 @@ pub struct PoolStats {
     pub revoked: usize,
     /// Keys that an operator took out of service.
     pub disabled: usize,
-    /// Marks that the store does not have yet.
+    /// Keys with marks that the store does not have yet.
     pub marks_waiting: usize,
-    /// What the store holds that can't be used as a key. Each was logged once, with the reason.
+    /// Entries of the store that can't be used as a key. Each was logged once, with the reason.
     pub unreadable: usize,
+    /// Requests that were sent without a key: to a host that gets none, or without a host. Each host was logged
+    /// once, with the reason.
+    pub unkeyed: u64,
     /// Each key, in the order in which they are picked.
     pub keys: Vec<KeyStats>,
 }
 
-/// One key: see [`KeyPool::stats`].
+/// One key: see [`KeyPool::stats`](crate::KeyPool::stats).
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct KeyStats {
     /// Its public name.
     pub id: KeyId,
-    /// What it is good for.
+    /// Whether it is picked, and if not, why.
     pub status: Status,
-    /// How long it still rests; `None` where it doesn't, or not for a time of its own. Serialized in
-    /// seconds, with a fraction.
+    /// How long it still rests; `None` if it doesn't, or until a reset. Serialized in seconds, with a fraction.
     #[cfg_attr(feature = "serde", serde(rename = "time_left_seconds", serialize_with = "seconds"))]
     pub time_left: Option<Duration>,
+    /// The scopes of the key that rest.
+    pub scopes: Vec<ScopeStats>,
     /// Requests that were sent with it.
     pub requests: u64,
-    /// Responses that spoke against it: 429s, and whatever else the classifier counts.
+    /// Responses that counted against it: 429s, and whatever else the classifier counts.
     pub limited: u64,
     /// How often it came back by itself after a rest.
     pub recovered: u64,
-    /// What [`KeyPool::record_usage`] credited to it.
+    /// What [`KeyPool::record_usage`](crate::KeyPool::record_usage) credited to it.
     pub tokens: u64,
-    /// The last response that spoke against it, as its HTTP status.
+    /// The HTTP status of the last response that counted against it.
     pub last_reason: Option<u16>,
 }
 
-impl KeyPool {
-    /// The totals, and each key. Takes a time that grows with the number of keys; requests don't notice.
-    ///
-    /// ```
-    /// use tower_key_rotation::{KeyPool, Status};
-    ///
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// let pool = KeyPool::builder().key("alpha", "sk-1").build()?;
-    /// let stats = pool.stats();
-    /// assert_eq!((stats.healthy, stats.rate_limited), (1, 0));
-    /// assert_eq!(stats.keys[0].id.as_str(), "alpha");
-    /// assert_eq!(stats.keys[0].status, Status::Healthy);
-    /// # Ok(())
-    /// # }
-    /// ```
-    #[must_use]
-    pub fn stats(&self) -> PoolStats {
-        let mut keys = Vec::with_capacity(self.len());
-        let totals = self.look_at_each(|key, now| {
-            let key = key_stats(key, now);
+/// A rest of one scope of a key: see [`KeyStats::scopes`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
+pub struct ScopeStats {
+    /// The scope.
+    pub scope: Scope,
+    /// Why it rests.
+    pub status: Status,
+    /// How long it still rests; `None` until a reset. Serialized in seconds, with a fraction.
+    #[cfg_attr(feature = "serde", serde(rename = "time_left_seconds", serialize_with = "seconds"))]
+    pub time_left: Option<Duration>,
+}
+
+impl Engine {
+    /// The totals, and each key.
+    pub(crate) fn stats(&self, unreadable: usize) -> PoolStats {
+        let mut keys = Vec::with_capacity(self.snapshot().keys().len());
+        let totals = self.look_at_each(unreadable, |key, now| {
+            let key = self.key_stats(key, now);
             let status = key.status;
             keys.push(key);
             status
@@ -80,20 +88,25 @@ impl KeyPool {
         PoolStats { keys, ..totals }
     }
 
-    /// The same without each key.
+    /// The totals alone.
     #[cfg(feature = "metrics")]
-    pub(crate) fn totals(&self) -> PoolStats {
-        self.look_at_each(|key, now| key.state.load().status(now))
+    pub(crate) fn totals(&self, unreadable: usize) -> PoolStats {
+        self.look_at_each(unreadable, |key, now| key.state.load().status(now))
     }
 
-    fn look_at_each(&self, mut status: impl FnMut(&Key, u64) -> Status) -> PoolStats {
-        let snapshot = self.inner.snapshot.load();
-        let now = self.now();
-        // So that a key which is said to be healthy is also said to have come back.
-        self.return_all_expired(&snapshot, now);
+    fn look_at_each(
+        &self,
+        unreadable: usize,
+        mut status: impl FnMut(&Arc<Key>, Duration) -> Status,
+    ) -> PoolStats {
+        // First, so that a key which is shown as healthy is also counted as recovered.
+        self.return_all_expired();
+        let snapshot = self.snapshot();
+        let now = self.config.clock.now();
         let mut totals = PoolStats {
-            marks_waiting: snapshot.count_unwritten(),
-            unreadable: self.inner.persistence.complaints.count(),
+            marks_waiting: snapshot.count_pending(),
+            unreadable,
+            unkeyed: self.config.meter.unkeyed.count(),
             ..PoolStats::default()
         };
         for key in snapshot.keys() {
@@ -107,21 +120,30 @@ impl KeyPool {
         }
         totals
     }
+
+    fn key_stats(&self, key: &Arc<Key>, now: Duration) -> KeyStats {
+        let state = key.state.load();
+        let counts = &key.counts;
+        KeyStats {
+            id: key.id.clone(),
+            status: state.status(now),
+            time_left: state.time_left(now),
+            scopes: self.scopes_of(key).into_iter().map(scope_stats).collect(),
+            requests: counts.requests.sum(),
+            limited: counts.limited.load(Relaxed),
+            recovered: counts.recovered.load(Relaxed),
+            tokens: counts.tokens.sum(),
+            last_reason: key.last_status(),
+        }
+    }
 }
 
-fn key_stats(key: &Key, now: u64) -> KeyStats {
-    let state = key.state.load();
-    let counts = &key.counts;
-    KeyStats {
-        id: key.id.clone(),
-        status: state.status(now),
-        time_left: state.rest(now).and_then(|(_, left)| left),
-        requests: counts.requests.sum(),
-        limited: counts.limited.load(Relaxed),
-        recovered: counts.recovered.load(Relaxed),
-        tokens: counts.tokens.sum(),
-        last_reason: key.last_status(),
-    }
+fn scope_stats((scope, Resting { until, reason }): (Scope, Resting)) -> ScopeStats {
+    let time_left = match until {
+        Until::After(left) => Some(left),
+        Until::Reset => None,
+    };
+    ScopeStats { scope, status: reason.into(), time_left }
 }
 
 #[cfg(feature = "serde")]
@@ -131,20 +153,20 @@ fn seconds<S: serde::Serializer>(time: &Option<Duration>, serializer: S) -> Resu
 
 #[cfg(all(test, feature = "serde"))]
 mod tests {
-    use super::*;
+    use crate::KeyPool;
 
     #[test]
-    fn they_serialize_by_names_that_say_the_unit_and_without_a_secret() {
+    fn stats_serialize_with_units_and_without_a_secret() {
         let pool = KeyPool::builder().key("alpha", "sk-canary").build().unwrap();
         let shown = serde_json::to_value(pool.stats()).unwrap();
         assert_eq!(
             shown,
             serde_json::json!({
                 "healthy": 1, "rate_limited": 0, "exhausted": 0, "revoked": 0, "disabled": 0,
-                "marks_waiting": 0, "unreadable": 0,
+                "marks_waiting": 0, "unreadable": 0, "unkeyed": 0,
                 "keys": [{
-                    "id": "alpha", "status": "healthy", "time_left_seconds": null, "requests": 0, "limited": 0,
-                    "recovered": 0, "tokens": 0, "last_reason": null,
+                    "id": "alpha", "status": "healthy", "time_left_seconds": null, "scopes": [],
+                    "requests": 0, "limited": 0, "recovered": 0, "tokens": 0, "last_reason": null,
                 }],
             })
         );

@@ -1,8 +1,10 @@
-//! What a keyed client can fail with.
+//! The layer's errors.
+
+use std::error::Error as StdError;
 
 use crate::{key::InjectError, pool::NoKeyAvailable};
 
-/// The error of [`KeyRotation`](crate::KeyRotation): its own, or the inner service's.
+/// The error of [`KeyRotation`](crate::KeyRotation): its own, or the client's.
 ///
 /// ```
 /// use tower_key_rotation::Error;
@@ -18,21 +20,27 @@ use crate::{key::InjectError, pool::NoKeyAvailable};
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error<E> {
-    /// There is no key to send the request with. The inner service was not called.
-    #[error(transparent)]
-    NoKeyAvailable(NoKeyAvailable),
-    /// The key can't or must not be put into this request. The inner service was not called.
-    #[error(transparent)]
-    Inject(InjectError),
-    /// The inner service's error.
+    /// No key is available. The request was not sent.
+    #[error("the request was not sent")]
+    NoKeyAvailable(#[source] NoKeyAvailable),
+    /// The key can't or must not be put into this request. The request was not sent.
+    #[error("the request was not sent")]
+    Inject(#[source] InjectError),
+    /// The client's error.
     #[error(transparent)]
     Inner(E),
 }
 
-/// The rotation's own part of [`Error`].
+/// The layer's own part of [`Error`].
 pub(crate) enum Refused {
     NoKeyAvailable(NoKeyAvailable),
     Inject(InjectError),
+}
+
+impl Refused {
+    pub(crate) fn is_no_key(&self) -> bool {
+        matches!(self, Self::NoKeyAvailable(_))
+    }
 }
 
 impl<E> From<Box<Refused>> for Error<E> {
@@ -44,12 +52,14 @@ impl<E> From<Box<Refused>> for Error<E> {
     }
 }
 
+type BoxError = Box<dyn StdError + Send + Sync>;
+
 impl<E: Into<BoxError>> Error<E> {
-    /// What is in it, in a box, as many layers of `tower` want it: a [`NoKeyAvailable`], an [`InjectError`], or
-    /// the inner service's error.
+    /// The error in a box, as many layers of `tower` want it: a [`NoKeyAvailable`], an [`InjectError`], or the client's
+    /// error.
     ///
-    /// `Error<E>` is a `std::error::Error` only where `E` is, which a box is not. So where a layer *inside* the
-    /// rotation gives boxes (`Buffer`, `Timeout`), this is how they go on:
+    /// `Error<E>` is a `std::error::Error` only if `E` is, which a box is not. Where a layer inside this one returns
+    /// boxes, as `Buffer` and `Timeout` do, this makes an error for the layers outside:
     ///
     /// ```
     /// use std::time::Duration;
@@ -66,7 +76,8 @@ impl<E: Into<BoxError>> Error<E> {
     ///     .layer(TimeoutLayer::new(Duration::from_secs(10)))
     ///     .service(service_fn(async |_: Request<()>| Ok::<_, std::io::Error>(Response::new(()))));
     ///
-    /// let error: BoxError = client.oneshot(Request::new(())).await.unwrap_err();
+    /// let request = Request::get("https://api.example.com").body(())?;
+    /// let error: BoxError = client.oneshot(request).await.unwrap_err();
     /// assert!(error.is::<NoKeyAvailable>());
     /// # Ok(())
     /// # }
@@ -80,15 +91,66 @@ impl<E: Into<BoxError>> Error<E> {
     }
 }
 
-type BoxError = Box<dyn std::error::Error + Send + Sync>;
-
 impl<E> Error<E> {
-    /// What is said about the missing key, if that is the error.
+    /// The [`NoKeyAvailable`], if that is the error, also of another pool further in.
+    ///
+    /// `E` is any error or a boxed one; `Via` is inferred.
     #[must_use]
-    pub fn no_key_available(&self) -> Option<&NoKeyAvailable> {
+    pub fn no_key_available<Via>(&self) -> Option<&NoKeyAvailable>
+    where
+        E: AnyError<Via>,
+    {
         match self {
             Self::NoKeyAvailable(error) => Some(error),
-            _ => None,
+            Self::Inject(_) => None,
+            Self::Inner(inner) => {
+                let mut next = Some(inner.as_error());
+                while let Some(error) = next {
+                    if let Some(no_key) = error.downcast_ref() {
+                        return Some(no_key);
+                    }
+                    next = error.source();
+                }
+                None
+            }
         }
+    }
+}
+
+impl<E> Error<Error<E>> {
+    /// Makes the error of two layers, one inside the other, the error of one.
+    ///
+    /// ```
+    /// use std::io;
+    /// use tower_key_rotation::Error;
+    ///
+    /// let nested: Error<Error<io::Error>> = Error::Inner(Error::Inner(io::Error::other("no route")));
+    /// assert!(matches!(nested.flatten(), Error::Inner(error) if error.to_string() == "no route"));
+    /// ```
+    pub fn flatten(self) -> Error<E> {
+        match self {
+            Self::NoKeyAvailable(error) => Error::NoKeyAvailable(error),
+            Self::Inject(error) => Error::Inject(error),
+            Self::Inner(inner) => inner,
+        }
+    }
+}
+
+/// An error whose sources can be walked: any `std::error::Error`, or a `Box<dyn std::error::Error + Send + Sync>`, which
+/// is none itself.
+pub trait AnyError<Via> {
+    #[doc(hidden)]
+    fn as_error(&self) -> &(dyn StdError + 'static);
+}
+
+impl<E: StdError + 'static> AnyError<()> for E {
+    fn as_error(&self) -> &(dyn StdError + 'static) {
+        self
+    }
+}
+
+impl AnyError<BoxError> for BoxError {
+    fn as_error(&self) -> &(dyn StdError + 'static) {
+        &**self
     }
 }

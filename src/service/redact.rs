@@ -6,9 +6,9 @@ use crate::key::query::Parameter;
 mod for_reqwest {
     use std::{any::Any, error::Error as StdError};
 
-    use crate::{key::query::Parameter, message::for_reqwest::redact_url, service::error::Error};
+    use crate::{key::query::Parameter, message::redact_url, service::error::Error};
 
-    /// Whatever is around it: this crate's own error, where another pool is further in, or `reqwest-middleware`'s.
+    /// Looks inside this crate's own error, which another pool further in returns, and `reqwest-middleware`'s.
     macro_rules! redact_any {
         ($error:expr, $parameters:expr) => {{
             if let Some(error) = $error.downcast_mut() {

@@ -1,104 +1,80 @@
-//! The same for `reqwest-middleware`.
+//! The layer as a middleware of `reqwest-middleware`.
 
-use std::fmt;
+use std::{
+    fmt,
+    future::{Future, ready},
+    sync::Arc,
+};
 
 use http::Extensions;
 use reqwest::{Request, Response};
 use reqwest_middleware::{Error as ClientError, Middleware, Next, Result};
 
-use crate::{
-    classify::{ClassifyResponse, TooManyRequests},
-    pool::Lease,
-    service::error::Error,
-    service::failover::{FailoverLayer, FailoverPolicy, SendOnce, Sending, TryClone, send_with_failover},
-    service::layer::{Bodies, KeyRotationLayer},
-    service::rotation::{BodyLimits, Rotation},
-    service::tried,
+use super::{
+    attempts::{Attempts, Client},
+    error::Error,
+    layer::KeyRotationLayer,
+    mode::{Attempt, Once},
+    rotation::Rotation,
 };
+use crate::classify::{ClassifyResponse, TooManyRequests};
 
-/// [`KeyRotationLayer`], and [`FailoverLayer`] if wanted, as a middleware of `reqwest-middleware`.
+/// A [`KeyRotationLayer`], with all its options, as a middleware of `reqwest-middleware`.
 ///
-/// Put it last, next to the client, so that middlewares for tracing and retries see requests without a key.
+/// Put it last, next to the client: middlewares for tracing and retries then see requests without a key.
 ///
-/// Where there is no key, or the key must not be sent, the error is `reqwest_middleware::Error::Middleware`,
-/// with a [`NoKeyAvailable`](crate::NoKeyAvailable) or an [`InjectError`](crate::InjectError) in it.
+/// Where there is no key, or the key must not be sent, the error is `reqwest_middleware::Error::Middleware` with a
+/// [`NoKeyAvailable`](crate::NoKeyAvailable) or an [`InjectError`](crate::InjectError) in it.
 ///
 /// ```
-/// use tower_key_rotation::{FailoverLayer, KeyPool, KeyRotationLayer, KeyRotationMiddleware};
+/// use tower_key_rotation::{Failover, KeyPool, KeyRotationLayer, KeyRotationMiddleware};
 ///
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// let pool = KeyPool::builder().key("alpha", "sk-1").allowed_hosts(["api.example.com"]).build()?;
-/// let rotation = KeyRotationLayer::new(&pool);
+/// let layer = KeyRotationLayer::new(&pool).failover(Failover::attempts(3));
 ///
 /// let client = reqwest_middleware::ClientBuilder::new(reqwest::Client::new())
-///     .with(KeyRotationMiddleware::new(rotation).with_failover(FailoverLayer::new(&pool)))
+///     .with(KeyRotationMiddleware::new(layer))
 ///     .build();
 /// # let _ = client;
 /// # Ok(())
 /// # }
 /// ```
-pub struct KeyRotationMiddleware<C = TooManyRequests> {
-    rotation: Rotation<C>,
-    bodies: Option<BodyLimits>,
-    failover: Option<FailoverPolicy<TryClone>>,
+pub struct KeyRotationMiddleware<C = TooManyRequests, M = Once> {
+    rotation: Arc<Rotation<C, M>>,
 }
 
-impl<C> KeyRotationMiddleware<C> {
+impl<C, M> KeyRotationMiddleware<C, M> {
     /// Does what that layer does.
     #[must_use]
-    pub fn new<B: Bodies>(layer: KeyRotationLayer<C, B>) -> Self {
-        let (rotation, bodies) = layer.into_parts();
-        Self { rotation, bodies, failover: None }
-    }
-
-    /// Does what that layer does around it.
-    #[must_use]
-    pub fn with_failover(mut self, layer: FailoverLayer) -> Self {
-        self.failover = Some(layer.into_policy());
-        self
+    pub fn new(layer: KeyRotationLayer<C, M>) -> Self {
+        Self { rotation: Arc::new(layer.into_rotation()) }
     }
 }
 
-impl<C: ClassifyResponse> KeyRotationMiddleware<C> {
-    async fn send(&self, mut request: Request, extensions: &mut Extensions, next: Next<'_>) -> Sent {
-        let Some(lease) = self.rotation.prepare(&mut request)? else {
-            return next.run(request, extensions).await.map_err(Error::Inner);
-        };
-        let result = match next.run(request, extensions).await {
-            Ok(response) => Ok(self.with_what_is_read(response).await),
-            error => error,
-        };
-        self.rotation.observer.settle(&lease, result)
-    }
-
-    async fn with_what_is_read(&self, response: Response) -> Response {
-        match self.bodies.filter(|_| self.rotation.observer.wants_body(&response)) {
-            Some(limits) => limits.read(&self.rotation.pool, response).await,
-            None => response,
-        }
-    }
-}
-
-type Sent = std::result::Result<Response, Error<ClientError>>;
-
-/// What is behind the middleware, for one request.
-struct Client<'a, C> {
-    middleware: &'a KeyRotationMiddleware<C>,
+/// The client behind the middleware, for one request.
+struct Behind<'a> {
     extensions: &'a mut Extensions,
     next: Next<'a>,
 }
 
-impl<C: ClassifyResponse + Send + Sync> SendOnce<Request, Response, ClientError> for Client<'_, C> {
-    fn send(&mut self, request: Request, tried: Vec<Lease>) -> Sending<'_, Response, ClientError> {
-        let sent = self.middleware.send(request, self.extensions, self.next.clone());
-        Box::pin(tried::drive_without(tried, sent))
+impl Client<Request, Response, ClientError> for Behind<'_> {
+    fn ready(&mut self) -> impl Future<Output = Result<()>> + Send {
+        ready(Ok(()))
     }
+
+    fn send(&mut self, request: Request) -> impl Future<Output = Result<Response>> + Send {
+        self.next.clone().run(request, self.extensions)
+    }
+
+    fn release(&mut self) {}
 }
 
 #[async_trait::async_trait]
-impl<C> Middleware for KeyRotationMiddleware<C>
+impl<C, M> Middleware for KeyRotationMiddleware<C, M>
 where
     C: ClassifyResponse + Send + Sync + 'static,
+    M: Attempt<Request, Response, Response = Response> + Send + Sync + 'static,
 {
     async fn handle(
         &self,
@@ -106,12 +82,13 @@ where
         extensions: &mut Extensions,
         next: Next<'_>,
     ) -> Result<Response> {
-        let sent = match &self.failover {
-            None => self.send(request, extensions, next).await,
-            Some(policy) => {
-                let client = Client { middleware: self, extensions, next };
-                send_with_failover(policy.clone(), request, client).await
+        let sent = match self.rotation.wants_key(&request) {
+            Ok(true) => {
+                let attempts = Attempts::new(self.rotation.clone(), Behind { extensions, next });
+                attempts.run(request).await
             }
+            Ok(false) => next.run(request, extensions).await.map_err(Error::Inner),
+            Err(refused) => Err(refused.into()),
         };
         sent.map_err(|error| match error {
             Error::NoKeyAvailable(error) => ClientError::middleware(error),
@@ -121,11 +98,8 @@ where
     }
 }
 
-impl<C> fmt::Debug for KeyRotationMiddleware<C> {
+impl<C, M> fmt::Debug for KeyRotationMiddleware<C, M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("KeyRotationMiddleware")
-            .field("rotation", &self.rotation)
-            .field("failover", &self.failover)
-            .finish()
+        f.debug_tuple("KeyRotationMiddleware").field(&self.rotation).finish()
     }
 }

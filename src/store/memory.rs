@@ -4,14 +4,12 @@ use std::{
     collections::BTreeMap,
     future::ready,
     sync::{Arc, PoisonError},
-    time::Duration,
 };
 
-use super::{KeyRecord, KeyStore, Loaded, Mark, Recovered, StoreFuture};
+use super::{KeyRecord, KeyStore, Loaded, Mark, Operation, Recovered, Standing, StoreFuture};
 use crate::{
     clock::{Clock, SystemClock},
-    key::{KeyId, Secret},
-    limit::Rest,
+    key::KeyId,
     sync::{Mutex, MutexGuard},
 };
 
@@ -35,16 +33,8 @@ use crate::{
 #[derive(Clone, Debug)]
 pub struct MemoryStore {
     clock: Arc<dyn Clock>,
-    entries: Arc<Mutex<BTreeMap<KeyId, Entry>>>,
-}
-
-#[derive(Debug)]
-struct Entry {
-    secret: Secret,
-    /// Why the key rests and until when; without a time, until somebody resets it.
-    rest: Option<(Rest, Option<Duration>)>,
-    disabled: bool,
-    reset_at: Option<Duration>,
+    /// With words that count from the clock's start.
+    keys: Arc<Mutex<BTreeMap<KeyId, KeyRecord>>>,
 }
 
 impl MemoryStore {
@@ -57,77 +47,65 @@ impl MemoryStore {
     /// An empty store with that clock.
     #[must_use]
     pub fn with_clock(clock: Arc<dyn Clock>) -> Self {
-        Self { clock, entries: Arc::default() }
+        Self { clock, keys: Arc::default() }
     }
 
-    pub(crate) fn add(&self, id: KeyId, secret: Secret) -> bool {
-        let mut entries = self.entries();
-        let free = !entries.contains_key(&id);
-        if free {
-            let entry = Entry { secret, rest: None, disabled: false, reset_at: None };
-            entries.insert(id, entry);
-        }
-        free
+    fn keys(&self) -> MutexGuard<'_, BTreeMap<KeyId, KeyRecord>> {
+        self.keys.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn entries(&self) -> MutexGuard<'_, BTreeMap<KeyId, Entry>> {
-        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    /// How a key stands, with words that count from now.
+    fn count_from_now(&self, standing: &Standing) -> Standing {
+        Standing { words: standing.words.clone().after(self.clock.now()), ..standing.clone() }
     }
 
-    fn records(&self) -> Vec<KeyRecord> {
-        let now = self.clock.now();
-        self.entries().iter().map(|(id, entry)| entry.record(id, now)).collect()
-    }
-
-    fn apply(&self, mark: &Mark) {
-        let now = self.clock.now();
-        let mut entries = self.entries();
-        let Some(entry) = entries.get_mut(&mark.id) else { return };
-        let observed = now.saturating_sub(mark.age);
-        let reset_since = entry.reset_at.is_some_and(|reset| observed < reset);
-        if entry.secret == mark.secret && !reset_since {
-            let until = mark.left.map(|left| now.saturating_add(left));
-            entry.extend(mark.rest, until);
+    fn records(&self, only: Option<&[KeyId]>) -> Vec<KeyRecord> {
+        let keys = self.keys();
+        let record = |key: &KeyRecord| KeyRecord::new(key.spec.clone(), self.count_from_now(&key.standing));
+        match only {
+            Some(ids) => ids.iter().filter_map(|id| keys.get(id)).map(record).collect(),
+            None => keys.values().map(record).collect(),
         }
     }
 
-    fn reset_expired(&self) -> Recovered {
+    fn join(&self, mark: Mark) -> Option<Standing> {
+        let mut keys = self.keys();
+        let key = keys.get_mut(&mark.id).filter(|key| key.standing.born == mark.born)?;
+        key.standing.words.join(&mark.words.later(self.clock.now()));
+        Some(self.count_from_now(&key.standing))
+    }
+
+    fn apply(&self, id: KeyId, operation: Operation) -> Option<Standing> {
+        let mut keys = self.keys();
+        let key = match operation {
+            Operation::Insert(_) if keys.contains_key(&id) => return None,
+            Operation::Insert(spec) => keys.entry(id).or_insert(KeyRecord::new(spec, Standing::healthy())),
+            Operation::Remove => return keys.remove(&id).map(|key| self.count_from_now(&key.standing)),
+            Operation::Reset(scope) => {
+                let key = keys.get_mut(&id)?;
+                key.standing.words.reset(scope.as_ref());
+                key
+            }
+            Operation::Disable | Operation::Enable => {
+                let key = keys.get_mut(&id)?;
+                key.standing.disabled = operation == Operation::Disable;
+                key
+            }
+        };
+        Some(self.count_from_now(&key.standing))
+    }
+
+    fn drop_ended(&self) -> Recovered {
         let now = self.clock.now();
         let mut ids = Vec::new();
-        for (id, entry) in self.entries().iter_mut() {
-            if matches!(entry.rest, Some((_, Some(until))) if until <= now) {
-                entry.rest = None;
+        for (id, key) in self.keys().iter_mut() {
+            let left = key.standing.words.clone().after(now).later(now);
+            if left != key.standing.words {
+                key.standing.words = left;
                 ids.push(id.clone());
             }
         }
         Recovered::new(ids.len() as u64, ids)
-    }
-
-    fn change(&self, id: &KeyId, change: impl FnOnce(&mut Entry)) -> bool {
-        self.entries().get_mut(id).map(change).is_some()
-    }
-}
-
-impl Entry {
-    fn record(&self, id: &KeyId, now: Duration) -> KeyRecord {
-        let left = |until: Duration| until.saturating_sub(now);
-        KeyRecord {
-            rest: self.rest.map(|(rest, until)| (rest, until.map(left))),
-            disabled: self.disabled,
-            ..KeyRecord::new(id.clone(), self.secret.clone())
-        }
-    }
-
-    fn extend(&mut self, rest: Rest, until: Option<Duration>) {
-        let longer = match (self.rest, until) {
-            (None, _) => true,
-            (Some((_, None)), _) => false,
-            (Some(_), None) => true,
-            (Some((_, Some(before))), Some(until)) => until > before,
-        };
-        if longer {
-            self.rest = Some((rest, until));
-        }
     }
 }
 
@@ -138,127 +116,149 @@ impl Default for MemoryStore {
 }
 
 impl KeyStore for MemoryStore {
-    fn load(&self) -> StoreFuture<'_, Loaded> {
-        Box::pin(ready(Ok(self.records().into())))
+    fn load<'a>(&'a self, only: Option<&'a [KeyId]>) -> StoreFuture<'a, Loaded> {
+        Box::pin(ready(Ok(self.records(only).into())))
     }
 
-    fn write(&self, mark: Mark) -> StoreFuture<'_, ()> {
-        self.apply(&mark);
-        Box::pin(ready(Ok(())))
+    fn merge(&self, mark: Mark) -> StoreFuture<'_, Option<Standing>> {
+        Box::pin(ready(Ok(self.join(mark))))
     }
 
-    fn recover(&self) -> StoreFuture<'_, Recovered> {
-        Box::pin(ready(Ok(self.reset_expired())))
+    fn operate(&self, id: KeyId, operation: Operation) -> StoreFuture<'_, Option<Standing>> {
+        Box::pin(ready(Ok(self.apply(id, operation))))
     }
 
-    fn insert(&self, id: KeyId, secret: Secret) -> StoreFuture<'_, bool> {
-        Box::pin(ready(Ok(self.add(id, secret))))
-    }
-
-    fn remove<'a>(&'a self, id: &'a KeyId) -> StoreFuture<'a, bool> {
-        Box::pin(ready(Ok(self.entries().remove(id).is_some())))
-    }
-
-    fn reset<'a>(&'a self, id: &'a KeyId) -> StoreFuture<'a, bool> {
-        let now = self.clock.now();
-        let reset = self.change(id, |entry| {
-            entry.rest = None;
-            entry.reset_at = Some(now);
-        });
-        Box::pin(ready(Ok(reset)))
-    }
-
-    fn set_disabled<'a>(&'a self, id: &'a KeyId, disabled: bool) -> StoreFuture<'a, bool> {
-        let set = self.change(id, |entry| entry.disabled = disabled);
-        Box::pin(ready(Ok(set)))
+    fn sweep(&self) -> StoreFuture<'_, Recovered> {
+        Box::pin(ready(Ok(self.drop_ended())))
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
-    use crate::clock::ManualClock;
+    use crate::{
+        clock::ManualClock,
+        key::KeySpec,
+        limit::{Rest, Resting, Scope, Until, Words},
+        store::Born,
+    };
 
     const MINUTE: Duration = Duration::from_secs(60);
 
-    fn store() -> (MemoryStore, ManualClock, KeyId) {
-        let clock = ManualClock::new();
-        let store = MemoryStore::with_clock(Arc::new(clock.clone()));
-        let id = KeyId::new("alpha").unwrap();
-        assert!(store.add(id.clone(), "sk-1".into()));
-        (store, clock, id)
+    struct Fixture {
+        store: MemoryStore,
+        clock: ManualClock,
+        id: KeyId,
     }
 
-    fn limited(id: &KeyId, left: Duration) -> Mark {
-        Mark {
-            id: id.clone(),
-            secret: "sk-1".into(),
-            rest: Rest::RateLimited,
-            left: Some(left),
-            age: Duration::ZERO,
-            http_status: Some(429),
+    impl Fixture {
+        async fn new() -> Self {
+            let clock = ManualClock::new();
+            let store = MemoryStore::with_clock(Arc::new(clock.clone()));
+            let id = KeyId::new("alpha").unwrap();
+            let fixture = Self { store, clock, id };
+            fixture.insert().await.unwrap();
+            fixture
+        }
+
+        async fn insert(&self) -> Option<Standing> {
+            self.operate(Operation::Insert(KeySpec::new(self.id.clone(), "sk-1"))).await
+        }
+
+        async fn operate(&self, operation: Operation) -> Option<Standing> {
+            self.store.operate(self.id.clone(), operation).await.unwrap()
+        }
+
+        fn standing(&self) -> Standing {
+            self.store.records(None)[0].standing.clone()
+        }
+
+        async fn mark(&self, words: Words) -> Option<Standing> {
+            self.store.merge(Mark::new(self.id.clone(), self.standing().born, words)).await.unwrap()
         }
     }
 
-    fn rest(store: &MemoryStore) -> Option<(Rest, Option<Duration>)> {
-        store.records()[0].rest
+    fn limited(generation: u64, left: Duration) -> Words {
+        Words { generation, key: Some(resting(left)), ..Words::default() }
+    }
+
+    fn resting(left: Duration) -> Resting {
+        Resting { until: Until::After(left), reason: Rest::RateLimited }
+    }
+
+    fn scope(name: &str) -> Scope {
+        Scope::new(name).unwrap()
     }
 
     #[tokio::test]
     async fn f10_a_shorter_mark_leaves_the_longer_one() {
-        let (store, _, id) = store();
-        store.write(limited(&id, 2 * MINUTE)).await.unwrap();
-        store.write(limited(&id, MINUTE)).await.unwrap();
-        assert_eq!(rest(&store), Some((Rest::RateLimited, Some(2 * MINUTE))));
+        let alpha = Fixture::new().await;
+        alpha.mark(limited(0, 2 * MINUTE)).await.unwrap();
+        let standing = alpha.mark(limited(0, MINUTE)).await.unwrap();
+        assert_eq!(standing.words, limited(0, 2 * MINUTE));
     }
 
     #[tokio::test]
-    async fn f09_a_mark_that_was_observed_before_a_reset_is_dropped() {
-        let (store, clock, id) = store();
-        clock.advance(MINUTE);
-        assert!(store.reset(&id).await.unwrap());
-        clock.advance(MINUTE);
-        let old = Mark { age: MINUTE * 3 / 2, ..limited(&id, MINUTE) };
-        store.write(old).await.unwrap();
-        assert_eq!(rest(&store), None);
-        store.write(limited(&id, MINUTE)).await.unwrap();
-        assert!(rest(&store).is_some());
+    async fn f09_a_mark_of_an_older_generation_is_dropped() {
+        let alpha = Fixture::new().await;
+        assert_eq!(alpha.operate(Operation::Reset(None)).await.unwrap().words.generation, 1);
+        alpha.mark(limited(0, MINUTE)).await.unwrap();
+        assert_eq!(alpha.standing().words.key, None);
+        alpha.mark(limited(1, MINUTE)).await.unwrap();
+        assert_eq!(alpha.standing().words, limited(1, MINUTE));
     }
 
     #[tokio::test]
-    async fn f17_a_mark_of_another_secret_is_dropped() {
-        let (store, _, id) = store();
-        store.write(Mark { secret: "sk-old".into(), ..limited(&id, MINUTE) }).await.unwrap();
-        assert_eq!(rest(&store), None);
+    async fn f17_marks_of_replaced_keys_are_refused() {
+        let alpha = Fixture::new().await;
+        let born = alpha.standing().born;
+        alpha.operate(Operation::Remove).await.unwrap();
+        alpha.insert().await.unwrap();
+        let late = Mark::new(alpha.id.clone(), born, limited(0, MINUTE));
+        assert_eq!(alpha.store.merge(late).await.unwrap(), None);
+        assert_eq!(alpha.standing().words, Words::default());
     }
 
     #[tokio::test]
     async fn f16_a_mark_of_a_removed_key_inserts_nothing() {
-        let (store, _, id) = store();
-        assert!(store.remove(&id).await.unwrap());
-        store.write(limited(&id, MINUTE)).await.unwrap();
-        assert_eq!(store.records(), []);
+        let alpha = Fixture::new().await;
+        alpha.operate(Operation::Remove).await.unwrap();
+        let late = Mark::new(alpha.id.clone(), Born(7), limited(0, MINUTE));
+        assert_eq!(alpha.store.merge(late).await.unwrap(), None);
+        assert_eq!(alpha.store.records(None), []);
     }
 
     #[tokio::test]
-    async fn a_sweep_resets_what_has_ended_once_and_nothing_else() {
-        let (store, clock, id) = store();
-        store.write(limited(&id, MINUTE)).await.unwrap();
-        assert_eq!(store.recover().await.unwrap().count, 0);
-        clock.advance(MINUTE);
-        assert_eq!(store.recover().await.unwrap(), Recovered::new(1, vec![id.clone()]));
-        assert_eq!(store.recover().await.unwrap(), Recovered::default());
-
-        store.write(Mark { rest: Rest::Revoked, left: None, ..limited(&id, MINUTE) }).await.unwrap();
-        clock.advance(1_000_000 * MINUTE);
-        assert_eq!(store.recover().await.unwrap().count, 0);
+    async fn resetting_a_scope_leaves_the_other_rests() {
+        let alpha = Fixture::new().await;
+        let scopes = [(scope("a"), resting(MINUTE)), (scope("b"), resting(MINUTE))].into();
+        alpha.mark(Words { scopes, ..limited(0, MINUTE) }).await.unwrap();
+        let words = alpha.operate(Operation::Reset(Some(scope("a")))).await.unwrap().words;
+        assert_eq!(words, Words { scopes: [(scope("b"), resting(MINUTE))].into(), ..limited(1, MINUTE) });
     }
 
     #[tokio::test]
-    async fn of_two_marks_that_end_together_the_first_one_stays() {
-        let (store, _, id) = store();
-        store.write(limited(&id, MINUTE)).await.unwrap();
-        store.write(Mark { rest: Rest::Exhausted, ..limited(&id, MINUTE) }).await.unwrap();
-        assert_eq!(rest(&store), Some((Rest::RateLimited, Some(MINUTE))));
+    async fn a_sweep_resets_each_expired_key_once() {
+        let alpha = Fixture::new().await;
+        alpha.mark(limited(0, MINUTE)).await.unwrap();
+        assert_eq!(alpha.store.sweep().await.unwrap().count, 0);
+        alpha.clock.advance(MINUTE);
+        assert_eq!(alpha.store.sweep().await.unwrap(), Recovered::new(1, vec![alpha.id.clone()]));
+        assert_eq!(alpha.store.sweep().await.unwrap(), Recovered::default());
+
+        let revoked = Resting { until: Until::Reset, reason: Rest::Revoked };
+        alpha.mark(Words { key: Some(revoked), ..Words::default() }).await.unwrap();
+        alpha.clock.advance(1_000_000 * MINUTE);
+        assert_eq!(alpha.store.sweep().await.unwrap().count, 0);
+    }
+
+    #[tokio::test]
+    async fn partial_loads_return_the_requested_keys() {
+        let alpha = Fixture::new().await;
+        let other = KeyId::new("beta").unwrap();
+        assert_eq!(alpha.store.records(Some(&[other])), []);
+        assert_eq!(alpha.store.records(Some(std::slice::from_ref(&alpha.id))).len(), 1);
     }
 }

@@ -4,10 +4,12 @@ use std::sync::Arc;
 
 use tokio::sync::mpsc;
 
-use super::{Changed, KeyStore, Loaded, Mark, Recovered, Replaced, StoreError, StoreFuture, UsageBatch};
+use super::{
+    Change, KeyStore, Loaded, Mark, Operation, Recovered, Replaced, Standing, StoreError, StoreFuture, Usage,
+};
 use crate::{
-    key::{KeyId, Secret},
-    meter::{Meter, Operation},
+    key::KeyId,
+    meter::{Counted, Meter},
 };
 
 #[derive(Debug)]
@@ -21,7 +23,7 @@ impl<S: KeyStore> Metered<S> {
         Self { store, meter }
     }
 
-    fn counted<'a, T>(&'a self, operation: Operation, future: StoreFuture<'a, T>) -> StoreFuture<'a, T>
+    fn counted<'a, T>(&'a self, operation: Counted, future: StoreFuture<'a, T>) -> StoreFuture<'a, T>
     where
         T: 'a,
     {
@@ -33,47 +35,31 @@ impl<S: KeyStore> Metered<S> {
 }
 
 impl<S: KeyStore> KeyStore for Metered<S> {
-    fn load(&self) -> StoreFuture<'_, Loaded> {
-        self.counted(Operation::Load, self.store.load())
+    fn load<'a>(&'a self, only: Option<&'a [KeyId]>) -> StoreFuture<'a, Loaded> {
+        self.counted(Counted::Load, self.store.load(only))
     }
 
-    fn load_some<'a>(&'a self, ids: &'a [KeyId]) -> StoreFuture<'a, Loaded> {
-        self.counted(Operation::Load, self.store.load_some(ids))
+    fn merge(&self, mark: Mark) -> StoreFuture<'_, Option<Standing>> {
+        self.counted(Counted::Write, self.store.merge(mark))
     }
 
-    fn write(&self, mark: Mark) -> StoreFuture<'_, ()> {
-        self.counted(Operation::Write, self.store.write(mark))
+    fn operate(&self, id: KeyId, operation: Operation) -> StoreFuture<'_, Option<Standing>> {
+        self.counted(Counted::Operate, self.store.operate(id, operation))
     }
 
-    fn recover(&self) -> StoreFuture<'_, Recovered> {
-        self.counted(Operation::Recover, self.store.recover())
+    fn sweep(&self) -> StoreFuture<'_, Recovered> {
+        self.counted(Counted::Recover, self.store.sweep())
     }
 
-    fn add_usage<'a>(&'a self, batch: &'a UsageBatch) -> StoreFuture<'a, ()> {
-        self.counted(Operation::Usage, self.store.add_usage(batch))
+    fn changes(&self) -> Option<mpsc::Receiver<Change>> {
+        self.store.changes()
+    }
+
+    fn add_usage(&self, usage: Vec<Usage>) -> StoreFuture<'_, ()> {
+        self.counted(Counted::Usage, self.store.add_usage(usage))
     }
 
     fn replace_failed(&self) -> StoreFuture<'_, Vec<Replaced>> {
-        self.counted(Operation::Replace, self.store.replace_failed())
-    }
-
-    fn insert(&self, id: KeyId, secret: Secret) -> StoreFuture<'_, bool> {
-        self.counted(Operation::Operate, self.store.insert(id, secret))
-    }
-
-    fn remove<'a>(&'a self, id: &'a KeyId) -> StoreFuture<'a, bool> {
-        self.counted(Operation::Operate, self.store.remove(id))
-    }
-
-    fn reset<'a>(&'a self, id: &'a KeyId) -> StoreFuture<'a, bool> {
-        self.counted(Operation::Operate, self.store.reset(id))
-    }
-
-    fn set_disabled<'a>(&'a self, id: &'a KeyId, disabled: bool) -> StoreFuture<'a, bool> {
-        self.counted(Operation::Operate, self.store.set_disabled(id, disabled))
-    }
-
-    fn watch(&self) -> Option<mpsc::Receiver<Changed>> {
-        self.store.watch()
+        self.counted(Counted::Replace, self.store.replace_failed())
     }
 }

@@ -52,10 +52,8 @@ const FLAT: usize = 2 * 1024 * 1024;
 /// How many bytes may be left when all is over, beyond those that were there before it began.
 const LEFT: usize = 128 * 1024;
 
-/// Broken once, each seen within ten seconds: a failed write that counts as made, a mark that does not change its key, a
-/// key that serves while it is being removed, 20 KB that are lost with each mark, a task that is left behind.
 #[test]
-fn under_full_load_and_faults_nothing_leaks_no_mark_is_lost_and_no_resting_key_is_used() {
+fn faults_under_load_leak_nothing_nor_lose_marks() {
     let seconds =
         env::var("SOAK_SECONDS").map_or(10, |seconds| seconds.parse().expect("a number of seconds"));
     // Two runtimes, so that the tasks that are counted are the processes' own.

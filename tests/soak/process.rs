@@ -12,7 +12,7 @@ use reqwest::{Method, Request, Response};
 use tokio::{task::JoinSet, time::sleep};
 use tower::{Service, ServiceBuilder, ServiceExt, layer::layer_fn};
 use tower_key_rotation::{
-    FailoverLayer, KeyPool, KeyRotationLayer, RecoveryConfig, RecoveryHandle,
+    Failover, KeyPool, KeyRotationLayer, RecoveryConfig, RecoveryHandle,
     classify::LlmGateway,
     clock::{Clock, Sleep, SystemClock},
 };
@@ -22,7 +22,7 @@ use crate::{
     ledger::{Books, Ledger},
     service::EXHAUSTED_FOR,
     support::{ClientError, MINUTE, Proxy, SECOND, http, mongo::Mongo},
-    watch::{AroundRotation, Witness},
+    watch::{AroundRotation, InsideRotation, Witness},
 };
 
 const CALLERS: usize = 12;
@@ -85,11 +85,12 @@ fn client(
     wait: Duration,
     ledger: &Arc<Ledger>,
 ) -> impl Service<Request, Response = Response, Error = ClientError, Future: Send> + Clone + Send + use<> {
-    let ledger = ledger.clone();
+    let (around, inside) = (ledger.clone(), ledger.clone());
+    let rotation = KeyRotationLayer::new(pool).classify(LlmGateway::new()).failover(Failover::default());
     ServiceBuilder::new()
-        .layer(FailoverLayer::new(pool).wait_up_to(wait))
-        .layer(layer_fn(move |inner| AroundRotation::new(inner, ledger.clone(), Witness::Service)))
-        .layer(KeyRotationLayer::new(pool).classify(LlmGateway::new()).expose_key())
+        .layer(layer_fn(move |inner| AroundRotation::new(inner, around.clone())))
+        .layer(rotation.wait_up_to(wait))
+        .layer(layer_fn(move |inner| InsideRotation::new(inner, inside.clone(), Witness::Service)))
         .service(http())
 }
 

@@ -219,6 +219,7 @@ async fn answer(State(door): State<Door>, headers: HeaderMap, _body: Bytes) -> R
     ledger.told(&account.id, answered_at, trouble.rest());
     let mut response = trouble.status().into_response();
     response.headers_mut().insert(watch::ANSWERED, watch::stamp(answered_at));
+    response.headers_mut().insert(watch::KEY, account.id.as_str().parse().unwrap());
     if let Trouble::Limited(rest) = trouble {
         response.headers_mut().insert(RETRY_AFTER, rest.as_secs().into());
     }

@@ -10,6 +10,8 @@ mod files;
 mod logs;
 pub mod model;
 pub mod mongo;
+#[cfg(feature = "mongodb")]
+pub mod mongo_store;
 #[path = "../../examples/local/mongod.rs"]
 mod mongod;
 #[cfg(all(feature = "mongodb", feature = "reqwest"))]
@@ -25,12 +27,15 @@ use std::time::Duration;
 
 use tower::{Layer, Service};
 use tower_key_rotation::{
-    KeyPool, KeyPoolBuilder, KeyRotation, KeyRotationLayer, KeyStats, RecoveryConfig, clock::ManualClock,
+    Failover, KeyPool, KeyPoolBuilder, KeyRotation, KeyRotationLayer, KeyStats, RecoveryConfig,
+    classify::TooManyRequests, clock::ManualClock,
 };
 
+#[cfg(feature = "mongodb")]
+pub use self::mongo_store::Calls;
 #[cfg(all(feature = "mongodb", feature = "reqwest"))]
 pub use self::process::Process;
-pub(crate) use self::store::operators_of;
+#[allow(unused_imports)] // Each test file uses a part of these, too.
 pub use self::{
     files::{TestFile, file, keys_file},
     logs::Logs,
@@ -66,19 +71,24 @@ pub fn rotating(pool: &KeyPool) -> KeyRotation<reqwest::Client> {
     KeyRotationLayer::new(pool).layer(http())
 }
 
-/// The whole stack, as a program would build it.
-#[cfg(all(feature = "failover", feature = "reqwest"))]
+pub type FailoverLayer = KeyRotationLayer<TooManyRequests, Failover>;
+
+/// The layer with the default failover.
+pub fn failover(pool: &KeyPool) -> FailoverLayer {
+    KeyRotationLayer::new(pool).failover(Failover::default())
+}
+
+#[cfg(feature = "reqwest")]
 pub fn failing_over(
-    pool: &KeyPool,
-    failover: tower_key_rotation::FailoverLayer,
+    layer: FailoverLayer,
 ) -> impl Service<reqwest::Request, Response = reqwest::Response, Error = ClientError, Future: Send>
 + Clone
 + Send
 + 'static {
-    failover.layer(rotating(pool))
+    layer.layer(http())
 }
 
-#[cfg(all(feature = "failover", feature = "reqwest"))]
+#[cfg(feature = "reqwest")]
 pub type ClientError = tower_key_rotation::Error<reqwest::Error>;
 
 pub fn stats_of(pool: &KeyPool, id: &str) -> KeyStats {

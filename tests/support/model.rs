@@ -42,8 +42,13 @@ impl Answer {
             }
             _ => return None,
         };
-        Some(Rest { status, until })
+        Some(Rest { status, until: until.map(to_the_millisecond) })
     }
+}
+
+/// Pools end no rest before its time, and in whole milliseconds.
+pub fn to_the_millisecond(time: Duration) -> Duration {
+    Duration::from_nanos((time.as_nanos() as u64).next_multiple_of(1_000_000))
 }
 
 /// As what a key rests, and until when; `None` is for good.
@@ -58,13 +63,18 @@ impl Rest {
         self.until.is_some_and(|until| until <= now)
     }
 
+    /// Whether it ends later than the other one, or as late with a graver reason.
     pub fn outlasts(&self, other: Option<Self>) -> bool {
-        match (other.map(|other| other.until), self.until) {
-            (None, _) => true,
-            (Some(None), _) => false,
-            (Some(_), None) => true,
-            (Some(Some(before)), Some(until)) => until > before,
-        }
+        other.is_none_or(|other| self.order() > other.order())
+    }
+
+    fn order(&self) -> (Duration, u8) {
+        let gravity = match self.status {
+            Status::RateLimited => 0,
+            Status::Exhausted => 1,
+            _ => 2,
+        };
+        (self.until.unwrap_or(Duration::MAX), gravity)
     }
 }
 

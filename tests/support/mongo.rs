@@ -69,11 +69,11 @@ impl Mongo {
     }
 
     pub fn keys(&self) -> Collection<Document> {
-        self.database.collection("ohmygpt_keys")
+        self.database.collection("keys")
     }
 
     pub fn standby(&self) -> Collection<Document> {
-        self.database.collection("ohmygpt_backup_keys")
+        self.database.collection("standby_keys")
     }
 
     /// A healthy key as a Go service or a Node page writes it.
@@ -107,8 +107,11 @@ impl Mongo {
 
     /// Ends a cooldown now, so that no test has to wait for it.
     pub async fn end_cooldown(&self, id: &str) {
-        let past = vec![doc! { "$set": { "cooldownUntil": { "$subtract": ["$$NOW", 1_000] } } }];
-        self.keys().update_one(doc! { "_id": id }, past).await.unwrap();
+        let past = doc! { "$subtract": ["$$NOW", 1_000] };
+        let rest = doc! { "$mergeObjects": ["$rest", { "u": &past }] };
+        let has_word = doc! { "$eq": [{ "$type": "$rest" }, "object"] };
+        let set = doc! { "cooldownUntil": past, "rest": { "$cond": [has_word, rest, "$$REMOVE"] } };
+        self.keys().update_one(doc! { "_id": id }, vec![doc! { "$set": set }]).await.unwrap();
     }
 
     /// The rest of a key's cooldown in milliseconds, by the server's clock.
@@ -129,8 +132,9 @@ impl Mongo {
     }
 }
 
-/// The fields of a key besides its `_id`: first those that other programs know, then the library's own.
-pub const FIELDS: [&str; 16] = [
+/// The fields of a key besides its `_id`: first those that other programs know, then the library's own, of this version
+/// and of earlier ones.
+pub const FIELDS: [&str; 22] = [
     "apiKey",
     "status",
     "cooldownUntil",
@@ -140,15 +144,29 @@ pub const FIELDS: [&str; 16] = [
     "createdAt",
     "lastUsedAt",
     "updatedAt",
-    "resetAt",
-    "exhaustedUntil",
-    "disabledFrom",
-    "usageWriters",
+    "rest",
+    "born",
+    "limits",
+    "secretHash",
+    "words",
+    "spec",
     "failedAt",
     "replacedBy",
     "retiredAt",
+    "exhaustedUntil",
+    "disabledFrom",
+    "usageWriters",
+    "resetAt",
 ];
-pub const KNOWN_TO_OTHERS: usize = 10;
+pub const KNOWN_TO_OTHERS: usize = 9;
+
+/// A document without the fields that only this crate reads.
+pub fn theirs(mut document: Document) -> Document {
+    for field in &FIELDS[KNOWN_TO_OTHERS..] {
+        document.remove(*field);
+    }
+    document
+}
 
 /// A healthy key with fields of other programs, and with numbers of the types that other drivers write.
 pub fn healthy(id: &str) -> Document {

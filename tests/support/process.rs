@@ -1,4 +1,4 @@
-//! A process over MongoDB: a store, a pool, and a client that sends requests to a service.
+//! A process over MongoDB: a pool, and a client that sends requests to a service.
 
 use std::{
     collections::HashMap,
@@ -7,28 +7,11 @@ use std::{
 
 use tower::Layer;
 use tower_key_rotation::{
-    KeyPool, KeyRotation, KeyRotationLayer, RecoveryHandle, Status,
-    classify::LlmGateway,
-    store::mongodb::{MongoStore, MongoStoreBuilder},
+    KeyPool, KeyRotation, KeyRotationLayer, RecoveryHandle, Status, classify::LlmGateway,
+    store::mongodb::MongoStore,
 };
 
-use super::{Server, http, mongo::Mongo, passes_by_hand, status};
-
-impl Mongo {
-    /// The builder of a store over this database.
-    pub fn builder(&self) -> MongoStoreBuilder {
-        MongoStore::builder().database(self.database.name())
-    }
-
-    pub async fn store(&self) -> MongoStore {
-        self.builder().connect(&self.uri).await.unwrap()
-    }
-
-    /// A store that reaches the same database by another URI.
-    pub async fn store_through(&self, uri: &str) -> MongoStore {
-        self.builder().connect(uri).await.unwrap()
-    }
-}
+use super::{Server, http, passes_by_hand, status};
 
 /// A process that makes a pass only when asked, and a service whose answers the test sets.
 pub struct Process {

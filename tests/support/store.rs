@@ -1,15 +1,18 @@
-use std::sync::{
-    Arc, Mutex,
-    atomic::{AtomicUsize, Ordering::SeqCst},
+use std::{
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+    time::Duration,
 };
 
 use tokio::sync::{mpsc, watch};
 use tower_key_rotation::{
-    KeyId, Secret,
+    KeyId, KeySpec,
     clock::{Clock, ManualClock},
     store::{
-        Changed, KeyRecord, KeyStore, Loaded, Mark, MemoryStore, Recovered, StoreError, StoreFuture,
-        UsageBatch,
+        Change, KeyRecord, KeyStore, Loaded, Mark, MemoryStore, Operation, Recovered, Resting, Standing,
+        StoreError, StoreFuture, Usage,
     },
 };
 
@@ -23,16 +26,16 @@ pub enum Mode {
     Hangs,
 }
 
-/// One of the store's operations, as it is at the moment.
+/// One of the store's methods, with its mode at the moment.
 #[derive(Clone, Debug)]
-pub struct Operation {
+pub struct Method {
     mode: watch::Sender<Mode>,
     begun: Arc<AtomicUsize>,
     under_way: Arc<AtomicUsize>,
     most_at_once: Arc<AtomicUsize>,
 }
 
-impl Operation {
+impl Method {
     fn new() -> Self {
         let (begun, under_way, most_at_once) = Default::default();
         Self { mode: watch::Sender::new(Mode::Works), begun, under_way, most_at_once }
@@ -65,48 +68,25 @@ impl Operation {
     }
 }
 
-/// What operators do, passed on to the store in that field.
-#[allow(unused_macros)] // Not every test has a store of its own.
-macro_rules! operators_of {
-    ($inner:ident) => {
-        fn insert(&self, id: KeyId, secret: Secret) -> StoreFuture<'_, bool> {
-            self.$inner.insert(id, secret)
-        }
-
-        fn remove<'a>(&'a self, id: &'a KeyId) -> StoreFuture<'a, bool> {
-            self.$inner.remove(id)
-        }
-
-        fn reset<'a>(&'a self, id: &'a KeyId) -> StoreFuture<'a, bool> {
-            self.$inner.reset(id)
-        }
-
-        fn set_disabled<'a>(&'a self, id: &'a KeyId, disabled: bool) -> StoreFuture<'a, bool> {
-            self.$inner.set_disabled(id, disabled)
-        }
-    };
-}
-#[allow(unused_imports)] // For the same reason.
-pub(crate) use operators_of;
-
-/// A [`MemoryStore`] that fails, panics or hangs as it is told, and counts what it is asked. Clones share all.
+/// A [`MemoryStore`] that fails, panics or hangs on demand, and counts its calls. Clones share all.
 #[derive(Clone, Debug)]
 pub struct FaultyStore {
     pub memory: MemoryStore,
     clock: ManualClock,
-    pub loads: Operation,
-    pub writes: Operation,
-    /// Of writes: the store has done them by then.
-    pub replies: Operation,
-    pub recovers: Operation,
-    pub usage: Operation,
-    /// What operators do.
-    pub operators: Operation,
-    /// The ids of keys whose marks it never takes begin so.
+    pub loads: Method,
+    pub writes: Method,
+    /// The replies to writes, which the store has made by then.
+    pub replies: Method,
+    pub recovers: Method,
+    pub usage: Method,
+    pub operators: Method,
+    /// The replies to operators.
+    pub confirmations: Method,
+    /// The prefix of the ids of keys whose marks always fail.
     refused: Arc<Mutex<Option<&'static str>>>,
     marks: Arc<Mutex<Vec<Mark>>>,
-    batches: Arc<Mutex<Vec<UsageBatch>>>,
-    watchers: Arc<Mutex<Vec<mpsc::Sender<Changed>>>>,
+    used: Arc<Mutex<Vec<Vec<Usage>>>>,
+    watchers: Arc<Mutex<Vec<mpsc::Sender<Change>>>>,
 }
 
 impl FaultyStore {
@@ -114,21 +94,23 @@ impl FaultyStore {
         Self::over(MemoryStore::with_clock(Arc::new(clock.clone())), clock)
     }
 
-    /// One more way to that store, whose clock this is, with faults of its own.
+    /// One more connection to that store, whose clock this is, with faults of its own.
     pub fn over(memory: MemoryStore, clock: &ManualClock) -> Self {
+        let (refused, marks, used, watchers) = Default::default();
         Self {
             memory,
             clock: clock.clone(),
-            loads: Operation::new(),
-            writes: Operation::new(),
-            replies: Operation::new(),
-            recovers: Operation::new(),
-            usage: Operation::new(),
-            operators: Operation::new(),
-            refused: Arc::default(),
-            marks: Arc::default(),
-            batches: Arc::default(),
-            watchers: Arc::default(),
+            loads: Method::new(),
+            writes: Method::new(),
+            replies: Method::new(),
+            recovers: Method::new(),
+            usage: Method::new(),
+            operators: Method::new(),
+            confirmations: Method::new(),
+            refused,
+            marks,
+            used,
+            watchers,
         }
     }
 
@@ -136,10 +118,10 @@ impl FaultyStore {
         *self.refused.lock().unwrap() = Some(ids_that_begin_so);
     }
 
-    /// Loads, writes and sweeps alike.
+    /// Sets the mode of loads, writes, sweeps and usage.
     pub fn set(&self, mode: Mode) {
-        for operation in [&self.loads, &self.writes, &self.recovers, &self.usage] {
-            operation.set(mode);
+        for method in [&self.loads, &self.writes, &self.recovers, &self.usage] {
+            method.set(mode);
         }
     }
 
@@ -148,101 +130,105 @@ impl FaultyStore {
         self.marks.lock().unwrap().clone()
     }
 
-    /// The batches of usage that it was given, whether it took them or not.
-    pub fn batches(&self) -> Vec<UsageBatch> {
-        self.batches.lock().unwrap().clone()
+    /// The usage of each call, whether the call failed or not.
+    pub fn used(&self) -> Vec<Vec<Usage>> {
+        self.used.lock().unwrap().clone()
     }
 
-    /// Tells whoever watches it.
-    pub async fn tell(&self, changed: Changed) {
+    /// Tells all watchers.
+    pub async fn tell(&self, change: Change) {
         let watchers = self.watchers.lock().unwrap().clone();
         for watcher in watchers {
-            let _ = watcher.send(changed.clone()).await;
+            let _ = watcher.send(change.clone()).await;
         }
     }
 
-    /// What it has of a key, whatever its mode.
+    /// The record of a key, whatever the modes.
     pub async fn record(&self, id: &str) -> KeyRecord {
-        let loaded = self.memory.load().await.unwrap();
-        loaded.records.into_iter().find(|record| record.id.as_str() == id).unwrap()
+        let loaded = self.memory.load(Some(&[KeyId::new(id).unwrap()])).await.unwrap();
+        loaded.records.into_iter().next().unwrap()
+    }
+
+    /// How a key rests, whatever the modes.
+    pub async fn rest(&self, id: &str) -> Option<Resting> {
+        self.record(id).await.standing.words.key
+    }
+
+    /// Inserts a key, as another program would.
+    pub async fn insert(&self, id: &str, secret: &str) {
+        let spec = KeySpec::new(KeyId::new(id).unwrap(), secret);
+        self.operate_elsewhere(id, Operation::Insert(spec)).await;
+    }
+
+    /// Does what another program asks for.
+    pub async fn operate_elsewhere(&self, id: &str, operation: Operation) -> Standing {
+        self.memory.operate(KeyId::new(id).unwrap(), operation).await.unwrap().unwrap()
     }
 }
 
+fn age(standing: &mut Standing, by: Duration) {
+    standing.words = std::mem::take(&mut standing.words).after(by);
+}
+
 impl KeyStore for FaultyStore {
-    /// It is held up after the read: what it comes back with is as old as that, and it knows how old that is.
-    fn load(&self) -> StoreFuture<'_, Loaded> {
-        Box::pin(async {
-            let mut loaded = self.memory.load().await?;
+    /// Held up after the read: the answer is as old as that, and its times are corrected by that.
+    fn load<'a>(&'a self, only: Option<&'a [KeyId]>) -> StoreFuture<'a, Loaded> {
+        Box::pin(async move {
+            let mut loaded = self.memory.load(only).await?;
             let read_at = self.clock.now();
             self.loads.run().await?;
             let held_up = self.clock.now() - read_at;
-            for (_, left) in loaded.records.iter_mut().filter_map(|record| record.rest.as_mut()) {
-                *left = left.map(|left| left.saturating_sub(held_up));
-            }
+            loaded.records.iter_mut().for_each(|record| age(&mut record.standing, held_up));
             Ok(loaded)
         })
     }
 
-    /// It is held up before or after it is done, and knows for how long.
-    fn write(&self, mut mark: Mark) -> StoreFuture<'_, ()> {
+    /// Held up before or after the write, with times that are corrected by that.
+    fn merge(&self, mut mark: Mark) -> StoreFuture<'_, Option<Standing>> {
         Box::pin(async move {
             let asked_at = self.clock.now();
             self.writes.run().await?;
             if self.refused.lock().unwrap().is_some_and(|refused| mark.id.as_str().starts_with(refused)) {
                 return Err(StoreError::new("document failed validation"));
             }
-            let held_up = self.clock.now() - asked_at;
-            mark.age += held_up;
-            mark.left = mark.left.map(|left| left.saturating_sub(held_up));
+            mark.words = mark.words.after(self.clock.now() - asked_at);
             self.marks.lock().unwrap().push(mark.clone());
-            self.memory.write(mark).await?;
-            self.replies.run().await
+            let mut standing = self.memory.merge(mark).await?;
+            let done_at = self.clock.now();
+            self.replies.run().await?;
+            let held_up = self.clock.now() - done_at;
+            standing.iter_mut().for_each(|standing| age(standing, held_up));
+            Ok(standing)
         })
     }
 
-    fn recover(&self) -> StoreFuture<'_, Recovered> {
+    fn operate(&self, id: KeyId, operation: Operation) -> StoreFuture<'_, Option<Standing>> {
+        Box::pin(async move {
+            self.operators.run().await?;
+            let mut standing = self.memory.operate(id, operation).await?;
+            let done_at = self.clock.now();
+            self.confirmations.run().await?;
+            let held_up = self.clock.now() - done_at;
+            standing.iter_mut().for_each(|standing| age(standing, held_up));
+            Ok(standing)
+        })
+    }
+
+    fn sweep(&self) -> StoreFuture<'_, Recovered> {
         Box::pin(async {
             self.recovers.run().await?;
-            self.memory.recover().await
+            self.memory.sweep().await
         })
     }
 
-    fn add_usage<'a>(&'a self, batch: &'a UsageBatch) -> StoreFuture<'a, ()> {
-        self.batches.lock().unwrap().push(batch.clone());
+    fn add_usage(&self, usage: Vec<Usage>) -> StoreFuture<'_, ()> {
+        self.used.lock().unwrap().push(usage);
         Box::pin(self.usage.run())
     }
 
-    fn watch(&self) -> Option<mpsc::Receiver<Changed>> {
+    fn changes(&self) -> Option<mpsc::Receiver<Change>> {
         let (watcher, changes) = mpsc::channel(1);
         self.watchers.lock().unwrap().push(watcher);
         Some(changes)
-    }
-
-    fn insert(&self, id: KeyId, secret: Secret) -> StoreFuture<'_, bool> {
-        Box::pin(async {
-            self.operators.run().await?;
-            self.memory.insert(id, secret).await
-        })
-    }
-
-    fn remove<'a>(&'a self, id: &'a KeyId) -> StoreFuture<'a, bool> {
-        Box::pin(async {
-            self.operators.run().await?;
-            self.memory.remove(id).await
-        })
-    }
-
-    fn reset<'a>(&'a self, id: &'a KeyId) -> StoreFuture<'a, bool> {
-        Box::pin(async {
-            self.operators.run().await?;
-            self.memory.reset(id).await
-        })
-    }
-
-    fn set_disabled<'a>(&'a self, id: &'a KeyId, disabled: bool) -> StoreFuture<'a, bool> {
-        Box::pin(async move {
-            self.operators.run().await?;
-            self.memory.set_disabled(id, disabled).await
-        })
     }
 }

@@ -1,4 +1,4 @@
-//! The stack: failover around rotation around `reqwest`, and the ledger's two layers between them.
+//! The stack: the key rotation around `reqwest`, with the ledger's layers around and inside it.
 
 use std::{error::Error, sync::Arc, time::Duration};
 
@@ -8,7 +8,7 @@ use tower::{
     ServiceBuilder, layer::layer_fn, limit::GlobalConcurrencyLimitLayer, retry::budget::TpsBudget,
     util::BoxCloneService,
 };
-use tower_key_rotation::{FailoverLayer, KeyPool, KeyRotationLayer};
+use tower_key_rotation::{Failover, KeyPool, KeyRotationLayer};
 
 use crate::{
     ledger::Ledger,
@@ -30,21 +30,19 @@ pub(crate) fn with_keys(
     target: &Target,
     ledger: &Arc<Ledger>,
 ) -> Result<Client, Box<dyn Error>> {
-    // The defaults, 3 attempts and a further one for every fifth request, keep a server from repeating itself
-    // in a bad hour. This program is all bad hour: it sends far more than its keys may, on purpose, and each
-    // request has to succeed in the end.
-    let failover = FailoverLayer::new(pool)
-        .wait_up_to(options.wait())
-        .attempts(options.attempts)
-        .budget(TpsBudget::new(Duration::from_secs(10), 1000, 10.0));
+    // The default budget keeps clients from multiplying their requests when a service limits everything. This program
+    // sends far more than its keys may, on purpose, and each request has to succeed in the end.
+    let budget = TpsBudget::new(Duration::from_secs(10), 1000, 10.0);
+    let rotation = KeyRotationLayer::new(pool)
+        .failover(Failover::attempts(options.attempts).budget(budget))
+        .wait_up_to(options.wait());
 
     let witness = target.witness();
     Ok(BoxCloneService::new(
         ServiceBuilder::new()
-            .layer(failover)
-            .layer(layer_fn(|inner| AroundRotation::new(inner, ledger.clone(), witness)))
-            .layer(KeyRotationLayer::new(pool).expose_key())
-            .layer(layer_fn(|inner| InsideRotation::new(inner, ledger.clone())))
+            .layer(layer_fn(|inner| AroundRotation::new(inner, ledger.clone())))
+            .layer(rotation)
+            .layer(layer_fn(|inner| InsideRotation::new(inner, ledger.clone(), witness)))
             .layer(GlobalConcurrencyLimitLayer::new(CONNECTIONS))
             .service(reqwest_client(options, target)?),
     ))

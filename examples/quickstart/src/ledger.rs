@@ -105,20 +105,20 @@ mod tests {
     }
 
     #[test]
-    fn a_request_whose_key_was_picked_after_its_429_was_known_is_a_hit_until_the_cooldown_is_over() {
+    fn picks_during_a_cooldown_count_as_hits() {
         assert_eq!(hits(110, 111), 1);
         assert_eq!(hits(2_000, 2_099), 1);
         assert_eq!(hits(2_000, 2_100), 0);
     }
 
     #[test]
-    fn a_request_that_was_under_way_when_the_429_came_is_no_hit_however_late_it_arrives() {
+    fn in_flight_requests_never_count_as_hits() {
         assert_eq!(hits(50, 60), 0);
         assert_eq!(hits(109, 1_500), 0);
     }
 
     #[test]
-    fn each_request_is_judged_by_every_429_of_its_own_key_and_counted_once() {
+    fn each_request_counts_once_against_its_keys_429s() {
         let (ledger, [a, b]) = (Ledger::start(), ["a", "b"].map(|id| KeyId::new(id).unwrap()));
         let millis = Duration::from_millis;
         ledger.limited(&a, millis(100), millis(110));

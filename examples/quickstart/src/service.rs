@@ -87,7 +87,7 @@ async fn answer(State(service): State<Arc<Service>>, headers: HeaderMap, _body: 
         tokio::time::sleep(TIME_TO_ANSWER).await;
         completion()
     } else {
-        limited(service.ledger.now())
+        limited(&account.id, service.ledger.now())
     };
     response.headers_mut().extend(describe(&taken));
     response
@@ -99,7 +99,7 @@ fn completion() -> Response {
         .into_response()
 }
 
-fn limited(answered_at: Duration) -> Response {
+fn limited(key: &KeyId, answered_at: Duration) -> Response {
     let error = json!({
         "message": "Rate limit reached for requests",
         "type": "requests",
@@ -108,6 +108,7 @@ fn limited(answered_at: Duration) -> Response {
     });
     let mut response = (StatusCode::TOO_MANY_REQUESTS, Json(json!({ "error": error }))).into_response();
     response.headers_mut().insert(watch::ANSWERED, watch::stamp(answered_at));
+    response.headers_mut().extend(HeaderValue::try_from(key.as_str()).map(|key| (watch::KEY, key)));
     response
 }
 

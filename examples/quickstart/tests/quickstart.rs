@@ -25,7 +25,7 @@ use tokio::{net::TcpListener, process::Command, sync::Notify};
 use self::files::keys_file;
 
 #[tokio::test]
-async fn the_quickstart_succeeds_with_all_requests_and_hits_no_resting_key() {
+async fn quickstart_succeeds_without_using_a_key_in_cooldown() {
     let output = quickstart(["--json"]).output().await.unwrap();
     let summary = summary(&output);
     assert_eq!(output.status.code(), Some(0), "{output:?}");
@@ -41,7 +41,7 @@ async fn the_quickstart_succeeds_with_all_requests_and_hits_no_resting_key() {
 }
 
 #[tokio::test]
-async fn without_json_it_says_that_the_cooldown_is_shortened_and_ends_with_a_table() {
+async fn text_output_shows_shortened_cooldown_and_a_table() {
     let output = quickstart([]).output().await.unwrap();
     let shown = String::from_utf8(output.stdout.clone()).unwrap();
     assert_eq!(output.status.code(), Some(0), "{output:?}");
@@ -54,7 +54,7 @@ async fn without_json_it_says_that_the_cooldown_is_shortened_and_ends_with_a_tab
 }
 
 #[tokio::test]
-async fn a_service_of_ones_own_gets_the_method_path_headers_and_body_and_a_limited_key_rests() {
+async fn an_upstream_receives_method_path_headers_and_body() {
     let upstream =
         Upstream::start(|seen| if seen.key("authorization") == "Bearer sk-canary-2" { 429 } else { 200 });
     let upstream = upstream.await;
@@ -93,7 +93,7 @@ async fn a_service_of_ones_own_gets_the_method_path_headers_and_body_and_a_limit
 }
 
 #[tokio::test]
-async fn a_key_comes_back_to_a_real_service_too_once_the_cooldown_that_was_asked_for_is_over() {
+async fn the_cooldown_option_applies_with_an_upstream() {
     let answered = AtomicU32::new(0);
     let first_is_limited = move |_: &Seen| if answered.fetch_add(1, Relaxed) == 0 { 429 } else { 200 };
     let upstream = Upstream::start(first_is_limited).await;
@@ -111,7 +111,7 @@ async fn a_key_comes_back_to_a_real_service_too_once_the_cooldown_that_was_asked
 }
 
 #[tokio::test]
-async fn a_key_can_go_into_another_header_or_the_query() {
+async fn quickstart_injects_keys_into_headers_or_query() {
     let keys = keys_file("sk-canary-1\nsk-canary-2\n");
     let upstream = Upstream::start(|_| 204).await;
     for (place, expected) in [("header:x-api-key", "/"), ("query:key", "/?key=sk-canary-1")] {
@@ -131,7 +131,7 @@ async fn a_key_can_go_into_another_header_or_the_query() {
 }
 
 #[tokio::test]
-async fn it_exits_with_1_and_names_the_status_where_the_service_fails() {
+async fn service_failures_exit_with_1_naming_the_status() {
     let upstream = Upstream::start(|_| 500).await;
     let keys = keys_file("a|sk-canary-1\n");
     let output =
@@ -146,7 +146,7 @@ async fn it_exits_with_1_and_names_the_status_where_the_service_fails() {
 }
 
 #[tokio::test]
-async fn errors_are_named_without_the_key_that_is_in_the_url() {
+async fn connection_errors_omit_the_key_in_the_url() {
     let keys = keys_file("a|sk-canary-1\n");
     // Nobody listens there.
     let url = "http://127.0.0.1:1/?key=sk-canary-2";
@@ -161,7 +161,7 @@ async fn errors_are_named_without_the_key_that_is_in_the_url() {
 }
 
 #[tokio::test]
-async fn a_key_is_not_sent_in_cleartext_unless_it_is_asked_for() {
+async fn cleartext_upstreams_are_refused_by_default() {
     let keys = keys_file("a|sk-canary-1\n");
     let output = quickstart(["--requests", "2", "--keys", keys.path(), "--upstream", "http://192.0.2.1"])
         .output()
@@ -175,7 +175,7 @@ async fn a_key_is_not_sent_in_cleartext_unless_it_is_asked_for() {
 }
 
 #[tokio::test]
-async fn wrong_arguments_are_2_and_a_file_without_a_usable_key_is_1() {
+async fn bad_arguments_exit_2_and_unusable_keys_1() {
     for wrong in [
         &["--upstream", "https://example.com"][..],
         &["--keys", "keys.txt"],
@@ -198,7 +198,7 @@ async fn wrong_arguments_are_2_and_a_file_without_a_usable_key_is_1() {
 
 #[cfg(unix)]
 #[tokio::test]
-async fn ctrl_c_stops_it_with_what_it_has_done_so_far() {
+async fn ctrl_c_prints_the_summary_so_far() {
     let served = AtomicU32::new(0);
     let upstream =
         Upstream::start(move |_| if served.fetch_add(1, Relaxed) < 3 { 200 } else { Upstream::SILENCE });

@@ -73,7 +73,7 @@ mod tests {
     }
 
     #[test]
-    fn what_ended_more_than_15_minutes_ago_is_forgotten_and_what_lasted_until_later_is_not() {
+    fn history_drops_periods_that_ended_15_minutes_ago() {
         let mut history = History::beginning(Duration::ZERO, Status::Healthy);
         history.note(MINUTE, Status::RateLimited);
         history.note(3 * MINUTE, Status::Healthy);
@@ -87,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn of_a_key_that_changes_all_the_time_the_newest_changes_are_kept() {
+    fn history_keeps_the_newest_512_changes_per_key() {
         let mut history = History::beginning(Duration::ZERO, Status::Healthy);
         for number in 1..=1_000 {
             let status = if number % 2 == 0 { Status::Healthy } else { Status::RateLimited };

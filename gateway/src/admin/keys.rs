@@ -260,7 +260,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_key_that_was_seen_is_shown_with_its_times_as_they_are_now() {
+    async fn a_shown_key_reports_times_relative_to_now() {
         let mut looked = Looked::at(["alpha"]);
         looked.clock.advance(SECOND);
         looked.request_answered_with(429).await;
@@ -278,7 +278,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_status_is_news_at_once_and_brings_what_else_changed() {
+    async fn status_changes_are_published_with_other_changed_fields() {
         let mut looked = Looked::at(["alpha", "beta"]);
         looked.request_answered_with(429).await;
         assert_eq!(
@@ -314,7 +314,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn keys_that_come_and_go_are_news_and_stay_in_the_order_of_the_pool() {
+    async fn added_and_removed_keys_are_published_in_order() {
         let mut looked = Looked::at(["gamma", "alpha"]);
         looked.pool.insert("beta", "sk-b").await.unwrap();
         looked.pool.remove("gamma").await.unwrap();

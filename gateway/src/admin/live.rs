@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_listens_gets_a_snapshot_and_then_each_change() {
+    async fn a_listener_gets_a_snapshot_then_each_change() {
         let live = Live::start(pool());
         let mut events = pin!(live.clone().events());
         assert_eq!(name(events.next().await), "snapshot");
@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_falls_behind_gets_a_snapshot_again_and_goes_on_from_there() {
+    async fn a_lagging_listener_gets_a_snapshot_then_changes() {
         let live = Live::start(pool());
         let mut events = pin!(live.clone().events());
         assert_eq!(name(events.next().await), "snapshot");
@@ -192,7 +192,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_stream_ends_when_the_gateway_stops_also_one_that_begins_later() {
+    async fn stopping_the_gateway_ends_current_and_later_streams() {
         let live = Live::start(pool());
         let mut events = pin!(live.clone().events());
         assert_eq!(name(events.next().await), "snapshot");

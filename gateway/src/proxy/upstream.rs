@@ -27,8 +27,7 @@ use tower::{
 };
 use tower_http::timeout::TimeoutBody;
 use tower_key_rotation::{
-    Error as RotationError, FailoverLayer, KeyPool, KeyRotationLayer, classify::LlmGateway,
-    failover::CloneRequest,
+    Error as RotationError, Failover, KeyPool, KeyRotationLayer, classify::LlmGateway, service::CloneRequest,
 };
 
 use super::body::KeptBody;
@@ -50,17 +49,17 @@ const GONE_AFTER: Duration = Duration::from_secs(60);
 
 /// Returns a client that puts one of the pool's keys into each request and retries a limited request with another.
 pub(super) fn client(pool: &KeyPool, settings: &Settings) -> io::Result<Client> {
-    let failover = FailoverLayer::new(pool)
-        // With no key twice, so that this is at most once with each.
-        .attempts(settings.attempts.unwrap_or(u32::MAX))
-        .wait_up_to(settings.wait.into())
-        .clone_with(SendAgain);
-    let rotation =
-        KeyRotationLayer::new(pool).classify(LlmGateway::new()).read_error_bodies(ERROR_BODY).expose_key();
+    // With no key twice, so that this is at most once with each.
+    let failover = Failover::attempts(settings.attempts.unwrap_or(u32::MAX)).clone_with(SendAgain);
+    let rotation = KeyRotationLayer::new(pool)
+        .classify(LlmGateway::new())
+        .read_error_bodies(ERROR_BODY)
+        .expose_key()
+        .failover(failover)
+        .wait_up_to(settings.wait.into());
     let idle = settings.idle_timeout.into();
     let client = ServiceBuilder::new()
         .map_response(move |response: Response<_>| response.map(|body| with_limit(idle, body)))
-        .layer(failover)
         .layer(rotation)
         .layer(RetryLayer::new(NotProcessed::default()))
         .layer(TimeoutLayer::new(settings.response_timeout.into()))
@@ -119,12 +118,15 @@ fn hyper(
 struct SendAgain;
 
 impl CloneRequest<Request<KeptBody>> for SendAgain {
-    fn clone_request(&self, request: &Request<KeptBody>) -> Option<Request<KeptBody>> {
+    type Kept = Request<KeptBody>;
+
+    fn keep(&self, request: &Request<KeptBody>) -> Option<Request<KeptBody>> {
         Some(request.clone())
     }
 
-    fn can_send_again(&self, request: &Request<KeptBody>) -> bool {
-        request.body().hold()
+    fn again(&self, kept: &Request<KeptBody>) -> Option<Request<KeptBody>> {
+        let request = kept.clone();
+        request.body().hold().then_some(request)
     }
 }
 
@@ -271,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn a_location_under_the_upstream_is_a_path_of_the_gateway() {
+    fn locations_under_the_upstream_become_gateway_paths() {
         for (location, expected) in [
             ("https://api.example.com/tenant/v1/files/1?part=2", "/v1/files/1?part=2"),
             ("https://API.example.com:443/tenant", "/"),

@@ -136,7 +136,7 @@ fn cell(key: &str, name: &str) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "it needs a browser"]
-async fn a_wrong_token_is_refused_and_said_to_be_wrong_and_the_right_one_lets_in() {
+async fn only_the_right_admin_token_signs_in() {
     let page = Page::closed(&["alpha"], ["--admin-token", TOKEN]).await;
     page.browser.open(&page.gateway.url("/admin")).await;
     page.see("document.activeElement.id === 'token'").await;
@@ -166,7 +166,7 @@ async fn a_wrong_token_is_refused_and_said_to_be_wrong_and_the_right_one_lets_in
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "it needs a browser"]
-async fn a_key_is_added_and_its_secret_is_nowhere_in_the_page_afterwards() {
+async fn added_keys_leave_no_secret_in_the_page() {
     let page = Page::of(&["alpha"], []).await;
     page.click("#add-key").await;
     page.type_into("#add-id", "alpha").await;
@@ -187,7 +187,7 @@ async fn a_key_is_added_and_its_secret_is_nowhere_in_the_page_afterwards() {
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "it needs a browser"]
-async fn of_many_lines_the_bad_one_is_named_and_the_others_are_there() {
+async fn import_names_the_bad_line_and_adds_others() {
     let page = Page::of(&["alpha"], []).await;
     page.click("#import-keys").await;
     page.type_into("#import-text", "beta|sk-beta\nno separator\ngamma|sk-gamma").await;
@@ -213,7 +213,7 @@ async fn of_many_lines_the_bad_one_is_named_and_the_others_are_there() {
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "it needs a browser"]
-async fn a_limited_key_is_seen_to_rest_and_to_come_back_without_reloading() {
+async fn the_page_shows_cooldowns_without_reloading() {
     let page = Page::of(&["alpha", "beta"], ["--cooldown", "3"]).await;
     page.eval("(window.isTheSamePage = true)").await;
     page.service.limit("alpha");
@@ -241,7 +241,7 @@ async fn a_limited_key_is_seen_to_rest_and_to_come_back_without_reloading() {
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "it needs a browser"]
-async fn a_resting_key_is_reset_and_any_is_disabled_and_enabled() {
+async fn the_page_resets_disables_and_enables_keys() {
     let page = Page::of(&["alpha", "beta"], ["--cooldown", "600"]).await;
     page.service.limit("alpha");
     page.request().await;
@@ -282,7 +282,7 @@ async fn all_that_rest_are_reset_at_once() {
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "it needs a browser"]
-async fn a_key_is_removed_only_by_who_says_so_twice() {
+async fn removing_a_key_requires_confirmation() {
     let page = Page::of(&["alpha", "beta"], []).await;
     page.act("beta", "remove").await;
     page.see("document.querySelector('#remove-key').open").await;
@@ -306,7 +306,7 @@ async fn a_key_is_removed_only_by_who_says_so_twice() {
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "it needs a browser"]
-async fn the_page_finds_its_gateway_again_after_a_restart() {
+async fn the_page_reconnects_after_a_gateway_restart() {
     let mut page = Page::of(&["alpha"], []).await;
     page.eval("(window.isTheSamePage = true)").await;
     let address = page.gateway.address();
@@ -334,7 +334,7 @@ const IS_WAITING: &str = "!document.querySelector('#connect-now').hidden";
 /// The page gets responses like those of a proxy whose gateway is down or overloaded.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "it needs a browser"]
-async fn who_is_signed_in_stays_so_whatever_a_proxy_answers_until_the_gateway_itself_refuses() {
+async fn only_gateway_refusals_end_an_admin_session() {
     let mut page = Page::closed(&["alpha"], ["--admin-token", TOKEN]).await;
     page.browser.open(&page.gateway.url("/admin")).await;
     page.type_into("#token", TOKEN).await;
@@ -381,7 +381,7 @@ const AT_ONCE: Duration = Duration::from_millis(1_500);
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "it needs a browser"]
-async fn ten_thousand_keys_are_searched_and_paged_at_once_and_only_one_page_is_in_the_document() {
+async fn ten_thousand_keys_are_paged_and_searched_quickly() {
     let names: Vec<_> = (1..=10_000).map(|number| format!("key-{number}")).collect();
     let page = Page::of(&names.iter().map(String::as_str).collect::<Vec<_>>(), []).await;
     let rows = "document.querySelectorAll('tbody tr').length";
@@ -419,7 +419,7 @@ async fn ten_thousand_keys_are_searched_and_paged_at_once_and_only_one_page_is_i
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "it needs a browser"]
-async fn on_a_phone_nothing_is_wider_than_the_screen() {
+async fn the_page_fits_the_width_of_a_phone() {
     let long = "a-key-with-a-name-that-is-much-longer-than-anybody-would-want-to-read-on-a-phone";
     let page = Page::of(&["alpha", long], ["--cooldown", "600"]).await;
     page.service.limit("alpha");
@@ -444,7 +444,7 @@ async fn on_a_phone_nothing_is_wider_than_the_screen() {
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "it needs a browser"]
-async fn it_is_dark_where_the_system_is_or_where_somebody_says_so() {
+async fn dark_mode_follows_the_system_or_the_switch() {
     let page = Page::of(&["alpha"], []).await;
     let background = "getComputedStyle(document.body.parentElement).backgroundColor";
     page.browser.prefers("light").await;
@@ -462,7 +462,7 @@ async fn it_is_dark_where_the_system_is_or_where_somebody_says_so() {
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "it needs a browser"]
-async fn everything_is_reached_by_keyboard_and_has_a_name() {
+async fn every_control_has_a_name_and_keyboard_access() {
     let page = Page::of(&["alpha"], []).await;
     page.see_status("alpha", "Healthy").await;
     page.browser.press("/").await;
@@ -498,7 +498,7 @@ async fn everything_is_reached_by_keyboard_and_has_a_name() {
 /// Proves that the other tests would notice a forbidden action of the page.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "it needs a browser"]
-async fn a_script_or_a_style_that_gets_into_the_page_is_kept_from_working_and_is_complained_of() {
+async fn injected_scripts_and_styles_are_blocked_and_reported() {
     let page = Page::of(&["alpha"], []).await;
     page.eval("document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=\"window.got=1\"><p style=\"color:red\">')")
         .await;

@@ -50,7 +50,7 @@ fn a_variable_has_named_and_bare_keys() {
 }
 
 #[test]
-fn a_short_name_without_a_secret_is_no_secret() {
+fn short_names_without_secret_are_no_secrets() {
     assert_eq!(
         shown(&variable_keys("one=,of-accounting=,the-key-of-accounting=,alpha=sk-1234567")),
         [
@@ -64,7 +64,7 @@ fn a_short_name_without_a_secret_is_no_secret() {
 }
 
 #[test]
-fn a_file_has_a_key_a_line_and_comments() {
+fn files_have_one_key_per_line_and_comments() {
     assert_eq!(
         shown(&parsed("keys.txt", "# ours\r\nalpha|sk-1\r\n\r\n  # theirs\nbeta |sk|2 \nsk-3".as_bytes())),
         [row(2, "alpha", "sk-1"), row(5, "beta", "sk|2 "), row(6, "key-3", "sk-3")]
@@ -72,7 +72,7 @@ fn a_file_has_a_key_a_line_and_comments() {
 }
 
 #[test]
-fn f30_a_line_that_is_not_utf8_is_rejected_alone() {
+fn f30_lines_not_utf8_are_rejected_alone() {
     let keys = parsed("keys.txt", b"alpha|sk-\xff\n\xff|sk-2\n\xff\nbeta|sk-3");
     let rejected: Vec<_> = keys.iter().filter_map(|key| key.key.as_ref().err()).collect();
     let rejected: Vec<_> = rejected.iter().map(ToString::to_string).collect();
@@ -88,7 +88,7 @@ fn f30_a_line_that_is_not_utf8_is_rejected_alone() {
 }
 
 #[test]
-fn secrets_objects_and_one_object_of_them_are_keys() {
+fn json_secrets_and_objects_are_keys() {
     let read = |text| shown(&parsed("k.json", text));
     assert_eq!(read(r#"["sk-1"]"#), [row(1, "key-1", "sk-1")]);
     assert_eq!(
@@ -109,7 +109,7 @@ fn keys_may_be_called_id_or_secret() {
 }
 
 #[test]
-fn a_mistyped_field_never_makes_an_id_a_secret() {
+fn mistyped_fields_never_make_an_id_secret() {
     assert_eq!(
         errors(&parsed("k.json", r#"{"id":"alpha","secret":"sk-1","tire":"1"}"#)),
         ["k.json, entry 1: key alpha: unknown field `tire`: a key has `id`, `secret`, `group`, `tier`, \
@@ -145,7 +145,7 @@ fn an_entry_of_another_form_is_rejected_alone() {
 
 #[cfg(feature = "toml")]
 #[test]
-fn each_key_table_is_a_key_with_its_fields() {
+fn each_key_table_yields_a_key_with_fields() {
     let text = "# ours\n[[key]]\nid = \"alpha\"\nsecret = \"sk-1\"\ngroup = \"org-1\"\ntier = 0x1_0\n\n\
                 weight = 3\nmax_in_flight = 8\nendpoint = \"https://eu.example.com\"\nnote = \"paid\"\n\
                 [[key]]\nsecret = '''sk\n2'''\n";
@@ -160,7 +160,7 @@ fn each_key_table_is_a_key_with_its_fields() {
 
 #[cfg(feature = "toml")]
 #[test]
-fn a_wrong_table_is_rejected_alone_with_line_and_field() {
+fn wrong_tables_are_rejected_with_line_and_field() {
     let text = "title = 1\n[[key]]\nid = \"a\"\nsecret = 1\n[[keys]]\nid = \"b\"\n[[key]]\nid = \"c\"\n\
                 secret = \"sk-c\"\ntier = 256\n[[key]]\nid = \"d\"\nsecret = \"sk-d\"\n[[key]]\nid = \"e\"\n\
                 secret = \"sk-e\"\nweight = -1\n";
@@ -180,7 +180,7 @@ fn a_wrong_table_is_rejected_alone_with_line_and_field() {
 
 #[cfg(feature = "toml")]
 #[test]
-fn a_syntax_error_is_named_by_line_and_column() {
+fn syntax_errors_name_line_and_column() {
     let error = |text: &[u8]| KeySpec::parse_all("k.toml", text).unwrap_err().to_string();
     assert_eq!(
         error(b"[[key]]\nid = \"a\"\nsecret = sk-canary\n"),
@@ -199,7 +199,7 @@ fn the_name_or_the_text_decides_the_format() {
 
 #[cfg(feature = "toml")]
 #[test]
-fn toml_under_another_name_is_never_read_as_lines() {
+fn misnamed_toml_is_never_read_as_lines() {
     let keys = parsed("keys.txt", "# ours\n[[key]]\r\nid = \"a\"\nsecret = \"sk-1\"\n");
     assert_eq!(shown(&keys), [row(2, "a", "sk-1")]);
 }
@@ -212,7 +212,7 @@ fn toml_without_its_feature_is_an_error() {
 }
 
 #[test]
-fn a_text_that_is_too_large_is_an_error() {
+fn oversized_texts_are_errors() {
     let error = |text: &[u8]| KeySpec::parse_all("k.txt", text).unwrap_err().to_string();
     assert_eq!(error(&vec![b'\n'; MOST_BYTES + 1]), "k.txt: larger than 32 MiB");
     assert_eq!(error(&b"a\n".repeat(1_000_001)), "k.txt: more than 1000000 keys");

@@ -1,21 +1,31 @@
 //! From a URI or a client to a store.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use ::mongodb::{Client, bson::doc, options::ClientOptions};
 use tokio::time::timeout;
 
-use super::{Inner, MongoStore, at_rest::AtRest, error::Failure, fields::Fields};
 #[cfg(feature = "encryption")]
-use super::{at_rest::Encryption, data_keys::DataKeys};
+use super::data_keys::DataKeys;
+use super::{
+    at_rest::AtRest,
+    error::Failure,
+    fields::Fields,
+    inner::{Inner, collection},
+    limits::Limits,
+    store::MongoStore,
+};
 
 /// The most milliseconds that a `wtimeout` can have are 32 bits.
 const LONGEST_LIMIT: Duration = Duration::from_secs(24 * 24 * 60 * 60);
 
-/// How long it is looked for a server, where neither the URI nor the limit of an operation says less.
+/// The limit of the search for a server, unless the URI or the limit of an operation says less.
 const SERVER_SELECTION: Duration = Duration::from_secs(3);
 
-/// Puts a [`MongoStore`] together.
+/// Configures a [`MongoStore`].
+///
+/// By default the keys are in the collection `keys` of the database that the URI names. For documents that another
+/// program has put elsewhere, say where they are, and what their [fields](Self::fields) are called:
 ///
 /// ```no_run
 /// use std::time::Duration;
@@ -36,7 +46,7 @@ const SERVER_SELECTION: Duration = Duration::from_secs(3);
 #[derive(Clone, Debug)]
 #[must_use]
 pub struct MongoStoreBuilder {
-    database: String,
+    database: Option<String>,
     collection: String,
     standby_collection: Option<String>,
     fields: Fields,
@@ -45,53 +55,57 @@ pub struct MongoStoreBuilder {
     limits: Limits,
 }
 
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Limits {
-    pub(super) connect: Duration,
-    pub(super) operation: Duration,
-    pub(super) poll: Duration,
-}
-
 impl Default for MongoStoreBuilder {
     fn default() -> Self {
         Self {
-            database: "fproxy".into(),
-            collection: "ohmygpt_keys".into(),
+            database: None,
+            collection: "keys".into(),
             standby_collection: None,
             fields: Fields::default(),
             #[cfg(feature = "encryption")]
             data_keys: None,
-            limits: Limits {
-                connect: Duration::from_secs(5),
-                operation: Duration::from_secs(5),
-                poll: Duration::from_secs(5),
-            },
+            limits: Limits::default(),
         }
     }
 }
 
+impl MongoStore {
+    /// Connects with the usual names and limits, to the database that the URI names.
+    ///
+    /// # Errors
+    ///
+    /// If the URI cannot be used or names no database, or if no server answers within 5 seconds.
+    pub async fn connect(uri: impl AsRef<str>) -> Result<Self, ConnectError> {
+        Self::builder().connect(uri).await
+    }
+
+    /// A store with names, limits or a client of your own.
+    pub fn builder() -> MongoStoreBuilder {
+        MongoStoreBuilder::default()
+    }
+}
+
 impl MongoStoreBuilder {
-    /// The database. By default `fproxy`.
+    /// Sets the database. By default it is the one that the URI names, as in `mongodb://localhost:27017/gateway`.
     pub fn database(mut self, name: impl Into<String>) -> Self {
-        self.database = name.into();
+        self.database = Some(name.into());
         self
     }
 
-    /// The collection of keys. By default `ohmygpt_keys`.
+    /// Sets the collection of keys. By default it is `keys`.
     pub fn collection(mut self, name: impl Into<String>) -> Self {
         self.collection = name.into();
         self
     }
 
-    /// A collection of standby keys, which take the place of keys that are marked as exhausted or revoked from
-    /// then on: [how](MongoStore#standby-keys). By default there is none; existing deployments call it
-    /// `ohmygpt_backup_keys`.
+    /// Sets a collection of [standby keys](MongoStore#standby-keys), which take the place of keys that are marked as
+    /// exhausted or revoked from then on. By default there is none.
     pub fn standby_collection(mut self, name: impl Into<String>) -> Self {
         self.standby_collection = Some(name.into());
         self
     }
 
-    /// What the fields of a key's document are called.
+    /// Sets the names of the fields of a key's document.
     pub fn fields(mut self, fields: Fields) -> Self {
         self.fields = fields;
         self
@@ -99,13 +113,13 @@ impl MongoStoreBuilder {
 
     /// Encrypts secrets in documents, keys and standby keys alike.
     ///
-    /// A secret that stands in a document as it is, written by another program, is read and used all the same;
-    /// [`MongoStore::encrypt_documents`] encrypts it. A value that can't be decrypted is no key: it is counted and
-    /// logged by its `_id`, and sent to no one. A program without the data keys can use none of the encrypted keys, so
-    /// first give the data keys to all of them.
+    /// A secret that another program has written in the clear is read and used all the same;
+    /// [`MongoStore::encrypt_documents`] encrypts it. A document whose secret cannot be decrypted is no key: it is
+    /// counted, logged by its `_id`, and sent to no one. A program without the data keys can use none of the encrypted
+    /// keys, so give the data keys to all programs first.
     ///
-    /// To change to another data key: add it behind the present one everywhere, so that every process can read it;
-    /// then put it first; run [`MongoStore::encrypt_documents`]; and take the old one out.
+    /// To change to another data key, add it behind the present one everywhere, so that every process can read it. Then
+    /// put it first, run [`MongoStore::encrypt_documents`], and take the old one out.
     ///
     /// ```no_run
     /// use tower_key_rotation::store::mongodb::{DataKeys, MongoStore};
@@ -125,25 +139,25 @@ impl MongoStoreBuilder {
         self
     }
 
-    /// How long [`connect`](Self::connect) may take. By default 5 seconds, and at most 24 days.
+    /// Sets the limit of [`connect`](Self::connect). By default it is 5 seconds, at most 24 days.
     pub fn connect_limit(mut self, limit: Duration) -> Self {
         self.limits.connect = limit.min(LONGEST_LIMIT);
         self
     }
 
-    /// How long one operation may take, or of a load each part. By default 5 seconds, and at most 24 days. A sweep is
-    /// bounded by the [limit of a pass](crate::RecoveryConfig::limit).
+    /// Sets the limit of one operation, or of each part of a load. By default it is 5 seconds, at most 24 days. A sweep
+    /// has the [limit of a pass](crate::RecoveryConfig::limit).
     ///
-    /// One that takes longer has failed as far as the pool is concerned. It is not cut off, and what it could
-    /// get in the way of waits for it.
+    /// An operation that takes longer has failed as far as the pool is concerned. It is not cut off, and later
+    /// operations on the same key wait for it.
     pub fn operation_limit(mut self, limit: Duration) -> Self {
         self.limits.operation = limit.min(LONGEST_LIMIT);
         self
     }
 
-    /// How often all keys are read where the deployment has no change streams, or this user may not use them:
-    /// so soon a mark of one process is honoured by the others. By default every 5 seconds; less often where
-    /// there are so many keys that reading them takes more than a tenth of that.
+    /// Sets how often all keys are read if the deployment has no change streams, or this user may not use them. It is
+    /// the time until other processes honour a mark. By default it is 5 seconds; it is longer if there are so many keys
+    /// that reading them takes more than a tenth of that.
     pub fn poll_interval(mut self, interval: Duration) -> Self {
         self.limits.poll = interval;
         self
@@ -151,12 +165,12 @@ impl MongoStoreBuilder {
 
     /// Connects, and makes sure that a server answers.
     ///
-    /// The driver takes its options from the URI. How long it looks for a server is 3 seconds, unless
-    /// `serverSelectionTimeoutMS` says otherwise, and at most three fifths of the shorter of the two limits.
+    /// The driver takes its options from the URI. It looks for a server for 3 seconds, unless
+    /// `serverSelectionTimeoutMS` says otherwise, and for at most three fifths of the shorter of the two limits.
     ///
     /// # Errors
     ///
-    /// Where the URI or a name can't be one, or where no server answers within the limit.
+    /// If the URI or a name cannot be used, or if no server answers within the limit.
     pub async fn connect(self, uri: impl AsRef<str>) -> Result<MongoStore, ConnectError> {
         let limit = self.limits.connect;
         let connecting = tokio::spawn(self.connect_and_ask(uri.as_ref().to_owned()));
@@ -174,15 +188,15 @@ impl MongoStoreBuilder {
         Ok(store)
     }
 
-    /// The same without asking a server: for [`KeyPoolBuilder::open_when_ready`].
+    /// Creates the store without asking a server: for [`KeyPoolBuilder::open_when_ready`].
     ///
-    /// Only the names behind a `mongodb+srv` URI are looked up.
+    /// Only the hosts of a `mongodb+srv` URI are looked up.
     ///
     /// ```no_run
     /// use tower_key_rotation::{KeyPool, RecoveryHandle, store::MongoStore};
     ///
     /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
-    /// let store = MongoStore::builder().connect_later("mongodb://localhost:27017").await?;
+    /// let store = MongoStore::builder().connect_later("mongodb://localhost:27017/gateway").await?;
     /// let pool = KeyPool::builder().keys_from_env("OPENAI_KEYS").open_when_ready(store)?;
     /// let recovery = RecoveryHandle::spawn(&pool);
     /// # let _ = recovery;
@@ -192,7 +206,7 @@ impl MongoStoreBuilder {
     ///
     /// # Errors
     ///
-    /// Where the URI or a name can't be one.
+    /// If the URI or a name cannot be used.
     ///
     /// [`KeyPoolBuilder::open_when_ready`]: crate::KeyPoolBuilder::open_when_ready
     pub async fn connect_later(self, uri: impl AsRef<str>) -> Result<MongoStore, ConnectError> {
@@ -210,43 +224,48 @@ impl MongoStoreBuilder {
         self.over(&client)
     }
 
-    /// A store over a client of one's own, of version 3 of the driver. No server is asked.
+    /// Creates a store over a client of your own, of version 3 of the driver. No server is asked.
     ///
     /// The client's `serverSelectionTimeoutMS`, 30 seconds unless it was set, should be well below the 10 seconds
     /// of a pass.
     ///
     /// # Errors
     ///
-    /// Where a name can't be one.
+    /// If a name cannot be used, or there is no name of a database.
     pub fn over(self, client: &Client) -> Result<MongoStore, ConnectError> {
         self.check_names()?;
-        let database = client.database(&self.database);
+        let database = self.database.map(|name| client.database(&name)).or_else(|| client.default_database());
+        let database = database.ok_or(ConnectError::NoDatabase)?;
         #[cfg(feature = "encryption")]
-        let encryption = self.data_keys.map(Encryption::with);
+        let data_keys = self.data_keys;
         #[cfg(not(feature = "encryption"))]
-        let encryption = None;
-        Ok(MongoStore::new(Inner {
-            keys: super::collection(&database, &self.collection, self.limits),
-            standby: self.standby_collection.map(|name| super::collection(&database, &name, self.limits)),
+        let data_keys = None;
+        let inner = Inner {
+            keys: collection(&database, &self.collection, self.limits),
+            standby: self.standby_collection.map(|name| collection(&database, &name, self.limits)),
             database,
-            at_rest: AtRest::new(self.fields.api_key.clone(), encryption),
+            at_rest: AtRest::new(self.fields.api_key.clone(), data_keys),
             fields: self.fields,
             limits: self.limits,
+            clock: Default::default(),
+            unsent: Default::default(),
             per_key: Default::default(),
             loads: Default::default(),
             sweeps: Default::default(),
             usage: Default::default(),
             replacements: Default::default(),
-            server_clock: Default::default(),
-        }))
+        };
+        Ok(MongoStore { inner: Arc::new(inner) })
     }
 
     fn check_names(&self) -> Result<(), ConnectError> {
         if let Some(field) = self.fields.invalid() {
             return Err(ConnectError::Field(field.to_owned()));
         }
-        if self.database.is_empty() || self.database.contains(['/', '\\', '.', ' ', '"', '$', '\0']) {
-            return Err(ConnectError::Name(self.database.clone()));
+        let is_invalid =
+            |name: &&String| name.is_empty() || name.contains(['/', '\\', '.', ' ', '"', '$', '\0']);
+        if let Some(name) = self.database.as_ref().filter(is_invalid) {
+            return Err(ConnectError::Name(name.clone()));
         }
         let names = [Some(&self.collection), self.standby_collection.as_ref()];
         match names.into_iter().flatten().find(|name| name.is_empty() || name.contains(['$', '\0'])) {
@@ -259,29 +278,34 @@ impl MongoStoreBuilder {
     }
 }
 
-/// Why there is no [`MongoStore`]. It never holds the URI, which may hold a password.
+/// The reason why there is no [`MongoStore`]. It never holds the URI, which may hold a password.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConnectError {
-    /// The URI can't be used.
+    /// The URI cannot be used.
     #[error("the MongoDB URI can't be used: {0}")]
     Uri(String),
-    /// That can't be the name of a database or collection, or both collections have it.
+    /// Neither the URI nor [`MongoStoreBuilder::database`] names a database.
+    #[error(
+        "no database is named: put its name behind the hosts of the MongoDB URI, as in mongodb://host/gateway"
+    )]
+    NoDatabase,
+    /// The name cannot be that of a database or collection, or both collections have it.
     #[error("{0:?} can't be the name of a MongoDB database or collection here")]
     Name(String),
-    /// That can't be the name of a field, or another one has it.
+    /// The name cannot be that of a field, or another field has it.
     #[error("{0:?} can't be the name of a field, or another field has it")]
     Field(String),
-    /// No server could be reached, or none let us in.
+    /// No server could be reached, or none accepted the credentials.
     #[error("MongoDB can't be reached: {0}")]
     Unreachable(String),
-    /// There was no answer in that time.
+    /// No server answered in that time.
     #[error("MongoDB gave no answer within {0:?}")]
     NoAnswer(Duration),
 }
 
 impl ConnectError {
-    /// What the driver says of a URI may quote it, and whatever is not plainly a host may be a password.
+    /// The driver's errors may quote the URI, and whatever is not plainly a host may be a password.
     fn invalid_uri(uri: &str, error: &::mongodb::error::Error) -> Self {
         if names_hosts_alone(uri) {
             return Self::Uri(error.kind.to_string());
@@ -308,7 +332,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_the_driver_says_is_passed_on_only_of_a_uri_in_which_nothing_can_be_a_password() {
+    fn driver_messages_pass_only_for_uris_without_passwords() {
         for uri in
             ["localhost", "mongodb://a", "mongodb://a:27017,b:27018/gateway", "mongodb+srv://a.example.com"]
         {

@@ -1,4 +1,8 @@
-//! What time it is for the server.
+//! An estimate of the server's time.
+//!
+//! Deadlines are dates of the server. A mark that is held up on its way must not get a later one for it, so the client
+//! says the latest date that the mark may have; and what is left of a date is reckoned here, since an answer may be
+//! held up, too. Both need an upper bound of the server's time: one that is too low would end rests early.
 
 use std::{
     sync::{Mutex, PoisonError},
@@ -8,38 +12,79 @@ use std::{
 use ::mongodb::bson::DateTime;
 use tokio::time::Instant;
 
-/// What the server's clock said last, and when that was heard.
+/// The two clocks may differ in speed by one part in so many.
+const DRIFT: i64 = 2_000;
+
+/// Differences below so many milliseconds do not mean that a clock was set.
+const SLACK: i64 = 50;
+
+/// The best of the samples that were taken. It is replaced by one that bounds the time more closely, or contradicts
+/// it: then the server's clock was set, or another server answers, or this machine has slept.
 #[derive(Debug, Default)]
-pub(super) struct ServerClock(Mutex<Option<(DateTime, Instant)>>);
+pub(super) struct ServerClock(Mutex<Option<Sample>>);
+
+/// What the server's clock said at some time between a command and its answer.
+#[derive(Clone, Copy, Debug)]
+struct Sample {
+    said: i64,
+    sent: Instant,
+    received: Instant,
+}
 
 impl ServerClock {
-    /// An answer that was long on its way says less than one before it, unless that is far from it: then the clock
-    /// was set, or this machine has slept.
-    pub(super) fn heard(&self, said: DateTime, at: Instant) {
-        const AT_MOST_LATE: i64 = 10_000;
-        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let late = last.map_or(0, |last| said_at(last, at).saturating_sub(said.timestamp_millis()));
-        if !(1..AT_MOST_LATE).contains(&late) {
-            *last = Some((said, at));
+    /// Takes a sample from an answer that has just been received. Returns whether the clock is ahead of what it could
+    /// be by all that was known: then the bounds that [`latest`](Self::latest) gave were too low.
+    pub(super) fn heard(&self, said: DateTime, sent: Instant) -> bool {
+        let sample = Sample { said: said.timestamp_millis(), sent, received: Instant::now() };
+        let mut best = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(known) = *best else {
+            *best = Some(sample);
+            return false;
+        };
+        let is_ahead = sample.said > known.latest(sample.received) + SLACK;
+        let is_behind = sample.said < known.earliest(sent) - SLACK;
+        if is_ahead || is_behind || sample.uncertainty() <= known.uncertainty() + known.drift(sample.received)
+        {
+            *best = Some(sample);
         }
+        is_ahead
     }
 
-    /// What it said at a time that is so long ago, or a little less than that.
-    pub(super) fn before(&self, age: Duration) -> Option<DateTime> {
-        let last = (*self.0.lock().unwrap_or_else(PoisonError::into_inner))?;
-        let age = i64::try_from(age.as_millis()).unwrap_or(i64::MAX);
-        Some(DateTime::from_millis(said_at(last, Instant::now()).saturating_sub(age)))
+    /// The latest that the server's clock may show at that moment, since the epoch.
+    pub(super) fn latest(&self, at: Instant) -> Option<Duration> {
+        let sample = (*self.0.lock().unwrap_or_else(PoisonError::into_inner))?;
+        Some(Duration::from_millis(sample.latest(at).max(0).unsigned_abs()))
     }
 }
 
-/// In milliseconds, what a clock says that said this then.
-fn said_at((said, then): (DateTime, Instant), now: Instant) -> i64 {
-    let since = i64::try_from(now.duration_since(then).as_millis()).unwrap_or(i64::MAX);
-    said.timestamp_millis().saturating_add(since)
+impl Sample {
+    fn latest(&self, at: Instant) -> i64 {
+        self.said.saturating_add(millis(self.sent, at)).saturating_add(self.drift(at))
+    }
+
+    fn earliest(&self, at: Instant) -> i64 {
+        self.said.saturating_add(millis(self.received, at)).saturating_sub(self.drift(at))
+    }
+
+    fn uncertainty(&self) -> i64 {
+        millis(self.sent, self.received)
+    }
+
+    fn drift(&self, at: Instant) -> i64 {
+        millis(self.received, at).max(0) / DRIFT
+    }
+}
+
+/// Below zero if the second moment is before the first one.
+fn millis(from: Instant, to: Instant) -> i64 {
+    let whole = |time: Duration| i64::try_from(time.as_millis()).unwrap_or(i64::MAX);
+    if to >= from { whole(to - from) } else { -whole(from - to) }
 }
 
 #[cfg(test)]
 mod tests {
+    use tokio::time::advance;
+
     use super::*;
 
     const SECOND: Duration = Duration::from_secs(1);
@@ -48,31 +93,50 @@ mod tests {
         DateTime::from_millis(seconds * 1_000)
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn it_goes_on_from_what_was_said() {
-        let clock = ServerClock::default();
-        assert_eq!(clock.before(SECOND), None);
-        clock.heard(said(100), Instant::now());
-        tokio::time::advance(5 * SECOND).await;
-        assert_eq!(clock.before(2 * SECOND), Some(said(103)));
+    async fn answered_after(clock: &ServerClock, seconds: i64, time: Duration) -> bool {
+        let sent = Instant::now();
+        advance(time).await;
+        clock.heard(said(seconds), sent)
+    }
+
+    fn latest(clock: &ServerClock) -> Option<Duration> {
+        clock.latest(Instant::now())
     }
 
     #[tokio::test(start_paused = true)]
-    async fn an_answer_that_was_long_on_its_way_does_not_put_it_back() {
+    async fn the_bound_moves_on_from_the_sample() {
         let clock = ServerClock::default();
-        clock.heard(said(100), Instant::now());
-        tokio::time::advance(5 * SECOND).await;
-        clock.heard(said(102), Instant::now());
-        assert_eq!(clock.before(Duration::ZERO), Some(said(105)));
-        clock.heard(said(106), Instant::now());
-        assert_eq!(clock.before(Duration::ZERO), Some(said(106)));
+        assert_eq!(latest(&clock), None);
+        assert!(!answered_after(&clock, 100, Duration::ZERO).await);
+        assert_eq!(latest(&clock), Some(100 * SECOND));
+        advance(2 * SECOND).await;
+        assert_eq!(latest(&clock), Some(102 * SECOND + Duration::from_millis(1)));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_clock_that_was_set_back_is_followed() {
+    async fn delayed_answers_widen_no_bound() {
         let clock = ServerClock::default();
-        clock.heard(said(1_000), Instant::now());
-        clock.heard(said(100), Instant::now());
-        assert_eq!(clock.before(Duration::ZERO), Some(said(100)));
+        answered_after(&clock, 100, Duration::ZERO).await;
+        assert!(!answered_after(&clock, 102, 40 * SECOND).await);
+        assert_eq!(latest(&clock).unwrap().as_secs(), 140);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_closer_bound_replaces_a_wider_one() {
+        let clock = ServerClock::default();
+        answered_after(&clock, 100, 40 * SECOND).await;
+        assert_eq!(latest(&clock), Some(140 * SECOND));
+        answered_after(&clock, 101, SECOND).await;
+        assert_eq!(latest(&clock), Some(102 * SECOND));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn clock_steps_are_followed_and_forward_ones_reported() {
+        let clock = ServerClock::default();
+        answered_after(&clock, 1_000, Duration::ZERO).await;
+        assert!(!answered_after(&clock, 100, SECOND).await);
+        assert_eq!(latest(&clock), Some(101 * SECOND));
+        assert!(answered_after(&clock, 1_000, 5 * SECOND).await);
+        assert_eq!(latest(&clock), Some(1_005 * SECOND));
     }
 }

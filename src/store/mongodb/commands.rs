@@ -1,380 +1,326 @@
-//! What is asked of MongoDB: filters and pipelines, made by pure functions.
+//! The filters, pipelines and projections of the commands that MongoDB gets, made by pure functions.
 //!
-//! All times are the server's: a client says how much is left or has passed, and `$$NOW` is what that counts
-//! from. A string that came from outside stands in a filter as a value, or behind `$literal`: an id or a secret
-//! may begin with `$`.
+//! No command but an insertion carries a secret: commands end up in the server's logs and profiles.
 
 use std::time::Duration;
 
 use ::mongodb::bson::{Bson, DateTime, Document, doc};
 
 use super::{
-    document::{
-        self, DISABLED, ERROR, EXHAUSTED, EXHAUSTION_IS_DATED, HEALTHY, LEFT, RATE_LIMITED, WITHOUT_A_DATE,
+    expr::{NOW, REMOVE, all, any, cond, eq, is_date, is_one_of, literal, not, path},
+    fields::{DISABLED, EXHAUSTED, Fields, HEALTHY, KNOWN, RATE_LIMITED, computed, ours},
+    stored::{FOREVER, NEVER, NO_REASON, code},
+    words::{
+        Of, first, for_good, has_failed, hash_of, hex, is_resting, join_limits, limit, limits_without,
+        next_generation_of_the_same, replacement_under_way, reset, word,
     },
-    fields::{Fields, ours},
 };
 use crate::{
-    key::KeyId,
-    limit::Rest,
-    store::{Mark, Usage, UsageBatch},
+    key::{KeyId, KeySpec},
+    limit::{Rest, Scope, Until},
+    store::{Born, Mark},
 };
 
-const NOW: &str = "$$NOW";
-
-/// A writer's last batch is remembered for that long after it. One that arrived in an outage longer than this, and
-/// could not be told to have, would be counted twice.
-const WRITERS_REMEMBERED_FOR: Duration = Duration::from_secs(24 * 60 * 60);
-
-/// One update: which document, and what becomes of it.
+/// One update: which documents, and what becomes of them.
 pub(super) struct Update {
     pub(super) filter: Document,
     pub(super) pipeline: Vec<Document>,
 }
 
+impl Update {
+    /// As a statement of an `update` command.
+    pub(super) fn statement(self) -> Document {
+        doc! { "q": self.filter, "u": self.pipeline }
+    }
+}
+
+/// What the deadlines of a mark count from.
+#[derive(Clone, Copy)]
+pub(super) struct Called {
+    /// The latest that the server's clock can have shown at the call, since the epoch, if that is known.
+    pub(super) at: Option<Duration>,
+    /// How long the call has waited before its command was made.
+    pub(super) waited: Duration,
+}
+
 impl Fields {
-    fn path(name: &str) -> String {
-        format!("${name}")
-    }
-
-    /// The status that a key has, or would have if it were not disabled; an exhaustion that is over is none, swept
-    /// or not.
-    fn status_beneath(&self) -> Document {
-        let status = Self::path(&self.status);
-        let beneath = doc! { "$cond": [{ "$eq": [&status, DISABLED] }, self.disabled_from(), &status] };
-        let is_over = doc! { "$and": [
-            { "$eq": ["$$beneath", EXHAUSTED] },
-            self.exhaustion_is_dated(),
-            { "$lt": [Self::path(&self.cooldown_until), NOW] },
-        ] };
-        let status = doc! { "$cond": [is_over, HEALTHY, "$$beneath"] };
-        doc! { "$let": { "vars": { "beneath": beneath }, "in": status } }
-    }
-
-    fn disabled_from(&self) -> Document {
-        let from = Self::path(ours::DISABLED_FROM);
-        doc! { "$cond": [{ "$eq": [{ "$type": &from }, "string"] }, from, HEALTHY] }
-    }
-
-    /// Sets the status of a key, or what it would be if it were not disabled.
-    fn set_status_beneath(&self, status: &Bson) -> Document {
-        let current = Self::path(&self.status);
-        let is_disabled = doc! { "$eq": [&current, DISABLED] };
-        doc! {
-            &self.status: { "$cond": [&is_disabled, DISABLED, status] },
-            ours::DISABLED_FROM: { "$cond": [is_disabled, status, "$$REMOVE"] },
-        }
-    }
-
-    /// Of a document that holds the secret in one of these forms. `observed` is when the response arrived, as far as
-    /// that is known by the server's clock. The mark's age alone would have it too late by the time that the command
-    /// is on its way.
-    pub(super) fn mark(&self, mark: &Mark, stored: Vec<String>, observed: Option<DateTime>) -> Update {
-        let is_exhausted = doc! { "$eq": [self.status_beneath(), EXHAUSTED] };
-        let can_be_marked = doc! { "$in": [self.status_beneath(), [HEALTHY, RATE_LIMITED, EXHAUSTED]] };
-        let mut condition = vec![can_be_marked, self.not_reset_since(mark.age, observed)];
-        if mark.rest != Rest::Revoked {
-            // One without a date is exhausted until somebody resets it.
-            condition.push(doc! { "$or": [{ "$not": [&is_exhausted] }, self.exhaustion_is_dated()] });
-        }
-        let (status, dates) = match mark.rest {
-            Rest::RateLimited => {
-                let until = later_of(self.date_while_it_rests(), mark.left);
-                let exhausted_until =
-                    doc! { "$cond": [&is_exhausted, &until, Self::path(ours::EXHAUSTED_UNTIL)] };
-                let dates = doc! { &self.cooldown_until: until, ours::EXHAUSTED_UNTIL: exhausted_until };
-                (doc! { "$cond": [is_exhausted, EXHAUSTED, RATE_LIMITED] }.into(), dates)
-            }
-            Rest::Exhausted => {
-                (EXHAUSTED.into(), self.set_failed(later_of(self.date_while_it_rests(), mark.left)))
-            }
-            Rest::Revoked => (ERROR.into(), self.set_failed(Bson::Null)),
+    /// Of the key object that the mark is about, and no other one.
+    pub(super) fn merge(&self, mark: &Mark, called: Called) -> Update {
+        let generation = i64::try_from(mark.words.generation).unwrap_or(i64::MAX);
+        let marked = match mark.words.key {
+            None => word(generation, NEVER, NO_REASON),
+            Some(resting) => word(generation, deadline(resting.until, called), code(resting.reason)),
         };
-        let mut set = self.set_status_beneath(&status);
-        set.extend(doc! { &self.last_error: said(mark), &self.updated_at: NOW });
-        set.extend(dates);
-        Update {
-            filter: doc! {
-                "_id": mark.id.as_str(),
-                &self.api_key: { "$in": stored },
-                "$expr": { "$and": condition },
-            },
-            pipeline: vec![doc! { "$set": set }],
-        }
-    }
-
-    /// A key that fails anew may be replaced; one that has failed already keeps what was done about it.
-    fn set_failed(&self, until: Bson) -> Document {
-        let anew = doc! { "$in": [self.status_beneath(), [HEALTHY, RATE_LIMITED]] };
-        let kept = |field: &str, anew_it_is: Bson| doc! { "$cond": [&anew, anew_it_is, Self::path(field)] };
-        let retired = doc! { "$and": [{ "$not": [&anew] }, is_date(ours::RETIRED_AT)] };
-        let until = doc! { "$cond": [retired, Bson::Null, until] };
-        doc! {
-            ours::EXHAUSTED_UNTIL: &until,
-            &self.cooldown_until: &until,
-            ours::FAILED_AT: kept(ours::FAILED_AT, NOW.into()),
-            ours::REPLACED_BY: kept(ours::REPLACED_BY, replacement_under_way().into()),
-            ours::RETIRED_AT: kept(ours::RETIRED_AT, "$$REMOVE".into()),
-        }
-    }
-
-    /// What an earlier rest left behind doesn't count: an admin may have set the status to healthy and nothing else.
-    fn date_while_it_rests(&self) -> Document {
-        let rests = doc! { "$in": [self.status_beneath(), [RATE_LIMITED, EXHAUSTED]] };
-        doc! { "$cond": [rests, date_or_null(&self.cooldown_until), Bson::Null] }
-    }
-
-    fn not_reset_since(&self, age: Duration, observed: Option<DateTime>) -> Document {
-        let reset = Self::path(&self.reset_at);
-        let at_the_latest = doc! { "$subtract": [NOW, millis(age)] };
-        let observed = doc! { "$min": [observed.map_or(Bson::Null, Bson::from), at_the_latest] };
-        let is_none = doc! { "$not": [is_date(&self.reset_at)] };
-        // A reset that is yet to come is none.
-        doc! { "$or": [is_none, { "$lte": [&reset, observed] }, { "$gt": [&reset, NOW] }] }
-    }
-
-    /// Whether it is this crate's word until when a key is exhausted: nobody has changed the date since.
-    fn exhaustion_is_dated(&self) -> Document {
-        let same = doc! { "$eq": [Self::path(ours::EXHAUSTED_UNTIL), Self::path(&self.cooldown_until)] };
-        doc! { "$and": [is_date(ours::EXHAUSTED_UNTIL), same] }
-    }
-
-    /// What has expired: limited keys, and exhausted ones of which it is known until when.
-    pub(super) fn expired(&self) -> Document {
-        // What stands before the expression is for the index. It also matches arrays, which the expression doesn't.
-        let past = |status: &str, more: Document| {
-            let expr = doc! { "$and": [
-                { "$eq": [Self::path(&self.status), status] },
-                is_date(&self.cooldown_until),
-                { "$lt": [Self::path(&self.cooldown_until), NOW] },
-                more,
-            ] };
-            doc! { &self.status: status, &self.cooldown_until: { "$type": "date" }, "$expr": expr }
-        };
-        doc! { "$or": [past(RATE_LIMITED, doc! {}), past(EXHAUSTED, self.exhaustion_is_dated())] }
-    }
-
-    pub(super) fn sweep(&self) -> Update {
-        let set = doc! {
-            &self.status: HEALTHY,
-            &self.last_error: "",
-            &self.cooldown_until: Bson::Null,
-            &self.updated_at: NOW,
-        };
-        let forget = vec![ours::EXHAUSTED_UNTIL, ours::FAILED_AT];
-        Update { filter: self.expired(), pipeline: vec![doc! { "$set": set }, doc! { "$unset": forget }] }
-    }
-
-    /// A limited key that somebody left without a date would never be swept: it gets one.
-    pub(super) fn date_the_undated(&self) -> Update {
-        let undated = doc! { &self.status: RATE_LIMITED, "$expr": { "$and": [
-            { "$eq": [Self::path(&self.status), RATE_LIMITED] },
-            { "$not": [is_date(&self.cooldown_until)] },
-        ] } };
-        let set = doc! { &self.cooldown_until: from_now(WITHOUT_A_DATE), &self.updated_at: NOW };
-        Update { filter: undated, pipeline: vec![doc! { "$set": set }] }
-    }
-
-    /// What a load reads of each document.
-    pub(super) fn load(&self, only: Option<&[KeyId]>) -> Vec<Document> {
-        let date = Self::path(&self.cooldown_until);
-        // The earliest date that there is, less now, would overflow.
-        let left = doc! { "$cond": [{ "$gt": [&date, NOW] }, { "$subtract": [date, NOW] }, 0_i64] };
-        let project = doc! { "$project": {
-            &self.api_key: 1,
-            &self.status: 1,
-            ours::DISABLED_FROM: 1,
-            document::SERVER_TIME: NOW,
-            LEFT: { "$cond": [is_date(&self.cooldown_until), left, Bson::Null] },
-            EXHAUSTION_IS_DATED: self.exhaustion_is_dated(),
+        let wins = doc! { "$gt": [&marked, "$rest"] };
+        let limits = mark.words.scopes.iter();
+        let limits = limits.map(|(scope, resting)| {
+            limit(scope.as_str(), deadline(resting.until, called), code(resting.reason))
+        });
+        let shows = all([wins.clone(), self.is_shown()]);
+        let join = doc! { "$set": {
+            &self.last_error: cond(shows.clone(), literal(&said(mark)), path(&self.last_error)),
+            // In the place of whatever type it has.
+            &self.cooldown_until: cond(shows, Bson::Null, path(&self.cooldown_until)),
+            ours::LIMITS: join_limits(generation, limits.collect()),
+            ours::REST: { "$max": ["$rest", marked] },
         } };
-        match only {
-            None => vec![project],
-            Some(ids) => {
-                let ids: Vec<_> = ids.iter().map(KeyId::as_str).collect();
-                vec![doc! { "$match": { "_id": { "$in": ids } } }, project]
-            }
-        }
+        let may_fail = mark.words.key.is_some_and(|resting| resting.reason != Rest::RateLimited);
+        let failed = may_fail.then(|| set_failed(wins));
+        let pipeline = self.write_same(failed.into_iter().chain([join]));
+        let is_it = all([self.is_readable(), self.is_same_key()]);
+        let filter = doc! { "_id": mark.id.as_str(), ours::BORN: hex(mark.born), "$expr": is_it };
+        Update { filter, pipeline }
     }
 
-    /// A document that no one has, with the secret as it is to be stored: as an upsert, it is inserted or refused as a
-    /// duplicate.
-    pub(super) fn insert(&self, id: &KeyId, stored: &str, replaced: Option<&str>) -> Update {
+    /// Ends all rests, or that of a scope.
+    pub(super) fn reset(&self, id: &KeyId, scope: Option<&Scope>, born: Born) -> Update {
+        let set = match scope {
+            None => doc! {
+                ours::REST: reset(),
+                ours::LIMITS: [],
+                &self.cooldown_until: Bson::Null,
+                &self.last_error: "",
+            },
+            Some(scope) => doc! {
+                ours::REST: next_generation_of_the_same(),
+                ours::LIMITS: limits_without(scope.as_str()),
+            },
+        };
+        self.operation(id, set, born)
+    }
+
+    pub(super) fn disable(&self, id: &KeyId, born: Born) -> Update {
+        self.operation(id, doc! { &self.status: DISABLED }, born)
+    }
+
+    pub(super) fn enable(&self, id: &KeyId, born: Born) -> Update {
+        let status = path(&self.status);
+        let is_enabled = is_one_of(&status, KNOWN);
+        let keeps_date = any([is_enabled.clone(), is_resting()]);
+        let set = doc! {
+            &self.cooldown_until: cond(keeps_date, path(&self.cooldown_until), Bson::Null),
+            &self.status: cond(is_enabled, status, HEALTHY),
+        };
+        self.operation(id, set, born)
+    }
+
+    fn operation(&self, id: &KeyId, set: Document, born: Born) -> Update {
+        let filter = doc! { "_id": id.as_str(), "$expr": self.is_readable() };
+        Update { filter, pipeline: self.write(born, [doc! { "$set": set }]) }
+    }
+
+    /// A document that no one has. As an upsert it is inserted, or refused as a duplicate.
+    pub(super) fn insert(&self, spec: &KeySpec, stored: &str, born: Born, replaced: Option<&str>) -> Update {
         let mut key = doc! {
-            "_id": { "$literal": id.as_str() },
-            &self.api_key: { "$literal": stored },
+            "_id": literal(spec.id.as_str()),
+            &self.api_key: literal(stored),
             &self.status: HEALTHY,
             &self.cooldown_until: Bson::Null,
             &self.last_error: "",
             &self.tokens_used: 0_i64,
             &self.requests_count: 0_i64,
             &self.created_at: NOW,
-            &self.updated_at: NOW,
+            ours::REST: first(),
+            ours::BORN: hex(born),
         };
-        if let Some(replaced) = replaced {
-            key.insert(ours::REPLACED_KEY, doc! { "$literal": replaced });
-        }
+        key.extend(spec_of(spec).map(|spec| (ours::SPEC.to_owned(), Bson::from(doc! { "$literal": spec }))));
+        key.extend(replaced.map(|replaced| (ours::REPLACED_KEY.to_owned(), literal(replaced).into())));
+        let mut pipeline = vec![
+            doc! { "$replaceWith": key },
+            doc! { "$set": { ours::SECRET_HASH: hash_of(&self.api_key) } },
+        ];
+        pipeline.extend(self.show());
         let never: [Bson; 0] = [];
-        Update {
-            filter: doc! { "_id": id.as_str(), &self.created_at: { "$in": never } },
-            pipeline: vec![doc! { "$replaceWith": key }],
-        }
+        Update { filter: doc! { "_id": spec.id.as_str(), &self.created_at: { "$in": never } }, pipeline }
     }
 
-    pub(super) fn reset(&self, id: &KeyId) -> Update {
-        let status = Self::path(&self.status);
-        let known = doc! { "$in": [&status, [HEALTHY, RATE_LIMITED, EXHAUSTED, ERROR]] };
-        let set = doc! {
-            // What is disabled, by us or in another program's word, stays so.
-            &self.status: { "$cond": [known, HEALTHY, &status] },
-            &self.cooldown_until: Bson::Null,
-            &self.last_error: "",
-            &self.updated_at: NOW,
-            &self.reset_at: NOW,
-            ours::REPLACED_BY: replacement_under_way(),
-        };
-        let forget = vec![ours::EXHAUSTED_UNTIL, ours::DISABLED_FROM, ours::FAILED_AT, ours::RETIRED_AT];
-        Update {
-            filter: doc! { "_id": id.as_str() },
-            pipeline: vec![doc! { "$set": set }, doc! { "$unset": forget }],
-        }
+    /// Absorbs what other programs did to these documents.
+    pub(super) fn settle_some(&self, ids: &[KeyId], born: Born) -> Update {
+        let unsettled = all([self.is_readable(), not(self.is_settled())]);
+        let filter = doc! { "_id": one_of(ids), "$expr": unsettled };
+        Update { filter, pipeline: self.settle(born) }
     }
 
-    pub(super) fn set_disabled(&self, id: &KeyId, disabled: bool) -> Update {
-        let status = Self::path(&self.status);
-        let known = doc! { "$in": [&status, [HEALTHY, RATE_LIMITED, EXHAUSTED, ERROR]] };
-        let set = if disabled {
-            doc! {
-                &self.status: DISABLED,
-                ours::DISABLED_FROM: { "$cond": [known, &status, Self::path(ours::DISABLED_FROM)] },
-            }
-        } else {
-            doc! {
-                &self.status: { "$cond": [known, &status, self.disabled_from()] },
-                ours::DISABLED_FROM: "$$REMOVE",
-            }
-        };
-        Update {
-            filter: doc! { "_id": id.as_str() },
-            pipeline: vec![doc! { "$set": set }, doc! { "$set": { &self.updated_at: NOW } }],
-        }
-    }
-
-    /// Adds usage up, unless the document has that batch already.
+    /// Keys whose rest has ended: limited ones, and exhausted ones with a date of this crate's.
     ///
-    /// `$inc` would do for the sums, but could not be tried again.
-    pub(super) fn add_usage(&self, batch: &UsageBatch, usage: &Usage) -> Update {
-        let writers = Self::path(ours::USAGE_WRITERS);
-        let number = long(batch.number);
-        let has_it = doc! { "$elemMatch": { "w": &batch.writer, "n": { "$gte": number } } };
-        let others = doc! { "$filter": {
-            "input": { "$cond": [{ "$isArray": &writers }, &writers, []] },
-            "cond": { "$and": [
-                { "$ne": ["$$this.w", { "$literal": &batch.writer }] },
-                { "$gt": ["$$this.at", { "$subtract": [NOW, millis(WRITERS_REMEMBERED_FOR)] }] },
-            ] },
-        } };
-        let this = doc! { "w": { "$literal": &batch.writer }, "n": number, "at": NOW };
-        let used_at = doc! { "$subtract": [NOW, millis(batch.age)] };
-        let set = doc! {
-            &self.requests_count: sum(&self.requests_count, usage.requests),
-            &self.tokens_used: sum(&self.tokens_used, usage.tokens),
-            &self.last_used_at: { "$max": [date_or_null(&self.last_used_at), used_at] },
-            ours::USAGE_WRITERS: { "$concatArrays": [others, [this]] },
+    /// The fields before the expression are for the index. They also match arrays, and the expression does not.
+    pub(super) fn expired(&self) -> Document {
+        let past = |status: &str, more: Document| {
+            let date = path(&self.cooldown_until);
+            let has_passed = all([is_date(&date), doc! { "$lt": [date, NOW] }]);
+            let expired = all([eq(path(&self.status), status), self.is_readable(), has_passed, more]);
+            doc! { &self.status: status, &self.cooldown_until: { "$type": "date" }, "$expr": expired }
         };
-        Update {
-            filter: doc! { "_id": usage.id.as_str(), ours::USAGE_WRITERS: { "$not": has_it } },
-            pipeline: vec![doc! { "$set": set }],
+        let date_is_ours = eq(self.exhausted_until(Of::AnyKey), path(&self.cooldown_until));
+        doc! { "$or": [past(RATE_LIMITED, doc! {}), past(EXHAUSTED, date_is_ours), self.ended_without_a_date()] }
+    }
+
+    /// A limited key that another program gave no usable date, and that this crate has rested for long enough.
+    fn ended_without_a_date(&self) -> Document {
+        let ended = all([self.is_same_key(), eq("$rest.r", code(Rest::RateLimited)), not(is_resting())]);
+        self.undated(ended)
+    }
+
+    /// The index finds these by everything that is less or more than any date. It does not find dates in an array: a
+    /// load sees to them.
+    fn undated(&self, more: Document) -> Document {
+        let is_undated = not(is_date(&path(&self.cooldown_until)));
+        let expr = all([eq(path(&self.status), RATE_LIMITED), self.is_readable(), is_undated, more]);
+        let no_date = doc! { "$not": { "$gte": DateTime::MIN } };
+        doc! { &self.status: RATE_LIMITED, &self.cooldown_until: no_date, "$expr": expr }
+    }
+
+    pub(super) fn sweep(&self, born: Born) -> Update {
+        Update { filter: self.expired(), pipeline: self.write(born, []) }
+    }
+
+    /// A limited key without a date would never be swept: it gets one.
+    pub(super) fn date_the_undated(&self, born: Born) -> Update {
+        Update { filter: self.undated(not(self.is_settled())), pipeline: self.settle(born) }
+    }
+
+    /// The fields that a load reads of each document, or of these.
+    pub(super) fn load(&self, only: Option<&[KeyId]>) -> Vec<Document> {
+        let mut project = self.standing();
+        project.extend(doc! { &self.api_key: 1, ours::SPEC: 1, computed::IS_SETTLED: self.is_settled() });
+        let only = only.map(|ids| doc! { "$match": { "_id": one_of(ids) } });
+        only.into_iter().chain([doc! { "$project": project }]).collect()
+    }
+
+    /// The fields that say how a key stands.
+    pub(super) fn standing(&self) -> Document {
+        doc! {
+            &self.status: 1,
+            ours::BORN: 1,
+            ours::REST: 1,
+            ours::LIMITS: 1,
+            computed::SERVER_TIME: NOW,
         }
     }
 
-    /// Changes that a load would see; usage is none.
-    pub(super) fn changes(&self) -> Vec<Document> {
-        let fields =
-            [&*self.api_key, &self.status, &self.cooldown_until, ours::EXHAUSTED_UNTIL, ours::DISABLED_FROM];
-        let updated = fields
-            .map(|field| doc! { format!("updateDescription.updatedFields.{field}"): { "$exists": true } });
-        let removed = doc! { "updateDescription.removedFields": { "$in": fields.to_vec() } };
-        let other = doc! { "operationType": { "$ne": "update" } };
-        let any: Vec<_> = updated.into_iter().chain([removed, other]).collect();
-        vec![
-            doc! { "$match": { "$or": any } },
-            doc! { "$project": { "_id": 1, "operationType": 1, "ns": 1, "documentKey": 1 } },
-        ]
+    /// A failed key stays out of service for good: a standby key has its place.
+    pub(super) fn retire(&self, filter: Document, born: Born) -> Update {
+        let set = doc! {
+            ours::RETIRED_AT: NOW,
+            ours::REST: for_good(),
+            &self.cooldown_until: Bson::Null,
+        };
+        Update { filter, pipeline: self.write(born, [doc! { "$set": set }]) }
     }
+
+    /// The stored secret in another form: it is the same secret.
+    pub(super) fn encrypt(&self, id: Bson, hash: i64, sealed: &str) -> Update {
+        let has_been_absorbed = eq(path(ours::SECRET_HASH), hash);
+        let hash_after = hash_of(&self.api_key);
+        Update {
+            filter: doc! { "_id": { "$eq": id }, "$expr": eq(hash_of(&self.api_key), hash) },
+            pipeline: vec![
+                doc! { "$set": { &self.api_key: literal(sealed) } },
+                doc! { "$set": { ours::SECRET_HASH: cond(has_been_absorbed, hash_after, path(ours::SECRET_HASH)) } },
+            ],
+        }
+    }
+
+    /// Changes that concern a pool: the word, which the writes of this crate carry, and edits of other programs. Every
+    /// field that is looked for costs time with each change that passes by, counts of usage above all.
+    pub(super) fn changes(&self) -> Vec<Document> {
+        let updated = |field: &str| format!("updateDescription.updatedFields.{field}");
+        let fields = [ours::WORDS, &self.status, &self.cooldown_until, &self.api_key, ours::SPEC];
+        let has = |field: &str| doc! { updated(field): { "$exists": true } };
+        let removed = doc! { "updateDescription.removedFields": { "$in": [&self.api_key, ours::BORN] } };
+        let other = doc! { "operationType": { "$ne": "update" } };
+        let any: Vec<_> = fields.map(has).into_iter().chain([removed, other]).collect();
+        let words = path(&updated(ours::WORDS));
+        let project = doc! { "_id": 1, "operationType": 1, "ns": 1, "documentKey": 1, ours::WORDS: words };
+        vec![doc! { "$match": { "$or": any } }, doc! { "$project": project }]
+    }
+}
+
+/// A key that fails anew may be replaced; one that has failed already keeps what was done about it.
+fn set_failed(wins: Document) -> Document {
+    let anew = all([wins, not(has_failed())]);
+    let kept = |field: &str, anew_it_is: Bson| cond(anew.clone(), anew_it_is, path(field));
+    doc! { "$set": {
+        ours::FAILED_AT: kept(ours::FAILED_AT, NOW.into()),
+        ours::REPLACED_BY: kept(ours::REPLACED_BY, replacement_under_way().into()),
+        ours::RETIRED_AT: kept(ours::RETIRED_AT, REMOVE.into()),
+    } }
+}
+
+fn one_of(ids: &[KeyId]) -> Document {
+    doc! { "$in": ids.iter().map(KeyId::as_str).collect::<Vec<_>>() }
 }
 
 fn said(mark: &Mark) -> String {
-    let what = match mark.rest {
-        Rest::RateLimited => "rate limited",
-        Rest::Exhausted => "quota exhausted",
-        Rest::Revoked => "no longer accepted",
+    let reason = match mark.words.key.map(|resting| resting.reason) {
+        None => return String::new(),
+        Some(Rest::RateLimited) => "rate limited",
+        Some(Rest::Exhausted) => "quota exhausted",
+        Some(Rest::Revoked) => "no longer accepted",
     };
     match mark.http_status {
-        Some(status) => format!("{what} (HTTP {status})"),
-        None => what.to_owned(),
+        Some(status) => format!("{reason} (HTTP {status})"),
+        None => reason.to_owned(),
     }
 }
 
-/// The standby key that was planned for a key, unless it has taken its place: it may have been claimed, and is used
-/// for nothing else then.
-fn replacement_under_way() -> Document {
-    doc! { "$cond": [is_date(ours::RETIRED_AT), "$$REMOVE", format!("${}", ours::REPLACED_BY)] }
+/// The earlier of two dates: the server's time when it gets the mark, with what is left by then, and the server's time
+/// at the call, with all that was left. Only the second one does not depend on how long the mark was on its way.
+fn deadline(until: Until, called: Called) -> Bson {
+    // A date has milliseconds: up rather than down, never early. Five thousand years are enough.
+    const LONGEST: i64 = 5_000 * 365 * 24 * 60 * 60 * 1_000;
+    let millis = |time: Duration| i64::try_from(time.as_millis()).unwrap_or(LONGEST);
+    let Until::After(left) = until else { return FOREVER.into() };
+    let left = (millis(left) + 1).min(LONGEST);
+    let from_now = doc! { "$add": [NOW, left.saturating_sub(millis(called.waited)).max(0)] };
+    match called.at {
+        None => from_now.into(),
+        Some(at) => doc! { "$min": [from_now, DateTime::from_millis(millis(at) + left)] }.into(),
+    }
 }
 
-fn is_date(field: &str) -> Document {
-    doc! { "$eq": [{ "$type": format!("${field}") }, "date"] }
-}
-
-fn date_or_null(field: &str) -> Document {
-    doc! { "$cond": [is_date(field), format!("${field}"), Bson::Null] }
-}
-
-/// The later of a stored date and what is left from now on; no date where it rests until somebody resets it.
-fn later_of(before: Document, left: Option<Duration>) -> Bson {
-    left.map_or(Bson::Null, |left| doc! { "$max": [before, from_now(left)] }.into())
-}
-
-fn from_now(left: Duration) -> Document {
-    // A date has milliseconds: up rather than down, never early. Ten thousand years are enough for any.
-    const LONGEST: i64 = 10_000 * 365 * 24 * 60 * 60 * 1_000;
-    doc! { "$add": [NOW, (millis(left) + 1).min(LONGEST)] }
-}
-
-/// A number that somebody may have written in any numeric type, and more; as an int64. What is no number, or
-/// too large to be counted further, is left as it is.
-fn sum(field: &str, more: u64) -> Document {
-    let path = format!("${field}");
-    let numeric = ["int", "long", "double", "decimal", "missing", "null"];
-    let number =
-        doc! { "$convert": { "input": &path, "to": "long", "onError": Bson::Null, "onNull": 0_i64 } };
-    let number = doc! { "$cond": [{ "$in": [{ "$type": &path }, numeric.to_vec()] }, number, Bson::Null] };
-    let sum = doc! { "$add": ["$$number", long(more)] };
-    let stays = doc! { "$or": [
-        { "$eq": ["$$number", Bson::Null] },
-        { "$gt": ["$$number", i64::MAX - long(more)] },
-    ] };
-    let added = doc! { "$cond": [stays, path, sum] };
-    doc! { "$let": { "vars": { "number": number }, "in": added } }
-}
-
-fn millis(duration: Duration) -> i64 {
-    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX / 2).min(i64::MAX / 2)
-}
-
-fn long(number: u64) -> i64 {
-    i64::try_from(number).unwrap_or(i64::MAX)
+fn spec_of(spec: &KeySpec) -> Option<Document> {
+    let number = |number: u32| Bson::from(i64::from(number));
+    let fields = [
+        ("group", spec.group.clone().map(Bson::from)),
+        ("tier", spec.tier.map(|tier| number(tier.into()))),
+        ("weight", spec.weight.map(|weight| number(weight.get()))),
+        ("maxInFlight", spec.max_in_flight.map(|requests| number(requests.get()))),
+        ("endpoint", spec.endpoint.clone().map(Bson::from)),
+    ];
+    let said: Document =
+        fields.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))).collect();
+    (!said.is_empty()).then_some(said)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    const SECOND: Duration = Duration::from_secs(1);
+
     #[test]
-    fn a_rest_of_a_thousand_years_is_written_as_it_is_and_an_endless_one_as_ten_thousand() {
-        let millis = 1_000_i64 * 365 * 24 * 60 * 60 * 1_000;
-        let thousand_years = Duration::from_millis(millis as u64);
-        assert_eq!(from_now(thousand_years), doc! { "$add": [NOW, millis + 1] });
-        assert_eq!(from_now(Duration::MAX), doc! { "$add": [NOW, 10 * millis] });
+    fn f12_only_the_servers_clock_decides_deadlines() {
+        let called = Called { at: None, waited: SECOND };
+        let from_now = deadline(Until::After(5 * SECOND), called);
+        assert_eq!(from_now, doc! { "$add": [NOW, 4_001_i64] }.into());
+    }
+
+    #[test]
+    fn deadlines_never_exceed_call_time_plus_rest() {
+        let called = Called { at: Some(100 * SECOND), waited: 9 * SECOND };
+        let bounded = doc! { "$min": [{ "$add": [NOW, 0_i64] }, DateTime::from_millis(105_001)] };
+        assert_eq!(deadline(Until::After(5 * SECOND), called), bounded.into());
+    }
+
+    #[test]
+    fn rests_until_reset_are_the_latest_of_all() {
+        let called = Called { at: None, waited: Duration::ZERO };
+        assert_eq!(deadline(Until::Reset, called), FOREVER.into());
+        let five_thousand_years = 5_000 * 365 * 24 * 60 * 60 * 1_000_i64;
+        assert_eq!(
+            deadline(Until::After(Duration::MAX), called),
+            doc! { "$add": [NOW, five_thousand_years] }.into()
+        );
     }
 }

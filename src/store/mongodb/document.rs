@@ -1,61 +1,109 @@
 //! From a document to a key.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, num::NonZeroU32, time::Duration};
 
 use ::mongodb::bson::{Bson, RawBsonRef, RawDocument};
 
 use super::{
     at_rest::AtRest,
-    fields::{Fields, ours},
+    fields::{Fields, KNOWN, computed, ours},
+    stored::resting,
 };
 use crate::{
-    key::KeyId,
-    limit::Rest,
-    store::{KeyRecord, Unreadable},
+    key::{KeyId, KeySpec},
+    limit::{Resting, Scope, Words},
+    store::{Born, KeyRecord, Standing, Unreadable},
 };
 
-pub(super) const HEALTHY: &str = "healthy";
-pub(super) const RATE_LIMITED: &str = "rate_limited";
-pub(super) const EXHAUSTED: &str = "exhausted";
-pub(super) const ERROR: &str = "error";
-pub(super) const DISABLED: &str = "disabled";
+/// A document that can be read as a key.
+#[cfg_attr(test, derive(Debug, PartialEq))]
+pub(super) enum Read {
+    /// Its words count from the epoch, by the server's clock.
+    Key(Box<KeyRecord>),
+    /// Another program has changed it since the last write: it has to be absorbed first.
+    Unsettled(KeyId),
+}
 
-/// What a limited key rests for that somebody left without a date.
-pub(super) const WITHOUT_A_DATE: Duration = Duration::from_secs(120);
-
-/// What a load has the server say: its time, the milliseconds until `cooldownUntil`, and whether an exhaustion ends
-/// then.
-pub(super) const SERVER_TIME: &str = "serverTime";
-pub(super) const LEFT: &str = "left";
-pub(super) const EXHAUSTION_IS_DATED: &str = "exhaustionIsDated";
-pub(super) const COMPUTED: [&str; 3] = [SERVER_TIME, LEFT, EXHAUSTION_IS_DATED];
-
-/// A key, of a document as a load projects it.
-pub(super) fn decode(
-    document: &RawDocument,
-    fields: &Fields,
-    at_rest: &AtRest,
-) -> Result<KeyRecord, Unreadable> {
+/// Reads a document as a load projects it.
+pub(super) fn decode(document: &RawDocument, fields: &Fields, at_rest: &AtRest) -> Result<Read, Unreadable> {
     let unreadable = |reason: String| Unreadable::new(shown_id(document), reason);
     let id = text(document, "_id").map_err(unreadable)?;
     let id = KeyId::new(id).map_err(|error| unreadable(error.to_string()))?;
     let secret = text(document, &fields.api_key).and_then(|stored| at_rest.secret(&id, stored));
-    let secret = secret.map_err(unreadable)?;
-    let status = text(document, &fields.status).map_err(unreadable)?;
-    let (disabled, status) = match status {
-        DISABLED => (true, text(document, ours::DISABLED_FROM).unwrap_or(HEALTHY)),
-        status => (!is_known(status), status),
+    let spec = KeySpec::new(id, secret.map_err(unreadable)?);
+    text(document, &fields.status).map_err(unreadable)?;
+    let spec = with_its_spec(spec, document).map_err(unreadable)?;
+    if !document.get_bool(computed::IS_SETTLED).unwrap_or_default() {
+        return Ok(Read::Unsettled(spec.id));
+    }
+    let standing =
+        standing(document, fields).ok_or_else(|| unreadable("born is not hexadecimal".to_owned()))?;
+    Ok(Read::Key(Box::new(KeyRecord::new(spec, standing))))
+}
+
+/// How a key stands, with times that count from the epoch. `None` if the document was never absorbed.
+pub(super) fn standing(document: &RawDocument, fields: &Fields) -> Option<Standing> {
+    let born = u64::from_str_radix(document.get_str(ours::BORN).ok()?, 16).ok()?;
+    let rest = document.get_document(ours::REST).ok()?;
+    let generation = whole_number(rest, "g")?.max(0).unsigned_abs();
+    let words = Words { generation, key: rest_in(rest), scopes: scopes(document) };
+    let is_disabled = text(document, &fields.status).is_ok_and(|status| !KNOWN.contains(&status));
+    Some(Standing::new(Born(born), words, is_disabled))
+}
+
+/// The rests of scopes. An entry that another program has spoiled is dropped by the next write.
+fn scopes(document: &RawDocument) -> BTreeMap<Scope, Resting> {
+    let limits = document.get_array(ours::LIMITS).into_iter().flatten();
+    let limits = limits.filter_map(|limit| limit.ok()?.as_document());
+    let scope = |limit: &RawDocument| Some((Scope::new(limit.get_str("s").ok()?).ok()?, rest_in(limit)?));
+    limits.filter_map(scope).collect()
+}
+
+fn rest_in(rest: &RawDocument) -> Option<Resting> {
+    let until = rest.get_datetime("u").ok()?;
+    resting(until.timestamp_millis(), whole_number(rest, "r")?)
+}
+
+fn with_its_spec(mut spec: KeySpec, document: &RawDocument) -> Result<KeySpec, String> {
+    let said = match document.get(ours::SPEC) {
+        Ok(None | Some(RawBsonRef::Null | RawBsonRef::Undefined)) => return Ok(spec),
+        Ok(Some(RawBsonRef::Document(said))) => said,
+        Ok(Some(other)) => return Err(wrong_type(ours::SPEC, other, "a document")),
+        Err(_) => return Err(BROKEN.to_owned()),
     };
-    let rest = match status {
-        RATE_LIMITED => Some((Rest::RateLimited, Some(left(document).unwrap_or(WITHOUT_A_DATE)))),
-        EXHAUSTED => {
-            let is_dated = document.get_bool(EXHAUSTION_IS_DATED).unwrap_or_default();
-            Some((Rest::Exhausted, left(document).filter(|_| is_dated)))
+    for field in said {
+        let (name, value) = field.map_err(|_| BROKEN.to_owned())?;
+        if value == RawBsonRef::Null {
+            continue;
         }
-        ERROR => Some((Rest::Revoked, None)),
+        match name.as_str() {
+            "group" => spec.group = Some(spec_text(name.as_str(), value)?),
+            "endpoint" => spec.endpoint = Some(spec_text(name.as_str(), value)?),
+            "tier" => spec.tier = Some(spec_number(name.as_str(), value)?),
+            "weight" => spec.weight = Some(spec_number::<NonZeroU32>(name.as_str(), value)?),
+            "maxInFlight" => spec.max_in_flight = Some(spec_number::<NonZeroU32>(name.as_str(), value)?),
+            _ => return Err("spec has a field that this version does not know".to_owned()),
+        }
+    }
+    Ok(spec)
+}
+
+fn spec_text(name: &str, value: RawBsonRef<'_>) -> Result<String, String> {
+    let text = value.as_str().map(str::to_owned);
+    text.ok_or_else(|| wrong_type(&format!("{}.{name}", ours::SPEC), value, "a string"))
+}
+
+fn spec_number<N: TryFrom<u32>>(name: &str, value: RawBsonRef<'_>) -> Result<N, String> {
+    let number = match value {
+        RawBsonRef::Int32(number) => Some(number.into()),
+        RawBsonRef::Int64(number) => Some(number),
+        // Numbers of a shell or a Node page are doubles.
+        RawBsonRef::Double(number) if number.fract() == 0.0 => Some(number as i64),
         _ => None,
     };
-    Ok(KeyRecord { rest, disabled, ..KeyRecord::new(id, secret) })
+    let number =
+        number.and_then(|number| u32::try_from(number).ok()).and_then(|number| N::try_from(number).ok());
+    number.ok_or_else(|| format!("{}.{name} is not a whole number that it can be", ours::SPEC))
 }
 
 /// The id of a document that a key may have.
@@ -63,46 +111,42 @@ pub(super) fn id(document: &RawDocument) -> Option<KeyId> {
     text(document, "_id").ok().and_then(|id| KeyId::new(id).ok())
 }
 
-fn is_known(status: &str) -> bool {
-    matches!(status, HEALTHY | RATE_LIMITED | EXHAUSTED | ERROR)
-}
+const BROKEN: &str = "the document is broken";
 
 pub(super) fn text<'a>(document: &'a RawDocument, field: &str) -> Result<&'a str, String> {
     match document.get(field) {
         Ok(Some(RawBsonRef::String(text))) => Ok(text),
-        Ok(Some(other)) => Err(format!("{field} is of the type {:?}, not a string", other.element_type())),
+        Ok(Some(other)) => Err(wrong_type(field, other, "a string")),
         Ok(None) => Err(format!("{field} is missing")),
         // Without the error, which may quote anything.
-        Err(_) => Err("the document is broken".to_owned()),
+        Err(_) => Err(BROKEN.to_owned()),
     }
 }
 
-/// What a field holds; none where that is null.
+fn wrong_type(field: &str, value: RawBsonRef<'_>, expected: &str) -> String {
+    format!("{field} is of the type {:?}, not {expected}", value.element_type())
+}
+
+/// The value of a field; `None` if that is null.
 pub(super) fn value(document: &RawDocument, field: &str) -> Option<Bson> {
     let value = document.get(field).ok().flatten()?;
     Bson::try_from(value).ok().filter(|value| *value != Bson::Null)
 }
 
-fn left(document: &RawDocument) -> Option<Duration> {
-    match document.get(LEFT) {
-        Ok(Some(RawBsonRef::Int64(millis))) => Some(Duration::from_millis(millis.max(0).unsigned_abs())),
-        Ok(Some(RawBsonRef::Int32(millis))) => {
-            Some(Duration::from_millis(millis.max(0).unsigned_abs().into()))
-        }
+pub(super) fn whole_number(document: &RawDocument, field: &str) -> Option<i64> {
+    match document.get(field) {
+        Ok(Some(RawBsonRef::Int64(number))) => Some(number),
+        Ok(Some(RawBsonRef::Int32(number))) => Some(number.into()),
         _ => None,
     }
 }
 
-/// Takes off what is left the time that has passed since it was true.
-pub(super) fn pass_time(records: &mut [KeyRecord], time: Duration) {
-    for record in records {
-        if let Some((_, Some(left))) = &mut record.rest {
-            *left = left.saturating_sub(time);
-        }
-    }
+/// The same key, with words that count from now. It was read before, so what has passed since then is no longer left.
+pub(super) fn from_now(standing: Standing, server_time: Duration) -> Standing {
+    Standing { words: standing.words.after(server_time), ..standing }
 }
 
-/// An id as it can be logged: on one line, and not longer than one.
+/// An id as it can be logged: on one line, and of bounded length.
 pub(super) fn shown_id(document: &RawDocument) -> String {
     let id = match document.get("_id") {
         Ok(Some(RawBsonRef::String(id))) => id.to_owned(),
@@ -115,42 +159,4 @@ pub(super) fn shown_id(document: &RawDocument) -> String {
     const LONGEST: usize = 256;
     let printable = id.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c });
     printable.take(LONGEST).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use ::mongodb::bson::{Bson, Document, RawDocumentBuf, doc, oid::ObjectId};
-
-    use super::*;
-
-    fn left_of_a_limited_key(left: impl Into<Bson>) -> Option<Duration> {
-        let document = doc! { "_id": "alpha", "apiKey": "sk-1", "status": RATE_LIMITED, LEFT: left.into() };
-        let document = RawDocumentBuf::try_from(&document).unwrap();
-        let record = decode(&document, &Fields::default(), &AtRest::new("apiKey".into(), None)).unwrap();
-        record.rest.and_then(|(_, left)| left)
-    }
-
-    #[test]
-    fn an_id_is_shown_whatever_it_is() {
-        let shown = |document: Document| shown_id(&RawDocumentBuf::try_from(&document).unwrap());
-        let object = ObjectId::from_bytes([0xab; 12]);
-        assert_eq!(shown(doc! { "_id": object }), "ab".repeat(12));
-        assert_eq!(shown(doc! { "_id": 7_i32 }), "7");
-        assert_eq!(shown(doc! { "_id": -8_i64 }), "-8");
-        assert_eq!(shown(doc! { "_id": true }), "an id of the type Boolean");
-        assert_eq!(shown(doc! {}), "without an id");
-        assert_eq!(
-            shown(doc! { "_id": format!("a\n{}", "b".repeat(300)) }),
-            format!("a\u{fffd}{}", "b".repeat(254))
-        );
-    }
-
-    #[test]
-    fn what_is_left_may_be_a_number_of_either_width_and_is_never_below_zero() {
-        let second = Some(Duration::from_secs(1));
-        assert_eq!((left_of_a_limited_key(1_000_i64), left_of_a_limited_key(1_000_i32)), (second, second));
-        let zero = Some(Duration::ZERO);
-        assert_eq!((left_of_a_limited_key(-1_i64), left_of_a_limited_key(-1_i32)), (zero, zero));
-        assert_eq!(left_of_a_limited_key("soon"), Some(WITHOUT_A_DATE));
-    }
 }

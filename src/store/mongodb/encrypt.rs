@@ -2,28 +2,28 @@
 
 use std::{fmt, sync::Arc};
 
-use ::mongodb::{
-    Collection,
-    bson::{RawDocument, RawDocumentBuf, doc},
-};
+use ::mongodb::bson::{Bson, RawDocument, RawDocumentBuf, doc};
 use tokio::{sync::mpsc, time::timeout};
 
 use super::{
-    Inner, MongoStore,
+    bulk::AT_ONCE,
     commands::Update,
-    document::{self, shown_id},
+    document::{self, shown_id, whole_number},
     error::Failure,
+    inner::{Documents, Inner},
     standby,
+    store::MongoStore,
+    words::hash_of,
 };
 use crate::{
     key::KeyId,
     store::{StoreError, Unreadable},
 };
 
-/// So many documents are read, and written, at once.
-const AT_ONCE: usize = 500;
+/// The server's digest of the secret, which tells whether it is still the one that was read.
+const HASH: &str = "hash";
 
-/// What [`MongoStore::encrypt_documents`] did.
+/// The outcome of [`MongoStore::encrypt_documents`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Encrypted {
@@ -98,9 +98,7 @@ impl MongoStore {
     }
 }
 
-type Documents = Collection<RawDocumentBuf>;
-
-/// Which key a document is about; in each collection it is told in another way.
+/// The key of a document, in a form that depends on the collection.
 type IdOf = fn(&RawDocument) -> Option<KeyId>;
 
 async fn encrypt(
@@ -109,7 +107,8 @@ async fn encrypt(
     id_of: IdOf,
     parts: mpsc::Sender<Encrypted>,
 ) -> Result<(), Failure> {
-    let projection = doc! { &store.fields.api_key: 1 };
+    let api_key = &store.fields.api_key;
+    let projection = doc! { api_key: 1, HASH: hash_of(api_key) };
     let mut documents = collection.find(doc! {}).projection(projection).await?;
     let (mut read, mut is_last) = (Vec::new(), false);
     while !is_last {
@@ -140,13 +139,13 @@ impl Inner {
             match self.encryption_of(document, id_of) {
                 Ok(None) => part.already += 1,
                 Ok(Some(update)) => {
-                    updates.push(update);
+                    updates.push(update.statement());
                     shown.push(shown_id(document));
                 }
                 Err(reason) => part.left.push(Unreadable::new(shown_id(document), reason)),
             }
         }
-        let written = self.update_each(collection, updates).await?;
+        let written = self.update_each(collection, updates).await?.if_only_documents_refuse()?;
         part.encrypted = written.modified;
         let refused = written.refused.iter().map(|refused| (&shown[refused.index], refused.code));
         part.left.extend(refused.map(|(id, code)| {
@@ -166,9 +165,8 @@ impl Inner {
             return Ok(None);
         }
         let sealed = self.at_rest.stored(&id, &secret).map_err(|failure| failure.to_string())?;
-        Ok(Some(Update {
-            filter: doc! { "_id": document::value(document, "_id"), field: { "$eq": stored } },
-            pipeline: vec![doc! { "$set": { field: { "$literal": sealed } } }],
-        }))
+        let hash = whole_number(document, HASH).ok_or("the server gave no digest of it")?;
+        let id = document::value(document, "_id").unwrap_or(Bson::Null);
+        Ok(Some(self.fields.encrypt(id, hash, &sealed)))
     }
 }

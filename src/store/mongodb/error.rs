@@ -1,4 +1,4 @@
-//! What went wrong, without what must not be said.
+//! Why an operation failed, without secrets.
 
 use std::time::Duration;
 
@@ -12,6 +12,8 @@ use crate::store::StoreError;
 pub(super) enum Failure {
     #[error("{0}")]
     Driver(String),
+    #[error("{0}")]
+    NoServer(String),
     #[error("MongoDB refused it with code {code}{}", named(.name))]
     Server { code: i32, name: String },
     #[error("MongoDB took longer than {0:?}; it is not known whether it was done")]
@@ -26,6 +28,8 @@ pub(super) enum Failure {
     NoDataKeys,
     #[error("the operation panicked, or its runtime has shut down")]
     BrokenOff,
+    #[error("{0} documents change faster than they can be read")]
+    Unsettled(usize),
 }
 
 fn named(name: &str) -> String {
@@ -47,7 +51,28 @@ impl Failure {
         matches!(self, Self::Server { code: 11_000, .. })
     }
 
-    /// What is refused for what a document is will be refused again.
+    /// Whether the server cannot have begun to do it.
+    pub(super) fn happened_before_sending(&self) -> bool {
+        const UNAUTHORIZED: i32 = 13;
+        const AUTHENTICATION_FAILED: i32 = 18;
+        const USER_WRITES_BLOCKED: i32 = 371;
+        const NOT_WRITABLE_PRIMARY: i32 = 10_107;
+        const NOT_PRIMARY_NO_SECONDARY_OK: i32 = 13_435;
+        match self {
+            Self::NoServer(_) | Self::StillUnderWay(_) => true,
+            Self::Server { code, .. } => matches!(
+                *code,
+                UNAUTHORIZED
+                    | AUTHENTICATION_FAILED
+                    | USER_WRITES_BLOCKED
+                    | NOT_WRITABLE_PRIMARY
+                    | NOT_PRIMARY_NO_SECONDARY_OK
+            ),
+            _ => false,
+        }
+    }
+
+    /// Document validation errors are permanent: do not retry.
     pub(super) fn is_about_the_document(&self) -> bool {
         const BAD_VALUE: i32 = 2;
         const TYPE_MISMATCH: i32 = 14;
@@ -85,6 +110,7 @@ impl From<Failure> for StoreError {
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         let server = Self::server;
+        let said = || printable(&without_answers(&error.kind.to_string()));
         match &*error.kind {
             ErrorKind::Command(error) => server(error.code, &error.code_name),
             ErrorKind::Write(WriteFailure::WriteError(error)) => {
@@ -97,8 +123,8 @@ impl From<Error> for Failure {
             | ErrorKind::IncompatibleServer { .. }
             | ErrorKind::InvalidTlsConfig { .. }
             | ErrorKind::Io(_)
-            | ErrorKind::ServerSelection { .. }
-            | ErrorKind::Shutdown => Self::Driver(printable(&without_answers(&error.kind.to_string()))),
+            | ErrorKind::Shutdown => Self::Driver(said()),
+            ErrorKind::ServerSelection { .. } => Self::NoServer(said()),
             ErrorKind::InvalidArgument { .. } => {
                 Self::Driver("the driver was given an invalid argument".into())
             }
@@ -128,7 +154,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn of_what_the_server_says_only_the_code_and_its_name_are_passed_on() {
+    fn server_errors_show_only_code_and_code_name() {
         let answer =
             doc! { "code": 11_600, "codeName": "InterruptedAtShutdown", "errmsg": "update with sk-1" };
         let command = ErrorKind::Command(deserialize_from_document(answer.clone()).unwrap());
@@ -143,14 +169,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn of_an_argument_that_the_driver_refuses_nothing_is_quoted() {
+    async fn a_rejected_driver_argument_is_not_quoted() {
         let error = ClientOptions::parse("mongodb://user:pass word@/").await.unwrap_err();
         assert!(matches!(&*error.kind, ErrorKind::InvalidArgument { .. }), "{error:?}");
         assert_eq!(Failure::from(error).to_string(), "the driver was given an invalid argument");
     }
 
     #[test]
-    fn what_the_driver_says_of_a_server_is_cut_where_it_quotes_an_answer() {
+    fn server_answers_are_cut_from_driver_messages() {
         let said = |state: &str| format!("No available servers. Topology: {{ Address: a:27017, {state} }}");
         let quoting = said("Error: Command failed: sk-1");
         assert_eq!(without_answers(&quoting), "No available servers. A server answers with an error.");

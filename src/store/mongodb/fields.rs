@@ -1,7 +1,5 @@
 //! What the fields of a key's document are called.
 
-use super::document;
-
 /// The names of a key's fields, for documents that are not called as this crate would.
 ///
 /// ```
@@ -25,29 +23,58 @@ pub struct Fields {
     pub(super) created_at: String,
     pub(super) last_used_at: String,
     pub(super) updated_at: String,
-    pub(super) reset_at: String,
 }
 
-/// Fields of this crate's own: other programs leave them alone, and have no need of them.
+pub(super) const HEALTHY: &str = "healthy";
+pub(super) const RATE_LIMITED: &str = "rate_limited";
+pub(super) const EXHAUSTED: &str = "exhausted";
+pub(super) const ERROR: &str = "error";
+pub(super) const DISABLED: &str = "disabled";
+
+/// The statuses of a key in service. With any other one a key is disabled, and the status stays as it is.
+pub(super) const KNOWN: [&str; 4] = [HEALTHY, RATE_LIMITED, EXHAUSTED, ERROR];
+
+/// Fields of this crate's own. Other programs leave them alone, and have no need of them.
 pub(super) mod ours {
-    /// The same as `cooldownUntil`, for a key that this crate found exhausted. An exhausted key of which the two
-    /// differ stays so: other programs write dates of another meaning beside that status.
-    pub(crate) const EXHAUSTED_UNTIL: &str = "exhaustedUntil";
-    /// The status that a disabled key would have.
-    pub(crate) const DISABLED_FROM: &str = "disabledFrom";
+    /// The word: generation, until, reason.
+    pub(crate) const REST: &str = "rest";
+    /// Which key object the document is.
+    pub(crate) const BORN: &str = "born";
+    /// The digest of the secret that the key object has.
+    pub(crate) const SECRET_HASH: &str = "secretHash";
+    /// The rests of scopes.
+    pub(crate) const LIMITS: &str = "limits";
+    /// All of the above but the digest, as one text for change streams.
+    pub(crate) const WORDS: &str = "words";
+    /// What is said of the key beside its id and secret.
+    pub(crate) const SPEC: &str = "spec";
     /// When a key was marked as exhausted or revoked, and so may be replaced by a standby key.
     pub(crate) const FAILED_AT: &str = "failedAt";
     /// The standby key that is to take this one's place.
     pub(crate) const REPLACED_BY: &str = "replacedBy";
-    /// When it had taken it.
+    /// When the standby key had taken it.
     pub(crate) const RETIRED_AT: &str = "retiredAt";
     /// Of a key that was a standby key: whose place it took.
     pub(crate) const REPLACED_KEY: &str = "replacedKey";
-    /// The last batch of usage of each writer.
-    pub(crate) const USAGE_WRITERS: &str = "usageWriters";
 
-    pub(crate) const ALL: [&str; 7] =
-        [EXHAUSTED_UNTIL, DISABLED_FROM, FAILED_AT, REPLACED_BY, RETIRED_AT, REPLACED_KEY, USAGE_WRITERS];
+    /// In documents of earlier versions: the same as `cooldownUntil`, for a key that this crate found exhausted.
+    pub(crate) const EXHAUSTED_UNTIL: &str = "exhaustedUntil";
+    /// In documents of earlier versions: the status that a disabled key would have.
+    pub(crate) const DISABLED_FROM: &str = "disabledFrom";
+
+    /// Fields of earlier versions, which the next write of a document removes.
+    pub(crate) const FORMER: [&str; 4] = [EXHAUSTED_UNTIL, DISABLED_FROM, "usageWriters", "resetAt"];
+
+    pub(crate) const ALL: [&str; 10] =
+        [REST, BORN, SECRET_HASH, LIMITS, WORDS, SPEC, FAILED_AT, REPLACED_BY, RETIRED_AT, REPLACED_KEY];
+}
+
+/// What a load has the server say beside the fields of a document.
+pub(super) mod computed {
+    pub(crate) const SERVER_TIME: &str = "serverTime";
+    pub(crate) const IS_SETTLED: &str = "isSettled";
+
+    pub(crate) const ALL: [&str; 2] = [SERVER_TIME, IS_SETTLED];
 }
 
 impl Default for Fields {
@@ -62,7 +89,6 @@ impl Default for Fields {
             created_at: "createdAt".into(),
             last_used_at: "lastUsedAt".into(),
             updated_at: "updatedAt".into(),
-            reset_at: "resetAt".into(),
         }
     }
 }
@@ -103,8 +129,6 @@ names! {
     last_used_at
     /// By default `updatedAt`.
     updated_at
-    /// When an operator reset the key, a date. By default `resetAt`.
-    reset_at
 }
 
 impl Fields {
@@ -119,7 +143,8 @@ impl Fields {
         let taken = |name: &str| {
             name == "_id"
                 || ours::ALL.contains(&name)
-                || document::COMPUTED.contains(&name)
+                || ours::FORMER.contains(&name)
+                || computed::ALL.contains(&name)
                 || names.iter().filter(|other| **other == name).count() > 1
         };
         let invalid = |name: &str| {
@@ -139,8 +164,8 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_mongodb_would_take_for_something_else_is_refused() {
-        for name in ["", "$set", "a.b", "a\0b", "_id", "usageWriters", "left", "status"] {
+    fn invalid_or_reserved_field_names_are_refused() {
+        for name in ["", "$set", "a.b", "a\0b", "_id", "rest", "usageWriters", "serverTime", "status"] {
             assert_eq!(Fields::new().api_key(name).invalid(), Some(name), "{name:?}");
         }
     }

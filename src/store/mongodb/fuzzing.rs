@@ -3,9 +3,10 @@
 use ::mongodb::bson::RawDocument;
 
 use super::{
-    DataKeys, Fields,
-    at_rest::{AtRest, Encryption},
-    document,
+    at_rest::AtRest,
+    data_keys::DataKeys,
+    document::{self, Read},
+    fields::Fields,
 };
 use crate::{
     key::{KeyId, Secret},
@@ -24,17 +25,20 @@ impl Documents {
     #[must_use]
     pub fn of(data_keys: Option<DataKeys>) -> Self {
         let fields = Fields::default();
-        let at_rest = AtRest::new(fields.api_key.clone(), data_keys.map(Encryption::with));
+        let at_rest = AtRest::new(fields.api_key.clone(), data_keys);
         Self { fields, at_rest }
     }
 
-    /// A key.
+    /// A key, with words that count from the epoch; `None` if the document has to be absorbed first.
     ///
     /// # Errors
     ///
-    /// Where it can't be read as one.
-    pub fn decode(&self, document: &RawDocument) -> Result<KeyRecord, Unreadable> {
-        document::decode(document, &self.fields, &self.at_rest)
+    /// If it cannot be read as a key.
+    pub fn decode(&self, document: &RawDocument) -> Result<Option<KeyRecord>, Unreadable> {
+        Ok(match document::decode(document, &self.fields, &self.at_rest)? {
+            Read::Key(record) => Some(*record),
+            Read::Unsettled(_) => None,
+        })
     }
 
     /// What a new document holds for this secret.

@@ -95,7 +95,7 @@ mod tests {
     const LIMIT: Duration = Duration::from_secs(5);
 
     #[test]
-    fn a_key_has_the_same_lane_each_time_and_not_all_keys_share_one() {
+    fn each_key_keeps_its_lane_among_several() {
         let lanes = Lanes::default();
         let lane_of = |key: usize| std::ptr::from_ref(lanes.of(&key));
         assert!((0..100).all(|key| lane_of(key) == lane_of(key)));
@@ -103,7 +103,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn one_that_takes_too_long_goes_on_and_the_next_one_waits_for_it() {
+    async fn a_timed_out_operation_still_occupies_its_lane() {
         let lane = Lane::default();
         let (finish, finished) = oneshot::channel();
         let (tell, told) = oneshot::channel();
@@ -122,7 +122,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn one_that_nobody_waits_for_any_more_is_done_all_the_same() {
+    async fn an_operation_without_a_waiter_still_completes() {
         let lane = Lane::default();
         let (tell, told) = oneshot::channel();
         let waiting = lane.run(LIMIT, |_| async {

@@ -8,20 +8,21 @@
 use std::sync::Arc;
 
 use ::mongodb::{
-    Collection,
     bson::{Bson, Document, RawDocument, RawDocumentBuf, doc},
     options::ReturnDocument,
 };
 
 use super::{
-    Inner,
-    document::{self, ERROR, EXHAUSTED, shown_id, value},
+    document::{self, shown_id, value, whole_number},
     error::Failure,
-    fields::ours,
+    expr::eq,
+    fields::{ERROR, EXHAUSTED, Fields, ours},
+    inner::{Documents, Inner},
+    words::hash_of,
 };
 use crate::{
-    key::{KeyId, Secret, inject},
-    store::Replaced,
+    key::{KeyId, KeySpec, Secret, inject},
+    store::{Born, Replaced},
 };
 
 /// The most keys that one pass replaces.
@@ -44,14 +45,19 @@ enum Outcome {
 }
 
 enum Claim {
-    Ours(Box<(KeyId, Secret)>),
+    Ours(Box<Claimed>),
     NotToBeHad,
 }
 
-pub(super) async fn replace_failed(
-    store: Arc<Inner>,
-    standby: Collection<RawDocumentBuf>,
-) -> Result<Vec<Replaced>, Failure> {
+struct Claimed {
+    key: KeySpec,
+    /// The server's digest of the secret as it is stored.
+    hash: i64,
+}
+
+const HASH: &str = "hash";
+
+pub(super) async fn replace_failed(store: Arc<Inner>, standby: Documents) -> Result<Vec<Replaced>, Failure> {
     let replacement = Replacement { store: &store, standby: &standby };
     let mut replaced = Vec::new();
     let mut refused = None;
@@ -78,7 +84,7 @@ pub(super) async fn replace_failed(
 
 struct Replacement<'a> {
     store: &'a Inner,
-    standby: &'a Collection<RawDocumentBuf>,
+    standby: &'a Documents,
 }
 
 impl Replacement<'_> {
@@ -157,13 +163,12 @@ impl Replacement<'_> {
 
     /// `None` where the standby key is not to be had after all.
     async fn carry_out(&self, failed: &KeyId, planned: &Bson) -> Result<Option<Outcome>, Failure> {
-        let Claim::Ours(key) = self.claim(failed, planned).await? else { return Ok(None) };
-        let (id, secret) = *key;
-        if !self.insert(failed, &id, &secret).await? {
+        let Claim::Ours(claimed) = self.claim(failed, planned).await? else { return Ok(None) };
+        if !self.insert(failed, &claimed).await? {
             return Ok(None);
         }
         Ok(Some(if self.retire(failed, planned).await? {
-            Outcome::Replaced(id)
+            Outcome::Replaced(claimed.key.id)
         } else {
             Outcome::NothingToDo
         }))
@@ -182,21 +187,24 @@ impl Replacement<'_> {
             USED_AT: used_at,
         } };
         let claimed = self.standby.find_one_and_update(filter, vec![claim]);
+        let api_key = &self.store.fields.api_key;
+        let claimed = claimed.projection(doc! { api_key: 1, HASH: hash_of(api_key) });
         let Some(claimed) = claimed.return_document(ReturnDocument::After).await? else {
             return Ok(Claim::NotToBeHad);
         };
         match self.key_of(&claimed, standby) {
-            Ok(key) => Ok(Claim::Ours(Box::new(key))),
+            Ok(claimed) => Ok(Claim::Ours(Box::new(claimed))),
             Err(reason) => Ok(self.unusable(&shown_id(&claimed), &reason)),
         }
     }
 
-    fn key_of(&self, claimed: &RawDocument, id: &Bson) -> Result<(KeyId, Secret), String> {
+    fn key_of(&self, claimed: &RawDocument, id: &Bson) -> Result<Claimed, String> {
         let id = key_id(id).ok_or("its _id can't be a key's")?;
         let stored = document::text(claimed, &self.store.fields.api_key)?;
         let secret = self.store.at_rest.secret(&id, stored)?;
         inject::check(secret.expose()).map_err(|reason| reason.to_string())?;
-        Ok((id, secret))
+        let hash = whole_number(claimed, HASH).ok_or("the server gave no digest of its secret")?;
+        Ok(Claimed { key: KeySpec::new(id, secret), hash })
     }
 
     fn unusable(&self, standby: &str, reason: &str) -> Claim {
@@ -205,37 +213,33 @@ impl Replacement<'_> {
     }
 
     /// Whether the key is there now, inserted by this process or another.
-    async fn insert(&self, failed: &KeyId, id: &KeyId, secret: &Secret) -> Result<bool, Failure> {
+    async fn insert(&self, failed: &KeyId, claimed: &Claimed) -> Result<bool, Failure> {
+        let key = &claimed.key;
         let fields = &self.store.fields;
-        // Twice: where the id is taken, it may be by another process that has just inserted the same key.
+        // Twice: if the id is taken, another process may just have inserted the same key.
         for _ in 0..2 {
-            let reason = match self.store.find_by_secret(secret).await? {
-                Some(key) if key.get_str("_id").ok() != Some(id.as_str()) => "another key has its secret",
-                Some(key) if matches!(key.get_str(&fields.status), Ok(ERROR | EXHAUSTED)) => {
+            let reason = match self.store.find_by_secret(&key.secret, claimed.hash).await? {
+                Some(found) if found.get_str("_id").ok() != Some(key.id.as_str()) => {
+                    "another key has its secret"
+                }
+                Some(found) if matches!(found.get_str(&fields.status), Ok(ERROR | EXHAUSTED)) => {
                     "it has failed itself"
                 }
                 Some(_) => return Ok(true),
-                None if self.store.insert_key(id, secret, Some(failed.as_str())).await? => return Ok(true),
+                None if self.store.insert(key, Born::now(), Some(failed.as_str())).await? => return Ok(true),
                 None => continue,
             };
-            self.unusable(id.as_str(), reason);
+            self.unusable(key.id.as_str(), reason);
             return Ok(false);
         }
-        self.unusable(id.as_str(), "another key has its id");
+        self.unusable(key.id.as_str(), "another key has its id");
         Ok(false)
     }
 
-    /// Whether it was this process that took the failed key out of service for good.
+    /// Whether this process took the failed key out of service for good.
     async fn retire(&self, failed: &KeyId, standby: &Bson) -> Result<bool, Failure> {
-        let filter = self.planned(failed, standby);
-        let fields = &self.store.fields;
-        let set = doc! {
-            ours::RETIRED_AT: "$$NOW",
-            &fields.updated_at: "$$NOW",
-            &fields.cooldown_until: Bson::Null,
-        };
-        let retire = vec![doc! { "$set": set }, doc! { "$unset": [ours::EXHAUSTED_UNTIL] }];
-        Ok(self.store.keys.update_one(filter, retire).await?.modified_count == 1)
+        let retire = self.store.fields.retire(self.planned(failed, standby), Born::now());
+        Ok(self.store.keys.update_one(retire.filter, retire.pipeline).await?.modified_count == 1)
     }
 
     async fn give_up(&self, failed: &KeyId, standby: &Bson) -> Result<(), Failure> {
@@ -257,5 +261,27 @@ fn key_id(id: &Bson) -> Option<KeyId> {
         Bson::String(id) => KeyId::new(id).ok(),
         Bson::ObjectId(id) => KeyId::new(id.to_hex()).ok(),
         _ => None,
+    }
+}
+
+impl Inner {
+    /// A key that has this secret, with its status. The server compares digests: no command carries the secret. An
+    /// encrypted secret is another value in each document, so all of them are read.
+    async fn find_by_secret(&self, secret: &Secret, hash: i64) -> Result<Option<RawDocumentBuf>, Failure> {
+        let Fields { api_key, status, .. } = &self.fields;
+        let filter = if self.at_rest.encrypts() {
+            doc! {}
+        } else {
+            doc! { "$expr": eq(hash_of(api_key), hash) }
+        };
+        let mut keys = self.keys.find(filter).projection(doc! { api_key: 1, status: 1 }).await?;
+        while keys.advance().await? {
+            let key = keys.current();
+            let stored = document::id(key).zip(document::text(key, api_key).ok());
+            if stored.is_some_and(|(id, stored)| self.at_rest.secret(&id, stored).as_ref() == Ok(secret)) {
+                return Ok(Some(key.to_owned()));
+            }
+        }
+        Ok(None)
     }
 }

@@ -1,43 +1,60 @@
-//! What others change: by a change stream where the deployment has them, by asking regularly elsewhere.
+//! Changes by others: from a change stream if the deployment has them, otherwise by asking regularly.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    future::poll_fn,
+    pin::{Pin, pin},
+    sync::Arc,
+    task::Poll,
+    time::Duration,
+};
 
 use ::mongodb::{
-    bson::{RawBsonRef, RawDocumentBuf},
+    bson::{RawBsonRef, RawDocument, RawDocumentBuf},
     change_stream::{ChangeStream, event::ResumeToken},
 };
-use tokio::{sync::mpsc, time::sleep};
+use tokio::{
+    sync::mpsc,
+    time::{Instant, sleep},
+};
 
-use super::{Inner, error::Failure};
-use crate::{key::KeyId, store::Changed};
+use super::{document, error::Failure, fields::ours, inner::Inner, rendered};
+use crate::{
+    key::KeyId,
+    store::{Change, Standing},
+};
 
-/// How long until a stream that broke off is begun again.
+/// The pause before a stream that broke off is opened again.
 const BEFORE_ANOTHER_TRY: Duration = Duration::from_millis(500);
 
-/// So often a server may refuse a stream before it is taken to have none: it may be in the middle of an election.
+/// The pause between two commands that read a stream. Without it, each change would be answered with a command of each
+/// process.
+const BETWEEN_BATCHES: Duration = Duration::from_millis(100);
+
+/// A server that refuses a stream this often has none. Before that, it may be in the middle of an election.
 const REFUSALS: u32 = 4;
 
-/// More changes than these at once are as well answered by loading all keys.
+/// More changed keys than these are as well answered by loading all.
 const KEYS_AT_ONCE: usize = 1_000;
 
 type Stream = ChangeStream<RawDocumentBuf>;
 
 /// Follows until nobody listens any more.
-pub(super) async fn follow(store: Arc<Inner>, changes: mpsc::Sender<Changed>) {
+pub(super) async fn follow(store: Arc<Inner>, changes: mpsc::Sender<Change>) {
     let mut resume = None;
     let mut refusals = 0;
     while !changes.is_closed() {
         match open(&store, resume.clone()).await {
             Ok(stream) => {
                 refusals = 0;
-                // What changed before the stream began is in no stream.
-                if resume.is_none() && changes.send(Changed::Anything).await.is_err() {
+                // Changes from before the stream began are in no stream.
+                if resume.is_none() && changes.send(Change::Anything).await.is_err() {
                     return;
                 }
-                resume = forward(stream, &changes).await;
+                resume = forward(&store, stream, &changes).await;
                 pause(&changes, BEFORE_ANOTHER_TRY).await;
             }
-            // The server no longer has what it would be resumed from.
+            // The server no longer has the place to resume from.
             Err(failure) if failure.is_from_server() && resume.is_some() => resume = None,
             Err(failure) if failure.is_from_server() => {
                 let poll = store.limits.poll;
@@ -47,7 +64,7 @@ pub(super) async fn follow(store: Arc<Inner>, changes: mpsc::Sender<Changed>) {
                 }
                 pause(&changes, if refusals < REFUSALS { poll.min(BEFORE_ANOTHER_TRY) } else { poll }).await;
                 refusals = refusals.saturating_add(1);
-                let _ = changes.send(Changed::Anything).await;
+                let _ = changes.send(Change::Anything).await;
             }
             Err(failure) => {
                 tracing::debug!(%failure, "no change stream");
@@ -57,7 +74,7 @@ pub(super) async fn follow(store: Arc<Inner>, changes: mpsc::Sender<Changed>) {
     }
 }
 
-async fn pause(changes: &mpsc::Sender<Changed>, time: Duration) {
+async fn pause(changes: &mpsc::Sender<Change>, time: Duration) {
     tokio::select! {
         () = changes.closed() => {}
         () = sleep(time) => {}
@@ -73,24 +90,24 @@ async fn open(store: &Inner, resume: Option<ResumeToken>) -> Result<Stream, Fail
     Ok(stream.with_type())
 }
 
-/// Passes on what a stream tells until it breaks off, and says where it can be resumed.
-async fn forward(mut stream: Stream, changes: &mpsc::Sender<Changed>) -> Option<ResumeToken> {
-    let mut changed = Waiting::default();
+/// Passes a stream on until it breaks off. Returns the place to resume it at.
+async fn forward(store: &Inner, mut stream: Stream, changes: &mpsc::Sender<Change>) -> Option<ResumeToken> {
+    let mut delivery = Delivery { store, changes, waiting: Waiting::default() };
     let mut resume = stream.resume_token();
     while stream.is_alive() && !changes.is_closed() {
-        // Not in a `select`: it must not be dropped half-way. It comes back after a second at the latest.
-        match stream.next_if_any().await {
-            Ok(Some(event)) => changed.add(&event),
-            Ok(None) => {}
+        let (event, takes_a_command) = delivery.next(&mut stream).await;
+        let event = match event {
+            Ok(event) => event,
             Err(error) => {
                 tracing::debug!(failure = %Failure::from(error), "the change stream broke off");
-                return resume.filter(|_| changed.is_empty());
+                return resume.filter(|_| delivery.waiting.is_empty());
             }
-        }
-        if let Ok(place) = changes.try_reserve()
-            && let Some(changed) = changed.take()
-        {
-            place.send(changed);
+        };
+        if let Some(event) = event {
+            delivery.waiting.add(&event);
+            if takes_a_command {
+                delivery.until(pin!(sleep(BETWEEN_BATCHES))).await;
+            }
         }
         resume = stream.resume_token();
     }
@@ -98,16 +115,53 @@ async fn forward(mut stream: Stream, changes: &mpsc::Sender<Changed>) -> Option<
     None
 }
 
+struct Delivery<'a> {
+    store: &'a Inner,
+    changes: &'a mpsc::Sender<Change>,
+    waiting: Waiting,
+}
+
+impl Delivery<'_> {
+    /// The next event, if there is one within a second, and whether it took a command to get it.
+    async fn next(
+        &mut self,
+        stream: &mut Stream,
+    ) -> (::mongodb::error::Result<Option<RawDocumentBuf>>, bool) {
+        // To its end: a driver's future must not be dropped half-way.
+        let mut next = pin!(stream.next_if_any());
+        match poll_fn(|context| Poll::Ready(next.as_mut().poll(context))).await {
+            Poll::Ready(event) => (event, false),
+            Poll::Pending => (self.until(next).await, true),
+        }
+    }
+
+    /// Delivers changes until something else has ended.
+    async fn until<T>(&mut self, mut end: Pin<&mut impl Future<Output = T>>) -> T {
+        loop {
+            tokio::select! {
+                biased;
+                output = end.as_mut() => return output,
+                place = self.changes.reserve(), if !self.waiting.is_empty() => match (place, self.waiting.take()) {
+                    (Ok(place), Some(change)) => place.send(from_now(change, self.store.clock.latest(Instant::now()))),
+                    _ => self.waiting = Waiting::default(),
+                },
+            }
+        }
+    }
+}
+
 /// Changes that nobody has taken yet.
 #[derive(Debug, Default)]
 struct Waiting {
+    /// With words that count from the epoch. The last one of a key is all that matters.
+    standings: BTreeMap<KeyId, Standing>,
     keys: BTreeSet<KeyId>,
     anything: bool,
 }
 
 impl Waiting {
-    fn add(&mut self, event: &RawDocumentBuf) {
-        let key = match event.get_document("documentKey").map(|key| key.get("_id")) {
+    fn add(&mut self, event: &RawDocument) {
+        let id = match event.get_document("documentKey").map(|key| key.get("_id")) {
             Ok(Ok(Some(RawBsonRef::String(id)))) => KeyId::new(id).ok(),
             Ok(_) => None,
             Err(_) => {
@@ -116,22 +170,40 @@ impl Waiting {
                 None
             }
         };
-        // A document whose id can't be a key's is none, whatever it becomes.
-        self.keys.extend(key);
+        // A document whose id cannot be a key's is none, whatever becomes of it.
+        let Some(id) = id else { return };
+        match event.get_str(ours::WORDS).ok().and_then(rendered::parse) {
+            Some(standing) => _ = self.standings.insert(id, standing),
+            None => _ = self.keys.insert(id),
+        }
         self.anything |= self.keys.len() > KEYS_AT_ONCE;
     }
 
     fn is_empty(&self) -> bool {
-        self.keys.is_empty() && !self.anything
+        self.standings.is_empty() && self.keys.is_empty() && !self.anything
     }
 
-    fn take(&mut self) -> Option<Changed> {
-        let Self { keys, anything } = std::mem::take(self);
-        match (anything, keys.is_empty()) {
-            (true, _) => Some(Changed::Anything),
-            (false, false) => Some(Changed::Keys(keys.into_iter().collect())),
-            (false, true) => None,
+    fn take(&mut self) -> Option<Change> {
+        if self.anything {
+            *self = Self::default();
+            return Some(Change::Anything);
         }
+        if let Some((id, standing)) = self.standings.pop_first() {
+            return Some(Change::Standing(id, standing));
+        }
+        let keys = std::mem::take(&mut self.keys);
+        (!keys.is_empty()).then(|| Change::Keys(keys.into_iter().collect()))
+    }
+}
+
+/// Words that count from now. If the server's time is not known, the key has to be loaded.
+fn from_now(change: Change, server_time: Option<Duration>) -> Change {
+    match (change, server_time) {
+        (Change::Standing(id, standing), Some(time)) => {
+            Change::Standing(id, document::from_now(standing, time))
+        }
+        (Change::Standing(id, _), None) => Change::Keys(vec![id]),
+        (change, _) => change,
     }
 }
 
@@ -140,6 +212,10 @@ mod tests {
     use ::mongodb::bson::{Document, doc};
 
     use super::*;
+    use crate::{
+        limit::{Rest, Resting, Until, Words},
+        store::Born,
+    };
 
     fn waiting(events: impl IntoIterator<Item = Document>) -> Waiting {
         let mut waiting = Waiting::default();
@@ -149,38 +225,71 @@ mod tests {
         waiting
     }
 
-    fn of_key(number: usize) -> Document {
+    fn edited(number: usize) -> Document {
         doc! { "documentKey": { "_id": format!("{number:04}") } }
     }
 
+    fn id(number: usize) -> KeyId {
+        KeyId::new(format!("{number:04}")).unwrap()
+    }
+
+    fn marked(number: usize, until: u32) -> Document {
+        let mut event = edited(number);
+        event.insert("words", format!("00000000000000ff\u{1f}3\u{1f}{until}000\u{1f}1\u{1f}"));
+        event
+    }
+
+    fn limited(seconds: u64) -> Standing {
+        let resting =
+            Resting { until: Until::After(Duration::from_secs(seconds)), reason: Rest::RateLimited };
+        Standing::new(Born(255), Words { generation: 3, key: Some(resting), ..Words::default() }, false)
+    }
+
     #[test]
-    fn changes_wait_until_they_are_taken() {
-        let mut changed = waiting([of_key(1), of_key(2), of_key(1)]);
+    fn foreign_edits_are_collected_and_taken_together() {
+        let mut changed = waiting([edited(1), edited(2), edited(1)]);
         assert!(!changed.is_empty());
-        let ids = ["0001", "0002"].map(|id| KeyId::new(id).unwrap());
-        assert_eq!(changed.take(), Some(Changed::Keys(ids.to_vec())));
+        assert_eq!(changed.take(), Some(Change::Keys(vec![id(1), id(2)])));
         assert!(changed.is_empty());
         assert_eq!(changed.take(), None);
     }
 
     #[test]
-    fn what_is_about_the_collection_changes_anything() {
-        for events in [vec![doc! {}], vec![doc! {}, of_key(1)]] {
+    fn own_writes_carry_words_and_the_last_counts() {
+        let mut changed = waiting([marked(1, 100), marked(1, 120)]);
+        let change = changed.take().unwrap();
+        assert_eq!(change, Change::Standing(id(1), limited(120)));
+        assert!(changed.is_empty());
+        let second = Duration::from_secs(1);
+        assert_eq!(from_now(change.clone(), Some(90 * second)), Change::Standing(id(1), limited(30)));
+        assert_eq!(from_now(change, None), Change::Keys(vec![id(1)]));
+    }
+
+    #[test]
+    fn spoiled_words_lead_to_a_load() {
+        let mut event = edited(1);
+        event.insert("words", "anything");
+        assert_eq!(waiting([event]).take(), Some(Change::Keys(vec![id(1)])));
+    }
+
+    #[test]
+    fn an_event_about_the_collection_changes_anything() {
+        for events in [vec![doc! {}], vec![doc! {}, edited(1)]] {
             let mut changed = waiting(events);
-            assert!(!changed.is_empty());
-            assert_eq!(changed.take(), Some(Changed::Anything));
+            assert_eq!(changed.take(), Some(Change::Anything));
+            assert!(changed.is_empty());
         }
     }
 
     #[test]
     fn up_to_a_thousand_keys_are_named() {
-        let taken = |keys| waiting((0..keys).map(of_key)).take();
-        assert!(matches!(taken(1_000), Some(Changed::Keys(ids)) if ids.len() == 1_000));
-        assert_eq!(taken(1_001), Some(Changed::Anything));
+        let taken = |keys| waiting((0..keys).map(edited)).take();
+        assert!(matches!(taken(1_000), Some(Change::Keys(ids)) if ids.len() == 1_000));
+        assert_eq!(taken(1_001), Some(Change::Anything));
     }
 
     #[test]
-    fn what_can_be_no_key_changes_nothing() {
+    fn documents_that_are_no_keys_change_nothing() {
         assert!(waiting([doc! { "documentKey": { "_id": 7 } }]).is_empty());
     }
 }

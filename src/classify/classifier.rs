@@ -1,0 +1,159 @@
+//! The trait of classifiers, and its input and output.
+
+use std::{
+    fmt,
+    time::{Duration, SystemTime},
+};
+
+use http::{HeaderMap, StatusCode};
+
+use super::hint;
+
+/// The effect of a response on the key that its request carried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Verdict {
+    /// No effect. A rest that another response began continues.
+    Nothing,
+    /// The key is rate limited and rests for the pool's cooldown, by default 2 minutes.
+    ///
+    /// A hint changes the rest within the pool's limits: see
+    /// [`KeyPoolBuilder::hint_limits`](crate::KeyPoolBuilder::hint_limits).
+    RateLimited {
+        /// The wait that the service asks for.
+        wait: Option<Duration>,
+    },
+    /// The key's quota is used up, and the key rests for 24 hours by default.
+    ///
+    /// A hint changes the rest within the pool's limits: see
+    /// [`KeyPoolBuilder::hint_limits`](crate::KeyPoolBuilder::hint_limits).
+    Exhausted {
+        /// The wait that the service asks for.
+        wait: Option<Duration>,
+    },
+    /// The service no longer accepts the key. The key rests until an operator resets it.
+    Revoked,
+}
+
+/// Decides the effect of a response on its key. Implemented for every `Fn(&ResponseHead<'_>) -> Verdict`.
+pub trait ClassifyResponse {
+    /// Returns the verdict on a response.
+    ///
+    /// The layer calls this for every response, so decide the common case from the status alone.
+    fn classify(&self, response: &ResponseHead<'_>) -> Verdict;
+
+    /// Returns whether the verdict depends on the body.
+    ///
+    /// The layer asks this only for a status of 400 or above, and only if
+    /// [`KeyRotationLayer::read_error_bodies`](crate::KeyRotationLayer::read_error_bodies) is on.
+    fn wants_body(&self, response: &ResponseHead<'_>) -> bool {
+        let _ = response;
+        false
+    }
+}
+
+impl<F> ClassifyResponse for F
+where
+    F: Fn(&ResponseHead<'_>) -> Verdict,
+{
+    fn classify(&self, response: &ResponseHead<'_>) -> Verdict {
+        self(response)
+    }
+}
+
+/// The parts of a response that a classifier sees.
+#[derive(Clone, Copy)]
+pub struct ResponseHead<'a> {
+    status: StatusCode,
+    headers: &'a HeaderMap,
+    body: Option<&'a [u8]>,
+}
+
+impl<'a> ResponseHead<'a> {
+    /// Creates a head without a body.
+    #[must_use]
+    pub fn new(status: StatusCode, headers: &'a HeaderMap) -> Self {
+        Self { status, headers, body: None }
+    }
+
+    /// Adds the body, or the beginning of the body.
+    #[must_use]
+    pub fn with_body(self, body: &'a [u8]) -> Self {
+        Self { body: Some(body), ..self }
+    }
+
+    /// The status.
+    #[must_use]
+    pub fn status(&self) -> StatusCode {
+        self.status
+    }
+
+    /// The headers.
+    #[must_use]
+    pub fn headers(&self) -> &'a HeaderMap {
+        self.headers
+    }
+
+    /// The beginning of the body, if the layer read this body.
+    ///
+    /// The layer reads a body only if [`ClassifyResponse::wants_body`] returned `true`.
+    #[must_use]
+    pub fn body(&self) -> Option<&'a [u8]> {
+        self.body
+    }
+
+    /// The wait that the service asks for.
+    ///
+    /// The first of these that is present counts:
+    ///
+    /// 1. `Retry-After` (RFC 9110 §10.2.3) and its variants in milliseconds;
+    /// 2. the reset of a rate-limit window with nothing remaining, in the headers of OpenAI, Anthropic, GitHub,
+    ///    Discord and others, or in a `RateLimit` header of the IETF drafts;
+    /// 3. a `google.rpc.RetryInfo` in the body, if the layer read the body.
+    ///
+    /// A date is compared with the response's own `Date` header, or with the local clock if there is no such
+    /// header.
+    #[must_use]
+    pub fn wait(&self) -> Option<Duration> {
+        self.wait_by_headers().or_else(|| self.body.and_then(hint::from_body))
+    }
+
+    pub(crate) fn wait_by_headers(&self) -> Option<Duration> {
+        hint::from_headers(self.headers, SystemTime::now())
+    }
+}
+
+impl fmt::Debug for ResponseHead<'_> {
+    /// Omits headers and body, since a service may quote the key in them.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ResponseHead").field("status", &self.status).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http::HeaderValue;
+
+    use super::*;
+
+    fn by_header(response: &ResponseHead<'_>) -> Verdict {
+        if response.headers().contains_key("x-quota-exceeded") {
+            Verdict::Exhausted { wait: None }
+        } else {
+            Verdict::Nothing
+        }
+    }
+
+    #[test]
+    fn functions_are_classifiers_that_want_no_body() {
+        let mut headers = HeaderMap::new();
+        let verdict = |headers: &HeaderMap| {
+            let head = ResponseHead::new(StatusCode::SERVICE_UNAVAILABLE, headers);
+            assert!(!by_header.wants_body(&head));
+            by_header.classify(&head)
+        };
+        assert_eq!(verdict(&headers), Verdict::Nothing);
+        headers.insert("x-quota-exceeded", HeaderValue::from_static("monthly"));
+        assert_eq!(verdict(&headers), Verdict::Exhausted { wait: None });
+    }
+}

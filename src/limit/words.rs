@@ -1,0 +1,244 @@
+//! What stores and pools tell each other of a key's limits, and how the two views are joined.
+
+use std::{cmp::Ordering, collections::BTreeMap, fmt, time::Duration};
+
+use compact_str::CompactString;
+
+use super::status::Rest;
+
+/// The part of a service that is limited apart from the rest of it: a model, a route, a resource.
+///
+/// A name is data: 1 to 128 bytes without control characters.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Scope(CompactString);
+
+impl Scope {
+    const MAX_BYTES: usize = 128;
+
+    /// The scope of that name.
+    ///
+    /// # Errors
+    ///
+    /// If the name is empty, longer than 128 bytes, or has a control character.
+    pub fn new(name: impl AsRef<str>) -> Result<Self, InvalidScope> {
+        let name = name.as_ref();
+        if name.is_empty() || name.len() > Self::MAX_BYTES || name.chars().any(char::is_control) {
+            return Err(InvalidScope);
+        }
+        Ok(Self(name.into()))
+    }
+
+    /// The name.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for Scope {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for Scope {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.0, f)
+    }
+}
+
+#[cfg(feature = "serde")]
+impl serde::Serialize for Scope {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.0)
+    }
+}
+
+/// A name that cannot be a [`Scope`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a scope's name has 1 to 128 bytes and no control characters")]
+pub struct InvalidScope;
+
+/// When a rest ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Until {
+    /// After that time, which counts from the origin of its [`Words`].
+    After(Duration),
+    /// Not before somebody resets the key.
+    Reset,
+}
+
+/// A rest: when it ends, and why. The later one is the greater one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Resting {
+    /// When it ends.
+    pub until: Until,
+    /// Why.
+    pub reason: Rest,
+}
+
+/// The state of all limits of one key: a generation, the key's own rest, and the rests of scopes.
+///
+/// Two views of one key are [joined](Self::join): the higher generation wins whole; of the same generation, each
+/// limit rests for the longer of the two. Order, delay and repetition change nothing. Only a store makes a new
+/// generation: when a key is reset.
+///
+/// Times count from an origin that both views share: from now, where words travel between a pool and its store;
+/// from a clock's start, where a store keeps them. [`later`](Self::later) and [`after`](Self::after) move the
+/// origin.
+///
+/// ```
+/// use std::time::Duration;
+/// use tower_key_rotation::{Rest, store::{Resting, Until, Words}};
+///
+/// let resting = |seconds| {
+///     let until = Until::After(Duration::from_secs(seconds));
+///     Words { key: Some(Resting { until, reason: Rest::RateLimited }), ..Words::default() }
+/// };
+/// let mut words = resting(60);
+/// words.join(&resting(120));
+/// words.join(&resting(90));
+/// assert_eq!(words, resting(120));
+///
+/// // a reset is a higher generation in which nothing rests
+/// words.join(&Words { generation: 1, ..Words::default() });
+/// assert_eq!(words.key, None);
+/// ```
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Words {
+    /// How often the key was reset.
+    pub generation: u64,
+    /// The rest of the whole key.
+    pub key: Option<Resting>,
+    /// The rests of single scopes.
+    pub scopes: BTreeMap<Scope, Resting>,
+}
+
+impl Words {
+    /// Takes in what another view of the same key knows.
+    pub fn join(&mut self, other: &Self) {
+        match self.generation.cmp(&other.generation) {
+            Ordering::Greater => {}
+            Ordering::Less => self.clone_from(other),
+            Ordering::Equal => {
+                self.key = self.key.max(other.key);
+                for (scope, resting) in &other.scopes {
+                    let known = self.scopes.entry(scope.clone()).or_insert(*resting);
+                    *known = (*known).max(*resting);
+                }
+            }
+        }
+    }
+
+    /// Ends all rests, or that of one scope, in a new generation.
+    ///
+    /// A store does this for a reset.
+    pub fn reset(&mut self, scope: Option<&Scope>) {
+        self.generation += 1;
+        match scope {
+            Some(scope) => _ = self.scopes.remove(scope),
+            None => *self = Self { generation: self.generation, ..Self::default() },
+        }
+    }
+
+    /// The same words, counted from an origin that is so much earlier.
+    #[must_use]
+    pub fn later(self, by: Duration) -> Self {
+        self.map(|until| Some(until.saturating_add(by)))
+    }
+
+    /// The same words, counted from an origin that is so much later. Rests that have ended by then are dropped.
+    #[must_use]
+    pub fn after(self, passed: Duration) -> Self {
+        self.map(|until| until.checked_sub(passed).filter(|left| !left.is_zero()))
+    }
+
+    fn map(self, time: impl Fn(Duration) -> Option<Duration>) -> Self {
+        let moved = |resting: Resting| match resting.until {
+            Until::Reset => Some(resting),
+            Until::After(until) => time(until).map(|until| Resting { until: Until::After(until), ..resting }),
+        };
+        let scopes = self.scopes.into_iter();
+        Self {
+            generation: self.generation,
+            key: self.key.and_then(moved),
+            scopes: scopes.filter_map(|(scope, resting)| Some((scope, moved(resting)?))).collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn resting() -> impl Strategy<Value = Resting> {
+        let until = prop_oneof![
+            (0_u64..50).prop_map(|seconds| Until::After(Duration::from_secs(seconds))),
+            Just(Until::Reset)
+        ];
+        let reason = prop_oneof![Just(Rest::RateLimited), Just(Rest::Exhausted), Just(Rest::Revoked)];
+        (until, reason).prop_map(|(until, reason)| Resting { until, reason })
+    }
+
+    fn words() -> impl Strategy<Value = Words> {
+        let scope = "[ab]".prop_map(|name| Scope::new(name).unwrap());
+        let scopes = prop::collection::btree_map(scope, resting(), 0..3);
+        (0_u64..3, prop::option::of(resting()), scopes).prop_map(|(generation, key, scopes)| Words {
+            generation,
+            key,
+            scopes,
+        })
+    }
+
+    fn joined(one: &Words, other: &Words) -> Words {
+        let mut joined = one.clone();
+        joined.join(other);
+        joined
+    }
+
+    proptest! {
+        #[test]
+        fn joins_are_commutative_idempotent_and_associative(a in words(), b in words(), c in words()) {
+            prop_assert_eq!(joined(&a, &a), a.clone());
+            prop_assert_eq!(joined(&a, &b), joined(&b, &a));
+            prop_assert_eq!(joined(&joined(&a, &b), &c), joined(&a, &joined(&b, &c)));
+            prop_assert_eq!(joined(&joined(&a, &b), &b), joined(&a, &b));
+        }
+
+        #[test]
+        fn f10_within_a_generation_no_rest_gets_shorter(a in words(), b in words()) {
+            let both = joined(&a, &b);
+            for view in [&a, &b].into_iter().filter(|view| view.generation == both.generation) {
+                prop_assert!(both.key >= view.key);
+                prop_assert!(view.scopes.iter().all(|(scope, resting)| both.scopes[scope] >= *resting));
+            }
+        }
+
+        #[test]
+        fn joins_ignore_the_origin_of_times(a in words(), b in words(), by in 0_u64..60) {
+            let by = Duration::from_secs(by);
+            let moved = joined(&a.clone().later(by), &b.clone().later(by));
+            prop_assert_eq!(moved.clone(), joined(&a, &b).later(by));
+            prop_assert_eq!(moved.after(by), joined(&a, &b).after(Duration::ZERO));
+        }
+    }
+
+    #[test]
+    fn f09_a_reset_outlives_marks_of_the_generation_before() {
+        let marked =
+            Words { key: Some(Resting { until: Until::Reset, reason: Rest::Revoked }), ..Words::default() };
+        let reset = Words { generation: 1, ..Words::default() };
+        assert_eq!(joined(&reset, &marked), reset);
+        assert_eq!(joined(&marked, &reset), reset);
+    }
+
+    #[test]
+    fn scope_names_that_break_log_lines_are_refused() {
+        for name in ["", "a\nb", &"x".repeat(129)] {
+            assert_eq!(Scope::new(name), Err(InvalidScope), "{name:?}");
+        }
+        assert_eq!(Scope::new("gpt-4o").unwrap().to_string(), "gpt-4o");
+    }
+}

@@ -1,0 +1,436 @@
+//! The pool in memory: the keys, their states, and the indexes over them.
+//!
+//! Nothing here knows the store. Marks that it is to have wait in each key's `pending` word.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    sync::{Arc, PoisonError, Weak},
+    time::Duration,
+};
+
+use arc_swap::{ArcSwap, Guard};
+use tokio::sync::{Notify, futures::Notified};
+
+use super::{
+    key::{Home, Key, Lease, UsableKey},
+    scopes::{Pending, Scopes},
+    snapshot::Snapshot,
+};
+use crate::{
+    clock::Clock,
+    key::{KeyId, hosts::Hosts, inject::Inject},
+    limit::{Cooldowns, NEVER, Rest, Resting, Scope, Until, Word, Words, millis},
+    meter::Meter,
+    store::{Recovered, Standing},
+    sync::{
+        Mutex,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+};
+
+/// What the keys of a pool have in common.
+#[derive(Debug)]
+pub(crate) struct Config {
+    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) inject: Inject,
+    pub(crate) hosts: Hosts,
+    pub(crate) cooldowns: Cooldowns,
+    pub(crate) meter: Arc<Meter>,
+}
+
+pub(crate) struct Engine {
+    snapshot: ArcSwap<Snapshot>,
+    /// Held while the set of keys is replaced.
+    editing: Mutex<()>,
+    scopes: Scopes,
+    pub(crate) config: Config,
+    /// Wakes waiters for a key when one comes back before its cooldown ends.
+    returned: Notify,
+    /// Wakes the writer. `None` without a store: then no mark is kept for one.
+    pending: Option<Notify>,
+    /// The picks of keys that have left the pool.
+    gone_picks: AtomicU64,
+    this: Weak<Self>,
+}
+
+/// What the store is to be told of a key.
+pub(crate) struct Unwritten {
+    pub(crate) words: Words,
+    word: Word,
+    scopes: Vec<Pending>,
+}
+
+impl Engine {
+    pub(crate) fn new(keys: Vec<UsableKey>, config: Config, has_store: bool) -> Arc<Self> {
+        Arc::new_cyclic(|this: &Weak<Self>| {
+            let key = |key: UsableKey| Arc::new(key.healthy_in(this.clone()));
+            Self {
+                snapshot: ArcSwap::from_pointee(Snapshot::new(keys.into_iter().map(key).collect(), None)),
+                editing: Mutex::new(()),
+                scopes: Scopes::default(),
+                config,
+                returned: Notify::new(),
+                pending: has_store.then(Notify::new),
+                gone_picks: AtomicU64::new(0),
+                this: this.clone(),
+            }
+        })
+    }
+
+    pub(crate) fn snapshot(&self) -> Guard<Arc<Snapshot>> {
+        self.snapshot.load()
+    }
+
+    fn now(&self) -> Duration {
+        self.config.clock.now()
+    }
+
+    fn millis(&self) -> u64 {
+        millis(self.now())
+    }
+
+    // ---- picks ----
+
+    /// The next key in turn.
+    #[inline(always)]
+    pub(crate) fn pick(&self) -> Option<Lease> {
+        let lease = self.take_turn()?;
+        lease.0.counts.requests.add(1);
+        Some(lease)
+    }
+
+    /// The next key in turn that is none of these. They lose their turn.
+    pub(crate) fn pick_besides(&self, tried: &[Lease]) -> Option<Lease> {
+        // Each of them can be in the way once, and more often only if other threads pick at the same time.
+        for _ in 0..=2 * tried.len() {
+            let lease = self.take_turn()?;
+            if !tried.contains(&lease) {
+                lease.0.counts.requests.add(1);
+                return Some(lease);
+            }
+        }
+        None
+    }
+
+    #[inline(always)]
+    fn take_turn(&self) -> Option<Lease> {
+        let snapshot = self.snapshot.load();
+        loop {
+            self.return_expired(&snapshot);
+            if let Some(key) = snapshot.pick() {
+                return Some(Lease(key.clone()));
+            }
+            if snapshot.earliest_for_certain() > self.millis() {
+                return None;
+            }
+        }
+    }
+
+    pub(crate) fn has_available(&self) -> bool {
+        let snapshot = self.snapshot.load();
+        self.return_expired(&snapshot);
+        snapshot.has_available()
+    }
+
+    pub(crate) fn count_available(&self) -> usize {
+        self.snapshot.load().count_available()
+    }
+
+    /// The time until a key can be picked.
+    pub(crate) fn next_return(&self) -> Option<Duration> {
+        if self.has_available() {
+            return Some(Duration::ZERO);
+        }
+        self.time_until(self.snapshot.load().earliest_for_certain())
+    }
+
+    /// The time until the next resting key is back, whether others are available or not.
+    pub(crate) fn next_end_of_a_rest(&self) -> Option<Duration> {
+        self.time_until(self.snapshot.load().next_deadline())
+    }
+
+    fn time_until(&self, deadline: u64) -> Option<Duration> {
+        (deadline != NEVER).then(|| Duration::from_millis(deadline).saturating_sub(self.now()))
+    }
+
+    pub(crate) fn returned(&self) -> Notified<'_> {
+        self.returned.notified()
+    }
+
+    // ---- the end of rests ----
+
+    #[inline]
+    fn return_expired(&self, snapshot: &Snapshot) {
+        // While nothing is cooling, no clock is read.
+        let earliest = snapshot.earliest();
+        if earliest == NEVER {
+            return;
+        }
+        let now = self.millis();
+        if earliest <= now {
+            snapshot.return_expired(now, |key| self.has_returned(key, snapshot));
+        }
+    }
+
+    /// Returns all keys to service whose cooldown has ended.
+    pub(crate) fn return_all_expired(&self) -> Recovered {
+        let snapshot = self.snapshot.load();
+        let now = self.millis();
+        let (mut count, mut ids) = (0, Vec::new());
+        for _ in 0..=snapshot.keys().len() {
+            if snapshot.earliest() > now {
+                break;
+            }
+            snapshot.return_expired(now, |key| {
+                self.has_returned(key, &snapshot);
+                count += 1;
+                if ids.len() <= Recovered::NAMED_AT_MOST {
+                    ids.push(key.id.clone());
+                }
+            });
+        }
+        self.scopes.drop_ended(self.now());
+        Recovered::new(count, ids)
+    }
+
+    fn has_returned(&self, key: &Arc<Key>, snapshot: &Snapshot) {
+        key.counts.recovered.fetch_add(1, Relaxed);
+        tracing::debug!(key = %key.id, "cooldown over");
+        if !std::ptr::eq(snapshot, Arc::as_ptr(&self.snapshot.load())) {
+            self.refresh(key);
+        }
+    }
+
+    /// Brings the indexes in line with the state of a key, in the snapshot that is in use when this returns.
+    pub(crate) fn refresh(&self, key: &Arc<Key>) {
+        loop {
+            let snapshot = self.snapshot.load();
+            snapshot.refresh(key);
+            if Arc::ptr_eq(&snapshot, &self.snapshot.load()) {
+                return;
+            }
+        }
+    }
+
+    // ---- marks ----
+
+    fn resting(&self, reason: Rest, hint: Option<Duration>) -> Resting {
+        let cooldown = self.config.cooldowns.how_long(reason, hint);
+        Resting { until: cooldown.map_or(Until::Reset, Until::After), reason }
+    }
+
+    /// Applies what a response said of one scope of a key.
+    #[cfg_attr(not(test), allow(dead_code))]
+    pub(crate) fn mark_scope(&self, key: &Arc<Key>, scope: Scope, reason: Rest, hint: Option<Duration>) {
+        let generation = key.state.load().generation();
+        let word = Word::new(generation, Some(self.resting(reason, hint)), self.now());
+        let is_current = || self.snapshot.load().holds(key);
+        if self.scopes.mark(key, scope, word, self.pending.is_some(), is_current) {
+            self.refresh(key);
+            self.wake_writer();
+        }
+    }
+
+    pub(crate) fn wake_writer(&self) {
+        if let Some(pending) = &self.pending {
+            pending.notify_one();
+        }
+    }
+
+    /// Completes when a mark is pending; never without a store.
+    pub(crate) async fn mark_pending(&self) {
+        match &self.pending {
+            Some(pending) => pending.notified().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// What the store is to be told of a key. What has ended, and what belongs to an older generation, is dropped.
+    pub(crate) fn unwritten(&self, key: &Arc<Key>) -> Option<Unwritten> {
+        let word = key.pending.load();
+        if word == Word::HEALTHY {
+            return None;
+        }
+        let now = self.now();
+        let generation = key.state.load().generation();
+        let resting = |word: Word| word.resting(now).filter(|_| word.generation() == generation);
+        let scopes = if word.is_flagged() { self.scopes.pending(key) } else { Vec::new() };
+        let left = scopes.iter().filter_map(|(scope, word)| Some((scope.clone(), resting(*word)?)));
+        let words = Words { generation, key: resting(word), scopes: left.collect() };
+        let unwritten = Unwritten { words, word, scopes };
+        if unwritten.words.key.is_none() && unwritten.words.scopes.is_empty() {
+            self.acknowledge(key, &unwritten);
+            return None;
+        }
+        Some(unwritten)
+    }
+
+    /// The store has these words. What was marked meanwhile stays pending.
+    pub(crate) fn acknowledge(&self, key: &Arc<Key>, written: &Unwritten) {
+        if written.word.is_flagged() {
+            self.scopes.acknowledge(key, written.word, &written.scopes);
+        } else {
+            key.pending.replace(written.word, Word::HEALTHY);
+        }
+    }
+
+    // ---- what the store says ----
+
+    /// Joins the words of the store into a key.
+    pub(crate) fn join(&self, key: &Arc<Key>, words: &Words) {
+        self.take_in(key, words, None);
+    }
+
+    /// Joins the words of the store, and takes from it whether the key is disabled. Only for what was read or done while
+    /// no operator's change was under way, or an older answer could undo that.
+    pub(crate) fn apply(&self, key: &Arc<Key>, standing: &Standing) {
+        self.take_in(key, &standing.words, Some(standing.disabled));
+    }
+
+    pub(crate) fn set_disabled(&self, key: &Arc<Key>, disabled: bool) {
+        if key.state.update(|state| state.flag(disabled)).is_some() {
+            self.has_changed(key);
+        }
+    }
+
+    /// Joins what the store says of a key beside loads. Returns whether that was all there is to do: if not, the key has
+    /// to be loaded.
+    pub(crate) fn hear(&self, id: &KeyId, standing: &Standing) -> bool {
+        let snapshot = self.snapshot.load();
+        let known = snapshot.get(id.as_str()).filter(|key| key.born() == Some(standing.born));
+        let Some(key) = known else { return false };
+        self.join(key, &standing.words);
+        key.state.load().is_flagged() == standing.disabled
+    }
+
+    fn take_in(&self, key: &Arc<Key>, words: &Words, disabled: Option<bool>) {
+        let now = self.now();
+        let word = Word::new(words.generation, words.key, now);
+        let changed = key.state.update(|state| {
+            let joined = state.join(word);
+            disabled.map_or(joined, |disabled| joined.flag(disabled))
+        });
+        self.scopes.join(key, words, now, || self.snapshot.load().holds(key));
+        if changed.is_some() {
+            drop_older_pending(key);
+            self.has_changed(key);
+        }
+    }
+
+    fn has_changed(&self, key: &Arc<Key>) {
+        self.refresh(key);
+        self.returned.notify_waiters();
+    }
+
+    /// All that is known of a key's limits.
+    pub(crate) fn words(&self, key: &Arc<Key>) -> Words {
+        let state = key.state.load();
+        Words { generation: state.generation(), key: state.resting(self.now()), scopes: self.scopes_of(key) }
+    }
+
+    pub(crate) fn scopes_of(&self, key: &Arc<Key>) -> BTreeMap<Scope, Resting> {
+        self.scopes.of(key, key.state.load().generation(), self.now())
+    }
+
+    #[cfg(test)]
+    pub(crate) fn has_no_scopes(&self) -> bool {
+        self.scopes.is_empty()
+    }
+
+    // ---- the set of keys ----
+
+    pub(crate) fn new_key(&self, key: UsableKey) -> Arc<Key> {
+        Arc::new(key.healthy_in(self.this.clone()))
+    }
+
+    /// Replaces the keys by what `next` makes of them, if anything. Keys that stay are the same objects, so that requests
+    /// in flight still mark them.
+    pub(crate) fn edit(&self, next: impl FnOnce(&Snapshot) -> Option<Vec<Arc<Key>>>) {
+        let _one_at_a_time = self.editing.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = self.snapshot.load_full();
+        let Some(keys) = next(&before) else { return };
+        let after = Arc::new(Snapshot::new(keys, Some(&before)));
+        self.snapshot.store(after.clone());
+        // A change that came while the new snapshot was built went into the indexes of the old one.
+        after.refresh_all();
+        self.scopes.retain(|key| after.holds(key));
+        self.returned.notify_waiters();
+    }
+
+    pub(crate) fn remove(&self, id: &KeyId) {
+        let mut removed = None;
+        self.edit(|before| {
+            removed = Some(before.get(id.as_str())?.clone());
+            Some(before.keys().iter().filter(|key| key.id != *id).cloned().collect())
+        });
+        self.count_out(removed);
+    }
+
+    /// Gives a key another id, if that is free. What is known of the key stays known.
+    pub(crate) fn rename(&self, id: &KeyId, to: &KeyId) {
+        self.edit(|before| {
+            let slot = before.slot(id).filter(|_| before.slot(to).is_none())?;
+            let mut keys = before.keys().to_vec();
+            let renamed = Arc::new(keys[slot].renamed(to.clone()));
+            self.scopes.rename(&keys[slot], &renamed);
+            keys[slot] = renamed;
+            Some(keys)
+        });
+    }
+
+    /// Keeps the picks of keys that have left the pool. Called after they left, or a scrape could count them twice.
+    pub(crate) fn count_out(&self, gone: impl IntoIterator<Item = Arc<Key>>) {
+        for key in gone {
+            self.gone_picks.fetch_add(key.counts.requests.sum(), Relaxed);
+        }
+    }
+
+    /// How often keys were picked, those included that have left the pool.
+    #[cfg(feature = "metrics")]
+    pub(crate) fn picks(&self) -> u64 {
+        let snapshot = self.snapshot.load();
+        let here: u64 = snapshot.keys().iter().map(|key| key.counts.requests.sum()).sum();
+        here.wrapping_add(self.gone_picks.load(Relaxed))
+    }
+}
+
+/// Marks do not outlive a reset.
+fn drop_older_pending(key: &Key) {
+    let generation = key.state.load().generation();
+    key.pending.update(|word| if word.generation() < generation { Word::HEALTHY } else { word });
+}
+
+impl Home for Engine {
+    /// The state and the pending word grow in any order: whoever reads either joins it, so that nothing can be taken back.
+    fn mark(&self, key: &Arc<Key>, reason: Rest, hint: Option<Duration>, http_status: u16) {
+        let resting = self.resting(reason, hint);
+        let marked = Word::new(0, Some(resting), self.now());
+        key.counts.limited.fetch_add(1, Relaxed);
+        key.set_last_status(http_status);
+        let in_state = |state: Word| state.join(marked.in_generation_of(state));
+        // A rest for no longer than the key's is a part of that: the store has it, or it is pending.
+        let Some(before) = key.state.update(in_state) else { return };
+        if self.pending.is_some() {
+            key.pending.update(|pending| pending.join(marked.in_generation_of(before)));
+        }
+        self.refresh(key);
+        self.wake_writer();
+        self.config.meter.marked(reason);
+        let cooldown_ms = match resting.until {
+            Until::After(cooldown) => Some(cooldown.as_millis() as u64),
+            Until::Reset => None,
+        };
+        if before.is_available() {
+            tracing::info!(key = %key.id, cooldown_ms, ?reason, http_status, "key rests");
+        } else {
+            tracing::debug!(key = %key.id, cooldown_ms, ?reason, http_status, "key rests longer");
+        }
+    }
+}
+
+impl fmt::Debug for Engine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Engine").field("keys", &self.snapshot.load().keys().len()).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,208 @@
+//! From the store into the pool.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
+
+use tokio::{runtime::Handle, sync::OwnedMutexGuard};
+
+use super::{complaints::Complaints, seeds, usage::Account};
+use crate::{
+    key::{KeyId, KeySpec},
+    pool::{Engine, Key, Snapshot, UsableKey},
+    store::{KeyRecord, KeyStore, Loaded, Standing, StoreError, Unreadable},
+    sync::atomic::{AtomicBool, Ordering::SeqCst},
+};
+
+/// That many keys take about a millisecond to apply.
+const MANY: usize = 1_000;
+
+pub(crate) struct Loader {
+    engine: Arc<Engine>,
+    store: Arc<dyn KeyStore>,
+    account: Arc<Account>,
+    complaints: Complaints,
+    turn: Arc<tokio::sync::Mutex<Seeds>>,
+    /// Whether the store has been read once.
+    open: AtomicBool,
+}
+
+/// The keys that the store is to have before anything else is done with it.
+type Seeds = Vec<KeySpec>;
+
+/// The right to change the set of keys, in the store and here. No load is applied that was read before a change made with
+/// it.
+pub(crate) type Turn = OwnedMutexGuard<Seeds>;
+
+impl Loader {
+    pub(super) fn new(
+        engine: Arc<Engine>,
+        store: Arc<dyn KeyStore>,
+        account: Arc<Account>,
+        seeds: Seeds,
+    ) -> Self {
+        Self {
+            engine,
+            store,
+            account,
+            complaints: Complaints::default(),
+            turn: Arc::new(tokio::sync::Mutex::new(seeds)),
+            open: AtomicBool::new(false),
+        }
+    }
+
+    pub(crate) fn is_open(&self) -> bool {
+        self.open.load(SeqCst)
+    }
+
+    pub(crate) fn unreadable(&self) -> usize {
+        self.complaints.count()
+    }
+
+    /// Waits for the turn, and reads the store if that has not been done yet.
+    pub(crate) async fn turn(self: &Arc<Self>) -> Result<Turn, StoreError> {
+        let turn = self.turn.clone().lock_owned().await;
+        if self.is_open() { Ok(turn) } else { self.load_in(turn, None).await }
+    }
+
+    /// Reads the store if that has not been done yet.
+    pub(crate) async fn open(self: &Arc<Self>) -> Result<(), StoreError> {
+        if self.is_open() { Ok(()) } else { self.turn().await.map(drop) }
+    }
+
+    /// Loads all keys, or these alone.
+    pub(crate) async fn load(self: &Arc<Self>, only: Option<Vec<KeyId>>) -> Result<(), StoreError> {
+        let turn = self.turn.clone().lock_owned().await;
+        self.load_in(turn, only).await.map(drop)
+    }
+
+    pub(crate) async fn load_in(
+        self: &Arc<Self>,
+        mut turn: Turn,
+        only: Option<Vec<KeyId>>,
+    ) -> Result<Turn, StoreError> {
+        seeds::plant(&mut turn, &*self.store, &self.engine).await?;
+        let only = only.filter(|_| self.is_open());
+        let loaded = self.store.load(only.as_deref()).await?;
+        let turn = self.clone().apply_aside(turn, loaded, only).await?;
+        self.open.store(true, SeqCst);
+        Ok(turn)
+    }
+
+    /// Applies many keys on a thread of their own: they would keep the runtime's threads from requests.
+    async fn apply_aside(
+        self: Arc<Self>,
+        turn: Turn,
+        loaded: Loaded,
+        only: Option<Vec<KeyId>>,
+    ) -> Result<Turn, StoreError> {
+        let many = loaded.records.len() >= MANY;
+        let apply = move || {
+            self.apply(loaded, only.as_deref());
+            turn
+        };
+        match Handle::try_current() {
+            Ok(runtime) if many => {
+                let applied = runtime.spawn_blocking(apply).await;
+                applied.map_err(|_| StoreError::new("the load was interrupted"))
+            }
+            _ => Ok(apply()),
+        }
+    }
+
+    fn apply(&self, loaded: Loaded, only: Option<&[KeyId]>) {
+        let mut unreadable = loaded.unreadable;
+        let (mut gone, mut new) = (Vec::new(), Vec::new());
+        self.engine.edit(|before| {
+            let mut changes = Changes::default();
+            for KeyRecord { spec, standing } in loaded.records {
+                if !changes.found.insert(spec.id.clone()) {
+                    continue;
+                }
+                let slot = before.slot(&spec.id);
+                let known = slot.map(|slot| &before.keys()[slot]).filter(|_| spec.unsupported().is_none());
+                if let Some(key) = known.filter(|key| key.is(&spec.secret, standing.born)) {
+                    self.engine.apply(key, &standing);
+                    continue;
+                }
+                match self.new_key(&spec, &standing) {
+                    Ok(key) => {
+                        new.push((key.clone(), standing));
+                        changes.put(slot, Some(key));
+                    }
+                    Err(reason) => {
+                        unreadable.push(Unreadable::new(spec.id.as_str(), reason));
+                        changes.put(slot, None);
+                    }
+                }
+            }
+            changes.take_out_the_others(before, only);
+            gone = changes.replaced.keys().map(|slot| before.keys()[*slot].clone()).collect();
+            changes.applied_to(before)
+        });
+        // The rests of scopes are kept for keys of the pool alone.
+        new.iter().for_each(|(key, standing)| self.engine.apply(key, standing));
+        gone.iter().for_each(|key| self.account.keep(key));
+        self.engine.count_out(gone);
+        self.complaints.update(only, unreadable);
+    }
+
+    fn new_key(&self, spec: &KeySpec, standing: &Standing) -> Result<Arc<Key>, String> {
+        if let Some(field) = spec.unsupported() {
+            return Err(format!("the field `{field}` is not supported yet"));
+        }
+        let usable = UsableKey::new(spec.id.clone(), &spec.secret, &self.engine.config.inject);
+        let key = self.engine.new_key(usable.map_err(|reason| reason.to_string())?);
+        key.is(&spec.secret, standing.born);
+        self.engine.apply(&key, standing);
+        Ok(key)
+    }
+}
+
+/// What a load makes of the set of keys.
+#[derive(Default)]
+struct Changes {
+    found: HashSet<KeyId>,
+    /// By slot: another key, or none.
+    replaced: HashMap<usize, Option<Arc<Key>>>,
+    added: Vec<Arc<Key>>,
+}
+
+impl Changes {
+    fn put(&mut self, slot: Option<usize>, key: Option<Arc<Key>>) {
+        match slot {
+            Some(slot) => _ = self.replaced.insert(slot, key),
+            None => self.added.extend(key),
+        }
+    }
+
+    fn take_out_the_others(&mut self, before: &Snapshot, only: Option<&[KeyId]>) {
+        match only {
+            Some(ids) => {
+                let gone = ids.iter().filter(|id| !self.found.contains(*id));
+                self.replaced.extend(gone.filter_map(|id| before.slot(id)).map(|slot| (slot, None)));
+            }
+            None => {
+                let slots = before.keys().iter().enumerate();
+                let gone = slots.filter(|(_, key)| !self.found.contains(&key.id));
+                self.replaced.extend(gone.map(|(slot, _)| (slot, None)));
+            }
+        }
+    }
+
+    /// Keys that stay keep their place in the turn; new ones come behind them.
+    fn applied_to(mut self, before: &Snapshot) -> Option<Vec<Arc<Key>>> {
+        if self.replaced.is_empty() && self.added.is_empty() {
+            return None;
+        }
+        let slots = before.keys().iter().enumerate();
+        let stay = slots.filter_map(|(slot, key)| match self.replaced.remove(&slot) {
+            Some(other) => other,
+            None => Some(key.clone()),
+        });
+        let mut keys: Vec<_> = stay.collect();
+        keys.extend(self.added);
+        Some(keys)
+    }
+}

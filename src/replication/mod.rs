@@ -1,0 +1,19 @@
+//! Between a pool and its store: what is loaded, and what is written.
+//!
+//! Pool and store agree by joining words, so nothing here depends on order: a load may be older than a mark, a write may
+//! arrive twice, late, or after a reset.
+
+mod complaints;
+mod follow;
+mod link;
+mod loader;
+mod log;
+mod recovery;
+mod seeds;
+mod usage;
+mod writer;
+
+pub(crate) use self::link::Link;
+pub use self::recovery::{MarksNotWritten, PassError, RecoveryConfig, RecoveryHandle, Report};
+#[cfg(all(test, schedules = "loom"))]
+pub(crate) use self::writer::write_mark;

@@ -1,0 +1,234 @@
+//! The attempts of one request, one after the other.
+
+use std::{future::Future, sync::Arc, time::Duration};
+
+use super::{error::Error, failover::Resend, gate::Pass, judge::Outcome, mode::Attempt, rotation::Rotation};
+use crate::{
+    classify::ClassifyResponse,
+    clock::Sleep,
+    message::RequestMessage,
+    pool::{Lease, NoKeyAvailable},
+};
+
+/// A client that is asked whether it is ready before each attempt.
+pub(crate) trait Client<Req, R, E> {
+    fn ready(&mut self) -> impl Future<Output = Result<(), E>> + Send;
+    fn send(&mut self, request: Req) -> impl Future<Output = Result<R, E>> + Send;
+    /// Gives back what being ready holds, such as a permit, while the request waits: the request before it may need it.
+    fn release(&mut self);
+}
+
+/// A request that is on its way, and what has happened to it.
+pub(crate) struct Attempts<C, M, Req, R, S>
+where
+    M: Attempt<Req, R>,
+{
+    rotation: Arc<Rotation<C, M>>,
+    client: S,
+    kept: Option<M::Kept>,
+    /// The keys that it was limited on and must not be sent with again.
+    tried: Vec<Lease>,
+    sent: u32,
+    waited: Duration,
+    /// Returned with the answer of an attempt that had to wait for its turn.
+    pass: Option<Pass>,
+    /// The last refused response: the caller's, if no further attempt can be made.
+    refused: Option<M::Response>,
+}
+
+type Answer<R, E> = Result<R, Error<E>>;
+
+impl<C, M, Req, R, S> Attempts<C, M, Req, R, S>
+where
+    C: ClassifyResponse,
+    M: Attempt<Req, R>,
+    Req: RequestMessage,
+{
+    pub(crate) fn new(rotation: Arc<Rotation<C, M>>, client: S) -> Self {
+        Self {
+            rotation,
+            client,
+            kept: None,
+            tried: Vec::new(),
+            sent: 0,
+            waited: Duration::ZERO,
+            pass: None,
+            refused: None,
+        }
+    }
+
+    /// Sends a request that wants a key, once it is its turn.
+    pub(crate) async fn run<E>(mut self, request: Req) -> Answer<M::Response, E>
+    where
+        S: Client<Req, R, E>,
+        E: 'static,
+    {
+        if self.rotation.has_queue() {
+            self.wait().await.map_err(Error::NoKeyAvailable)?;
+        }
+        self.kept = self.rotation.mode.keep(&request);
+        self.send_until_settled(request).await
+    }
+
+    /// Goes on after the first attempt, which ended so.
+    pub(crate) async fn go_on<E>(
+        mut self,
+        kept: Option<M::Kept>,
+        lease: Lease,
+        answer: Answer<M::Response, E>,
+        outcome: Option<Outcome>,
+    ) -> Answer<M::Response, E>
+    where
+        S: Client<Req, R, E>,
+        E: 'static,
+    {
+        self.kept = kept;
+        let (answer, outcome) = match outcome {
+            Some(outcome) => (answer, outcome),
+            None => self.settle(&lease, answer).await,
+        };
+        match self.after(lease, answer, outcome).await {
+            Next::Settled(answer) => answer,
+            Next::Again(request) => self.send_until_settled(request).await,
+        }
+    }
+
+    async fn send_until_settled<E>(mut self, mut request: Req) -> Answer<M::Response, E>
+    where
+        S: Client<Req, R, E>,
+        E: 'static,
+    {
+        loop {
+            self.client.ready().await.map_err(Error::Inner)?;
+            let lease = match self.rotation.insert_key_besides(&self.tried, &mut request) {
+                Ok(lease) => lease,
+                Err(refused) => {
+                    self.client.release();
+                    if refused.is_no_key() && self.rotation.can_wait(self.waited) && self.wait().await.is_ok()
+                    {
+                        continue;
+                    }
+                    return self.refused.ok_or_else(|| refused.into());
+                }
+            };
+            let answer = self.client.send(request).await;
+            let answer = answer.map(M::untouched).map_err(Error::Inner);
+            let (answer, outcome) = self.settle(&lease, answer).await;
+            match self.after(lease, answer, outcome).await {
+                Next::Settled(answer) => return answer,
+                Next::Again(again) => request = again,
+            }
+        }
+    }
+
+    /// Judges an answer, after reading its body if the classifier wants to see it.
+    async fn settle<E: 'static>(
+        &mut self,
+        lease: &Lease,
+        mut answer: Answer<M::Response, E>,
+    ) -> (Answer<M::Response, E>, Outcome) {
+        let mut beginning = None;
+        if let (Ok(response), Some(most)) = (&answer, self.rotation.error_bodies)
+            && self.rotation.judge.wants_body(response)
+            && let Ok(response) = answer
+        {
+            let (response, read) = M::read(response, most, self.time_for_a_body()).await;
+            beginning = Some(read);
+            answer = Ok(response);
+        }
+        let outcome = self.rotation.judge.settle(lease, &mut answer, beginning.as_deref());
+        (answer, outcome)
+    }
+
+    async fn after<E>(
+        &mut self,
+        lease: Lease,
+        answer: Answer<M::Response, E>,
+        outcome: Outcome,
+    ) -> Next<Req, Answer<M::Response, E>> {
+        if let (Some(pass), true) = (self.pass.take(), answer.is_ok()) {
+            pass.answered(outcome != Outcome::Answered);
+        }
+        let rotation = self.rotation.clone();
+        let (Some(kept), Some(resend)) = (self.kept.take(), rotation.mode.resend()) else {
+            return Next::Settled(answer);
+        };
+        if outcome == Outcome::Answered {
+            resend.deposit();
+        }
+        let response = match answer {
+            Ok(response) if outcome == Outcome::Refused => response,
+            answer => return Next::Settled(answer),
+        };
+        let Some(mut request) = rotation.mode.again(&kept) else { return Next::Settled(Ok(response)) };
+        let Some(when) = self.when_again(lease, resend) else { return Next::Settled(Ok(response)) };
+        let (response, _) = M::read(response, resend.drain, self.time_for_a_body()).await;
+        if when == When::AfterWaiting {
+            let has_turn = self.wait().await.is_ok();
+            // The body may have been consumed meanwhile.
+            match rotation.mode.again(&kept).filter(|_| has_turn) {
+                Some(again) => request = again,
+                None => return Next::Settled(Ok(response)),
+            }
+        }
+        rotation.pool.meter().failed_over();
+        self.kept = Some(kept);
+        self.refused = Some(response);
+        Next::Again(request)
+    }
+
+    /// When a refused request is sent again, if it is.
+    fn when_again(&mut self, refused_with: Lease, resend: &Resend) -> Option<When> {
+        let rotation = &self.rotation;
+        self.tried.push(refused_with);
+        self.sent += 1;
+        if self.sent >= resend.attempts {
+            return None;
+        }
+        let at_once = !rotation.has_queue() && rotation.pool.has_available();
+        if !at_once && !rotation.can_wait(self.waited) {
+            return None;
+        }
+        if !resend.withdraw() {
+            rotation.pool.meter().budget_is_used_up();
+            tracing::debug!("retry budget used up: the refused response is returned");
+            return None;
+        }
+        Some(if at_once { When::AtOnce } else { When::AfterWaiting })
+    }
+
+    /// Waits for a turn, for as long as is left of the request's limit.
+    async fn wait(&mut self) -> Result<(), NoKeyAvailable> {
+        // A request that still held its pass would wait for itself.
+        self.pass = None;
+        let pool = &self.rotation.pool;
+        let before = pool.clock().now();
+        let limit = self.rotation.wait.saturating_sub(self.waited);
+        let turn = self.rotation.gate.clone().enter(pool, limit).await;
+        let waited = pool.clock().now().saturating_sub(before);
+        self.waited += waited;
+        pool.meter().waited(waited);
+        // After a wait, any key will do whose cooldown is over.
+        self.tried.clear();
+        self.pass = Some(turn?);
+        Ok(())
+    }
+
+    /// Completes when the time to read a body from now on is over.
+    fn time_for_a_body(&self) -> Sleep {
+        let clock = self.rotation.pool.clock();
+        clock.sleep_until(clock.now().saturating_add(Duration::from_secs(1)))
+    }
+}
+
+/// What comes after an attempt.
+enum Next<Req, A> {
+    Settled(A),
+    Again(Req),
+}
+
+#[derive(PartialEq, Eq)]
+enum When {
+    AtOnce,
+    AfterWaiting,
+}

@@ -1,0 +1,117 @@
+//! Judges responses: classifies them and rests keys.
+
+use http::StatusCode;
+
+use super::{error::Error, redact, served_by};
+use crate::{
+    classify::{ClassifyResponse, ResponseHead, Verdict},
+    key::query::Parameter,
+    limit::Rest,
+    message::JudgedResponse,
+    pool::Lease,
+};
+
+/// Each request has a clone of its own: every thread would write to a shared reference count.
+#[derive(Clone)]
+pub(crate) struct Judge<C> {
+    pub(crate) classifier: C,
+    pub(crate) expose_key: bool,
+}
+
+/// How an attempt ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// With a response that does not speak against the key.
+    Answered,
+    /// With an answer that rests the key. The request was carried out.
+    KeyRested,
+    /// With an error that rests the key. The request may be sent again.
+    Refused,
+    /// Without a response.
+    Failed,
+}
+
+/// In the extensions of a response that rested a key: layers of other pools further out leave it alone.
+#[derive(Clone, Copy, Debug)]
+struct Attributed;
+
+impl<C: ClassifyResponse> Judge<C> {
+    /// Rests the key if the response speaks against it, and removes the key from whatever remembers it.
+    #[inline]
+    pub(crate) fn settle<R, E>(
+        &self,
+        lease: &Lease,
+        result: &mut Result<R, Error<E>>,
+        body: Option<&[u8]>,
+    ) -> Outcome
+    where
+        R: JudgedResponse,
+        E: 'static,
+    {
+        let outcome = match result {
+            Ok(response) => {
+                let head = ResponseHead::new(response.status(), response.headers());
+                let head = body.map_or(head, |body| head.with_body(body));
+                let outcome = match self.classifier.classify(&head) {
+                    Verdict::Nothing => Outcome::Answered,
+                    verdict => mark(lease, verdict, response),
+                };
+                if self.expose_key {
+                    served_by::expose(lease, response);
+                }
+                outcome
+            }
+            Err(_) => Outcome::Failed,
+        };
+        let parameters = lease.credentials().query_parameters();
+        if !parameters.is_empty() {
+            forget_query(result, parameters);
+        }
+        outcome
+    }
+
+    /// Whether the classifier wants to see this response's body.
+    pub(crate) fn wants_body<R: JudgedResponse>(&self, response: &R) -> bool {
+        let status = response.status();
+        is_error(status)
+            && !is_attributed(response)
+            && self.classifier.wants_body(&ResponseHead::new(status, response.headers()))
+    }
+}
+
+fn is_error(status: StatusCode) -> bool {
+    status.is_client_error() || status.is_server_error()
+}
+
+fn is_attributed<R: JudgedResponse>(response: &R) -> bool {
+    response.extensions().get::<Attributed>().is_some()
+}
+
+#[cold]
+fn mark<R: JudgedResponse>(lease: &Lease, verdict: Verdict, response: &mut R) -> Outcome {
+    let (rest, wait) = match verdict {
+        Verdict::Nothing => return Outcome::Answered,
+        Verdict::RateLimited { wait } => (Rest::RateLimited, wait),
+        Verdict::Exhausted { wait } => (Rest::Exhausted, wait),
+        Verdict::Revoked => (Rest::Revoked, None),
+    };
+    if is_attributed(response) {
+        return Outcome::Answered;
+    }
+    lease.mark(rest, wait, response.status().as_u16());
+    response.extensions_mut().insert(Attributed);
+    if is_error(response.status()) { Outcome::Refused } else { Outcome::KeyRested }
+}
+
+#[cold]
+fn forget_query<R, E>(result: &mut Result<R, Error<E>>, parameters: &[Parameter])
+where
+    R: JudgedResponse,
+    E: 'static,
+{
+    match result {
+        Ok(response) => response.forget_query(parameters),
+        Err(Error::Inner(error)) => redact::redact(error, parameters),
+        Err(_) => {}
+    }
+}

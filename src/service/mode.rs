@@ -1,0 +1,189 @@
+//! How a layer sends requests, as a type.
+
+use std::{
+    convert::Infallible,
+    future::{Future, ready},
+};
+
+use bytes::Bytes;
+
+use super::{
+    clone::CloneRequest,
+    failover::{Failover, Resend},
+};
+use crate::{
+    clock::Sleep,
+    message::{ReadableResponse, ResponseMessage},
+};
+
+/// Each request is sent once. Where there is no key, it fails at once. The response type is the client's.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct Once;
+
+/// Each request is sent once. Where there is no key, it waits for one. The response type is the client's.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct Waiting;
+
+/// How a layer sends requests: [`Once`], [`Waiting`] or [`Failover`].
+pub trait Mode: sealed::Sealed {
+    /// The mode with [`wait_up_to`](crate::KeyRotationLayer::wait_up_to).
+    type Waiting: Mode;
+    /// The mode with [`read_error_bodies`](crate::KeyRotationLayer::read_error_bodies).
+    type Reading: Mode;
+
+    #[doc(hidden)]
+    fn waiting(self) -> Self::Waiting;
+    #[doc(hidden)]
+    fn reading(self) -> Self::Reading;
+}
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for super::Once {}
+    impl Sealed for super::Waiting {}
+    impl<K> Sealed for super::Failover<K> {}
+}
+
+impl Mode for Once {
+    type Waiting = Waiting;
+    type Reading = Failover<Once>;
+
+    fn waiting(self) -> Waiting {
+        Waiting
+    }
+
+    fn reading(self) -> Failover<Once> {
+        Failover::attempts(1).clone_with(Once)
+    }
+}
+
+impl Mode for Waiting {
+    type Waiting = Waiting;
+    type Reading = Failover<Once>;
+
+    fn waiting(self) -> Waiting {
+        self
+    }
+
+    fn reading(self) -> Failover<Once> {
+        Failover::attempts(1).clone_with(Once)
+    }
+}
+
+impl<K> Mode for Failover<K> {
+    type Waiting = Self;
+    type Reading = Self;
+
+    fn waiting(self) -> Self {
+        self
+    }
+
+    fn reading(self) -> Self {
+        self
+    }
+}
+
+/// What a mode does with requests and responses of these types.
+pub trait Attempt<Req, R> {
+    type Kept: Send + 'static;
+    type Response: ResponseMessage + Send + 'static;
+
+    /// Whether requests may be sent again, and how often.
+    fn resend(&self) -> Option<&Resend>;
+    /// Keeps a request, before its first attempt, for a further one.
+    fn keep(&self, request: &Req) -> Option<Self::Kept>;
+    /// The request for a further attempt, if it can be sent now.
+    fn again(&self, kept: &Self::Kept) -> Option<Req>;
+
+    fn untouched(response: R) -> Self::Response;
+    fn read(
+        response: Self::Response,
+        most: usize,
+        time_over: Sleep,
+    ) -> impl Future<Output = (Self::Response, Bytes)> + Send;
+}
+
+/// Of the modes that keep nothing and read nothing.
+macro_rules! sends_once {
+    ($mode:ty) => {
+        impl<Req, R: ResponseMessage + Send + 'static> Attempt<Req, R> for $mode {
+            type Kept = Infallible;
+            type Response = R;
+
+            fn resend(&self) -> Option<&Resend> {
+                None
+            }
+
+            fn keep(&self, _: &Req) -> Option<Infallible> {
+                None
+            }
+
+            fn again(&self, kept: &Infallible) -> Option<Req> {
+                match *kept {}
+            }
+
+            fn untouched(response: R) -> R {
+                response
+            }
+
+            fn read(response: R, _: usize, _: Sleep) -> impl Future<Output = (R, Bytes)> + Send {
+                ready((response, Bytes::new()))
+            }
+        }
+    };
+}
+
+sends_once!(Once);
+sends_once!(Waiting);
+
+impl<K, Req, R> Attempt<Req, R> for Failover<K>
+where
+    K: CloneRequest<Req>,
+    K::Kept: Send + 'static,
+    R: ReadableResponse,
+    R::Replayed: Send + 'static,
+{
+    type Kept = K::Kept;
+    type Response = R::Replayed;
+
+    #[inline]
+    fn resend(&self) -> Option<&Resend> {
+        Some(&self.resend)
+    }
+
+    #[inline]
+    fn keep(&self, request: &Req) -> Option<K::Kept> {
+        self.clone.keep(request)
+    }
+
+    fn again(&self, kept: &K::Kept) -> Option<Req> {
+        self.clone.again(kept)
+    }
+
+    #[inline]
+    fn untouched(response: R) -> R::Replayed {
+        response.untouched()
+    }
+
+    fn read(
+        response: R::Replayed,
+        most: usize,
+        time_over: Sleep,
+    ) -> impl Future<Output = (R::Replayed, Bytes)> + Send {
+        R::read(response, most, time_over)
+    }
+}
+
+impl<Req> CloneRequest<Req> for Once {
+    type Kept = Infallible;
+
+    fn keep(&self, _: &Req) -> Option<Infallible> {
+        None
+    }
+
+    fn again(&self, kept: &Infallible) -> Option<Req> {
+        match *kept {}
+    }
+}

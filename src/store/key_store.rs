@@ -1,0 +1,350 @@
+//! What a pool asks of a store.
+
+use std::{error::Error, fmt, future::Future, pin::Pin};
+
+use tokio::sync::mpsc;
+
+use crate::{
+    key::{KeyId, KeySpec},
+    limit::{Scope, Words},
+};
+
+/// What the methods of a [`KeyStore`] return.
+pub type StoreFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, StoreError>> + Send + 'a>>;
+
+/// Keys and their state, kept for several pools and processes.
+///
+/// A pool and its store agree by [`Words::join`], whatever the order in which they hear of each other. A store's
+/// part is small: it joins what [`merge`](Self::merge) brings, and it alone makes generations, one with each reset.
+/// One that keeps its words in a map is a page long; see [`MemoryStore`](super::MemoryStore).
+///
+/// The times in [`Words`] count from now: what a pool sends from the call, what a store answers from the moment in
+/// which its future completes. A store reckons by a clock of its own and takes off what the answer took, so that
+/// neither another process's clock nor a delay lengthens a rest.
+///
+/// A method that may take long has to end by itself, and to outlive the future that it returns: a caller may
+/// drop that.
+///
+/// A store around another one, which counts marks. It has to pass on the methods that have a default, too:
+///
+/// ```
+/// use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+/// use tokio::sync::mpsc;
+/// use tower_key_rotation::{
+///     KeyId,
+///     store::{
+///         Change, KeyStore, Loaded, Mark, MemoryStore, Operation, Recovered, Replaced, Standing, StoreFuture, Usage,
+///     },
+/// };
+///
+/// #[derive(Debug, Default)]
+/// struct Counting {
+///     inner: MemoryStore,
+///     marks: AtomicUsize,
+/// }
+///
+/// impl KeyStore for Counting {
+///     fn load<'a>(&'a self, only: Option<&'a [KeyId]>) -> StoreFuture<'a, Loaded> {
+///         self.inner.load(only)
+///     }
+///     fn merge(&self, mark: Mark) -> StoreFuture<'_, Option<Standing>> {
+///         self.marks.fetch_add(1, Relaxed);
+///         self.inner.merge(mark)
+///     }
+///     fn operate(&self, id: KeyId, operation: Operation) -> StoreFuture<'_, Option<Standing>> {
+///         self.inner.operate(id, operation)
+///     }
+///     fn sweep(&self) -> StoreFuture<'_, Recovered> {
+///         self.inner.sweep()
+///     }
+///     fn changes(&self) -> Option<mpsc::Receiver<Change>> {
+///         self.inner.changes()
+///     }
+///     fn add_usage(&self, usage: Vec<Usage>) -> StoreFuture<'_, ()> {
+///         self.inner.add_usage(usage)
+///     }
+///     fn replace_failed(&self) -> StoreFuture<'_, Vec<Replaced>> {
+///         self.inner.replace_failed()
+///     }
+/// }
+/// ```
+pub trait KeyStore: fmt::Debug + Send + Sync + 'static {
+    /// Loads every key that can be read, or these alone. All of them or an error: a key that is missing is removed
+    /// from the pool.
+    fn load<'a>(&'a self, only: Option<&'a [KeyId]>) -> StoreFuture<'a, Loaded>;
+
+    /// Joins what responses said of a key, and answers how the key stands then. `None`, and no change, if there
+    /// is no key of that id that was born then.
+    ///
+    /// Words of an older generation change nothing, and are answered all the same.
+    fn merge(&self, mark: Mark) -> StoreFuture<'_, Option<Standing>>;
+
+    /// Does what an operator asks for, and answers how the key stands then: after a removal, how it stood last.
+    /// `None`, and no change, if the key does not exist; if it does, for an insertion.
+    fn operate(&self, id: KeyId, operation: Operation) -> StoreFuture<'_, Option<Standing>>;
+
+    /// Resets every rest that has ended, and answers how many keys had one. This is for those who look at the
+    /// store: pools know when a rest ends.
+    fn sweep(&self) -> StoreFuture<'_, Recovered>;
+
+    /// Tells of changes for as long as the receiver lives, so that pools need not wait for the next pass. `None`
+    /// if the store does not know of any. It is called within a tokio runtime.
+    fn changes(&self) -> Option<mpsc::Receiver<Change>> {
+        None
+    }
+
+    /// Adds up how much keys were used. Usage of a key that is gone is dropped. What may have been added although
+    /// the store fails is not added again: usage is a statistic that may lose something and counts nothing twice.
+    ///
+    /// A store that keeps no account of usage has nothing to do.
+    fn add_usage(&self, usage: Vec<Usage>) -> StoreFuture<'_, ()> {
+        drop(usage);
+        Box::pin(std::future::ready(Ok(())))
+    }
+
+    /// Puts standby keys in the place of keys that were marked as exhausted or revoked, and answers which. It
+    /// finishes what was begun before, here or in another process.
+    ///
+    /// A store without standby keys has nothing to do.
+    fn replace_failed(&self) -> StoreFuture<'_, Vec<Replaced>> {
+        Box::pin(std::future::ready(Ok(Vec::new())))
+    }
+}
+
+/// Which key object an id stands for: a key that is removed and inserted again, or whose secret changes, is
+/// another one, and has another birth.
+///
+/// A random number that the store makes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Born(pub u64);
+
+impl Born {
+    /// A birth that no other key has.
+    #[must_use]
+    pub fn now() -> Self {
+        Self(fastrand::u64(..))
+    }
+}
+
+/// How a key stands in its store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Standing {
+    /// Which key object it is.
+    pub born: Born,
+    /// What it rests for.
+    pub words: Words,
+    /// Whether an operator took it out of service.
+    pub disabled: bool,
+}
+
+impl Standing {
+    /// That of a healthy key which was born now.
+    #[must_use]
+    pub fn healthy() -> Self {
+        Self::new(Born::now(), Words::default(), false)
+    }
+
+    /// That of a key with this birth, these words, and perhaps disabled.
+    #[must_use]
+    pub fn new(born: Born, words: Words, disabled: bool) -> Self {
+        Self { born, words, disabled }
+    }
+}
+
+/// One key as a store knows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct KeyRecord {
+    /// The key.
+    pub spec: KeySpec,
+    /// How it stands.
+    pub standing: Standing,
+}
+
+impl KeyRecord {
+    /// That key, and how it stands.
+    #[must_use]
+    pub fn new(spec: KeySpec, standing: Standing) -> Self {
+        Self { spec, standing }
+    }
+}
+
+/// What a load found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Loaded {
+    /// The keys.
+    pub records: Vec<KeyRecord>,
+    /// What could not be read as a key, and stops no other one.
+    pub unreadable: Vec<Unreadable>,
+}
+
+impl From<Vec<KeyRecord>> for Loaded {
+    fn from(records: Vec<KeyRecord>) -> Self {
+        Self { records, unreadable: Vec::new() }
+    }
+}
+
+/// Something in a store that cannot be used as a key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Unreadable {
+    /// What it is called there, in a form that can be logged.
+    pub id: String,
+    /// What is wrong with it. It must not hold a secret.
+    pub reason: String,
+}
+
+impl Unreadable {
+    /// That entry, for that reason.
+    pub fn new(id: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self { id: id.into(), reason: reason.into() }
+    }
+}
+
+/// What has changed in a store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Change {
+    /// How that key stands. Nothing has to be loaded, unless the key was born at another time than the pool knows.
+    Standing(KeyId, Standing),
+    /// These keys, in a way that has to be loaded: some may be new, and some gone.
+    Keys(Vec<KeyId>),
+    /// Anything.
+    Anything,
+}
+
+/// What an operator asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Operation {
+    /// Adds a healthy key.
+    Insert(KeySpec),
+    /// Removes the key.
+    Remove,
+    /// Ends all rests of the key, or that of one scope, in a new generation.
+    Reset(Option<Scope>),
+    /// Takes the key out of service.
+    Disable,
+    /// Puts a disabled key back into service.
+    Enable,
+}
+
+/// How much a key was used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Usage {
+    /// The key.
+    pub id: KeyId,
+    /// Requests that were sent with it.
+    pub requests: u64,
+    /// What [`KeyPool::record_usage`](crate::KeyPool::record_usage) credited to it.
+    pub tokens: u64,
+}
+
+impl Usage {
+    /// So many requests and tokens.
+    #[must_use]
+    pub fn new(id: KeyId, requests: u64, tokens: u64) -> Self {
+        Self { id, requests, tokens }
+    }
+}
+
+/// A standby key that took another one's place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Replaced {
+    /// The key that is exhausted or revoked.
+    pub failed: KeyId,
+    /// The one that is used in its place.
+    pub by: KeyId,
+}
+
+impl Replaced {
+    /// `failed`, by `by`.
+    #[must_use]
+    pub fn new(failed: KeyId, by: KeyId) -> Self {
+        Self { failed, by }
+    }
+}
+
+/// What responses said of a key, for the store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Mark {
+    /// The key.
+    pub id: KeyId,
+    /// Which key object the requests were sent with.
+    pub born: Born,
+    /// What is left of the rests that the responses asked for, in the generation that the pool knew.
+    pub words: Words,
+    /// The HTTP status of the last of those responses.
+    pub http_status: Option<u16>,
+}
+
+impl Mark {
+    /// These words about that key.
+    #[must_use]
+    pub fn new(id: KeyId, born: Born, words: Words) -> Self {
+        Self { id, born, words, http_status: None }
+    }
+}
+
+/// What a sweep reset.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
+pub struct Recovered {
+    /// How many keys.
+    pub count: u64,
+    /// Which, where there are few and the store knows.
+    pub ids: Vec<KeyId>,
+}
+
+impl Recovered {
+    /// The most ids that are named.
+    pub const NAMED_AT_MOST: usize = 5;
+
+    /// That many keys; the ids are named where there are no more than [`NAMED_AT_MOST`](Self::NAMED_AT_MOST).
+    #[must_use]
+    pub fn new(count: u64, ids: Vec<KeyId>) -> Self {
+        let ids = if ids.len() > Self::NAMED_AT_MOST { Vec::new() } else { ids };
+        Self { count, ids }
+    }
+}
+
+/// A store could not do what it was asked to. The pool goes on in memory.
+#[derive(Debug)]
+pub struct StoreError(Box<dyn Error + Send + Sync>);
+
+impl StoreError {
+    /// Wraps the cause, whose text must not hold a secret.
+    pub fn new(cause: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self(cause.into())
+    }
+}
+
+impl fmt::Display for StoreError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the key store failed")
+    }
+}
+
+impl Error for StoreError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        Some(&*self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_store_error_leaves_the_cause_to_source() {
+        let error = StoreError::new("connection reset");
+        assert_eq!(error.to_string(), "the key store failed");
+        assert_eq!(error.source().unwrap().to_string(), "connection reset");
+    }
+}

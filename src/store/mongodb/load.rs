@@ -1,0 +1,143 @@
+//! Reads keys, and absorbs what other programs have changed before it tells of them.
+
+use std::{sync::Arc, time::Duration};
+
+use ::mongodb::bson::{Document, RawDocument};
+use tokio::{
+    sync::mpsc,
+    time::{Instant, timeout},
+};
+
+use super::{
+    bulk::AT_ONCE,
+    document::{Read, decode, from_now},
+    error::Failure,
+    fields::computed,
+    inner::Inner,
+    lane,
+};
+use crate::{
+    key::KeyId,
+    store::{Born, Loaded, Standing, Unreadable},
+};
+
+/// How often a document is absorbed that another program changes all the time.
+const TRIES: usize = 5;
+
+/// Loads these keys, or all. Each part of it has the limit of an operation: it may take as long as there are keys.
+pub(super) async fn load(inner: &Arc<Inner>, only: Option<&[KeyId]>) -> Result<Loaded, Failure> {
+    let limit = inner.limits.operation;
+    let pipeline = inner.fields.load(only);
+    let (parts, mut received) = mpsc::channel(2);
+    let store = inner.clone();
+    let loading = |_| async move {
+        let part = Loaded::default();
+        Loading { store: &store, parts, part }.all(pipeline).await
+    };
+    let loading = inner.loads.begin(limit, loading).await?;
+    let mut loaded = Loaded::default();
+    while let Some(part) = timeout(limit, received.recv()).await.map_err(|_| Failure::TookTooLong(limit))? {
+        loaded.records.extend(part.records);
+        loaded.unreadable.extend(part.unreadable);
+    }
+    lane::ended_within(limit, loading).await?;
+    for record in &mut loaded.records {
+        record.standing = inner.from_now(record.standing.clone());
+    }
+    Ok(loaded)
+}
+
+struct Loading<'a> {
+    store: &'a Inner,
+    parts: mpsc::Sender<Loaded>,
+    part: Loaded,
+}
+
+impl Loading<'_> {
+    /// It ends early if nobody takes the parts any more.
+    async fn all(mut self, pipeline: Vec<Document>) -> Result<(), Failure> {
+        let mut unsettled = self.read(pipeline).await?;
+        for _ in 0..TRIES {
+            let mut again = Vec::new();
+            for ids in unsettled.chunks(AT_ONCE) {
+                if !self.pass_on().await {
+                    return Ok(());
+                }
+                let settled = self.settle(ids).await?;
+                again.extend(self.read(self.store.fields.load(Some(&settled))).await?);
+            }
+            unsettled = again;
+            if unsettled.is_empty() {
+                self.pass_on().await;
+                return Ok(());
+            }
+        }
+        Err(Failure::Unsettled(unsettled.len()))
+    }
+
+    /// Returns the keys that have to be absorbed first.
+    async fn read(&mut self, pipeline: Vec<Document>) -> Result<Vec<KeyId>, Failure> {
+        let sent = Instant::now();
+        let mut cursor = self.store.keys.aggregate(pipeline).await?;
+        let (mut unsettled, mut is_first, mut read) = (Vec::new(), true, 0);
+        while cursor.advance().await? {
+            let document = cursor.current();
+            if std::mem::take(&mut is_first) {
+                self.store.heard(document, sent);
+            }
+            match decode(document, &self.store.fields, &self.store.at_rest) {
+                Ok(Read::Key(record)) => self.part.records.push(*record),
+                Ok(Read::Unsettled(id)) => unsettled.push(id),
+                Err(unreadable) => self.part.unreadable.push(unreadable),
+            }
+            read += 1;
+            // Also if all of them are unsettled: a part shows that the load goes on.
+            if read % AT_ONCE == 0 && !self.pass_on().await {
+                break;
+            }
+        }
+        Ok(unsettled)
+    }
+
+    async fn pass_on(&mut self) -> bool {
+        self.parts.send(std::mem::take(&mut self.part)).await.is_ok()
+    }
+
+    /// Returns the keys that were not refused. A document that is gone, or settled by now, is no concern of it.
+    async fn settle(&mut self, ids: &[KeyId]) -> Result<Vec<KeyId>, Failure> {
+        let update = |ids: &[KeyId]| self.store.fields.settle_some(ids, Born::now());
+        let all_at_once = update(ids);
+        match self
+            .store
+            .keys
+            .update_many(all_at_once.filter, all_at_once.pipeline)
+            .await
+            .map_err(Failure::from)
+        {
+            Ok(_) => return Ok(ids.to_vec()),
+            Err(failure) if failure.is_about_the_document() => {}
+            Err(failure) => return Err(failure),
+        }
+        let statements = ids.iter().map(|id| update(std::slice::from_ref(id)).statement()).collect();
+        let updated = self.store.update_each(&self.store.keys, statements).await?;
+        let refused = updated.if_only_documents_refuse()?.refused;
+        let mut settled = ids.to_vec();
+        for refused in refused.iter().rev() {
+            let reason = format!("MongoDB refused to add this crate's fields, with code {}", refused.code);
+            self.part.unreadable.push(Unreadable::new(settled.remove(refused.index).as_str(), reason));
+        }
+        Ok(settled)
+    }
+}
+
+impl Inner {
+    /// Takes the server's time out of an answer. Returns whether its clock is ahead of what it could be.
+    pub(super) fn heard(&self, answer: &RawDocument, sent: Instant) -> bool {
+        answer.get_datetime(computed::SERVER_TIME).is_ok_and(|said| self.clock.heard(said, sent))
+    }
+
+    /// A key as it stands now, by the words of its document, which count from the epoch.
+    pub(super) fn from_now(&self, standing: Standing) -> Standing {
+        from_now(standing, self.clock.latest(Instant::now()).unwrap_or(Duration::ZERO))
+    }
+}

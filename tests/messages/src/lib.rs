@@ -1,0 +1,1 @@
+//! The tests of this package show what the compiler says of likely mistakes.

@@ -1,0 +1,11 @@
+use tower::{Layer, Service};
+use tower_key_rotation::{KeyPool, KeyRotationLayer};
+
+fn sends<Req>(_: impl Service<Req>, _: Req) {}
+
+fn main() {
+    let pool = KeyPool::builder().build().unwrap();
+    let client = KeyRotationLayer::new(&pool).layer(reqwest::Client::new());
+    let request = reqwest::Request::new(reqwest::Method::GET, "https://api.example.com".parse().unwrap());
+    sends(client, request);
+}
