@@ -654,7 +654,7 @@ async fn s01_operator_calls_and_failing_stores_show_no_key() {
     assert!(metrics.contains("key_rotation_store_errors_total"), "{metrics}");
     CANARIES.assert_absent(&metrics);
     show!(keys.recovery.shutdown().await.unwrap_err());
-    for said in ["keys recovered", "recovery pass failed", "usage could not be written", "recovery stopped"] {
+    for said in ["keys recovered", "recovery pass failed", "marks could not be written", "recovery stopped"] {
         assert!(logs.count(said) > 0, "not logged, so not tested: {said}");
     }
     CANARIES.assert_absent(&said());
@@ -1056,7 +1056,19 @@ fn show_keys_and_stores() {
     show!(Fields::new(), MongoStore::builder(), SystemClock::new(), ManualClock::new());
 }
 
+async fn show_scopes() {
+    let store = MemoryStore::new();
+    let insert = Operation::Insert(KeySpec::new(id("alpha"), secret("alpha")));
+    let standing = store.operate(id("alpha"), insert).await.unwrap().unwrap();
+    let resting = Resting { until: Until::After(MINUTE), reason: Rest::RateLimited };
+    let words = Words { scopes: [(Scope::new("model").unwrap(), resting)].into(), ..Words::default() };
+    store.merge(Mark::new(id("alpha"), standing.born, words)).await.unwrap();
+    let pool = KeyPool::builder().open(store).await.unwrap();
+    show!(pool.stats().keys[0].scopes[0].clone());
+}
+
 async fn show_errors() {
+    show_scopes().await;
     let gone = || StoreError::new("gone");
     let keys = || KeyPool::builder().keys(unusable());
     show!(keys(), keys().build().unwrap().rejected()[0].clone(), keys().strict().build().unwrap_err());

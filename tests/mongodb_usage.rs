@@ -351,7 +351,7 @@ async fn usage_stays_exact_when_a_middle_command_fails() {
     assert!(0 < some && some < KEYS as u64, "{some}");
 
     stop_failing(&mongod).await;
-    process.pass().await;
+    process.pass_until_it_works().await;
     assert_eq!(mongo.count(doc! { "requestsCount": 4 }).await, KEYS as u64);
     let exact = doc! { "$eq": ["$tokensUsed", { "$add": [7, { "$multiply": [2, { "$add": [1, {
         "$toInt": { "$arrayElemAt": [{ "$split": ["$_id", "-"] }, 1] },

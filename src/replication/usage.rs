@@ -32,8 +32,8 @@ impl Account {
 
     /// Adds to the store how much keys were used since the last call.
     pub(crate) async fn write(&self) -> Result<(), StoreError> {
-        let usage = self.take();
-        if usage.is_empty() { Ok(()) } else { self.store.add_usage(usage).await }
+        // Also without usage: a store may have kept some that it could not send.
+        self.store.add_usage(self.take()).await
     }
 
     /// Keeps the usage of a key that is taken out of the pool.

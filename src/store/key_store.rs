@@ -96,6 +96,8 @@ pub trait KeyStore: fmt::Debug + Send + Sync + 'static {
     /// Adds up how much keys were used. Usage of a key that is gone is dropped. What may have been added although
     /// the store fails is not added again: usage is a statistic that may lose something and counts nothing twice.
     ///
+    /// `usage` may be empty: then there is only what the store has kept since an earlier call.
+    ///
     /// A store that keeps no account of usage has nothing to do.
     fn add_usage(&self, usage: Vec<Usage>) -> StoreFuture<'_, ()> {
         drop(usage);

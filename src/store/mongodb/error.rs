@@ -55,18 +55,13 @@ impl Failure {
     pub(super) fn happened_before_sending(&self) -> bool {
         const UNAUTHORIZED: i32 = 13;
         const AUTHENTICATION_FAILED: i32 = 18;
-        const USER_WRITES_BLOCKED: i32 = 371;
         const NOT_WRITABLE_PRIMARY: i32 = 10_107;
         const NOT_PRIMARY_NO_SECONDARY_OK: i32 = 13_435;
         match self {
             Self::NoServer(_) | Self::StillUnderWay(_) => true,
             Self::Server { code, .. } => matches!(
                 *code,
-                UNAUTHORIZED
-                    | AUTHENTICATION_FAILED
-                    | USER_WRITES_BLOCKED
-                    | NOT_WRITABLE_PRIMARY
-                    | NOT_PRIMARY_NO_SECONDARY_OK
+                UNAUTHORIZED | AUTHENTICATION_FAILED | NOT_WRITABLE_PRIMARY | NOT_PRIMARY_NO_SECONDARY_OK
             ),
             _ => false,
         }
