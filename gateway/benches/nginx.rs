@@ -304,7 +304,15 @@ impl Gateway {
         let keys = folder.file("keys.txt", &keys.concat());
         let mut command = Command::new(env!("CARGO_BIN_EXE_key-rotation-gateway"));
         command
-            .args(["--listen", "127.0.0.1:0", "--upstream", &format!("http://{upstream}"), "--keys"])
+            .args([
+                "--listen",
+                "127.0.0.1:0",
+                "--admin-listen",
+                "127.0.0.1:0",
+                "--upstream",
+                &format!("http://{upstream}"),
+                "--keys",
+            ])
             .arg(keys);
         let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
         let mut log = BufReader::new(child.stderr.take().unwrap()).lines().map_while(Result::ok);

@@ -13,6 +13,9 @@ pub(crate) const CREDENTIALS: [HeaderName; 4] = [
     HeaderName::from_static("x-goog-api-key"),
 ];
 
+/// Minimum length of a token. A shorter one can be guessed.
+const SHORTEST: usize = 8;
+
 /// A client or admin token. It has no `Debug`, so that no log can show it.
 #[derive(Clone)]
 pub(crate) struct Token(String);
@@ -28,8 +31,8 @@ impl FromStr for Token {
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        if text.is_empty() || !text.bytes().all(|byte| byte.is_ascii_graphic()) {
-            return Err("a token is at least one printable ASCII character, without spaces");
+        if text.len() < SHORTEST || !text.bytes().all(|byte| byte.is_ascii_graphic()) {
+            return Err("a token is at least 8 printable ASCII characters, without spaces");
         }
         Ok(Self(text.to_owned()))
     }

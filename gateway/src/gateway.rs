@@ -1,14 +1,20 @@
 //! Assembles the gateway and serves until a stop signal.
 
-use std::{error::Error, io};
+use std::{error::Error, io, net, thread};
 
 use axum::{Router, middleware};
 use futures_util::FutureExt;
-use tokio::net::TcpListener;
-use tower_key_rotation::RecoveryHandle;
+use metrics_exporter_prometheus::PrometheusHandle;
+use tokio::{
+    join,
+    net::TcpListener,
+    runtime,
+    sync::{oneshot, watch},
+};
+use tower_key_rotation::{KeyPool, RecoveryHandle};
 
 use crate::{
-    admin::Admin,
+    admin::{Access, Admin},
     health, keys, metrics,
     proxy::Proxy,
     read_on::read_on,
@@ -19,33 +25,79 @@ use crate::{
 pub(crate) async fn run(settings: Settings) -> Result<(), Box<dyn Error>> {
     let exporter = metrics::install()?;
     let pool = keys::open(&settings).await?;
-    let listener =
-        TcpListener::bind(settings.listen).await.map_err(|error| format!("{}: {error}", settings.listen))?;
+    let listener = bind("--listen", settings.listen).await?;
+    let admin_listener = bind("--admin-listen", settings.admin_listen).await?;
     let recovery = RecoveryHandle::spawn(&pool);
-    let stop = stop_signal()?;
-    announce(&settings, &listener)?;
+    let signal = stop_signal()?;
+    announce(&settings, &listener, &admin_listener)?;
 
-    let admin = Admin::of(&pool, &settings);
+    let (stop, stopped) = watch::channel(());
+    let admin = start_admin(admin_listener.into_std()?, &pool, exporter, &settings, stopped)?;
     let app = Router::new()
-        .merge(admin.router())
         .merge(health::router(pool.clone()))
-        .merge(admin.guard(metrics::router(pool.clone(), exporter)))
         .fallback_service(Proxy::new(&pool, &settings)?.router())
         .layer(middleware::map_request(read_on));
     let limits = Limits::of(&settings);
-    serve(listener, app, stop.inspect(move |()| admin.stop()), limits).await;
+    let signal = signal.inspect(move |()| {
+        tracing::info!("stopping: requests in flight have {:?} to finish", limits.shutdown);
+        drop(stop);
+    });
+    // An error means that the admin's thread has ended, by a panic at worst, which the panic hook logs.
+    _ = join!(serve(listener, app, signal, limits), admin);
 
     recovery.shutdown().await?;
     tracing::info!("stopped");
     Ok(())
 }
 
+async fn bind(setting: &str, address: net::SocketAddr) -> Result<TcpListener, String> {
+    TcpListener::bind(address).await.map_err(|error| format!("{setting}: {address}: {error}"))
+}
+
+/// Serves the admin on its own thread, so that no proxied request waits for the admin.
+///
+/// The receiver completes when that thread ends.
+fn start_admin(
+    listener: net::TcpListener,
+    pool: &KeyPool,
+    exporter: PrometheusHandle,
+    settings: &Settings,
+    mut stopped: watch::Receiver<()>,
+) -> io::Result<oneshot::Receiver<()>> {
+    let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
+    let (pool, access, limits) = (pool.clone(), Access::by(settings), Limits::of(settings));
+    let (ends, ended) = oneshot::channel();
+    let run = async move {
+        let listener = TcpListener::from_std(listener)?;
+        let admin = Admin::of(&pool, access);
+        let app = Router::new()
+            .merge(admin.router())
+            .merge(admin.guard(metrics::router(pool, exporter)))
+            .layer(middleware::map_request(read_on));
+        let stop = async {
+            // The sender never sends: its drop is the signal.
+            _ = stopped.changed().await;
+            admin.stop();
+        };
+        serve(listener, app, stop, limits).await;
+        io::Result::Ok(())
+    };
+    thread::Builder::new().name("admin".to_owned()).spawn(move || {
+        if let Err(error) = runtime.block_on(run) {
+            tracing::error!("the admin can't be served: {error}");
+        }
+        drop(ends);
+    })?;
+    Ok(ended)
+}
+
 /// Logs the listen address last, because programs that start the gateway wait for this line.
-fn announce(settings: &Settings, listener: &TcpListener) -> io::Result<()> {
+fn announce(settings: &Settings, listener: &TcpListener, admin: &TcpListener) -> io::Result<()> {
     if settings.client_token.is_empty() {
         tracing::warn!("without a client token, every program on this machine can use the keys");
     }
     let upstream = settings.upstream.authority();
+    tracing::info!("the admin is at http://{}/admin", admin.local_addr()?);
     tracing::info!("listening on http://{}, for {upstream}", listener.local_addr()?);
     Ok(())
 }

@@ -12,10 +12,12 @@
 
 mod admin;
 mod arguments;
+mod caller;
 mod callers;
 mod gateway;
 mod health;
 mod keys;
+mod log;
 mod media_type;
 mod metrics;
 mod proxy;
@@ -24,31 +26,45 @@ mod serve;
 mod settings;
 mod this_machine;
 
-use std::{error::Error, io, iter, process::ExitCode};
+use std::{error::Error, iter, panic, process::ExitCode};
 
 use tracing_subscriber::EnvFilter;
 
-use self::settings::{Settings, WrongSetting};
+use self::{
+    log::Log,
+    settings::{Settings, WrongSetting},
+};
 
 /// The exit code for a wrong setting.
 const WRONG_SETTING: u8 = 2;
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    match run().await {
+    let Ok(log) = Log::to_stderr() else { return ExitCode::FAILURE };
+    let code = match run(&log).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("{}: {}", env!("CARGO_BIN_NAME"), with_sources(&*error));
+            log.line(&format!("{}: {}", env!("CARGO_BIN_NAME"), with_sources(&*error)));
             if error.is::<WrongSetting>() { ExitCode::from(WRONG_SETTING) } else { ExitCode::FAILURE }
         }
-    }
+    };
+    log.finish();
+    code
 }
 
-async fn run() -> Result<(), Box<dyn Error>> {
+async fn run(log: &Log) -> Result<(), Box<dyn Error>> {
     let settings = Settings::read()?;
     let filter =
         EnvFilter::try_new(&settings.log).map_err(|error| WrongSetting::new(format!("--log: {error}")))?;
-    tracing_subscriber::fmt().with_writer(io::stderr).with_env_filter(filter).init();
+    tracing_subscriber::fmt()
+        .with_writer(log.clone())
+        // The subscriber would report them to stderr, and panic if that fails.
+        .log_internal_errors(false)
+        .with_env_filter(filter)
+        .init();
+    // The default hook would block on a stderr that nobody reads.
+    panic::set_hook(Box::new(|panic| tracing::error!("{panic}")));
+    settings.warn();
     gateway::run(settings).await
 }
 

@@ -14,6 +14,8 @@ use tower_key_rotation::KeyPool;
 
 const REQUESTS: &str = "gateway_request_seconds";
 
+const LOG_LINES_LOST: &str = "gateway_log_lines_lost_total";
+
 /// Buckets, from a cached response to a model that thinks for minutes.
 const SECONDS: [f64; 16] =
     [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0];
@@ -28,6 +30,8 @@ pub(crate) fn install() -> Result<PrometheusHandle, Box<dyn Error>> {
         metrics::Unit::Seconds,
         "Time until the response head, by status."
     );
+    metrics::describe_counter!(LOG_LINES_LOST, "Log lines that stderr did not accept.");
+    log_lines_lost(0);
     tokio::spawn(keep_up(exporter.clone()));
     Ok(exporter)
 }
@@ -44,6 +48,11 @@ async fn keep_up(exporter: PrometheusHandle) {
 /// Records the status of a response and the time until its head.
 pub(crate) fn answered(status: StatusCode, took: Duration) {
     metrics::histogram!(REQUESTS, "status" => status.as_str().to_owned()).record(took);
+}
+
+/// Counts log lines that were not written.
+pub(crate) fn log_lines_lost(lines: u64) {
+    metrics::counter!(LOG_LINES_LOST).increment(lines);
 }
 
 pub(crate) fn router(pool: KeyPool, exporter: PrometheusHandle) -> Router {

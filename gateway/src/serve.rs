@@ -25,11 +25,18 @@ use hyper_util::{
 };
 use tokio::{
     net::{TcpListener, TcpStream},
+    sync::watch,
     time::{sleep, timeout},
 };
-use tower::ServiceExt;
+use tower::{ServiceExt, service_fn};
 
-use crate::settings::Settings;
+use crate::{
+    caller::{Activity, Caller},
+    settings::Settings,
+};
+
+/// Timeout for an incomplete request head at shutdown.
+const HEAD_AT_STOP: Duration = Duration::from_secs(1);
 
 #[derive(Clone, Copy)]
 pub(crate) struct Limits {
@@ -39,8 +46,10 @@ pub(crate) struct Limits {
     next_request: Duration,
     /// Interval of HTTP/2 pings.
     ping: Duration,
+    /// How long a caller may read nothing of its response.
+    send: Duration,
     /// Timeout for requests in flight at shutdown.
-    shutdown: Duration,
+    pub(crate) shutdown: Duration,
 }
 
 impl Limits {
@@ -49,6 +58,7 @@ impl Limits {
             first_request: settings.head_timeout.into(),
             next_request: settings.keep_alive.into(),
             ping: settings.ping.into(),
+            send: settings.send_timeout.into(),
             shutdown: settings.shutdown_limit.into(),
         }
     }
@@ -63,18 +73,28 @@ pub(crate) async fn serve(
 ) {
     let connections = GracefulShutdown::new();
     let http = http(limits);
+    let (stopping, stopped) = watch::channel(());
     let mut stop = pin!(stop);
     loop {
         let (connection, from) = tokio::select! {
             accepted = accept(&listener) => accepted,
             () = &mut stop => break,
         };
-        let connection = answer(http.clone(), connection, from, app.clone(), connections.watcher(), limits);
-        tokio::spawn(connection);
+        // Without this, Nagle's algorithm would delay the small chunks of an event stream.
+        _ = connection.set_nodelay(true);
+        let activity = Activity::default();
+        let idle = idle_at_stop(stopped.clone(), activity.clone());
+        let connection = Caller::new(connection, activity, limits.send);
+        let served = answer(http.clone(), connection, from, app.clone(), connections.watcher(), limits);
+        tokio::spawn(async {
+            tokio::select! {
+                () = served => {}
+                () = idle => {}
+            }
+        });
     }
-    drop(listener);
+    drop((listener, stopping));
     let limit = limits.shutdown;
-    tracing::info!("stopping: requests in flight have {limit:?} to finish");
     if timeout(limit, connections.shutdown()).await.is_err() {
         tracing::warn!("requests in flight are broken off after {limit:?}");
     }
@@ -110,23 +130,36 @@ fn is_of_the_connection(error: &io::Error) -> bool {
     matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
 }
 
+/// Completes once a connection has no request in flight after the stop signal. An incomplete head is not waited for.
+async fn idle_at_stop(mut stopped: watch::Receiver<()>, activity: Activity) {
+    // The sender never sends: its drop is the stop signal.
+    _ = stopped.changed().await;
+    loop {
+        sleep(HEAD_AT_STOP).await;
+        if activity.is_idle() {
+            return;
+        }
+    }
+}
+
 async fn answer(
     http: Builder<TokioExecutor>,
-    connection: TcpStream,
+    connection: Caller,
     from: SocketAddr,
     app: Router,
     watcher: Watcher,
     limits: Limits,
 ) {
-    // Without this, Nagle's algorithm would delay the small chunks of an event stream.
-    _ = connection.set_nodelay(true);
     let was_asked = Arc::new(AtomicBool::new(false));
     let asked = was_asked.clone();
-    let app = app.map_request(move |request: Request<Incoming>| {
+    let activity = connection.activity();
+    let app = service_fn(move |request: Request<Incoming>| {
         asked.store(true, Relaxed);
+        let in_flight = activity.begin();
         let mut request = request.map(Body::new);
         request.extensions_mut().insert(ConnectInfo(from));
-        request
+        let response = app.clone().oneshot(request);
+        async move { response.await.map(|response| response.map(|body| in_flight.until_end_of(body))) }
     });
     let connection = http.serve_connection(TokioIo::new(connection), TowerToHyperService::new(app));
     let mut served = pin!(watcher.watch(connection));

@@ -43,6 +43,11 @@ pub(crate) struct Settings {
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8080")]
     pub(crate) listen: SocketAddr,
 
+    /// Address of the admin page and the metrics; without an admin or client token, a loopback address. It is separate,
+    /// so that no page from the upstream has the admin's origin
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8081")]
+    pub(crate) admin_listen: SocketAddr,
+
     /// URL of the API; a path in it goes before the path of each request
     #[arg(long, value_name = "URL")]
     pub(crate) upstream: Upstream,
@@ -120,6 +125,10 @@ pub(crate) struct Settings {
     #[arg(long, value_name = "SECONDS", default_value = "180")]
     pub(crate) keep_alive: Seconds,
 
+    /// How long a caller may read nothing of its response before its connection closes
+    #[arg(long, value_name = "SECONDS", default_value = "600")]
+    pub(crate) send_timeout: Seconds,
+
     /// Interval of HTTP/2 pings to callers and upstream; 0 disables them. A connection closes if no answer comes
     /// within half the interval
     #[arg(long, value_name = "SECONDS", default_value = "20")]
@@ -182,6 +191,21 @@ impl Settings {
         Ok(settings)
     }
 
+    /// Logs warnings of files with loose permissions and of variables without effect.
+    pub(crate) fn warn(&self) {
+        for file in [&self.config, &self.keys, &self.data_keys].into_iter().flatten() {
+            if is_open_to_others(file) {
+                tracing::warn!(
+                    "{}: other users of this machine can read or change it: chmod 600",
+                    file.display()
+                );
+            }
+        }
+        for name in unknown_variables() {
+            tracing::warn!("{name}: there is no such setting, so the variable has no effect");
+        }
+    }
+
     fn check(&self) -> Result<(), WrongSetting> {
         let wrong = |reason: &str| Err(WrongSetting::new(reason));
         if self.keys.is_none() && self.mongodb.is_none() {
@@ -195,6 +219,12 @@ impl Settings {
                 "--listen: without a client token it listens on loopback only: set GATEWAY_CLIENT_TOKEN",
             );
         }
+        let has_no_token = self.client_token.is_empty() && self.admin_token.is_none();
+        if has_no_token && !self.admin_listen.ip().is_loopback() {
+            return wrong(
+                "--admin-listen: without an admin token it listens on loopback only: set GATEWAY_ADMIN_TOKEN",
+            );
+        }
         if !self.upstream.is_safe() && !self.allow_cleartext {
             return wrong("--upstream: keys would travel in cleartext: use https, or set --allow-cleartext");
         }
@@ -204,6 +234,7 @@ impl Settings {
             ("idle-timeout", self.idle_timeout),
             ("head-timeout", self.head_timeout),
             ("keep-alive", self.keep_alive),
+            ("send-timeout", self.send_timeout),
         ];
         match limits.into_iter().find(|(_, limit)| Duration::from(*limit).is_zero()) {
             Some((name, _)) => wrong(&format!("--{name}: it must be more than 0 seconds")),
@@ -225,8 +256,32 @@ fn not_text() -> String {
     }
 }
 
+/// Whether other users than the owner can read or change a regular file. A pipe, for example, does not count.
+#[cfg(unix)]
+fn is_open_to_others(file: &Path) -> bool {
+    use std::os::unix::fs::PermissionsExt;
+
+    fs::metadata(file).is_ok_and(|found| found.is_file() && found.permissions().mode() & 0o077 != 0)
+}
+
+#[cfg(not(unix))]
+fn is_open_to_others(_: &Path) -> bool {
+    false
+}
+
+/// Returns the `GATEWAY_` variables that are no setting. Kubernetes sets some for a service named gateway.
+fn unknown_variables() -> Vec<String> {
+    let known: Vec<_> = Settings::command().get_arguments().map(variable_of).collect();
+    let names = env::vars_os().filter_map(|(name, _)| name.into_string().ok());
+    names.filter(|name| name.starts_with("GATEWAY_") && !known.contains(name)).collect()
+}
+
+fn variable_of(arg: &Arg) -> String {
+    format!("GATEWAY_{}", arg.get_id().as_str().to_uppercase())
+}
+
 fn with_environment(arg: Arg) -> Arg {
-    let name = format!("GATEWAY_{}", arg.get_id().as_str().to_uppercase());
+    let name = variable_of(&arg);
     // An empty variable counts as unset, because a compose file passes unset variables as empty ones.
     if env::var_os(&name).is_some_and(|value| value.is_empty()) {
         arg

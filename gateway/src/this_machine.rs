@@ -9,7 +9,7 @@ use std::net::{IpAddr, SocketAddr};
 use axum::{
     extract::ConnectInfo,
     http::{
-        HeaderName, HeaderValue,
+        HeaderName, HeaderValue, Version,
         header::{FORWARDED, HOST, ORIGIN, VIA},
         request::Parts,
         uri::Authority,
@@ -53,10 +53,31 @@ fn is_named(head: &Parts) -> bool {
     hosts(head).next().is_some() && hosts(head).all(|host| host.is_some_and(|host| is_loopback(host.host())))
 }
 
+/// Whether a request names exactly one valid host (RFC 9110 section 7.2, RFC 9113 section 8.3.1). HTTP/1.0 may name
+/// none.
+pub(crate) fn has_valid_host(head: &Parts) -> bool {
+    let (lines, target) = (head.headers.get_all(HOST).iter().count(), head.uri.authority());
+    let is_one = match head.version {
+        Version::HTTP_2 => lines <= 1 && lines + target.iter().len() > 0,
+        Version::HTTP_11 => lines == 1,
+        _ => lines <= 1,
+    };
+    let is_same = || hosts(head).flatten().collect::<Vec<_>>().windows(2).all(|two| two[0] == two[1]);
+    is_one && hosts(head).all(|host| host.is_some()) && (head.version != Version::HTTP_2 || is_same())
+}
+
 /// Iterates over the values of `Host` and, in HTTP/2, `:authority`. A value that is no valid host is `None`.
 fn hosts(head: &Parts) -> impl Iterator<Item = Option<Authority>> {
     let hosts = head.headers.get_all(HOST).iter().map(|host| Authority::try_from(host.as_bytes()).ok());
-    hosts.chain(head.uri.authority().cloned().map(Some))
+    hosts.chain(head.uri.authority().cloned().map(Some)).map(|host| host.filter(is_host))
+}
+
+/// Whether it is a host with an optional port and nothing else. The parser takes `[::1].example.com` for `[::1]`.
+fn is_host(authority: &Authority) -> bool {
+    let rest = authority.as_str().strip_prefix(authority.host());
+    let is_port = |port: &str| port.parse::<u16>().is_ok() && port.bytes().all(|byte| byte.is_ascii_digit());
+    !authority.host().is_empty()
+        && rest.is_some_and(|rest| rest.is_empty() || rest.strip_prefix(':').is_some_and(is_port))
 }
 
 pub(crate) fn is_loopback(host: &str) -> bool {
@@ -108,9 +129,36 @@ mod tests {
             "",
             "local host",
             "localhost@example.com",
+            "[::1].example.com",
+            "[::1]x",
+            "localhost:x",
         ] {
             assert!(!is(host), "{host}");
         }
+    }
+
+    #[test]
+    fn a_request_names_one_host() {
+        let is_valid = |version: Version, uri: &str, hosts: &[&str]| {
+            let request = Request::get(uri).version(version);
+            has_valid_host(&head(hosts.iter().fold(request, |request, host| request.header(HOST, *host))))
+        };
+        for host in ["localhost", "example.com:8080", "[::1]:8080", "10.0.0.1"] {
+            assert!(is_valid(Version::HTTP_11, "/", &[host]), "{host}");
+        }
+        for host in ["", "two words", "me@localhost", "[::1].example.com", "localhost:", "localhost:99999"] {
+            assert!(!is_valid(Version::HTTP_11, "/", &[host]), "{host}");
+        }
+        assert!(!is_valid(Version::HTTP_11, "/", &[]));
+        assert!(!is_valid(Version::HTTP_11, "/", &["localhost", "localhost"]));
+        assert!(!is_valid(Version::HTTP_11, "http://localhost/", &[]));
+        assert!(is_valid(Version::HTTP_11, "http://localhost/", &["localhost"]));
+        assert!(is_valid(Version::HTTP_10, "/", &[]));
+        assert!(is_valid(Version::HTTP_2, "http://localhost/", &[]));
+        assert!(is_valid(Version::HTTP_2, "http://localhost/", &["LOCALHOST"]));
+        assert!(is_valid(Version::HTTP_2, "/", &["localhost"]));
+        assert!(!is_valid(Version::HTTP_2, "/", &[]));
+        assert!(!is_valid(Version::HTTP_2, "http://localhost/", &["example.com"]));
     }
 
     #[test]

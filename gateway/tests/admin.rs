@@ -67,7 +67,7 @@ impl Admin {
     }
 
     fn request(&self, method: Method, path: &str) -> RequestBuilder {
-        self.http.request(method, self.gateway.url("/admin/api") + path).bearer_auth(TOKEN)
+        self.http.request(method, self.gateway.admin_url("/admin/api") + path).bearer_auth(TOKEN)
     }
 
     /// Sends a request, and checks the response against the description of `operation`, one of its paths.
@@ -228,17 +228,53 @@ async fn unknown_admin_paths_never_reach_the_upstream() {
     for path in
         ["/admin/nothing", "/admin/api/nothing", "/admin/api", "/admin/api/", "/admin/api/keys/alpha/nothing"]
     {
-        let response = admin.http.get(admin.gateway.url(path)).bearer_auth(TOKEN).send().await.unwrap();
+        let response = admin.http.get(admin.gateway.admin_url(path)).bearer_auth(TOKEN).send().await.unwrap();
         assert_eq!(response.status(), StatusCode::NOT_FOUND, "{path}");
         assert_valid(&named("Error"), &response.json().await.unwrap());
     }
     let response = admin.request(Method::PUT, "/keys").header(CHANGE.0, CHANGE.1).send().await.unwrap();
     assert_eq!(response.status(), StatusCode::METHOD_NOT_ALLOWED);
     for path in ["/admin", "/admin/", "/admin/admin.js", "/admin/admin.css"] {
-        let response = admin.http.get(admin.gateway.url(path)).send().await.unwrap();
+        let response = admin.http.get(admin.gateway.admin_url(path)).send().await.unwrap();
         assert_eq!(response.status(), StatusCode::OK, "{path}");
     }
     assert_eq!(admin.service.count(), 0);
+}
+
+#[tokio::test]
+async fn s07_the_proxy_address_serves_no_admin() {
+    let admin = Admin::with(&["alpha"]).await;
+    for path in ["/admin", "/admin/", "/admin/admin.js", "/admin/api/keys", "/metrics"] {
+        let request = admin.http.get(admin.gateway.url(path)).bearer_auth(TOKEN);
+        assert_eq!(
+            request.send().await.unwrap().text().await.unwrap(),
+            "fine",
+            "{path} must reach the upstream"
+        );
+    }
+    let disable = admin.http.post(admin.gateway.url("/admin/api/keys/alpha/disable")).bearer_auth(TOKEN);
+    disable.header(CHANGE.0, CHANGE.1).send().await.unwrap();
+    assert_eq!(admin.ids("?status=healthy").await, ["alpha"]);
+    let count = admin.service.count();
+    let response = admin.http.get(admin.gateway.admin_url("/v1/models")).bearer_auth(TOKEN).send().await;
+    assert_eq!(response.unwrap().status(), StatusCode::NOT_FOUND);
+    assert_eq!(admin.service.count(), count, "the admin's address must not proxy");
+}
+
+#[tokio::test]
+async fn s07_a_document_of_the_upstream_is_sandboxed() {
+    let policy = "default-src 'self'";
+    let headers = [("content-type", "text/html"), ("content-security-policy", policy)];
+    let service = Server::answering(move || answer_with(200, headers, "<script></script>")).await;
+    let gateway = Gateway::before(service.address(), &["alpha"], []).await;
+    let request = |mode: &'static str| http().get(gateway.url("/")).header("sec-fetch-mode", mode).send();
+    let navigation = request("navigate").await.unwrap();
+    let policies: Vec<_> = navigation.headers().get_all("content-security-policy").iter().collect();
+    assert_eq!(policies, [policy, "sandbox"]);
+    assert_eq!(navigation.headers()["x-content-type-options"], "nosniff");
+    let other = request("cors").await.unwrap();
+    assert_eq!(other.headers()["content-security-policy"], policy);
+    assert!(!other.headers().contains_key("x-content-type-options"));
 }
 
 #[tokio::test]
@@ -256,7 +292,7 @@ async fn a_missing_or_wrong_token_permits_nothing() {
     for (path, operations) in description()["paths"].as_object().unwrap() {
         for method in operations.as_object().unwrap().keys() {
             let method = Method::from_bytes(method.to_uppercase().as_bytes()).unwrap();
-            let url = admin.gateway.url("/admin/api") + &path.replace("{id}", "alpha");
+            let url = admin.gateway.admin_url("/admin/api") + &path.replace("{id}", "alpha");
             let request = || admin.http.request(method.clone(), &url).header(CHANGE.0, CHANGE.1);
             for authorization in wrong {
                 let (status, error) =
@@ -276,9 +312,9 @@ async fn without_token_only_local_host_names_are_served() {
     let service = Server::limiting([]).await;
     let gateway = Gateway::before(service.address(), &["alpha"], []).await;
     let http = http();
-    let port = gateway.address().port();
+    let port = gateway.admin_address().port();
     let ask = async |path: &str, name: &str, value: &str| {
-        let request = http.get(gateway.url(path)).header(name, value);
+        let request = http.get(gateway.admin_url(path)).header(name, value);
         request.send().await.unwrap().status().as_u16()
     };
     for path in ["/admin", "/admin/admin.js", "/admin/api/keys", "/admin/api/openapi.json"] {
@@ -293,7 +329,7 @@ async fn without_token_only_local_host_names_are_served() {
         }
     }
     let change = |name: &'static str, value: &'static str| {
-        let request = http.post(gateway.url("/admin/api/keys/alpha/disable")).header(name, value);
+        let request = http.post(gateway.admin_url("/admin/api/keys/alpha/disable")).header(name, value);
         async { request.send().await.unwrap().status().as_u16() }
     };
     assert_eq!(change("x-other", "1").await, 403);
@@ -304,22 +340,22 @@ async fn without_token_only_local_host_names_are_served() {
 #[tokio::test]
 async fn client_tokens_require_a_separate_admin_token() {
     let service = Server::limiting([]).await;
-    let gateway = Gateway::before(service.address(), &["alpha"], ["--client-token", "one"]).await;
+    let gateway = Gateway::before(service.address(), &["alpha"], ["--client-token", "token-one"]).await;
     for path in ["/admin", "/admin/admin.js", "/admin/api/keys", "/admin/api/events", "/metrics"] {
-        let response = http().get(gateway.url(path)).bearer_auth("one").send().await.unwrap();
+        let response = http().get(gateway.admin_url(path)).bearer_auth("token-one").send().await.unwrap();
         assert_eq!(response.status(), StatusCode::FORBIDDEN, "{path}");
         let said = response.text().await.unwrap();
         assert!(said.contains("set --admin-token"), "{path}: {said}");
     }
-    let both = ["--client-token", "one", "--admin-token", TOKEN];
+    let both = ["--client-token", "token-one", "--admin-token", TOKEN];
     let gateway = Gateway::before(service.address(), &["alpha"], both).await;
     for (path, token, status) in [
         ("/admin", "", 200),
-        ("/admin/api/keys", "one", 401),
+        ("/admin/api/keys", "token-one", 401),
         ("/admin/api/keys", TOKEN, 200),
         ("/metrics", TOKEN, 200),
     ] {
-        let response = http().get(gateway.url(path)).bearer_auth(token).send().await.unwrap();
+        let response = http().get(gateway.admin_url(path)).bearer_auth(token).send().await.unwrap();
         assert_eq!(response.status(), status, "{path} {token}");
     }
     assert_eq!(service.count(), 0);
@@ -331,7 +367,7 @@ async fn without_token_other_sites_open_only_the_page() {
     let service = Server::limiting([]).await;
     let gateway = Gateway::before(service.address(), &["alpha"], []).await;
     let ask = async |path: &str, name: &str, value: &str| {
-        let request = http().get(gateway.url(path)).header(name, value);
+        let request = http().get(gateway.admin_url(path)).header(name, value);
         request.send().await.unwrap().status().as_u16()
     };
     for (name, value) in [("sec-fetch-site", "same-site"), ("origin", "http://localhost:3000")] {
@@ -340,7 +376,7 @@ async fn without_token_other_sites_open_only_the_page() {
             assert_eq!(ask(path, name, value).await, 403, "{path} {name}");
         }
     }
-    for (name, value) in [("sec-fetch-site", "same-origin"), ("origin", &gateway.url(""))] {
+    for (name, value) in [("sec-fetch-site", "same-origin"), ("origin", &gateway.admin_url(""))] {
         assert_eq!(ask("/admin/api/keys", name, value).await, 200, "{name}");
     }
 }
@@ -382,7 +418,7 @@ async fn every_answer_has_the_strict_headers() {
     for (path, status) in
         [("/admin", 200), ("/admin/admin.js", 200), ("/admin/api/keys", 401), ("/admin/no", 404)]
     {
-        let response = admin.http.get(admin.gateway.url(path)).send().await.unwrap();
+        let response = admin.http.get(admin.gateway.admin_url(path)).send().await.unwrap();
         assert_eq!(response.status(), status, "{path}");
         let headers = response.headers();
         let policy = headers["content-security-policy"].to_str().unwrap();
@@ -502,7 +538,7 @@ async fn a_fully_sent_oversized_import_still_gets_413() {
         CHANGE.1,
         body.len(),
     );
-    let mut connection = TcpStream::connect(admin.gateway.address()).await.unwrap();
+    let mut connection = TcpStream::connect(admin.gateway.admin_address()).await.unwrap();
     connection.write_all(head.as_bytes()).await.unwrap();
     connection.write_all(body.as_bytes()).await.unwrap();
     let mut answer = String::new();
@@ -811,11 +847,11 @@ async fn a_lagging_listener_gets_another_snapshot() {
     let names: Vec<_> = (0..200).map(|number| format!("{number}{}", "\"".repeat(240))).collect();
     let admin = Admin::with(&names.iter().map(String::as_str).chain(["alpha"]).collect::<Vec<_>>()).await;
     let mut body = {
-        let connection = TcpStream::connect(admin.gateway.address()).await.unwrap();
+        let connection = TcpStream::connect(admin.gateway.admin_address()).await.unwrap();
         let client = http2::Builder::new(TokioExecutor::new()).initial_stream_window_size(65_535).clone();
         let (mut client, connection) = client.handshake(TokioIo::new(connection)).await.unwrap();
         tokio::spawn(connection);
-        let request = Request::get(admin.gateway.url("/admin/api/events"));
+        let request = Request::get(admin.gateway.admin_url("/admin/api/events"));
         let request = request.header(AUTHORIZATION, format!("Bearer {TOKEN}")).body(String::new()).unwrap();
         client.send_request(request).await.unwrap().into_body()
     };

@@ -76,7 +76,8 @@ impl Prometheus {
         let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("prometheus-{}", process::id()));
         fs::create_dir_all(&folder).unwrap();
         let config = folder.join("prometheus.yml");
-        let job = format!("job_name: gateway, static_configs: [{{ targets: ['{}'] }}]", gateway.address());
+        let job =
+            format!("job_name: gateway, static_configs: [{{ targets: ['{}'] }}]", gateway.admin_address());
         let text = format!(
             "global: {{ scrape_interval: 200ms, scrape_timeout: 200ms }}\nscrape_configs: [{{ {job} }}]\n"
         );

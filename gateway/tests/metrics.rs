@@ -9,7 +9,7 @@ use serde_json::Value;
 use support::{gateway::Gateway, *};
 
 async fn metrics(gateway: &Gateway) -> String {
-    let response = http().get(gateway.url("/metrics")).send().await.unwrap();
+    let response = http().get(gateway.admin_url("/metrics")).send().await.unwrap();
     assert_eq!(response.status(), StatusCode::OK);
     assert!(response.headers()["content-type"].to_str().unwrap().starts_with("text/plain"));
     response.text().await.unwrap()
@@ -42,10 +42,11 @@ async fn prometheus_metrics_show_key_status_and_request_times() {
 #[tokio::test]
 async fn reading_metrics_needs_the_admin_token_if_set() {
     let upstream = Server::limiting([]).await;
-    let gateway = Gateway::before(upstream.address(), &["alpha"], ["--admin-token", "hunter2"]).await;
-    let read = |token: &'static str| http().get(gateway.url("/metrics")).header(AUTHORIZATION, token).send();
-    assert_eq!(read("Bearer hunter3").await.unwrap().status(), StatusCode::UNAUTHORIZED);
-    assert_eq!(read("Bearer hunter2").await.unwrap().status(), StatusCode::OK);
+    let gateway = Gateway::before(upstream.address(), &["alpha"], ["--admin-token", "hunters-2"]).await;
+    let read =
+        |token: &'static str| http().get(gateway.admin_url("/metrics")).header(AUTHORIZATION, token).send();
+    assert_eq!(read("Bearer hunters-3").await.unwrap().status(), StatusCode::UNAUTHORIZED);
+    assert_eq!(read("Bearer hunters-2").await.unwrap().status(), StatusCode::OK);
     assert_eq!(upstream.keys(), [""; 0], "nothing of it went upstream");
 }
 

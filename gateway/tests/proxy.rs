@@ -34,6 +34,7 @@ use serde_json::{Value, json};
 use support::{
     gateway::{Gateway, command, ended, refusal},
     mongo::Mongo,
+    raw::{exchange, raw_upstream},
     *,
 };
 use tokio::{
@@ -74,35 +75,6 @@ async fn answering_once(kind: &'static str, body: Body) -> Server {
 fn streaming() -> (Sender<Bytes, Infallible>, reqwest::Body) {
     let (sender, body) = Channel::new(16);
     (sender, reqwest::Body::wrap_stream(body.into_data_stream()))
-}
-
-/// Sends these bytes and reads until the connection closes.
-async fn exchange(address: SocketAddr, request: &str) -> String {
-    let mut connection = TcpStream::connect(address).await.unwrap();
-    connection.write_all(request.as_bytes()).await.unwrap();
-    let mut answer = String::new();
-    in_time(connection.read_to_string(&mut answer)).await.unwrap();
-    answer
-}
-
-/// A raw upstream: it sends these bytes in answer to each connection and reports the received request.
-async fn raw_upstream(answer: &'static str) -> (SocketAddr, Arc<Mutex<Vec<String>>>) {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let (address, seen) = (listener.local_addr().unwrap(), Arc::new(Mutex::new(Vec::new())));
-    let arrived = seen.clone();
-    tokio::spawn(async move {
-        while let Ok((mut connection, _)) = listener.accept().await {
-            let mut request = Vec::new();
-            while !request.windows(4).any(|end| end == b"\r\n\r\n") {
-                if connection.read_buf(&mut request).await.unwrap() == 0 {
-                    break;
-                }
-            }
-            arrived.lock().unwrap().push(String::from_utf8(request).unwrap());
-            connection.write_all(answer.as_bytes()).await.unwrap();
-        }
-    });
-    (address, seen)
 }
 
 fn header<'r>(response: &'r reqwest::Response, name: &str) -> Option<&'r str> {
@@ -394,11 +366,11 @@ async fn the_callers_credentials_never_reach_the_upstream() {
     ] {
         let keys = keys_file("a|sk-a");
         let upstream = format!("http://{upstream}");
-        let arguments = ["--upstream", &upstream, "--keys", keys.path(), "--client-token", "canary"];
+        let arguments = ["--upstream", &upstream, "--keys", keys.path(), "--client-token", "the-canary"];
         let gateway = Gateway::start(command(arguments.iter().chain(places))).await;
-        let query = if places.len() > 2 { "?x=1&key=canary" } else { "" };
+        let query = if places.len() > 2 { "?x=1&key=the-canary" } else { "" };
         let request = format!(
-            "GET /v1{query} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nAuthorization: Bearer canary\r\n\
+            "GET /v1{query} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nAuthorization: Bearer the-canary\r\n\
              Authorization: Basic canary\r\nx-api-key: canary\r\nApi-Key: canary\r\nX-Goog-Api-Key: canary\r\n\
              OpenAI-Organization: org-canary\r\nOpenAI-Project: canary\r\nX-Goog-User-Project: canary\r\n\
              Proxy-Authorization: Basic canary\r\nx-own: canary\r\n\r\n"
@@ -460,25 +432,25 @@ async fn headers_about_the_upstream_origin_are_removed() {
 #[tokio::test]
 async fn only_callers_with_a_client_token_are_served() {
     let upstream = Server::answering(|| answer(200, "fine")).await;
-    let tokens = ["--client-token", "one", "--client-token", "two"];
+    let tokens = ["--client-token", "token-one", "--client-token", "token-two"];
     let gateway = Gateway::before(upstream.address(), &["a"], tokens).await;
     for (name, value) in [
-        ("authorization", "Bearer one"),
-        ("authorization", "bearer two"),
-        ("x-api-key", "two"),
-        ("api-key", "one"),
-        ("x-goog-api-key", "two"),
+        ("authorization", "Bearer token-one"),
+        ("authorization", "bearer token-two"),
+        ("x-api-key", "token-two"),
+        ("api-key", "token-one"),
+        ("x-goog-api-key", "token-two"),
     ] {
         let response = http().get(gateway.url("/")).header(name, value).send().await.unwrap();
         assert_eq!(response.status(), 200, "{name}: {value}");
     }
     assert_eq!(upstream.count(), 5);
     for (name, value) in [
-        ("authorization", "Bearer on"),
-        ("authorization", "Bearer oneone"),
+        ("authorization", "Bearer token-on"),
+        ("authorization", "Bearer token-onetoken-one"),
         ("authorization", "Bearer "),
         ("x-api-key", "sk-a"),
-        ("cookie", "one"),
+        ("cookie", "token-one"),
     ] {
         let response = http().post(gateway.url("/v1")).header(name, value).body("hi").send().await.unwrap();
         assert_eq!(response.status(), 401, "{name}: {value}");
@@ -507,7 +479,12 @@ async fn without_client_token_the_gateway_stays_on_loopback() {
     let arguments = ["--upstream", "https://example.com", "--keys", keys.path(), "--listen", "0.0.0.0:0"];
     let said = one_line(&refusal(arguments).await);
     assert!(said.contains("without a client token it listens on loopback only"), "{said}");
-    let gateway = Gateway::start_listening(command(arguments.iter().chain(&["--client-token", "one"]))).await;
+    let arguments_of_admin =
+        ["--upstream", "https://example.com", "--admin-listen", "0.0.0.0:0", "--keys", keys.path()];
+    let said = one_line(&refusal(arguments_of_admin).await);
+    assert!(said.contains("without an admin token it listens on loopback only"), "{said}");
+    let with_token = arguments.iter().chain(&["--client-token", "token-one", "--admin-listen", "0.0.0.0:0"]);
+    let gateway = Gateway::start_listening(command(with_token)).await;
     assert!(gateway.address().ip().is_unspecified());
 
     let upstream = Server::answering(|| answer(200, "fine")).await;
@@ -520,7 +497,8 @@ async fn cross_origin_and_proxied_requests_need_client_tokens() {
     let upstream = Server::answering(|| answer(200, "fine")).await;
     let open = Gateway::before(upstream.address(), &["a"], []).await;
     let status = async |gateway: &Gateway, name: &str, value: &str| {
-        let request = http().post(gateway.url("/v1/models")).header("x-api-key", "one").header(name, value);
+        let request =
+            http().post(gateway.url("/v1/models")).header("x-api-key", "token-one").header(name, value);
         request.send().await.unwrap().status()
     };
     for (name, value) in [
@@ -540,7 +518,7 @@ async fn cross_origin_and_proxied_requests_need_client_tokens() {
         assert_eq!(status(&open, name, value).await, 200, "{name}: {value}");
     }
     // A page of another site does not know the token.
-    let with_a_token = Gateway::before(upstream.address(), &["a"], ["--client-token", "one"]).await;
+    let with_a_token = Gateway::before(upstream.address(), &["a"], ["--client-token", "token-one"]).await;
     assert_eq!(status(&with_a_token, "host", "example.com").await, 200);
 }
 
@@ -581,7 +559,7 @@ async fn invalid_settings_exit_2_with_one_line() {
         (with("--mongodb", "mongo://me:canary@localhost"), "--mongodb"),
         (with("--log", "gateway=loud"), "--log"),
         (with("--no-such-setting", "1"), "--no-such-setting"),
-        ([with("--client-token", "token"), vec!["canary"]].concat(), "a value without a name"),
+        ([with("--client-token", "the-token"), vec!["canary"]].concat(), "a value without a name"),
         (with("--config", "no/such/file.toml"), "no/such/file.toml"),
     ] {
         let said = one_line(&refusal(&wrong).await);
@@ -633,7 +611,7 @@ async fn settings_prefer_command_line_then_environment_then_file() {
     let url = |server: &Server| format!("http://{}", server.address());
     let keys = keys_file("a|sk-a");
     let settings = format!(
-        "upstream = {:?}\nkeys = {:?}\nclient-token = [\"one\", \"two\"]\nsanitize-errors = true\nwait = 0.5\n",
+        "upstream = {:?}\nkeys = {:?}\nclient-token = [\"token-one\", \"token-two\"]\nsanitize-errors = true\nwait = 0.5\n",
         url(&of_file),
         keys.path(),
     );
@@ -644,22 +622,26 @@ async fn settings_prefer_command_line_then_environment_then_file() {
     };
 
     let gateway = Gateway::start(command(["--config", file.path()])).await;
-    assert_eq!(served_by(&gateway, "two").await, "file");
-    assert_eq!(served_by(&gateway, "three").await, "nobody");
+    assert_eq!(served_by(&gateway, "token-two").await, "file");
+    assert_eq!(served_by(&gateway, "token-three").await, "nobody");
 
     let mut with_environment = command(["--config", file.path()]);
-    with_environment.env("GATEWAY_UPSTREAM", url(&of_environment)).env("GATEWAY_CLIENT_TOKEN", "three,four");
+    with_environment
+        .env("GATEWAY_UPSTREAM", url(&of_environment))
+        .env("GATEWAY_CLIENT_TOKEN", "token-three,token-four");
     with_environment.env("GATEWAY_ADMIN_TOKEN", "");
     let gateway = Gateway::start(with_environment).await;
-    assert_eq!(served_by(&gateway, "four").await, "environment");
-    assert_eq!(served_by(&gateway, "two").await, "nobody");
+    assert_eq!(served_by(&gateway, "token-four").await, "environment");
+    assert_eq!(served_by(&gateway, "token-two").await, "nobody");
 
-    let mut with_line = command(["--upstream", &url(&of_line), "--client-token", "five"]);
+    let mut with_line = command(["--upstream", &url(&of_line), "--client-token", "token-five"]);
     with_line.env("GATEWAY_CONFIG", file.path());
-    with_line.env("GATEWAY_UPSTREAM", url(&of_environment)).env("GATEWAY_CLIENT_TOKEN", "three,four");
+    with_line
+        .env("GATEWAY_UPSTREAM", url(&of_environment))
+        .env("GATEWAY_CLIENT_TOKEN", "token-three,token-four");
     let gateway = Gateway::start(with_line).await;
-    assert_eq!(served_by(&gateway, "five").await, "line");
-    assert_eq!(served_by(&gateway, "four").await, "nobody");
+    assert_eq!(served_by(&gateway, "token-five").await, "line");
+    assert_eq!(served_by(&gateway, "token-four").await, "nobody");
 }
 
 #[tokio::test]
@@ -696,7 +678,8 @@ async fn a_taken_address_exits_1_with_one_line() {
     assert_eq!(output.status.code(), Some(1));
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(
-        said.starts_with(&format!("key-rotation-gateway: {address}: ")) && said.lines().count() == 1,
+        said.starts_with(&format!("key-rotation-gateway: --listen: {address}: "))
+            && said.lines().count() == 1,
         "{said}"
     );
 }
@@ -777,8 +760,8 @@ async fn revoked_keys_alone_mean_503_and_not_ready() {
 #[tokio::test]
 async fn health_checks_need_no_token_or_healthy_key() {
     let upstream = Server::limiting(["a"]).await;
-    let gateway = Gateway::before(upstream.address(), &["a"], ["--client-token", "one"]).await;
-    let limited = http().get(gateway.url("/")).header("x-api-key", "one").send().await.unwrap();
+    let gateway = Gateway::before(upstream.address(), &["a"], ["--client-token", "token-one"]).await;
+    let limited = http().get(gateway.url("/")).header("x-api-key", "token-one").send().await.unwrap();
     assert_eq!(limited.status(), 429);
     for path in ["/healthz", "/readyz"] {
         assert_eq!(http().get(gateway.url(path)).send().await.unwrap().status(), 200);
@@ -813,7 +796,7 @@ async fn an_unreachable_or_broken_upstream_gives_502() {
         assert_eq!(error["error"]["code"], "bad_gateway");
         let message = error["error"]["message"].as_str().unwrap();
         assert!(message.contains(expected), "{message}");
-        assert!(gateway.log().contains("no answer from the upstream"), "{}", gateway.log());
+        eventually("it is logged", || gateway.log().contains("no answer from the upstream")).await;
     }
 }
 
@@ -842,13 +825,15 @@ async fn a_stalled_request_body_gets_408_not_504() {
         answer(200, is_whole.to_string())
     })
     .await;
-    let gateway = Gateway::before(upstream, &["a"], ["--response-timeout", "0.2"]).await;
+    let mut gateway = Gateway::before(upstream, &["a"], ["--response-timeout", "0.2"]).await;
     let (mut chunks, body) = streaming();
     chunks.send_data("the first half".into()).await.unwrap();
     let response = in_time(http().post(gateway.url("/")).body(body).send()).await.unwrap();
     assert_eq!(response.status(), 408);
     let error = json_of(response).await;
     assert_eq!(error["error"]["message"], "the request's body did not arrive in time");
+    gateway.terminate().await;
+    gateway.ended().await;
     assert!(!gateway.log().contains("no answer from the upstream"), "{}", gateway.log());
 }
 
@@ -864,7 +849,7 @@ async fn the_idle_timeout_ends_only_stalled_responses() {
         assert_eq!(in_time(response.chunk()).await.unwrap().unwrap(), "more");
     }
     assert!(in_time(response.chunk()).await.is_err(), "the caller must not take the response for complete");
-    assert!(gateway.log().contains("the upstream's response broke off"), "{}", gateway.log());
+    eventually("it is logged", || gateway.log().contains("the upstream's response broke off")).await;
 }
 
 #[tokio::test]
@@ -1100,7 +1085,7 @@ async fn tokens_at(gateway: &Gateway) -> u64 {
     let mut tokens = 0;
     for _ in 0..1_000 {
         let keys: Value =
-            http().get(gateway.url("/admin/api/keys")).send().await.unwrap().json().await.unwrap();
+            http().get(gateway.admin_url("/admin/api/keys")).send().await.unwrap().json().await.unwrap();
         tokens = keys["keys"][0]["tokens"].as_u64().unwrap();
         if tokens > 0 {
             break;

@@ -1,3 +1,5 @@
+#[cfg(unix)]
+use std::os::unix::fs::PermissionsExt;
 use std::{
     fs,
     path::PathBuf,
@@ -26,6 +28,8 @@ pub fn file(ending: &str, text: &str) -> TestFile {
     let name = format!("test-{}-{}.{ending}", process::id(), FILES.fetch_add(1, Relaxed));
     let path = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name);
     fs::write(&path, text).unwrap();
+    #[cfg(unix)]
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
     TestFile(path)
 }
 

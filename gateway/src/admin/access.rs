@@ -19,7 +19,7 @@ const CHANGE: HeaderName = HeaderName::from_static("x-gateway-admin");
 
 /// Who may use the admin.
 #[derive(Clone)]
-pub(super) enum Access {
+pub(crate) enum Access {
     WithToken(Token),
     OnThisMachine,
     Nobody,
@@ -30,7 +30,7 @@ impl Access {
     ///
     /// Client tokens mean that callers are on other machines. They may come through a proxy on this machine, which
     /// makes them look local, so a local peer is no proof then.
-    pub(super) fn by(settings: &Settings) -> Self {
+    pub(crate) fn by(settings: &Settings) -> Self {
         match &settings.admin_token {
             Some(token) => Self::WithToken(token.clone()),
             // Without client tokens, `Settings` allows only a loopback address.
@@ -43,6 +43,9 @@ impl Access {
 /// Middleware for every route: if no admin token is set, rejects requests that are not from this machine.
 pub(super) async fn on_this_machine(State(access): State<Access>, request: Request, next: Next) -> Response {
     let (head, body) = request.into_parts();
+    if !this_machine::has_valid_host(&head) {
+        return Refusal::bad_request("a request must name exactly one valid host").into_response();
+    }
     let refusal = match access {
         Access::Nobody => "because client tokens are set, the admin needs a token, too: set --admin-token",
         Access::OnThisMachine if !this_machine::asks(&head) => {

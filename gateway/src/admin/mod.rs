@@ -13,11 +13,11 @@ mod search;
 
 use std::sync::Arc;
 
-use axum::{Router, http::StatusCode, middleware, routing::any};
+use axum::{Router, http::StatusCode, middleware};
 use tower_key_rotation::KeyPool;
 
-use self::{access::Access, live::Live, refusal::Refusal};
-use crate::settings::Settings;
+pub(crate) use self::access::Access;
+use self::{live::Live, refusal::Refusal};
 
 pub(crate) struct Admin {
     live: Arc<Live>,
@@ -26,8 +26,8 @@ pub(crate) struct Admin {
 
 impl Admin {
     /// Starts to record the keys' history, whether or not a page is open.
-    pub(crate) fn of(pool: &KeyPool, settings: &Settings) -> Self {
-        Self { live: Live::start(pool.clone()), access: Access::by(settings) }
+    pub(crate) fn of(pool: &KeyPool, access: Access) -> Self {
+        Self { live: Live::start(pool.clone()), access }
     }
 
     /// Returns the routes at `/admin` and below. They need the peer's address as `ConnectInfo`.
@@ -38,8 +38,7 @@ impl Admin {
         let nothing = async || Refusal::new(StatusCode::NOT_FOUND, "there is no such path");
         page::router()
             .nest("/admin/api", api)
-            // Without this route, the proxy would forward unknown paths to the upstream.
-            .route("/admin/{*rest}", any(nothing))
+            .fallback(nothing)
             .layer(middleware::from_fn_with_state(self.access.clone(), access::on_this_machine))
             .layer(middleware::map_response(page::strictly))
     }

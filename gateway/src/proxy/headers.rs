@@ -1,11 +1,15 @@
 //! Headers that the gateway removes or changes: hop-by-hop headers, the caller's credentials, and headers that describe
-//! the upstream's host name.
+//! the caller or the upstream's host name.
 
-use axum::http::{
-    HeaderMap, HeaderName, HeaderValue,
-    header::{
-        ACCEPT_ENCODING, ALT_SVC, CONNECTION, COOKIE, EXPECT, HOST, LOCATION, PROXY_AUTHENTICATE,
-        PROXY_AUTHORIZATION, STRICT_TRANSPORT_SECURITY, TE, TRANSFER_ENCODING, UPGRADE,
+use axum::{
+    body::HttpBody,
+    http::{
+        HeaderMap, HeaderName, HeaderValue, Method, Request,
+        header::{
+            ACCEPT_ENCODING, ALT_SVC, CONNECTION, CONTENT_LENGTH, CONTENT_SECURITY_POLICY, COOKIE, EXPECT,
+            FORWARDED, HOST, LOCATION, ORIGIN, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, REFERER,
+            STRICT_TRANSPORT_SECURITY, TE, TRAILER, TRANSFER_ENCODING, UPGRADE, VIA, X_CONTENT_TYPE_OPTIONS,
+        },
     },
 };
 
@@ -13,13 +17,15 @@ use super::Upstream;
 use crate::callers::CREDENTIALS;
 
 /// Hop-by-hop headers of RFC 9110 section 7.6.1, and those of proxy authentication, section 11.7.
-const HOP_BY_HOP: [HeaderName; 8] = [
+const HOP_BY_HOP: [HeaderName; 9] = [
     CONNECTION,
     HeaderName::from_static("keep-alive"),
     HeaderName::from_static("proxy-connection"),
     PROXY_AUTHENTICATE,
     PROXY_AUTHORIZATION,
     TE,
+    // The gateway drops trailers.
+    TRAILER,
     TRANSFER_ENCODING,
     UPGRADE,
 ];
@@ -31,20 +37,52 @@ const ACCOUNT: [HeaderName; 3] = [
     HeaderName::from_static("x-goog-user-project"),
 ];
 
+/// Headers that tell who or where the caller is, beside `x-forwarded-…`. The upstream should know only the gateway.
+const OF_CALLER: [HeaderName; 7] = [
+    FORWARDED,
+    VIA,
+    ORIGIN,
+    REFERER,
+    HeaderName::from_static("x-real-ip"),
+    HeaderName::from_static("cf-connecting-ip"),
+    HeaderName::from_static("true-client-ip"),
+];
+
 /// Headers that apply to the server's whole host name, which for the caller is the gateway's.
 const OF_ORIGIN: [HeaderName; 3] =
     [STRICT_TRANSPORT_SECURITY, ALT_SVC, HeaderName::from_static("clear-site-data")];
 
+const FETCH_MODE: HeaderName = HeaderName::from_static("sec-fetch-mode");
+
 pub(super) fn to_upstream(headers: &mut HeaderMap) {
     remove_hop_by_hop(headers);
+    let by_proxies: Vec<_> = headers.keys().filter(|name| is_forwarded(name)).cloned().collect();
     // The client sets the upstream's `Host`. The gateway itself meets an expectation: hyper sends the 100 in HTTP/1.1
     // when the body is first read. In HTTP/2 it sends none, and callers send the body after a timeout.
-    for name in [HOST, EXPECT].into_iter().chain(CREDENTIALS).chain(ACCOUNT) {
+    let ours = [HOST, EXPECT].into_iter().chain(CREDENTIALS).chain(ACCOUNT).chain(OF_CALLER);
+    for name in ours.chain(by_proxies) {
         headers.remove(name);
     }
     join_cookies(headers);
     // The gateway reads token counts from the response body, which therefore must not be compressed.
     headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+}
+
+fn is_forwarded(name: &HeaderName) -> bool {
+    name.as_str().starts_with("x-forwarded-")
+}
+
+/// Announces the chunked body of a GET or HEAD.
+///
+/// Without the header, hyper's client drops a body of unknown length from these methods. In HTTP/2 it removes the
+/// header.
+pub(super) fn announce_body(request: &mut Request<impl HttpBody>) {
+    let body = request.body();
+    let has_unknown_length = !body.is_end_stream() && body.size_hint().exact().is_none();
+    let is_unusual = [Method::GET, Method::HEAD].contains(request.method());
+    if is_unusual && has_unknown_length && !request.headers().contains_key(CONTENT_LENGTH) {
+        request.headers_mut().insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+    }
 }
 
 /// Joins several `Cookie` headers into one: HTTP/2 allows several (RFC 9113 section 8.2.3), HTTP/1.1 only one.
@@ -66,6 +104,18 @@ pub(super) fn to_caller(headers: &mut HeaderMap, upstream: &Upstream) {
     if let Some(path) = location.and_then(|location| upstream.path_of(location)) {
         headers.insert(LOCATION, path);
     }
+}
+
+/// Whether a browser requests a document to show in a tab or a frame.
+pub(super) fn is_navigation(headers: &HeaderMap) -> bool {
+    headers.get_all(FETCH_MODE).iter().any(|mode| mode == "navigate")
+}
+
+/// Makes a browser run no script of the document and give it an opaque origin. Otherwise it would have the gateway's.
+pub(super) fn sandbox(headers: &mut HeaderMap) {
+    // A browser enforces every policy of a response, so the upstream's own stays.
+    headers.append(CONTENT_SECURITY_POLICY, HeaderValue::from_static("sandbox"));
+    headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
 }
 
 fn remove_hop_by_hop(headers: &mut HeaderMap) {

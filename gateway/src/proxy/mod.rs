@@ -1,5 +1,6 @@
 //! The reverse proxy: one request, from the caller to the upstream and back.
 
+mod answer;
 mod api;
 mod body;
 mod headers;
@@ -17,7 +18,11 @@ use axum::{
     Router,
     body::{Body, HttpBody},
     extract::{Request, State},
-    http::{HeaderValue, Method, StatusCode, Uri, Version, header::RETRY_AFTER, request::Parts},
+    http::{
+        HeaderValue, Method, StatusCode, Uri, Version,
+        header::{CONTENT_LENGTH, RETRY_AFTER},
+        request::Parts,
+    },
     response::Response,
 };
 use hyper::ext::ReasonPhrase;
@@ -70,13 +75,28 @@ impl Proxy {
         *request.uri_mut() = uri;
         *request.headers_mut() = head.headers;
         headers::to_upstream(request.headers_mut());
+        headers::announce_body(&mut request);
 
         let response = self.client.clone().oneshot(request).await.map_err(|error| refuse(error, &caller))?;
+        // The gateway removes `Upgrade`, so no request asks for another protocol.
+        if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+            return Err(Refusal::new(StatusCode::BAD_GATEWAY, "the upstream switched to another protocol"));
+        }
         Ok(self.pass_on(api, &method, response))
     }
 
     /// Authorizes a request and returns its URI at the upstream.
     fn admit(&self, head: &Parts, body: &Body) -> Result<Uri, Refusal> {
+        if !this_machine::has_valid_host(head) {
+            return Err(Refusal::new(StatusCode::BAD_REQUEST, "a request must name exactly one valid host"));
+        }
+        // Servers differ in which one they use, so the framing is ambiguous (request smuggling).
+        if head.headers.get_all(CONTENT_LENGTH).iter().count() > 1 {
+            return Err(Refusal::new(
+                StatusCode::BAD_REQUEST,
+                "a request must not have several content-length headers",
+            ));
+        }
         if !self.callers.admit(&head.headers) {
             return Err(Refusal::new(
                 StatusCode::UNAUTHORIZED,
@@ -91,8 +111,12 @@ impl Proxy {
                  through another proxy and not from pages of other origins: set --client-token",
             ));
         }
-        // A response to TRACE echoes the request with the key in it. CONNECT asks for a tunnel.
-        if [Method::TRACE, Method::CONNECT].contains(&head.method) {
+        // A response to TRACE or to Microsoft's TRACK echoes the request with the key in it. CONNECT asks for a
+        // tunnel.
+        if ["TRACE", "TRACK", "CONNECT"]
+            .iter()
+            .any(|method| head.method.as_str().eq_ignore_ascii_case(method))
+        {
             return Err(Refusal::new(
                 StatusCode::NOT_IMPLEMENTED,
                 format!("this gateway does not forward {}", head.method),
@@ -108,6 +132,7 @@ impl Proxy {
 
     fn pass_on(&self, api: Api, method: &Method, mut response: Response) -> Response {
         headers::to_caller(response.headers_mut(), &self.upstream);
+        response = response.map(answer::body);
         *response.version_mut() = Version::default();
         let status = response.status();
         if status == StatusCode::TOO_MANY_REQUESTS {
@@ -147,7 +172,11 @@ async fn answer(State(proxy): State<Proxy>, request: Request) -> Response {
     let (head, body) = request.into_parts();
     let api = Api::of(&head);
     let (method, path) = (head.method.clone(), head.uri.path().to_owned());
-    let response = proxy.forward(api, head, body).await.unwrap_or_else(|refusal| api.error(refusal));
+    let is_navigation = headers::is_navigation(&head.headers);
+    let mut response = proxy.forward(api, head, body).await.unwrap_or_else(|refusal| api.error(refusal));
+    if is_navigation {
+        headers::sandbox(response.headers_mut());
+    }
     let key = response.extensions().get().map(|ServedBy(key)| key.as_str());
     let (status, took) = (response.status(), began.elapsed());
     tracing::debug!(%method, path, status = status.as_u16(), key, ?took);

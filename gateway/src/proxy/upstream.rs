@@ -237,8 +237,23 @@ impl Upstream {
     }
 }
 
+/// Whether any server might read a segment as `..`. Some servers decode a path twice, cut a segment at its parameters,
+/// or end it at a NUL.
 fn leads_out(path: &str) -> bool {
-    percent_decode_str(path).decode_utf8_lossy().split(['/', '\\']).any(|segment| segment == "..")
+    let mut path = path.to_owned();
+    loop {
+        if path.contains('\0')
+            || path.split(['/', '\\']).any(|segment| segment.split(';').next() == Some(".."))
+        {
+            return true;
+        }
+        let decoded = percent_decode_str(&path).decode_utf8_lossy().into_owned();
+        // A decoded path is shorter, so the loop ends.
+        if decoded.len() >= path.len() {
+            return false;
+        }
+        path = decoded;
+    }
 }
 
 impl FromStr for Upstream {

@@ -44,7 +44,7 @@ impl Page {
     /// Opens the page of a gateway without an admin token.
     async fn of<const N: usize>(keys: &[&str], arguments: [&str; N]) -> Self {
         let page = Self::closed(keys, arguments).await;
-        page.browser.open(&page.gateway.url("/admin")).await;
+        page.browser.open(&page.gateway.admin_url("/admin")).await;
         page.browser.see("document.querySelector('#connection').dataset.state === 'live'").await;
         page
     }
@@ -59,9 +59,24 @@ impl Page {
     async fn restart<const N: usize>(&mut self, arguments: [&str; N]) {
         self.gateway.terminate().await;
         self.gateway.ended().await;
-        let (listen, keys) = (self.gateway.address().to_string(), keys_file("alpha|sk-alpha\n"));
+        let keys = keys_file("alpha|sk-alpha\n");
+        self.start_again(&keys, arguments).await;
+    }
+
+    async fn start_again<const N: usize>(&mut self, keys: &TestFile, arguments: [&str; N]) {
         let upstream = format!("http://{}", self.service.address());
-        let all = ["--upstream", &upstream, "--listen", &listen, "--keys", keys.path()];
+        let listen =
+            [self.gateway.address(), self.gateway.admin_address()].map(|address| address.to_string());
+        let all = [
+            "--upstream",
+            &upstream,
+            "--keys",
+            keys.path(),
+            "--listen",
+            &listen[0],
+            "--admin-listen",
+            &listen[1],
+        ];
         self.gateway = Gateway::start_listening(command(all.into_iter().chain(arguments))).await;
     }
 
@@ -138,7 +153,7 @@ fn cell(key: &str, name: &str) -> String {
 #[ignore = "it needs a browser"]
 async fn only_the_right_admin_token_signs_in() {
     let page = Page::closed(&["alpha"], ["--admin-token", TOKEN]).await;
-    page.browser.open(&page.gateway.url("/admin")).await;
+    page.browser.open(&page.gateway.admin_url("/admin")).await;
     page.see("document.activeElement.id === 'token'").await;
     assert_eq!(page.eval("document.querySelector('#token-error').innerText").await, "");
     page.type_into("#token", "wrong").await;
@@ -156,7 +171,7 @@ async fn only_the_right_admin_token_signs_in() {
     page.see_status("alpha", "Healthy").await;
     assert_eq!(page.eval("document.querySelector('#sign-in').hidden").await, json!(true));
 
-    page.browser.open(&page.gateway.url("/admin")).await;
+    page.browser.open(&page.gateway.admin_url("/admin")).await;
     page.see_status("alpha", "Healthy").await;
     page.click("#sign-out").await;
     page.see("!document.querySelector('#sign-in').hidden").await;
@@ -306,10 +321,30 @@ async fn removing_a_key_requires_confirmation() {
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "it needs a browser"]
+async fn s07_a_script_of_the_upstream_reaches_no_admin() {
+    let attack = "<p>shown</p><script>const token = sessionStorage.getItem('admin-token'); \
+        document.title = 'run'; fetch('/admin/api/keys/alpha', { method: 'DELETE', headers: \
+        { 'x-gateway-admin': '1', authorization: `Bearer ${token}` } })</script>";
+    let service = Server::answering(move || answer_with(200, [("content-type", "text/html")], attack)).await;
+    let gateway = Gateway::before(service.address(), &["alpha", "beta"], []).await;
+    let page = Page { browser: Browser::start().await, gateway, service, http: http() };
+    page.browser.open(&page.gateway.admin_url("/admin")).await;
+    page.see_status("alpha", "Healthy").await;
+    page.browser.open(&page.gateway.url("/page")).await;
+    page.see("document.querySelector('p')?.innerText === 'shown'").await;
+    // Time for the script to run.
+    sleep(SECOND).await;
+    assert_eq!(page.eval("document.title").await, "");
+    page.browser.open(&page.gateway.admin_url("/admin")).await;
+    page.see_status("alpha", "Healthy").await;
+    page.end_with(["sandboxed", "favicon"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "it needs a browser"]
 async fn the_page_reconnects_after_a_gateway_restart() {
     let mut page = Page::of(&["alpha"], []).await;
     page.eval("(window.isTheSamePage = true)").await;
-    let address = page.gateway.address();
     page.gateway.terminate().await;
     page.gateway.ended().await;
     page.see("document.querySelector('#connection').innerText.startsWith('Connection lost')").await;
@@ -318,10 +353,7 @@ async fn the_page_reconnects_after_a_gateway_restart() {
     page.see_status("alpha", "Healthy").await;
 
     let keys = keys_file("alpha|sk-alpha\nomega|sk-omega\n");
-    let upstream = format!("http://{}", page.service.address());
-    let listen = address.to_string();
-    let again = command(["--upstream", &upstream, "--keys", keys.path(), "--listen", &listen]);
-    page.gateway = Gateway::start_listening(again).await;
+    page.start_again(&keys, []).await;
     page.see_status("omega", "Healthy").await;
     page.see("document.querySelector('#connection-text').innerText === 'Live'").await;
     assert_eq!(page.eval("'stale' in document.body.dataset").await, json!(false));
@@ -336,7 +368,7 @@ const IS_WAITING: &str = "!document.querySelector('#connect-now').hidden";
 #[ignore = "it needs a browser"]
 async fn only_gateway_refusals_end_an_admin_session() {
     let mut page = Page::closed(&["alpha"], ["--admin-token", TOKEN]).await;
-    page.browser.open(&page.gateway.url("/admin")).await;
+    page.browser.open(&page.gateway.admin_url("/admin")).await;
     page.type_into("#token", TOKEN).await;
     page.browser.press(Key::Enter).await;
     page.see_status("alpha", "Healthy").await;
@@ -351,7 +383,7 @@ async fn only_gateway_refusals_end_an_admin_session() {
     page.see("document.querySelector('#connection-text').innerText === 'Live'").await;
     assert_eq!(page.eval("document.querySelector('#sign-in').hidden").await, json!(true));
 
-    page.restart(["--client-token", "one"]).await;
+    page.restart(["--client-token", "token-one"]).await;
     page.see("document.querySelector('#token-error').innerText.includes('set --admin-token')").await;
     page.end_with(["ERR_CONNECTION_REFUSED", "401 (Unauthorized)", "403 (Forbidden)"]).await;
 }
@@ -364,7 +396,7 @@ async fn a_gateway_that_says_nothing_is_asked_again() {
     page.eval("(window.setTimeout = ((wait) => (then, time) => wait(then, time / 50))(setTimeout))").await;
     page.gateway.terminate().await;
     page.gateway.ended().await;
-    let silent = TcpListener::bind(page.gateway.address()).await.unwrap();
+    let silent = TcpListener::bind(page.gateway.admin_address()).await.unwrap();
     let mut asked = Vec::new();
     for _ in 0..2 {
         let (mut connection, _) = in_time(silent.accept()).await.unwrap();
@@ -455,7 +487,7 @@ async fn dark_mode_follows_the_system_or_the_switch() {
     page.click("#theme-switch").await;
     page.see("document.querySelector('#theme-switch').ariaLabel === 'Colours: light'").await;
     assert_eq!(page.eval(background).await, light);
-    page.browser.open(&page.gateway.url("/admin")).await;
+    page.browser.open(&page.gateway.admin_url("/admin")).await;
     assert_eq!(page.eval(background).await, light);
     page.end().await;
 }
@@ -571,11 +603,11 @@ async fn a_screenshot_is_kept() {
     let page = Page { browser: Browser::start().await, gateway, service, http: http() };
     page.browser.looks_through(1280, 690, 1.25).await;
     page.browser.prefers("light").await;
-    page.browser.open(&page.gateway.url("/admin")).await;
+    page.browser.open(&page.gateway.admin_url("/admin")).await;
 
     // An operator disables a key in the last minutes.
     page.ask_for(time * 4 / 5).await;
-    let disable = page.http.post(page.gateway.url("/admin/api/keys/translation/disable"));
+    let disable = page.http.post(page.gateway.admin_url("/admin/api/keys/translation/disable"));
     disable.header("x-gateway-admin", "1").send().await.unwrap();
     page.ask_for(time / 5).await;
     page.see_status("translation", "Disabled").await;

@@ -42,6 +42,7 @@ pub async fn ended(mut command: Command) -> Output {
 /// A running gateway. It is killed on drop.
 pub struct Gateway {
     address: SocketAddr,
+    admin: SocketAddr,
     child: Child,
     log: Arc<Mutex<String>>,
     logging: JoinHandle<io::Result<()>>,
@@ -63,19 +64,21 @@ impl Gateway {
 
     /// Starts a gateway with these arguments on a free port.
     pub async fn start(mut command: Command) -> Self {
-        command.args(["--listen", "127.0.0.1:0"]);
+        command.args(["--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"]);
         Self::start_listening(command).await
     }
 
-    /// Starts a gateway with these arguments, which name its address.
+    /// Starts a gateway with these arguments, which name its addresses.
     pub async fn start_listening(mut command: Command) -> Self {
         let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         let (listens, listening) = oneshot::channel();
         let log = Arc::default();
         let logging = tokio::spawn(follow(child.stderr.take().unwrap(), Arc::clone(&log), listens));
-        let address = timeout(Duration::from_secs(20), listening).await.expect("the gateway logs no address");
-        let address = address.unwrap_or_else(|_| panic!("the gateway does not run: {}", log.lock().unwrap()));
-        Self { address, child, log, logging, _keys: None }
+        let addresses =
+            timeout(Duration::from_secs(20), listening).await.expect("the gateway logs no address");
+        let (address, admin) =
+            addresses.unwrap_or_else(|_| panic!("the gateway does not run: {}", log.lock().unwrap()));
+        Self { address, admin, child, log, logging, _keys: None }
     }
 
     pub fn address(&self) -> SocketAddr {
@@ -84,6 +87,15 @@ impl Gateway {
 
     pub fn url(&self, path: &str) -> String {
         format!("http://{}{path}", self.address)
+    }
+
+    /// Returns the address of the admin and the metrics.
+    pub fn admin_address(&self) -> SocketAddr {
+        self.admin
+    }
+
+    pub fn admin_url(&self, path: &str) -> String {
+        format!("http://{}{path}", self.admin)
     }
 
     /// Returns the log so far.
@@ -111,21 +123,22 @@ impl Gateway {
 async fn follow(
     errors: ChildStderr,
     log: Arc<Mutex<String>>,
-    listens: oneshot::Sender<SocketAddr>,
+    listens: oneshot::Sender<(SocketAddr, SocketAddr)>,
 ) -> io::Result<()> {
-    let mut listens = Some(listens);
+    let (mut listens, mut admin) = (Some(listens), None);
     let mut lines = BufReader::new(errors).lines();
     while let Some(line) = lines.next_line().await? {
-        if let Some(address) = address_in(&line)
+        admin = admin.or_else(|| address_in(&line, "the admin is at http://"));
+        if let Some(address) = address_in(&line, "listening on http://")
             && let Some(listens) = listens.take()
         {
-            let _ = listens.send(address);
+            let _ = listens.send((address, admin.expect("the admin's address comes first")));
         }
         *log.lock().unwrap() += &format!("{line}\n");
     }
     Ok(())
 }
 
-fn address_in(line: &str) -> Option<SocketAddr> {
-    line.split_once("listening on http://")?.1.split(',').next()?.parse().ok()
+fn address_in(line: &str, before: &str) -> Option<SocketAddr> {
+    line.split_once(before)?.1.split([',', '/']).next()?.parse().ok()
 }

@@ -16,6 +16,7 @@ mod mongod;
 #[path = "../../../tests/support/proxy.rs"]
 mod proxy;
 pub mod python;
+pub mod raw;
 #[path = "../../../tests/support/requests.rs"]
 mod requests;
 #[path = "../../../tests/support/server.rs"]
