@@ -252,7 +252,7 @@ impl Keys {
         let clock = ManualClock::new();
         let store = FaultyStore::new(&clock);
         store.insert("unusable in the store", &format!("{}\n", secret("other"))).await;
-        store.insert("stored", &secret("alpha")).await;
+        store.insert("stored", secret("alpha")).await;
         let builder = KeyPool::builder()
             .keys(IDS.map(|id| (id, secret(id))))
             .keys(unusable())

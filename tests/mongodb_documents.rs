@@ -78,7 +78,7 @@ async fn all_documents(mongo: &Mongo) -> Vec<RawDocumentBuf> {
 /// The same without the fields that only this crate reads.
 async fn documents_of_others(mongo: &Mongo) -> Vec<RawDocumentBuf> {
     let documents = all_documents(mongo).await;
-    documents.iter().map(|document| of_others(document)).collect()
+    documents.iter().map(of_others).collect()
 }
 
 fn of_others(document: &RawDocumentBuf) -> RawDocumentBuf {

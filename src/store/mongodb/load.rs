@@ -42,7 +42,7 @@ pub(super) async fn load(inner: &Arc<Inner>, only: Option<&[KeyId]>) -> Result<L
     }
     lane::ended_within(limit, loading).await?;
     for record in &mut loaded.records {
-        record.standing = inner.from_now(record.standing.clone());
+        record.standing = inner.counted_from_now(record.standing.clone());
     }
     Ok(loaded)
 }
@@ -137,7 +137,7 @@ impl Inner {
     }
 
     /// A key as it stands now, by the words of its document, which count from the epoch.
-    pub(super) fn from_now(&self, standing: Standing) -> Standing {
+    pub(super) fn counted_from_now(&self, standing: Standing) -> Standing {
         from_now(standing, self.clock.latest(Instant::now()).unwrap_or(Duration::ZERO))
     }
 }

@@ -43,7 +43,7 @@ use crate::{
 ///
 /// When one process sees that a key is limited, all processes rest it: within a second if the deployment has change
 /// streams (a replica set, a sharded cluster), otherwise within the
-/// [poll interval](MongoStoreBuilder::poll_interval). Each process needs a running
+/// [poll interval](crate::store::mongodb::MongoStoreBuilder::poll_interval). Each process needs a running
 /// [`RecoveryHandle`](crate::RecoveryHandle) for that.
 ///
 /// # Time
@@ -54,7 +54,7 @@ use crate::{
 /// # Documents
 ///
 /// Each key is one document of the collection `keys`, in the database that the URI names;
-/// [`MongoStoreBuilder`] takes other names. Other programs may read and write the same documents. Fields that this
+/// [`MongoStoreBuilder`](crate::store::mongodb::MongoStoreBuilder) takes other names. Other programs may read and write the same documents. Fields that this
 /// crate does not know stay as they are. A document that cannot be read as a key is left alone, counted in
 /// [`PoolStats::unreadable`](crate::PoolStats::unreadable), and logged by its `_id`.
 ///
@@ -107,7 +107,7 @@ use crate::{
 ///
 /// # Standby keys
 ///
-/// With a [standby collection](MongoStoreBuilder::standby_collection), a key that a response marks as exhausted or
+/// With a [standby collection](crate::store::mongodb::MongoStoreBuilder::standby_collection), a key that a response marks as exhausted or
 /// revoked is replaced by the oldest standby key that is not `isUsed`. The standby key is inserted as a healthy key with
 /// `replacedKey`, under its own `_id`, and the failed key stays out of service, with `retiredAt`, until somebody resets
 /// it. Any process may do it, and several that try replace a key once. If one crashes half-way, another finishes. Keys
@@ -206,7 +206,7 @@ impl Inner {
         let update = update.return_document(ReturnDocument::After).projection(self.fields.standing());
         let Some(key) = update.await? else { return Ok((None, false)) };
         let is_ahead = self.heard(&key, sent);
-        let standing = document::standing(&key, &self.fields).map(|standing| self.from_now(standing));
+        let standing = document::standing(&key, &self.fields).map(|standing| self.counted_from_now(standing));
         Ok((standing, is_ahead))
     }
 
@@ -235,7 +235,7 @@ impl Inner {
     async fn remove(&self, id: &KeyId) -> Result<Option<Standing>, Failure> {
         let removed = self.keys.find_one_and_delete(doc! { "_id": id.as_str() });
         let Some(key) = removed.projection(self.fields.standing()).await? else { return Ok(None) };
-        let standing = document::standing(&key, &self.fields).map(|standing| self.from_now(standing));
+        let standing = document::standing(&key, &self.fields).map(|standing| self.counted_from_now(standing));
         Ok(Some(standing.unwrap_or_else(Standing::healthy)))
     }
 
