@@ -2,7 +2,6 @@
 
 pub mod inject;
 pub mod key_file;
-pub mod mongodb_document;
 pub mod retry_after;
 mod text;
 
