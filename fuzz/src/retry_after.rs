@@ -27,8 +27,8 @@ use tower_key_rotation::{
 
 use crate::{now, text};
 
-/// The latest deadline that fits into a key's state: 73 years on the pool's clock.
-const LAST_DEADLINE: Duration = Duration::from_nanos((1 << 61) - 2);
+/// The latest deadline that fits into a key's word: 139 years on the pool's clock.
+const LAST_DEADLINE: Duration = Duration::from_millis((1 << 42) - 2);
 
 struct Rules {
     exact: bool,
@@ -176,8 +176,14 @@ impl Rules {
         let most = if may_be_less { self.most } else { self.most.max(by_default) };
         let least = if self.exact { self.least.min(most) } else { self.least.clamp(by_default, most) };
         let rest = wait.map_or(by_default, |wait| wait.clamp(least, most));
-        let rest = rest.min(LAST_DEADLINE.saturating_sub(self.clock));
+        let rest = if rest.is_zero() { rest } else { self.deadline(rest).saturating_sub(self.clock) };
         let status = if rest.is_zero() { Status::Healthy } else { status };
         assert_eq!((key.status, key.time_left.unwrap_or_default()), (status, rest), "after {verdict:?}");
+    }
+    /// Deadlines are whole milliseconds, rounded up.
+    fn deadline(&self, rest: Duration) -> Duration {
+        let millis =
+            self.clock.saturating_add(rest).saturating_add(Duration::from_nanos(999_999)).as_millis();
+        Duration::from_millis(u64::try_from(millis).unwrap_or(u64::MAX)).min(LAST_DEADLINE)
     }
 }
