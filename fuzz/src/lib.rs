@@ -2,6 +2,7 @@
 
 pub mod inject;
 pub mod key_file;
+pub mod mongodb_document;
 pub mod retry_after;
 mod text;
 

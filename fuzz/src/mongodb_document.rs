@@ -7,17 +7,17 @@ use std::future::ready;
 
 use arbitrary::{Result, Unstructured};
 use mongodb::bson::{
-    Binary, DateTime, Decimal128, RawBson, RawBsonRef, RawDocument, RawDocumentBuf,
-    RawJavaScriptCodeWithScope, Regex, Timestamp,
+    Binary, DateTime, Decimal128, RawBson, RawDocument, RawDocumentBuf, RawJavaScriptCodeWithScope, Regex,
+    Timestamp,
     oid::ObjectId,
     raw::{CStr, CString},
     spec::BinarySubtype,
 };
 use tower_key_rotation::{
-    KeyId, KeyPool, Secret,
+    KeyId, KeyPool, KeySpec,
     clock::ManualClock,
     store::{
-        KeyStore, Loaded, Mark, Recovered, StoreFuture,
+        KeyStore, Loaded, Mark, Operation, Recovered, Standing, StoreFuture,
         mongodb::{DataKeys, fuzzing::Documents},
     },
 };
@@ -60,26 +60,41 @@ fn check_document(document: &RawDocument) {
 /// Asserts that a decrypted secret encrypts to the stored value again.
 fn check_decrypted(document: &RawDocument) {
     let documents = Documents::of(Some(data_keys()));
-    let Ok(record) = documents.decode(document) else { return };
+    let Ok(Some(record)) = documents.decode(document) else { return };
+    let KeySpec { id, secret, .. } = &record.spec;
     let stored = document.get_str("apiKey").unwrap();
     let is_encrypted = stored.starts_with(ENCRYPTED);
-    assert!(is_encrypted || stored == record.secret.expose());
-    assert!(!is_encrypted || Some(stored) == documents.stored(&record.id, &record.secret).as_deref());
+    assert!(is_encrypted || stored == secret.expose());
+    assert!(!is_encrypted || Some(stored) == documents.stored(id, secret).as_deref());
 }
 
 fn check_in_the_clear(document: &RawDocument) {
     let text = |field: &str| document.get_str(field).ok();
     let id = text("_id").and_then(|id| KeyId::new(id).ok());
     let mut loaded = Loaded::default();
+    // The numbers of keys that serve, and of entries that are no keys.
+    let mut expected = (0, 0);
+    let mut is_healthy = false;
     match Documents::of(None).decode(document) {
-        Ok(record) => {
-            assert_eq!(Some(&record.id), id.as_ref());
-            assert_eq!(Some(record.secret.expose()), text("apiKey"));
+        // The store absorbs such a document, and reads it again.
+        Ok(None) => assert!(!document.get_bool("isSettled").unwrap_or_default()),
+        Ok(Some(record)) => {
+            assert_eq!(Some(&record.spec.id), id.as_ref());
+            assert_eq!(Some(record.spec.secret.expose()), text("apiKey"));
+            assert_eq!(record.standing.disabled, !KNOWN.contains(&text("status").unwrap()));
+            let is_key = can_be_sent(record.spec.secret.expose()) && record.spec.unsupported().is_none();
+            expected = if is_key { (1, 0) } else { (0, 1) };
+            is_healthy = is_key && !record.standing.disabled && record.standing.words.key.is_none();
             loaded.records.push(record);
         }
         Err(unreadable) => {
+            expected = (0, 1);
             let secret = text("apiKey").filter(|secret| !secret.starts_with(ENCRYPTED));
-            assert!(id.is_none() || secret.is_none() || text("status").is_none(), "{unreadable:?}");
+            let is_plain =
+                !["spec", "born"].iter().any(|field| matches!(document.get(field), Ok(Some(_)) | Err(_)));
+            let is_settled = document.get_bool("isSettled").unwrap_or_default();
+            let has_all = id.is_some() && secret.is_some() && text("status").is_some();
+            assert!(!has_all || !is_plain || is_settled, "{unreadable:?}");
             assert!(unreadable.id.chars().count() <= 256 && is_one_line(&unreadable.id), "{unreadable:?}");
             assert!(unreadable.reason.len() <= 100 && is_one_line(&unreadable.reason), "{unreadable:?}");
             assert!(!unreadable.reason.contains(CANARY), "{unreadable:?}");
@@ -88,33 +103,14 @@ fn check_in_the_clear(document: &RawDocument) {
             loaded.unreadable.push(unreadable);
         }
     }
-
-    let is_key = id.is_some() && text("status").is_some() && text("apiKey").is_some_and(can_be_sent);
     let pool = now(KeyPool::builder().clock(ManualClock::new()).open(Holding(loaded))).unwrap();
     let stats = pool.stats();
-    assert_eq!((stats.keys.len(), stats.unreadable), if is_key { (1, 0) } else { (0, 1) });
-    assert_eq!(stats.healthy == 1, is_key && may_be_used(document));
+    assert_eq!((stats.keys.len(), stats.unreadable), expected);
+    assert_eq!(stats.healthy == 1, is_healthy);
 }
 
 fn is_one_line(text: &str) -> bool {
     !text.chars().any(char::is_control)
-}
-
-/// Returns whether a key with this document is available.
-///
-/// A key with an unknown status is out of service, and a rest without a date never ends by itself.
-fn may_be_used(document: &RawDocument) -> bool {
-    let is_over = match document.get("left") {
-        Ok(Some(RawBsonRef::Int32(left))) => left <= 0,
-        Ok(Some(RawBsonRef::Int64(left))) => left <= 0,
-        _ => false,
-    };
-    match document.get_str("status") {
-        Ok("healthy") => true,
-        Ok("rate_limited") => is_over,
-        Ok("exhausted") => is_over && document.get_bool("exhaustionIsDated").unwrap_or_default(),
-        _ => false,
-    }
 }
 
 /// A store whose `load` returns these records.
@@ -122,45 +118,45 @@ fn may_be_used(document: &RawDocument) -> bool {
 struct Holding(Loaded);
 
 impl KeyStore for Holding {
-    fn load(&self) -> StoreFuture<'_, Loaded> {
+    fn load<'a>(&'a self, _: Option<&'a [KeyId]>) -> StoreFuture<'a, Loaded> {
         Box::pin(ready(Ok(self.0.clone())))
     }
 
-    fn write(&self, _: Mark) -> StoreFuture<'_, ()> {
+    fn merge(&self, _: Mark) -> StoreFuture<'_, Option<Standing>> {
         unreachable!()
     }
 
-    fn recover(&self) -> StoreFuture<'_, Recovered> {
+    fn operate(&self, _: KeyId, _: Operation) -> StoreFuture<'_, Option<Standing>> {
         unreachable!()
     }
 
-    fn insert(&self, _: KeyId, _: Secret) -> StoreFuture<'_, bool> {
-        unreachable!()
-    }
-
-    fn remove<'a>(&'a self, _: &'a KeyId) -> StoreFuture<'a, bool> {
-        unreachable!()
-    }
-
-    fn reset<'a>(&'a self, _: &'a KeyId) -> StoreFuture<'a, bool> {
-        unreachable!()
-    }
-
-    fn set_disabled<'a>(&'a self, _: &'a KeyId, _: bool) -> StoreFuture<'a, bool> {
+    fn sweep(&self) -> StoreFuture<'_, Recovered> {
         unreachable!()
     }
 }
 
-const FIELDS: [&str; 9] = [
+/// The statuses of keys in service. A key with another one is out of service.
+const KNOWN: [&str; 4] = ["healthy", "rate_limited", "exhausted", "error"];
+
+const FIELDS: [&str; 18] = [
     "_id",
     "apiKey",
     "status",
-    "left",
-    "exhaustionIsDated",
-    "disabledFrom",
+    "isSettled",
+    "born",
+    "rest",
+    "limits",
+    "spec",
     "serverTime",
     "cooldownUntil",
     "lastError",
+    "g",
+    "u",
+    "r",
+    "s",
+    "tier",
+    "group",
+    "weight",
 ];
 
 const STATUSES: [&str; 5] = ["healthy", "rate_limited", "exhausted", "error", "disabled"];
@@ -184,9 +180,14 @@ fn value(input: &mut Unstructured<'_>, field: &str, depth: u8) -> Result<RawBson
     // Half of the values have the expected type, so that they get further into the decoder.
     if input.arbitrary()? {
         return Ok(match field {
-            "left" => RawBson::Int64(input.arbitrary()?),
-            "exhaustionIsDated" => RawBson::Boolean(input.arbitrary()?),
-            "serverTime" | "cooldownUntil" => RawBson::DateTime(DateTime::from_millis(input.arbitrary()?)),
+            "isSettled" => RawBson::Boolean(true),
+            "born" => RawBson::String(format!("{:016x}", input.arbitrary::<u64>()?)),
+            "rest" | "spec" if depth > 0 => RawBson::Document(made(input, depth - 1)?),
+            "limits" if depth > 0 => RawBson::Array([value(input, "rest", depth - 1)?].into_iter().collect()),
+            "g" | "r" | "tier" | "weight" => RawBson::Int64(input.int_in_range(-1..=4)?),
+            "u" | "serverTime" | "cooldownUntil" => {
+                RawBson::DateTime(DateTime::from_millis(input.arbitrary()?))
+            }
             _ => RawBson::String(string(input, field)?),
         });
     }
@@ -220,7 +221,7 @@ fn value(input: &mut Unstructured<'_>, field: &str, depth: u8) -> Result<RawBson
 fn string(input: &mut Unstructured<'_>, field: &str) -> Result<String> {
     match field {
         "_id" => input.arbitrary(),
-        "status" | "disabledFrom" if input.arbitrary()? => Ok((*input.choose(&STATUSES)?).to_owned()),
+        "status" if input.arbitrary()? => Ok((*input.choose(&STATUSES)?).to_owned()),
         _ => secret(input),
     }
 }

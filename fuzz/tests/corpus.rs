@@ -2,7 +2,7 @@
 
 use std::{fs, path::Path};
 
-use tower_key_rotation_fuzz::{inject, key_file, retry_after};
+use tower_key_rotation_fuzz::{inject, key_file, mongodb_document, retry_after};
 
 fn check_corpus(target: &str, check: impl Fn(&[u8])) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(target);
@@ -21,6 +21,11 @@ fn every_seed_of_inject_passes() {
 #[test]
 fn every_seed_of_key_file_passes() {
     check_corpus("key_file", key_file::check);
+}
+
+#[test]
+fn every_seed_of_mongodb_document_passes() {
+    check_corpus("mongodb_document", mongodb_document::check);
 }
 
 #[test]
