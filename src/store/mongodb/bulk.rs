@@ -13,6 +13,10 @@ pub(super) const AT_ONCE: usize = 500;
 /// The outcome of several updates.
 #[derive(Default)]
 pub(super) struct Updated {
+    #[cfg_attr(
+        not(feature = "encryption"),
+        expect(dead_code, reason = "only the encryption of documents counts")
+    )]
     pub(super) modified: u64,
     pub(super) refused: Vec<Refused>,
 }

@@ -208,19 +208,6 @@ impl Fields {
         Update { filter, pipeline: self.write(born, [doc! { "$set": set }]) }
     }
 
-    /// The stored secret in another form: it is the same secret.
-    pub(super) fn encrypt(&self, id: Bson, hash: i64, sealed: &str) -> Update {
-        let has_been_absorbed = eq(path(ours::SECRET_HASH), hash);
-        let hash_after = hash_of(&self.api_key);
-        Update {
-            filter: doc! { "_id": { "$eq": id }, "$expr": eq(hash_of(&self.api_key), hash) },
-            pipeline: vec![
-                doc! { "$set": { &self.api_key: literal(sealed) } },
-                doc! { "$set": { ours::SECRET_HASH: cond(has_been_absorbed, hash_after, path(ours::SECRET_HASH)) } },
-            ],
-        }
-    }
-
     /// Changes that concern a pool: the word, which the writes of this crate carry, and edits of other programs. Every
     /// field that is looked for costs time with each change that passes by, counts of usage above all.
     pub(super) fn changes(&self) -> Vec<Document> {

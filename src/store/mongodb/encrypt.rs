@@ -10,6 +10,8 @@ use super::{
     commands::Update,
     document::{self, shown_id, whole_number},
     error::Failure,
+    expr::{cond, eq, literal, path},
+    fields::{Fields, ours},
     inner::{Documents, Inner},
     standby,
     store::MongoStore,
@@ -168,5 +170,20 @@ impl Inner {
         let hash = whole_number(document, HASH).ok_or("the server gave no digest of it")?;
         let id = document::value(document, "_id").unwrap_or(Bson::Null);
         Ok(Some(self.fields.encrypt(id, hash, &sealed)))
+    }
+}
+
+impl Fields {
+    /// The stored secret in another form: it is the same secret.
+    fn encrypt(&self, id: Bson, hash: i64, sealed: &str) -> Update {
+        let has_been_absorbed = eq(path(ours::SECRET_HASH), hash);
+        let hash_after = hash_of(&self.api_key);
+        Update {
+            filter: doc! { "_id": { "$eq": id }, "$expr": eq(hash_of(&self.api_key), hash) },
+            pipeline: vec![
+                doc! { "$set": { &self.api_key: literal(sealed) } },
+                doc! { "$set": { ours::SECRET_HASH: cond(has_been_absorbed, hash_after, path(ours::SECRET_HASH)) } },
+            ],
+        }
     }
 }
