@@ -437,18 +437,19 @@ impl Walk {
             "limits": { "$cond": [{ "$isArray": "$limits" }, limits, "$$REMOVE"] },
         };
         self.update("time passes", vec![doc! { "$set": set }]).await;
-        let end = |limit: &mut Limit| {
-            if let End::At(at) = &mut limit.0
-                && *at > now()
-            {
+        // Later dates stay in the document, too.
+        let passes = |at: &mut i64| {
+            if *at > now() && *at < now() + 1_100 * DAY {
                 *at -= 200 * DAY;
             }
         };
-        if let Date::At(at) = &mut self.model.date
-            && *at > now()
-            && *at < now() + 1_100 * DAY
-        {
-            *at -= 200 * DAY;
+        let end = |limit: &mut Limit| {
+            if let End::At(at) = &mut limit.0 {
+                passes(at);
+            }
+        };
+        if let Date::At(at) = &mut self.model.date {
+            passes(at);
         }
         if let Some(own) = &mut self.model.own {
             end(&mut own.key);

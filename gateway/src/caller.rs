@@ -1,4 +1,4 @@
-//! A caller's connection. It tracks requests in flight and unread responses, and times out if the caller reads nothing.
+//! A caller's connection. It tracks requests in flight, and times out if the caller reads nothing.
 
 use std::{
     io::{self, ErrorKind, IoSlice},
@@ -11,8 +11,6 @@ use std::{
     time::Duration,
 };
 
-use axum::body::{Body, Bytes, HttpBody};
-use hyper::body::{Frame, SizeHint};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
@@ -27,13 +25,21 @@ pub(crate) struct Activity(Arc<State>);
 struct State {
     in_flight: AtomicUsize,
     is_unread: AtomicBool,
+    /// How many requests there were.
+    begun: AtomicUsize,
 }
 
 impl Activity {
     /// Counts a request as in flight until the guard is dropped.
     pub(crate) fn begin(&self) -> InFlight {
         self.0.in_flight.fetch_add(1, Relaxed);
+        self.0.begun.fetch_add(1, Relaxed);
         InFlight(self.clone())
+    }
+
+    /// Returns how many requests there were.
+    pub(crate) fn begun(&self) -> usize {
+        self.0.begun.load(Relaxed)
     }
 
     /// Whether no request is in flight and the caller has read everything.
@@ -44,41 +50,9 @@ impl Activity {
 
 pub(crate) struct InFlight(Activity);
 
-impl InFlight {
-    /// Extends the guard's life to the end of the response body.
-    pub(crate) fn until_end_of(self, body: Body) -> Body {
-        if body.is_end_stream() { body } else { Body::new(Answering { body, _in_flight: self }) }
-    }
-}
-
 impl Drop for InFlight {
     fn drop(&mut self) {
         self.0.0.in_flight.fetch_sub(1, Relaxed);
-    }
-}
-
-struct Answering {
-    body: Body,
-    _in_flight: InFlight,
-}
-
-impl HttpBody for Answering {
-    type Data = Bytes;
-    type Error = axum::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        Pin::new(&mut self.body).poll_frame(cx)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
     }
 }
 
@@ -94,10 +68,6 @@ pub(crate) struct Caller {
 impl Caller {
     pub(crate) fn new(stream: TcpStream, activity: Activity, limit: Duration) -> Self {
         Self { stream, activity, limit, patience: None }
-    }
-
-    pub(crate) fn activity(&self) -> Activity {
-        self.activity.clone()
     }
 
     fn wait<T>(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {

@@ -2,8 +2,10 @@
 
 use std::str::FromStr;
 
-use axum::http::{HeaderMap, HeaderName, header::AUTHORIZATION};
+use axum::http::{HeaderName, header::AUTHORIZATION, request::Parts};
 use subtle::ConstantTimeEq;
+
+use crate::guesses::{Denied, Guesses, Tokens};
 
 /// Headers in which clients send their API key.
 pub(crate) const CREDENTIALS: [HeaderName; 4] = [
@@ -38,14 +40,14 @@ impl FromStr for Token {
     }
 }
 
-#[derive(Clone)]
 pub(crate) struct Callers {
     tokens: Vec<Token>,
+    guesses: Guesses,
 }
 
 impl Callers {
     pub(crate) fn with(tokens: Vec<Token>) -> Self {
-        Self { tokens }
+        Self { tokens, guesses: Guesses::new(Tokens::Client) }
     }
 
     /// Whether no client token is set, so that only this machine may call.
@@ -53,10 +55,13 @@ impl Callers {
         self.tokens.is_empty()
     }
 
-    pub(crate) fn admit(&self, headers: &HeaderMap) -> bool {
-        let given =
-            CREDENTIALS.into_iter().flat_map(|name| headers.get_all(name)).filter_map(|v| v.to_str().ok());
-        self.tokens.is_empty() || given.map(without_scheme).any(|given| self.knows(given))
+    pub(crate) fn admit(&self, head: &Parts) -> Result<(), Denied> {
+        if self.tokens.is_empty() {
+            return Ok(());
+        }
+        let given = CREDENTIALS.into_iter().flat_map(|name| head.headers.get_all(name));
+        let given = given.filter_map(|value| value.to_str().ok()).map(without_scheme);
+        self.guesses.check(head, given, |given| self.knows(given))
     }
 
     /// Compares with every token, so that the response time does not reveal which one matches.

@@ -15,7 +15,9 @@ mod arguments;
 mod caller;
 mod callers;
 mod gateway;
+mod guesses;
 mod health;
+mod held;
 mod keys;
 mod log;
 mod media_type;
@@ -25,6 +27,8 @@ mod read_on;
 mod serve;
 mod settings;
 mod this_machine;
+mod unread;
+mod whole;
 
 use std::{error::Error, iter, panic, process::ExitCode};
 

@@ -16,6 +16,8 @@ const REQUESTS: &str = "gateway_request_seconds";
 
 const LOG_LINES_LOST: &str = "gateway_log_lines_lost_total";
 
+const WRONG_TOKENS: &str = "gateway_wrong_tokens_total";
+
 /// Buckets, from a cached response to a model that thinks for minutes.
 const SECONDS: [f64; 16] =
     [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0];
@@ -31,6 +33,7 @@ pub(crate) fn install() -> Result<PrometheusHandle, Box<dyn Error>> {
         "Time until the response head, by status."
     );
     metrics::describe_counter!(LOG_LINES_LOST, "Log lines that stderr did not accept.");
+    metrics::describe_counter!(WRONG_TOKENS, "Wrong tokens of callers and of the admin, by kind.");
     log_lines_lost(0);
     tokio::spawn(keep_up(exporter.clone()));
     Ok(exporter)
@@ -53,6 +56,11 @@ pub(crate) fn answered(status: StatusCode, took: Duration) {
 /// Counts log lines that were not written.
 pub(crate) fn log_lines_lost(lines: u64) {
     metrics::counter!(LOG_LINES_LOST).increment(lines);
+}
+
+/// Counts wrong tokens of a kind.
+pub(crate) fn wrong_tokens(of: &'static str, tokens: u64) {
+    metrics::counter!(WRONG_TOKENS, "of" => of).increment(tokens);
 }
 
 pub(crate) fn router(pool: KeyPool, exporter: PrometheusHandle) -> Router {

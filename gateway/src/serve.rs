@@ -2,52 +2,55 @@
 //!
 //! `axum::serve` sets no timeouts: an idle connection or half a request would stay open forever. Hence this module.
 
-use std::{
-    io,
-    net::SocketAddr,
-    pin::pin,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
-    },
-    time::Duration,
-};
+use std::{io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
 use axum::{Router, body::Body, extract::ConnectInfo};
-use hyper::{Request, body::Incoming};
+use hyper::{Request, Version, body::Incoming};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
-    server::{
-        conn::auto::Builder,
-        graceful::{GracefulShutdown, Watcher},
-    },
+    server::conn::auto::Builder,
     service::TowerToHyperService,
 };
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::watch,
-    time::{sleep, timeout},
+    sync::{Semaphore, watch},
+    time::{Instant, sleep, timeout},
 };
 use tower::{ServiceExt, service_fn};
 
 use crate::{
     caller::{Activity, Caller},
+    held::Held,
     settings::Settings,
+    unread::Responses,
+    whole::Whole,
 };
 
 /// Timeout for an incomplete request head at shutdown.
 const HEAD_AT_STOP: Duration = Duration::from_secs(1);
 
+/// How much of a request an HTTP/2 caller may send while the gateway does not read.
+const STREAM_WINDOW: u32 = 512 << 10;
+
+/// The largest window of a connection, so that only the streams' windows limit a caller: a proxy may send the requests
+/// of many callers over one connection.
+const CONNECTION_WINDOW: u32 = (1 << 31) - 1;
+
+/// Shortest pause between two looks at a connection.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(20);
+
 #[derive(Clone, Copy)]
 pub(crate) struct Limits {
     /// Timeout for the head of a connection's first request.
     first_request: Duration,
-    /// Timeout for the head of the next request, in HTTP/1.1.
+    /// How long a connection may be idle.
     next_request: Duration,
     /// Interval of HTTP/2 pings.
     ping: Duration,
     /// How long a caller may read nothing of its response.
     send: Duration,
+    /// How many connections there may be.
+    connections: usize,
     /// Timeout for requests in flight at shutdown.
     pub(crate) shutdown: Duration,
 }
@@ -59,6 +62,7 @@ impl Limits {
             next_request: settings.keep_alive.into(),
             ping: settings.ping.into(),
             send: settings.send_timeout.into(),
+            connections: settings.max_connections,
             shutdown: settings.shutdown_limit.into(),
         }
     }
@@ -71,8 +75,8 @@ pub(crate) async fn serve(
     stop: impl Future<Output = ()>,
     limits: Limits,
 ) {
-    let connections = GracefulShutdown::new();
     let http = http(limits);
+    let places = Arc::new(Semaphore::new(limits.connections));
     let (stopping, stopped) = watch::channel(());
     let mut stop = pin!(stop);
     loop {
@@ -80,22 +84,23 @@ pub(crate) async fn serve(
             accepted = accept(&listener) => accepted,
             () = &mut stop => break,
         };
+        let Ok(place) = places.clone().try_acquire_owned() else {
+            tracing::warn!("a connection is refused, because there are {} already", limits.connections);
+            continue;
+        };
         // Without this, Nagle's algorithm would delay the small chunks of an event stream.
         _ = connection.set_nodelay(true);
-        let activity = Activity::default();
-        let idle = idle_at_stop(stopped.clone(), activity.clone());
-        let connection = Caller::new(connection, activity, limits.send);
-        let served = answer(http.clone(), connection, from, app.clone(), connections.watcher(), limits);
+        let served = answer(http.clone(), connection, from, app.clone(), stopped.clone(), limits);
         tokio::spawn(async {
-            tokio::select! {
-                () = served => {}
-                () = idle => {}
-            }
+            served.await;
+            drop(place);
         });
     }
-    drop((listener, stopping));
+    drop((listener, stopped));
+    stopping.send_replace(());
     let limit = limits.shutdown;
-    if timeout(limit, connections.shutdown()).await.is_err() {
+    // Every connection holds a receiver.
+    if timeout(limit, stopping.closed()).await.is_err() {
         tracing::warn!("requests in flight are broken off after {limit:?}");
     }
 }
@@ -105,6 +110,8 @@ fn http(limits: Limits) -> Builder<TokioExecutor> {
     http.http1().timer(TokioTimer::new()).header_read_timeout(limits.next_request);
     http.http2()
         .timer(TokioTimer::new())
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
         .keep_alive_interval((!limits.ping.is_zero()).then_some(limits.ping))
         .keep_alive_timeout(limits.ping / 2);
     http
@@ -130,42 +137,96 @@ fn is_of_the_connection(error: &io::Error) -> bool {
     matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
 }
 
-/// Completes once a connection has no request in flight after the stop signal. An incomplete head is not waited for.
-async fn idle_at_stop(mut stopped: watch::Receiver<()>, activity: Activity) {
-    // The sender never sends: its drop is the stop signal.
-    _ = stopped.changed().await;
+async fn answer(
+    http: Builder<TokioExecutor>,
+    connection: TcpStream,
+    from: SocketAddr,
+    app: Router,
+    mut stopped: watch::Receiver<()>,
+    limits: Limits,
+) {
+    let (activity, responses) = (Activity::default(), Responses::default());
+    let connection = Caller::new(connection, activity.clone(), limits.send);
+    let (counted, watched) = (activity.clone(), responses.clone());
+    let app = service_fn(move |request: Request<Incoming>| {
+        let in_flight = counted.begin();
+        // In HTTP/1.1, a caller that does not read makes the whole connection wait, which `Caller` sees.
+        let version = request.version();
+        let responses = (version == Version::HTTP_2).then(|| watched.clone());
+        let mut request = request.map(|body| Body::new(Whole::new(body, version)));
+        request.extensions_mut().insert(ConnectInfo(from));
+        let response = app.clone().oneshot(request);
+        async move {
+            let response = response.await;
+            response.map(|response| {
+                response.map(|body| {
+                    let body = Body::new(Held::new(body, in_flight));
+                    match responses {
+                        Some(responses) => responses.watch(body),
+                        None => body,
+                    }
+                })
+            })
+        }
+    });
+    let served = http.serve_connection(TokioIo::new(connection), TowerToHyperService::new(app));
+    let mut served = pin!(served);
+    tokio::select! {
+        // An error here concerns only the caller.
+        _ = served.as_mut() => return,
+        _ = stopped.changed() => {}
+        () = idle(&activity, &responses, limits) => {}
+        () = asks_nothing(&activity, limits) => return,
+    }
+    served.as_mut().graceful_shutdown();
+    tokio::select! {
+        _ = served => {}
+        () = idle_at_stop(&activity) => {}
+        () = async { loop { break_off_unread(&responses, limits).await } } => {}
+    }
+}
+
+/// Completes if no request's head arrives in time. hyper's header timeout starts only after it detects the HTTP
+/// version, and HTTP/2 has none.
+async fn asks_nothing(activity: &Activity, limits: Limits) {
+    sleep(limits.first_request).await;
+    if activity.begun() > 0 {
+        std::future::pending().await
+    }
+}
+
+/// Completes when no request has been in flight for a while. HTTP/1.1 has a timeout of its own for that, which counts
+/// from the last response to the next request's head.
+async fn idle(activity: &Activity, responses: &Responses, limits: Limits) {
+    let (mut begun, mut idle_since) = (0, Instant::now());
     loop {
-        sleep(HEAD_AT_STOP).await;
-        if activity.is_idle() {
+        break_off_unread(responses, limits).await;
+        if !activity.is_idle() || activity.begun() != begun {
+            (begun, idle_since) = (activity.begun(), Instant::now());
+        } else if begun > 0 && idle_since.elapsed() >= limits.next_request {
             return;
         }
     }
 }
 
-async fn answer(
-    http: Builder<TokioExecutor>,
-    connection: Caller,
-    from: SocketAddr,
-    app: Router,
-    watcher: Watcher,
-    limits: Limits,
-) {
-    let was_asked = Arc::new(AtomicBool::new(false));
-    let asked = was_asked.clone();
-    let activity = connection.activity();
-    let app = service_fn(move |request: Request<Incoming>| {
-        asked.store(true, Relaxed);
-        let in_flight = activity.begin();
-        let mut request = request.map(Body::new);
-        request.extensions_mut().insert(ConnectInfo(from));
-        let response = app.clone().oneshot(request);
-        async move { response.await.map(|response| response.map(|body| in_flight.until_end_of(body))) }
-    });
-    let connection = http.serve_connection(TokioIo::new(connection), TowerToHyperService::new(app));
-    let mut served = pin!(watcher.watch(connection));
-    // hyper's header timeout starts only after it detects the HTTP version, and HTTP/2 has none.
-    if timeout(limits.first_request, served.as_mut()).await.is_err() && was_asked.load(Relaxed) {
-        // An error here concerns only the caller.
-        _ = served.await;
+/// Breaks off responses that are not read, once in a while.
+async fn break_off_unread(responses: &Responses, limits: Limits) {
+    sleep((limits.send.min(limits.next_request) / 4).max(SHORTEST_PAUSE)).await;
+    let unread = responses.break_off(limits.send);
+    if unread > 0 {
+        tracing::info!(
+            "{unread} responses are broken off, because their caller read nothing for {:?}",
+            limits.send
+        );
+    }
+}
+
+/// Completes once a connection has no request in flight after the stop signal. An incomplete head is not waited for.
+async fn idle_at_stop(activity: &Activity) {
+    loop {
+        sleep(HEAD_AT_STOP).await;
+        if activity.is_idle() {
+            return;
+        }
     }
 }

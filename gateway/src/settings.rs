@@ -19,6 +19,7 @@ use clap::{
     builder::BoolishValueParser,
     error::{ContextKind, ContextValue, ErrorKind},
 };
+use tokio::sync::Semaphore;
 use toml::{Table, Value};
 
 use crate::{
@@ -65,11 +66,11 @@ pub(crate) struct Settings {
     #[arg(long, value_name = "URI")]
     pub(crate) mongodb: Option<String>,
 
-    /// Database [default: fproxy]
+    /// Database [default: the one that the URI names]
     #[arg(long, value_name = "NAME")]
     pub(crate) mongodb_database: Option<String>,
 
-    /// Collection of keys [default: ohmygpt_keys]
+    /// Collection of keys [default: keys]
     #[arg(long, value_name = "NAME")]
     pub(crate) mongodb_collection: Option<String>,
 
@@ -121,13 +122,25 @@ pub(crate) struct Settings {
     #[arg(long, value_name = "SECONDS", default_value = "30")]
     pub(crate) head_timeout: Seconds,
 
-    /// Idle timeout of a caller's HTTP/1.1 connection
+    /// Idle timeout of a caller's connection
     #[arg(long, value_name = "SECONDS", default_value = "180")]
     pub(crate) keep_alive: Seconds,
 
     /// How long a caller may read nothing of its response before its connection closes
     #[arg(long, value_name = "SECONDS", default_value = "600")]
     pub(crate) send_timeout: Seconds,
+
+    /// Maximum number of connections of callers, and as many of the admin; a further one is closed at once
+    #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = at_least_one)]
+    pub(crate) max_connections: usize,
+
+    /// Maximum number of requests in flight; a further one gets 503
+    #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = at_least_one)]
+    pub(crate) max_requests: usize,
+
+    /// How much of all request bodies to keep for retries; beyond it, a request is sent once
+    #[arg(long, value_name = "BYTES", default_value_t = 256 << 20)]
+    pub(crate) keep_bodies: usize,
 
     /// Interval of HTTP/2 pings to callers and upstream; 0 disables them. A connection closes if no answer comes
     /// within half the interval
@@ -156,6 +169,15 @@ pub(crate) struct Settings {
     /// Log level (error, warn, info, debug, trace) or a filter of tracing's EnvFilter
     #[arg(long, value_name = "FILTER", default_value = "info")]
     pub(crate) log: String,
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("it must be at least 1".to_owned()),
+        Ok(number) if number <= Semaphore::MAX_PERMITS => Ok(number),
+        Ok(_) => Err("it is too large".to_owned()),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 /// The reason why a setting is invalid. It never contains the value, which may be a secret.

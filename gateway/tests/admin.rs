@@ -280,6 +280,8 @@ async fn s07_a_document_of_the_upstream_is_sandboxed() {
 #[tokio::test]
 async fn a_missing_or_wrong_token_permits_nothing() {
     let admin = Admin::with(&["alpha"]).await;
+    // An address that has sent the right token once is not locked out by wrong ones.
+    assert_eq!(admin.ids("").await, ["alpha"]);
     let wrong = [
         "",
         "Bearer",

@@ -35,19 +35,14 @@ use support::{
     gateway::{Gateway, command, ended, refusal},
     mongo::Mongo,
     raw::{exchange, raw_upstream},
-    *,
+    tls, *,
 };
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     process::Command,
-    sync::Notify,
+    sync::{Notify, Semaphore},
     time::timeout,
-};
-use tokio_rustls::{
-    TlsAcceptor,
-    rustls::{ServerConfig, pki_types::PrivateKeyDer},
-    server::TlsStream,
 };
 
 use self::body::{BodyLimits, KeptBody};
@@ -62,6 +57,10 @@ where
     let address = listener.local_addr().unwrap();
     tokio::spawn(async move { axum::serve(listener, Router::new().fallback(answer)).await });
     address
+}
+
+fn limits(keep: usize, most: usize) -> BodyLimits {
+    BodyLimits { keep, most, room: Arc::new(Semaphore::new(1_000)) }
 }
 
 /// An upstream that answers one request with this.
@@ -237,7 +236,7 @@ async fn retrying_a_streaming_request_loses_no_chunk() {
 
 fn kept_body(keep: usize) -> (Sender<Bytes, axum::Error>, KeptBody) {
     let (chunks, body) = Channel::new(16);
-    (chunks, KeptBody::new(Body::new(body), BodyLimits { keep, most: 1_000 }))
+    (chunks, KeptBody::new(Body::new(body), limits(keep, 1_000)))
 }
 
 async fn next(body: &mut KeptBody) -> Result<Bytes, String> {
@@ -308,13 +307,13 @@ async fn a_polled_body_without_data_awaits_its_caller() {
 
 #[tokio::test]
 async fn each_attempt_reports_the_exact_body_size() {
-    let mut first = KeptBody::new(Body::from("12345"), BodyLimits { keep: 10, most: 10 });
+    let mut first = KeptBody::new(Body::from("12345"), limits(10, 10));
     assert_eq!((first.size_hint().exact(), first.is_end_stream()), (Some(5), false));
     next(&mut first).await.unwrap();
     assert_eq!((first.size_hint().exact(), first.is_end_stream()), (Some(0), true));
     let second = first.clone();
     assert_eq!((second.size_hint().exact(), second.is_end_stream()), (Some(5), false));
-    let none = KeptBody::new(Body::empty(), BodyLimits { keep: 10, most: 10 });
+    let none = KeptBody::new(Body::empty(), limits(10, 10));
     assert!(none.is_end_stream() && none.clone().is_end_stream());
 }
 
@@ -462,6 +461,30 @@ async fn only_callers_with_a_client_token_are_served() {
     assert_eq!((&error["type"], &error["error"]["type"]), (&json!("error"), &json!("authentication_error")));
     assert_eq!(upstream.count(), 5);
     assert!(!gateway.log().contains("without a client token"));
+}
+
+#[tokio::test]
+async fn guessed_tokens_are_counted_logged_and_stopped() {
+    let upstream = Server::answering(|| answer(200, "fine")).await;
+    let tokens = ["--client-token", "the-token", "--admin-token", "the-admin"];
+    let gateway = Gateway::before(upstream.address(), &["a"], tokens).await;
+    for (url, right) in [(gateway.url("/"), "the-token"), (gateway.admin_url("/admin/api/keys"), "the-admin")]
+    {
+        let status = async |token: String| http().get(&url).bearer_auth(token).send().await.unwrap();
+        for number in 0..20 {
+            assert_eq!(status(format!("canary-{number}")).await.status(), 401);
+        }
+        let refused = status(right.to_owned()).await;
+        assert_eq!(refused.status(), 429);
+        let wait: u64 = header(&refused, "retry-after").unwrap().parse().unwrap();
+        assert!((1..=60).contains(&wait), "{wait}");
+    }
+    assert_eq!(upstream.count(), 0);
+    let log = gateway.log();
+    for line in ["wrong client token address=127.0.0.1", "too many wrong admin tokens within a minute"] {
+        assert_eq!(log.matches(line).count(), 1, "{line}: {log}");
+    }
+    assert!(!log.contains("canary") && !log.contains("the-admin"), "{log}");
 }
 
 /// Returns the message for a wrong setting, which is one line.
@@ -1262,59 +1285,12 @@ async fn the_gateway_recovers_from_too_many_open_files() {
     assert_eq!(in_time(http().get(gateway.url("/")).send()).await.unwrap().status(), 200);
 }
 
-/// Accepts TLS connections and skips failed handshakes.
-struct Tls(TcpListener, TlsAcceptor);
-
-impl Listener for Tls {
-    type Io = TlsStream<TcpStream>;
-    type Addr = SocketAddr;
-
-    async fn accept(&mut self) -> (Self::Io, SocketAddr) {
-        loop {
-            if let Ok((connection, address)) = self.0.accept().await
-                && let Ok(connection) = self.1.accept(connection).await
-            {
-                return (connection, address);
-            }
-        }
-    }
-
-    fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.0.local_addr()
-    }
-}
-
-fn pem(certificate: &[u8]) -> String {
-    let text = BASE64_STANDARD.encode(certificate);
-    format!("-----BEGIN CERTIFICATE-----\n{text}\n-----END CERTIFICATE-----\n")
-}
-
-/// Returns a TLS listener for an HTTP/2 upstream, its address, and its certificate file.
-async fn listening_by_tls() -> (Tls, SocketAddr, TestFile) {
-    let certificate = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
-    let key = PrivateKeyDer::Pkcs8(certificate.signing_key.serialize_der().into());
-    let config = ServerConfig::builder().with_no_client_auth();
-    let mut config = config.with_single_cert(vec![certificate.cert.der().clone()], key).unwrap();
-    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-    let listener = Tls(TcpListener::bind("127.0.0.1:0").await.unwrap(), TlsAcceptor::from(Arc::new(config)));
-    let address = listener.local_addr().unwrap();
-    (listener, address, file("pem", &pem(certificate.cert.der())))
-}
-
 /// An HTTP/2 upstream that answers with the HTTP version of the request.
 async fn upstream_with_tls() -> (SocketAddr, TestFile) {
-    let (listener, address, trusted) = listening_by_tls().await;
+    let (listener, address, trusted) = tls::listen().await;
     let version = async |request: Request<Body>| format!("{:?}", request.version());
     tokio::spawn(async move { axum::serve(listener, Router::new().fallback(version)).await });
     (address, trusted)
-}
-
-/// A gateway in front of an upstream at this port of `localhost`, whose certificate it trusts.
-async fn before_tls<const N: usize>(port: u16, trusted: &TestFile, arguments: [&str; N]) -> Gateway {
-    let (keys, url) = (keys_file("a|sk-a"), format!("https://localhost:{}", port));
-    let mut command = command(["--upstream", &url, "--keys", keys.path()].into_iter().chain(arguments));
-    command.env("SSL_CERT_FILE", trusted.path());
-    Gateway::start(command).await
 }
 
 /// A frame: type, flags, stream and payload.
@@ -1348,9 +1324,9 @@ fn reset(stream: u32, code: u32) -> Frame {
 /// received body.
 async fn upstream_in_frames(
     times: usize,
-    refusal: impl Fn(u32) -> Frame + Send + 'static,
+    refusal: impl Fn(u32) -> Vec<Frame> + Send + 'static,
 ) -> (SocketAddr, TestFile, Arc<Mutex<Vec<String>>>) {
-    let (mut listener, address, trusted) = listening_by_tls().await;
+    let (mut listener, address, trusted) = tls::listen().await;
     let arrived = Arc::new(Mutex::new(Vec::new()));
     let bodies = arrived.clone();
     tokio::spawn(async move {
@@ -1371,8 +1347,9 @@ async fn upstream_in_frames(
                 arrived.lock().unwrap().push(String::from_utf8(std::mem::take(&mut body)).unwrap());
                 let is_refused = arrived.lock().unwrap().len() <= times;
                 // ":status: 204" has an index of its own in the static table of RFC 7541.
-                let answer = if is_refused { refusal(stream) } else { (1, END | 4, stream, vec![0x89]) };
-                connection.write_all(&frame(answer)).await.unwrap();
+                let fine = || vec![(1, END | 4, stream, vec![0x89])];
+                let answer = if is_refused { refusal(stream) } else { fine() };
+                connection.write_all(&answer.into_iter().flat_map(frame).collect::<Vec<_>>()).await.unwrap();
             }
         }
     });
@@ -1386,11 +1363,65 @@ async fn through_frames(
     keep: &str,
     body: &'static str,
 ) -> (u16, Vec<String>) {
-    let (upstream, trusted, bodies) = upstream_in_frames(times, refusal).await;
-    let gateway = before_tls(upstream.port(), &trusted, ["--keep-body", keep]).await;
+    let (upstream, trusted, bodies) = upstream_in_frames(times, move |stream| vec![refusal(stream)]).await;
+    let gateway = tls::gateway(upstream.port(), &trusted, ["--keep-body", keep]).await;
     let response = in_time(http().post(gateway.url("/v1/messages")).body(body).send()).await.unwrap();
     let bodies = bodies.lock().unwrap().clone();
     (response.status().as_u16(), bodies)
+}
+
+#[tokio::test]
+async fn s10_truncated_http_2_responses_break_off_for_callers() {
+    let head = |stream| (1, 4, stream, vec![0x88]);
+    let half = |stream| (0, 0, stream, b"half".to_vec());
+    for cut in [|stream| reset(stream, 0), |stream| go_away(stream, 0)] {
+        let answer = move |stream| vec![head(stream), half(stream), cut(stream)];
+        let (upstream, trusted, _) = upstream_in_frames(1, answer).await;
+        let gateway = tls::gateway(upstream.port(), &trusted, ["--idle-timeout", "2"]).await;
+        let response = in_time(http().post(gateway.url("/")).body("ask").send()).await.unwrap();
+        assert_eq!(response.status(), 200);
+        assert!(in_time(response.bytes()).await.is_err());
+    }
+}
+
+#[tokio::test]
+async fn s10_truncated_http_2_requests_break_off_at_upstream() {
+    let ended = Arc::new(Mutex::new(None));
+    let seen = ended.clone();
+    let upstream = upstream(move |request| {
+        let seen = seen.clone();
+        async move {
+            let body = request.into_body().collect().await;
+            *seen.lock().unwrap() = Some(body.is_ok());
+            Response::default()
+        }
+    })
+    .await;
+    let gateway = Gateway::before(upstream, &["a"], []).await;
+    let mut connection = TcpStream::connect(gateway.address()).await.unwrap();
+    let authority = [&[0x41, 9], &b"localhost"[..]].concat();
+    // POST, http and / have indices in the static table of RFC 7541.
+    let head = [&[0x83, 0x86, 0x84], &authority[..]].concat();
+    let frames = [(4, 0, 0, vec![]), (1, 4, 1, head), (0, 0, 1, b"half".to_vec()), reset(1, 0)];
+    connection.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
+    for part in frames {
+        connection.write_all(&frame(part)).await.unwrap();
+        // So that the request is on its way before it is cut off.
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    eventually("the upstream's body ends", || ended.lock().unwrap().is_some()).await;
+    assert_eq!(*ended.lock().unwrap(), Some(false));
+}
+
+#[tokio::test]
+async fn s10_a_length_beside_chunks_is_dropped() {
+    let both =
+        "HTTP/1.1 200 OK\r\ncontent-length: 3\r\ntransfer-encoding: chunked\r\n\r\n6\r\nabcdef\r\n0\r\n\r\n";
+    let (upstream, _) = raw_upstream(both).await;
+    let gateway = Gateway::before(upstream, &["a"], []).await;
+    let response = in_time(http().get(gateway.url("/")).send()).await.unwrap();
+    assert_eq!(header(&response, "content-length"), None);
+    assert_eq!(response.text().await.unwrap(), "abcdef");
 }
 
 #[tokio::test]
@@ -1431,7 +1462,7 @@ async fn unprocessed_http_2_requests_are_resent_with_body() {
 #[tokio::test]
 async fn upstream_connections_verify_tls_and_prefer_http_2() {
     let (upstream, trusted) = upstream_with_tls().await;
-    let gateway = before_tls(upstream.port(), &trusted, []).await;
+    let gateway = tls::gateway(upstream.port(), &trusted, []).await;
     let response = in_time(http().get(gateway.url("/")).send()).await.unwrap();
     assert_eq!(response.text().await.unwrap(), "HTTP/2.0");
 
@@ -1444,7 +1475,7 @@ async fn upstream_connections_verify_tls_and_prefer_http_2() {
 async fn pings_detect_a_silently_lost_upstream_before_timeout() {
     let (upstream, trusted) = upstream_with_tls().await;
     let between = Proxy::to(upstream).await;
-    let gateway = before_tls(between.port(), &trusted, ["--ping", "0.4"]).await;
+    let gateway = tls::gateway(between.port(), &trusted, ["--ping", "0.4"]).await;
     let status = async || in_time(http().get(gateway.url("/")).send()).await.unwrap().status();
     assert_eq!(status().await, 200);
     between.set(Fault::Silence);

@@ -1,26 +1,39 @@
 //! Access control of the admin: by token, or by machine if no token is set. Protection of changes against cross-site
 //! request forgery.
 
+use std::sync::Arc;
+
 use axum::{
     extract::{Request, State},
     http::{
-        HeaderMap, HeaderName, StatusCode,
-        header::{AUTHORIZATION, WWW_AUTHENTICATE},
+        HeaderMap, HeaderName, HeaderValue, StatusCode,
+        header::{AUTHORIZATION, RETRY_AFTER, WWW_AUTHENTICATE},
     },
     middleware::Next,
     response::{IntoResponse, Response},
 };
 
 use super::refusal::Refusal;
-use crate::{callers::Token, settings::Settings, this_machine};
+use crate::{
+    callers::Token,
+    guesses::{Denied, Guesses, Tokens},
+    settings::Settings,
+    this_machine,
+};
 
 /// A required header of changes. A page of another site can't make a browser send it without a CORS preflight.
 const CHANGE: HeaderName = HeaderName::from_static("x-gateway-admin");
 
+/// The admin's token, and the wrong ones that were given instead.
+pub(crate) struct AdminToken {
+    token: Token,
+    guesses: Guesses,
+}
+
 /// Who may use the admin.
 #[derive(Clone)]
 pub(crate) enum Access {
-    WithToken(Token),
+    WithToken(Arc<AdminToken>),
     OnThisMachine,
     Nobody,
 }
@@ -32,7 +45,10 @@ impl Access {
     /// makes them look local, so a local peer is no proof then.
     pub(crate) fn by(settings: &Settings) -> Self {
         match &settings.admin_token {
-            Some(token) => Self::WithToken(token.clone()),
+            Some(token) => {
+                let guesses = Guesses::new(Tokens::Admin);
+                Self::WithToken(Arc::new(AdminToken { token: token.clone(), guesses }))
+            }
             // Without client tokens, `Settings` allows only a loopback address.
             None if settings.client_token.is_empty() => Self::OnThisMachine,
             None => Self::Nobody,
@@ -64,9 +80,12 @@ pub(super) async fn on_this_machine(State(access): State<Access>, request: Reque
 pub(super) async fn with_the_token(State(access): State<Access>, request: Request, next: Next) -> Response {
     let (head, body) = request.into_parts();
     match access {
-        Access::WithToken(token) if !bearer(&head.headers).is_some_and(|given| token.is(given)) => {
-            let refusal = Refusal::new(StatusCode::UNAUTHORIZED, "the admin token is missing or wrong");
-            ([(WWW_AUTHENTICATE, "Bearer")], refusal).into_response()
+        Access::WithToken(admin) => {
+            let given = bearer(&head.headers).into_iter();
+            match admin.guesses.check(&head, given, |given| admin.token.is(given)) {
+                Ok(()) => next.run(Request::from_parts(head, body)).await,
+                Err(denied) => refuse(denied),
+            }
         }
         Access::OnThisMachine if this_machine::is_for_another_page(&head) => {
             let refusal =
@@ -74,6 +93,21 @@ pub(super) async fn with_the_token(State(access): State<Access>, request: Reques
             Refusal::new(StatusCode::FORBIDDEN, refusal).into_response()
         }
         _ => next.run(Request::from_parts(head, body)).await,
+    }
+}
+
+fn refuse(denied: Denied) -> Response {
+    match denied {
+        Denied::Wrong => {
+            let refusal = Refusal::new(StatusCode::UNAUTHORIZED, "the admin token is missing or wrong");
+            ([(WWW_AUTHENTICATE, "Bearer")], refusal).into_response()
+        }
+        Denied::TooMany { wait } => {
+            let seconds = wait.as_secs() + 1;
+            let refusal = format!("too many wrong tokens from this address: wait {seconds} s");
+            let refusal = Refusal::new(StatusCode::TOO_MANY_REQUESTS, refusal);
+            ([(RETRY_AFTER, HeaderValue::from(seconds))], refusal).into_response()
+        }
     }
 }
 

@@ -57,8 +57,10 @@ pub(super) fn router(live: Arc<Live>) -> Router {
         .with_state(live)
 }
 
-async fn events(State(live): State<Arc<Live>>) -> impl IntoResponse {
-    Sse::new(live.events()).keep_alive(KeepAlive::new().interval(KEEP_ALIVE))
+async fn events(State(live): State<Arc<Live>>) -> Result<impl IntoResponse, Refusal> {
+    let too_many = || Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "too many event streams: close a page");
+    let events = live.events().ok_or_else(too_many)?;
+    Ok(Sse::new(events).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)))
 }
 
 async fn list(

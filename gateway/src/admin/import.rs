@@ -9,6 +9,9 @@ use super::{
     refusal::Refusal,
 };
 
+/// Most keys of one import.
+const MOST: usize = 20_000;
+
 /// The outcome of an import.
 #[derive(Serialize)]
 pub(super) struct Imported {
@@ -35,7 +38,15 @@ pub(super) fn read(media_type: &str, body: &[u8]) -> Result<Vec<ParsedKey>, Refu
             return Err(Refusal::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, accepted));
         }
     };
-    KeySpec::parse_all(name, body).map_err(|error| Refusal::bad_request(error.to_string()))
+    // Before it is parsed: each line can be a key, and the outcome of each takes more memory than the line.
+    let is_short = || body.iter().filter(|byte| **byte == b'\n').count() <= 4 * MOST;
+    let parse = || KeySpec::parse_all(name, body).map_err(|error| Refusal::bad_request(error.to_string()));
+    let keys = if is_short() { parse()? } else { return Err(too_many()) };
+    if keys.len() > MOST { Err(too_many()) } else { Ok(keys) }
+}
+
+fn too_many() -> Refusal {
+    Refusal::bad_request(format!("more than {MOST} keys: send them in parts"))
 }
 
 pub(super) async fn add(pool: &KeyPool, keys: Vec<ParsedKey>) -> Imported {
@@ -63,7 +74,11 @@ pub(super) async fn add(pool: &KeyPool, keys: Vec<ParsedKey>) -> Imported {
 
 impl Outcome {
     fn settle(&mut self, added: Result<(), OperateError>) {
-        Action::Add.log(self.id.as_ref().map_or("", KeyId::as_str), &added);
+        tracing::debug!(
+            key = self.id.as_ref().map(KeyId::as_str),
+            is_added = added.is_ok(),
+            "imported by the admin"
+        );
         self.error = added.err().map(|error| Action::Add.failed(&error));
     }
 }

@@ -11,6 +11,7 @@ use futures_util::{Stream, stream};
 use serde::Serialize;
 use tokio::{
     sync::{
+        Semaphore,
         broadcast::{self, error::RecvError},
         watch,
     },
@@ -28,6 +29,9 @@ const INTERVAL: Duration = Duration::from_millis(250);
 /// Counters change with each request, so they are sent with every fourth look only.
 const LOOKS_PER_COUNT: u32 = 4;
 
+/// Most event streams at once. Each holds a snapshot of all keys until it is sent.
+const STREAMS: usize = 8;
+
 /// Buffered changes. A listener that is further behind gets a new snapshot.
 const CHANGES_WAITING: usize = 64;
 
@@ -36,6 +40,7 @@ pub(super) struct Live {
     /// Locked while a change is sent, so that a snapshot contains exactly the changes sent before it.
     keys: Mutex<Keys>,
     changes: broadcast::Sender<Arc<str>>,
+    streams: Arc<Semaphore>,
     stopped: watch::Sender<bool>,
 }
 
@@ -54,6 +59,7 @@ impl Live {
             pool,
             keys: Mutex::default(),
             changes: broadcast::Sender::new(CHANGES_WAITING),
+            streams: Arc::new(Semaphore::new(STREAMS)),
             stopped: watch::Sender::new(false),
         });
         live.look(Look::Everything);
@@ -96,12 +102,16 @@ impl Live {
         of(keys.in_order(), self.now())
     }
 
-    /// Returns a stream of a snapshot and then changes. It ends with [`Live::stop`].
-    pub(super) fn events(self: Arc<Self>) -> impl Stream<Item = Result<Event, Infallible>> + Send + 'static {
-        stream::unfold((self, None), async |(live, listener)| {
+    /// Returns a stream of a snapshot and then changes, or `None` if there are too many streams. It ends with
+    /// [`Live::stop`].
+    pub(super) fn events(
+        self: Arc<Self>,
+    ) -> Option<impl Stream<Item = Result<Event, Infallible>> + Send + 'static> {
+        let place = self.streams.clone().try_acquire_owned().ok()?;
+        Some(stream::unfold((self, place, None), async |(live, place, listener)| {
             let (event, listener) = live.next_event(listener).await?;
-            Some((Ok(event), (live, Some(listener))))
-        })
+            Some((Ok(event), (live, place, Some(listener))))
+        }))
     }
 
     /// Ends all event streams.
@@ -167,7 +177,7 @@ mod tests {
     #[tokio::test]
     async fn a_listener_gets_a_snapshot_then_each_change() {
         let live = Live::start(pool());
-        let mut events = pin!(live.clone().events());
+        let mut events = pin!(live.clone().events().unwrap());
         assert_eq!(name(events.next().await), "snapshot");
         assert!(events.next().now_or_never().is_none());
         live.pool.disable("alpha").await.unwrap();
@@ -177,7 +187,7 @@ mod tests {
     #[tokio::test]
     async fn a_lagging_listener_gets_a_snapshot_then_changes() {
         let live = Live::start(pool());
-        let mut events = pin!(live.clone().events());
+        let mut events = pin!(live.clone().events().unwrap());
         assert_eq!(name(events.next().await), "snapshot");
         for _ in 0..CHANGES_WAITING {
             live.pool.disable("alpha").await.unwrap();
@@ -192,12 +202,21 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn event_streams_are_limited_until_one_ends() {
+        let live = Live::start(pool());
+        let mut streams: Vec<_> = (0..STREAMS).map(|_| live.clone().events().unwrap()).collect();
+        assert!(live.clone().events().is_none());
+        streams.pop();
+        assert!(live.events().is_some());
+    }
+
+    #[tokio::test]
     async fn stopping_the_gateway_ends_current_and_later_streams() {
         let live = Live::start(pool());
-        let mut events = pin!(live.clone().events());
+        let mut events = pin!(live.clone().events().unwrap());
         assert_eq!(name(events.next().await), "snapshot");
         live.stop();
         assert!(events.next().await.is_none());
-        assert_eq!(live.events().count().await, 1);
+        assert_eq!(live.events().unwrap().count().await, 1);
     }
 }

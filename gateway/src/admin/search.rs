@@ -11,6 +11,9 @@ use super::{
 
 const MOST_PER_PAGE: usize = 500;
 
+/// The longest text to search for, in characters.
+const LONGEST_SEARCH: usize = 256;
+
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Search {
@@ -70,9 +73,15 @@ impl Search {
                 "page must be at least 1, and per_page between 1 and {MOST_PER_PAGE}"
             )));
         }
+        if self.search.chars().count() > LONGEST_SEARCH {
+            return Err(Refusal::bad_request(format!(
+                "search must have at most {LONGEST_SEARCH} characters"
+            )));
+        }
+        let text = self.search.to_lowercase();
         Ok(live.all(|keys, now| {
             let totals = Totals::of(&keys);
-            let matching: Vec<_> = keys.into_iter().filter(|key| self.matches(key)).collect();
+            let matching: Vec<_> = keys.into_iter().filter(|key| self.matches(key, &text)).collect();
             let page =
                 matching.iter().skip((self.page - 1).saturating_mul(self.per_page)).take(self.per_page);
             Page {
@@ -85,9 +94,8 @@ impl Search {
         }))
     }
 
-    fn matches(&self, key: &Key) -> bool {
-        let search = self.search.to_lowercase();
-        let holds = |text: &str| text.to_lowercase().contains(&search);
+    fn matches(&self, key: &Key, search: &str) -> bool {
+        let holds = |text: &str| text.to_lowercase().contains(search);
         self.status.is_none_or(|group| group.has(key.status()))
             && (holds(key.id().as_str()) || holds(key.masked_secret()))
     }

@@ -10,21 +10,20 @@ use hyper::body::{Frame, SizeHint};
 
 struct AnswerBody {
     body: Body,
-    has_begun: bool,
-    /// Error of a body that failed before its first frame.
+    /// The error of a body that has failed.
     error: Option<axum::Error>,
 }
 
 /// Wraps a response body.
 ///
 /// - It drops trailers, because the gateway does not search them for a key that the upstream repeats.
-/// - It delays an error before the first frame until hyper has sent the head. Otherwise hyper would close the
-///   connection without a response.
+/// - It delays an error until hyper has sent the head and what came of the body. Otherwise hyper would close the
+///   connection without them.
 pub(super) fn body(body: Body) -> Body {
     if body.is_end_stream() {
         return body;
     }
-    Body::new(AnswerBody { body, has_begun: false, error: None })
+    Body::new(AnswerBody { body, error: None })
 }
 
 impl HttpBody for AnswerBody {
@@ -39,17 +38,13 @@ impl HttpBody for AnswerBody {
             return Poll::Ready(Some(Err(error)));
         }
         match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
-            Some(Err(error)) if !self.has_begun => {
-                self.has_begun = true;
+            Some(Err(error)) => {
                 self.error = Some(error);
-                // hyper sends the head while it waits for the body.
+                // hyper sends what it has while it waits for the body.
                 cx.waker().wake_by_ref();
                 Poll::Pending
             }
-            frame => {
-                self.has_begun = true;
-                Poll::Ready(frame.filter(|frame| !frame.as_ref().is_ok_and(Frame::is_trailers)))
-            }
+            frame => Poll::Ready(frame.filter(|frame| !frame.as_ref().is_ok_and(Frame::is_trailers))),
         }
     }
 

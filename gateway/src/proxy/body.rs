@@ -12,14 +12,17 @@ use std::{
 use axum::body::{Body, Bytes, HttpBody};
 use bytes::BytesMut;
 use hyper::body::{Frame, SizeHint};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tower::BoxError;
 
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub(super) struct BodyLimits {
     /// Bytes to keep for a retry.
     pub(super) keep: usize,
     /// Size of the largest body.
     pub(super) most: usize,
+    /// Bytes that all bodies together may still keep.
+    pub(super) room: Arc<Semaphore>,
 }
 
 /// A caller's body, as one attempt sends it.
@@ -49,8 +52,8 @@ struct Shared {
     waits_for_source: bool,
     received: usize,
     limits: BodyLimits,
-    /// All received bytes; `None` if they exceed the limit.
-    kept: Option<BytesMut>,
+    /// All received bytes; `None` if they exceed a limit.
+    kept: Option<Kept>,
     /// The attempt that reads from the caller.
     reader: u32,
     /// The next attempt. Until it starts or is dropped, nothing more is read from the caller.
@@ -61,6 +64,31 @@ struct Shared {
     waker: Option<Waker>,
 }
 
+/// Received bytes, and their part of the room for all bodies.
+#[derive(Default)]
+struct Kept {
+    bytes: BytesMut,
+    room: Option<OwnedSemaphorePermit>,
+}
+
+impl Kept {
+    /// Whether there was room for the data.
+    fn push(&mut self, data: &[u8], room: &Arc<Semaphore>) -> bool {
+        let Some(more) = u32::try_from(data.len())
+            .ok()
+            .and_then(|length| room.clone().try_acquire_many_owned(length).ok())
+        else {
+            return false;
+        };
+        match &mut self.room {
+            Some(room) => room.merge(more),
+            room => *room = Some(more),
+        }
+        self.bytes.extend_from_slice(data);
+        true
+    }
+}
+
 impl KeptBody {
     pub(super) fn new(body: Body, limits: BodyLimits) -> Self {
         let shared = Shared {
@@ -68,7 +96,7 @@ impl KeptBody {
             waits_for_source: false,
             received: 0,
             limits,
-            kept: Some(BytesMut::new()),
+            kept: Some(Kept::default()),
             reader: 0,
             held_for: None,
             last: 0,
@@ -171,7 +199,7 @@ impl HttpBody for KeptBody {
 
 impl Shared {
     fn unsent(&self, sent: usize) -> &[u8] {
-        self.kept.as_ref().and_then(|kept| kept.get(sent..)).unwrap_or_default()
+        self.kept.as_ref().and_then(|kept| kept.bytes.get(sent..)).unwrap_or_default()
     }
 
     fn poll_for(
@@ -222,9 +250,10 @@ impl Shared {
     }
 
     fn keep(&mut self, data: &[u8]) {
-        match &mut self.kept {
-            Some(kept) if self.received <= self.limits.keep => kept.extend_from_slice(data),
-            kept => *kept = None,
+        let is_small = self.received <= self.limits.keep;
+        let is_kept = self.kept.as_mut().is_some_and(|kept| is_small && kept.push(data, &self.limits.room));
+        if !is_kept {
+            self.kept = None;
         }
     }
 

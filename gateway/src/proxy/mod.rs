@@ -3,6 +3,7 @@
 mod answer;
 mod api;
 mod body;
+mod connections;
 mod headers;
 mod tokens;
 mod upstream;
@@ -27,6 +28,7 @@ use axum::{
 };
 use hyper::ext::ReasonPhrase;
 use hyper_util::client::legacy;
+use tokio::sync::Semaphore;
 use tower::{BoxError, ServiceExt, timeout::error::Elapsed};
 use tower_key_rotation::{Error, KeyPool, NoKeyAvailable, ServedBy};
 
@@ -36,7 +38,10 @@ use self::{
     body::{BodyLimits, Caller, CutOff, KeptBody, TooLarge},
     upstream::Client,
 };
-use crate::{callers::Callers, metrics, settings::Settings, sources, this_machine, with_sources};
+use crate::{
+    callers::Callers, guesses::Denied, held::Held, metrics, settings::Settings, sources, this_machine,
+    with_sources,
+};
 
 #[derive(Clone)]
 pub(crate) struct Proxy {
@@ -45,6 +50,8 @@ pub(crate) struct Proxy {
     upstream: Arc<Upstream>,
     callers: Arc<Callers>,
     limits: BodyLimits,
+    /// One for each request in flight.
+    places: Arc<Semaphore>,
     sanitize_errors: bool,
 }
 
@@ -55,7 +62,12 @@ impl Proxy {
             client: upstream::client(pool, settings)?,
             upstream: Arc::new(settings.upstream.clone()),
             callers: Arc::new(Callers::with(settings.client_token.clone())),
-            limits: BodyLimits { keep: settings.keep_body, most: settings.max_body },
+            limits: BodyLimits {
+                keep: settings.keep_body,
+                most: settings.max_body,
+                room: Arc::new(Semaphore::new(settings.keep_bodies.min(Semaphore::MAX_PERMITS))),
+            },
+            places: Arc::new(Semaphore::new(settings.max_requests)),
             sanitize_errors: settings.sanitize_errors,
         })
     }
@@ -68,7 +80,12 @@ impl Proxy {
     async fn forward(&self, api: Api, head: Parts, body: Body) -> Result<Response, Refusal> {
         let uri = self.admit(&head, &body)?;
         let method = head.method.clone();
-        let body = KeptBody::new(body, self.limits);
+        let place = self.places.clone().try_acquire_owned().map_err(|_| Refusal {
+            status: StatusCode::SERVICE_UNAVAILABLE,
+            message: "this gateway has too many requests in flight".to_owned(),
+            retry_after: Some(HeaderValue::from_static("1")),
+        })?;
+        let body = KeptBody::new(body, self.limits.clone());
         let caller = body.caller();
         let mut request = Request::new(body);
         *request.method_mut() = head.method;
@@ -82,7 +99,8 @@ impl Proxy {
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
             return Err(Refusal::new(StatusCode::BAD_GATEWAY, "the upstream switched to another protocol"));
         }
-        Ok(self.pass_on(api, &method, response))
+        let response = self.pass_on(api, &method, response);
+        Ok(response.map(|body| Body::new(Held::new(body, place))))
     }
 
     /// Authorizes a request and returns its URI at the upstream.
@@ -97,12 +115,7 @@ impl Proxy {
                 "a request must not have several content-length headers",
             ));
         }
-        if !self.callers.admit(&head.headers) {
-            return Err(Refusal::new(
-                StatusCode::UNAUTHORIZED,
-                "this gateway expects a client token as the API key",
-            ));
-        }
+        self.callers.admit(head).map_err(denied)?;
         let is_asked_here = this_machine::asks(head) && !this_machine::is_for_another_page(head);
         if self.callers.are_all_here() && !is_asked_here {
             return Err(Refusal::new(
@@ -231,6 +244,19 @@ fn not_answered(error: &(dyn StdError + 'static), caller: &Caller) -> Refusal {
         "the upstream broke off the connection before it answered"
     };
     Refusal::new(StatusCode::BAD_GATEWAY, message)
+}
+
+fn denied(denied: Denied) -> Refusal {
+    match denied {
+        Denied::Wrong => {
+            Refusal::new(StatusCode::UNAUTHORIZED, "this gateway expects a client token as the API key")
+        }
+        Denied::TooMany { wait } => Refusal {
+            status: StatusCode::TOO_MANY_REQUESTS,
+            message: format!("too many wrong tokens from this address: wait {} s", seconds_up(wait)),
+            retry_after: Some(whole_seconds(wait)),
+        },
+    }
 }
 
 fn too_large() -> Refusal {

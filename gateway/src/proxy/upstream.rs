@@ -30,7 +30,7 @@ use tower_key_rotation::{
     Error as RotationError, Failover, KeyPool, KeyRotationLayer, classify::LlmGateway, service::CloneRequest,
 };
 
-use super::body::KeptBody;
+use super::{body::KeptBody, connections::Connections};
 use crate::{settings::Settings, sources, this_machine, with_sources};
 
 pub(super) type Client = BoxCloneSyncService<Request<KeptBody>, Response<Body>, RotationError<BoxError>>;
@@ -43,6 +43,13 @@ const RESENDS: u32 = 5;
 
 /// The first backoff before such a retry. It doubles each time.
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
+
+/// How much of a response an HTTP/2 upstream may send while its caller does not read.
+const STREAM_WINDOW: u32 = 512 << 10;
+
+/// The largest window of a connection (RFC 9113 section 6.9.1). Only the streams' windows limit the upstream: a smaller
+/// window would be used up by a few callers that do not read, and everybody else on the connection would wait for them.
+const CONNECTION_WINDOW: u32 = (1 << 31) - 1;
 
 /// How long an unresponsive HTTP/1.1 connection lasts before TCP keepalive closes it.
 const GONE_AFTER: Duration = Duration::from_secs(60);
@@ -83,10 +90,10 @@ where
     }))
 }
 
-/// Builds the hyper client. It follows no redirects, because the key would go with them.
+/// Builds the hyper clients. They follow no redirects, because the key would go with them.
 fn hyper(
     settings: &Settings,
-) -> io::Result<HyperClient<impl Connect + Clone + Send + Sync + 'static, KeptBody>> {
+) -> io::Result<Connections<HyperClient<impl Connect + Clone + Send + Sync + 'static, KeptBody>>> {
     let mut tcp = HttpConnector::new();
     tcp.enforce_http(false);
     tcp.set_nodelay(true);
@@ -106,12 +113,15 @@ fn hyper(
         .layer(TimeoutLayer::new(settings.connect_timeout.into()))
         .service(tls);
     let ping = Duration::from(settings.ping);
-    Ok(HyperClient::builder(TokioExecutor::new())
+    let mut client = HyperClient::builder(TokioExecutor::new());
+    client
         .timer(TokioTimer::new())
         .pool_timer(TokioTimer::new())
+        .http2_initial_stream_window_size(STREAM_WINDOW)
+        .http2_initial_connection_window_size(CONNECTION_WINDOW)
         .http2_keep_alive_interval((!ping.is_zero()).then_some(ping))
-        .http2_keep_alive_timeout(ping / 2)
-        .build(connect))
+        .http2_keep_alive_timeout(ping / 2);
+    Ok(Connections::new(move || client.build(connect.clone())))
 }
 
 #[derive(Clone)]

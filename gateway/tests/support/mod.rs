@@ -23,6 +23,7 @@ mod requests;
 mod server;
 #[path = "../../../tests/support/time.rs"]
 mod time;
+pub mod tls;
 
 pub use self::{
     files::{TestFile, file, keys_file},
