@@ -3,6 +3,7 @@
 mod support;
 
 use std::{
+    convert::Infallible,
     io::ErrorKind,
     net::SocketAddr,
     sync::{
@@ -53,25 +54,44 @@ async fn begin_to_read(address: SocketAddr, path: &str) -> TcpStream {
     connection
 }
 
-/// An HTTP/2 upstream with 20 MB at `/large`, and a short text elsewhere.
-async fn upstream() -> (SocketAddr, TestFile) {
+/// An HTTP/2 upstream with 20 MB at `/large`, which counts the chunks that it sends, and a short text elsewhere.
+async fn upstream() -> (SocketAddr, TestFile, Arc<AtomicUsize>) {
     let (listener, address, trusted) = tls::listen().await;
-    let answer = async |request: Request<Body>| match request.uri().path() {
-        "/large" => Body::from(vec![0; 20_000_000]),
-        _ => Body::from(format!("{:?}", request.version())),
+    let sent = Arc::new(AtomicUsize::new(0));
+    let counted = sent.clone();
+    let answer = move |request: Request<Body>| {
+        let (is_large, counted) = (request.uri().path() == "/large", counted.clone());
+        let chunk = move |_| {
+            counted.fetch_add(1, SeqCst);
+            Ok::<_, Infallible>(Bytes::from_static(&[0; 50_000]))
+        };
+        let large = || Body::from_stream(futures_util::stream::iter((0..400).map(chunk)));
+        std::future::ready(if is_large { large() } else { Body::from(format!("{:?}", request.version())) })
     };
     tokio::spawn(async move { axum::serve(listener, Router::new().fallback(answer)).await });
-    (address, trusted)
+    (address, trusted, sent)
 }
 
-#[tokio::test]
+/// Waits until a number grows no longer.
+async fn at_rest(number: &AtomicUsize) {
+    let mut before = 0;
+    while number.load(SeqCst) != before {
+        before = number.load(SeqCst);
+        tokio::time::sleep(SECOND / 2).await;
+    }
+}
+
+// With threads: the upstream is busy with sending.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn s08_unread_responses_over_http_2_stop_nobody() {
-    let (upstream, trusted) = upstream().await;
+    let (upstream, trusted, sent) = upstream().await;
     let gateway = tls::gateway(upstream.port(), &trusted, []).await;
     let mut unread = Vec::new();
-    for _ in 0..30 {
+    for _ in 0..10 {
         unread.push(begin_to_read(gateway.address(), "/large").await);
     }
+    at_rest(&sent).await;
+    assert!(sent.load(SeqCst) < 10 * 400, "nobody reads all of it");
     for _ in 0..10 {
         let response = in_time(http().get(gateway.url("/")).send()).await.unwrap();
         assert_eq!(response.text().await.unwrap(), "HTTP/2.0");
