@@ -31,7 +31,7 @@ fn retry_and_set_request_header(service: Retrying) -> Retrying {
 type FailingOver = KeyRotation<Answers, TooManyRequests, Failover>;
 
 fn failing_over(keys: usize) -> FailingOver {
-    warm(KeyRotationLayer::new(&pool(keys)).failover(Failover::default()).layer(Answers))
+    warm(KeyRotationLayer::new(&pool(keys)).failover(Failover::attempts(3)).layer(Answers))
 }
 
 #[library_benchmark]

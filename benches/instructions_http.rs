@@ -162,7 +162,7 @@ fn retry_and_set_request_header(wire: Wire<Retrying>) -> Wire<Retrying> {
 type FailingOver = KeyRotation<OverHttp, TooManyRequests, Failover>;
 
 fn failing_over(keys: usize) -> Wire<FailingOver> {
-    Wire::new(KeyRotationLayer::new(&pool(keys)).failover(Failover::default()))
+    Wire::new(KeyRotationLayer::new(&pool(keys)).failover(Failover::attempts(3)))
 }
 
 #[library_benchmark]

@@ -125,7 +125,7 @@ fn main() {
         .case(SET_HEADER, || hyper(set_header, |_| {}))
         .case(LAYER, || hyper(|client| KeyRotationLayer::new(&pool(KEYS)).layer(client), |_| {}))
         .case(FAILOVER, || {
-            let layer = KeyRotationLayer::new(&pool(KEYS)).failover(Failover::default());
+            let layer = KeyRotationLayer::new(&pool(KEYS)).failover(Failover::attempts(3));
             hyper(move |client| layer.layer(client), |_| {})
         })
         .case(RETRY, || hyper(|client| Retry::new(Cloning, set_header(client)), |_| {}));
@@ -139,7 +139,7 @@ fn main() {
         })
         .case(LAYER, || reqwest(|client| KeyRotationLayer::new(&pool(KEYS)).layer(client), |_| {}))
         .case(FAILOVER, || {
-            let layer = KeyRotationLayer::new(&pool(KEYS)).failover(Failover::default());
+            let layer = KeyRotationLayer::new(&pool(KEYS)).failover(Failover::attempts(3));
             reqwest(move |client| layer.layer(client), |_| {})
         });
     if let Some(outcome) = comparison.run() {

@@ -36,7 +36,7 @@ use support::{
 use tower::Layer;
 use tower_key_rotation::{
     KeyId, KeyPool, KeyRotationLayer, RecoveryConfig, RecoveryHandle,
-    store::{KeyStore, MongoStore},
+    store::{KeyStore, mongodb::MongoStore},
 };
 
 #[global_allocator]

@@ -23,7 +23,7 @@ use mongodb::{
 use tokio::time::{interval, sleep};
 use tower_key_rotation::{
     KeyId, KeyPool, RecoveryHandle, Rest,
-    store::{Born, KeyStore, Mark, MongoStore, Resting, Until, Usage, Words},
+    store::{Born, KeyStore, Mark, Resting, Until, Usage, Words, mongodb::MongoStore},
 };
 
 const DATABASE: &str = "key_rotation_load";

@@ -28,7 +28,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let recovery = RecoveryHandle::spawn(&pool);
 
     let mut client = ServiceBuilder::new()
-        .layer(KeyRotationLayer::new(&pool).failover(Failover::default()))
+        .layer(KeyRotationLayer::new(&pool).failover(Failover::attempts(3)))
         .service(Client::builder(TokioExecutor::new()).build_http::<Empty<Bytes>>());
 
     for _ in 0..4 {

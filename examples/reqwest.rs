@@ -32,7 +32,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
         .layer(
             KeyRotationLayer::new(&pool)
                 .expose_key()
-                .failover(Failover::default())
+                .failover(Failover::attempts(3))
                 .wait_up_to(Duration::from_secs(10)),
         )
         .service(client);

@@ -12,8 +12,7 @@ use std::{env, error::Error};
 
 use reqwest_middleware::ClientBuilder;
 use tower_key_rotation::{
-    Failover, KeyPool, KeyRotationLayer, KeyRotationMiddleware, RecoveryHandle, classify::LlmGateway,
-    same_origin_redirects,
+    Failover, KeyPool, KeyRotationLayer, RecoveryHandle, classify::LlmGateway, same_origin_redirects,
 };
 
 #[tokio::main]
@@ -27,9 +26,9 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let rotation = KeyRotationLayer::new(&pool)
         .classify(LlmGateway::new())
         .read_error_bodies(16 * 1024)
-        .failover(Failover::default());
+        .failover(Failover::attempts(3));
     let client = same_origin_redirects(reqwest::Client::builder()).build()?;
-    let client = ClientBuilder::new(client).with(KeyRotationMiddleware::new(rotation)).build();
+    let client = ClientBuilder::new(client).with(rotation).build();
 
     for _ in 0..4 {
         let response = client.get(&url).header("accept", "application/json").send().await?;

@@ -32,7 +32,7 @@ use tokio::{
 use tower::{Layer, Service, ServiceExt};
 use tower_key_rotation::{
     Error as KeyError, KeyPool, KeyRotation, KeyRotationLayer, RecoveryConfig, RecoveryHandle,
-    same_origin_redirects, store::MongoStore,
+    same_origin_redirects, store::mongodb::MongoStore,
 };
 
 /// Sends requests with keys from MongoDB, which other workers use too.

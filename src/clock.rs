@@ -72,7 +72,7 @@ impl Clock for SystemClock {
 /// A clock that moves only by [`advance`](ManualClock::advance).
 ///
 /// All clones show the same time.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct ManualClock {
     now: watch::Sender<Duration>,
 }
@@ -81,18 +81,12 @@ impl ManualClock {
     /// Creates a clock at zero.
     #[must_use]
     pub fn new() -> Self {
-        Self { now: watch::Sender::new(Duration::ZERO) }
+        Self::default()
     }
 
     /// Advances the clock and wakes every sleeper whose deadline has passed.
     pub fn advance(&self, by: Duration) {
         self.now.send_modify(|now| *now = now.saturating_add(by));
-    }
-}
-
-impl Default for ManualClock {
-    fn default() -> Self {
-        Self::new()
     }
 }
 

@@ -47,7 +47,6 @@
 //! - [`classify`]: what a response says of its key.
 //! - [`RecoveryHandle`] and [`store`]: state that outlives a process, and is shared by several, in MongoDB for
 //!   one.
-//! - `KeyRotationMiddleware`: the layer for `reqwest-middleware`.
 //! - `same_origin_redirects`: a `reqwest` client that takes no key to another host.
 //!
 //! # Features
@@ -60,7 +59,7 @@
 //! | `metrics` | `KeyPool::record_metrics`: for the recorder of the `metrics` crate |
 //! | `mongodb` | `MongoStore`: keys and their state shared by many processes |
 //! | `reqwest` | the layer over `reqwest::Request` |
-//! | `reqwest-middleware` | `KeyRotationMiddleware`; brings `reqwest` |
+//! | `reqwest-middleware` | the layer as a middleware of `reqwest-middleware`; brings `reqwest` |
 //! | `serde` | statistics are `Serialize` |
 //! | `toml` | keys in a TOML file |
 //! | `full` | all of these |
@@ -83,13 +82,8 @@ mod sync;
 
 #[cfg(feature = "reqwest")]
 pub use self::service::redirects::same_origin_redirects;
-#[cfg(feature = "reqwest-middleware")]
-pub use self::service::reqwest_middleware::KeyRotationMiddleware;
 pub use self::{
-    key::{
-        Credentials, Inject, InjectError, InvalidKeyId, KeyId, KeySpec, ParsedKey, Rejected, Secret,
-        UnusableSecret,
-    },
+    key::{Credentials, Inject, InjectError, InvalidKeyId, KeyId, KeySpec, Rejected, Secret, UnusableSecret},
     limit::{Rest, Status},
     message::Replay,
     pool::{

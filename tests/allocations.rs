@@ -118,7 +118,7 @@ fn marking_a_key_allocates_only_the_response_extension() {
 #[test]
 fn failover_allocates_only_the_request_clone() {
     let pool = pool(10, &ManualClock::new());
-    let mut client = KeyRotationLayer::new(&pool).failover(Failover::default()).layer(Echo);
+    let mut client = KeyRotationLayer::new(&pool).failover(Failover::attempts(3)).layer(Echo);
     let clones = allocation_counter::measure(|| {
         for _ in 0..100 {
             drop(request("200"));

@@ -139,7 +139,7 @@ async fn a_chunked_body_past_the_limit_arrives_whole() {
         // And where it is read a second time, for the next attempt; here over hyper's client.
         pool.reset("alpha").await.unwrap();
         let http = Client::builder(TokioExecutor::new()).build_http::<Full<Bytes>>();
-        let client = rotation.failover(Failover::default().drain_up_to(limit)).layer(http);
+        let client = rotation.failover(Failover::attempts(3).drain_up_to(limit)).layer(http);
         let request = Request::get(server.url()).body(Full::default()).unwrap();
         let response = client.oneshot(request).await.unwrap();
         assert_eq!(response.status(), 429);
@@ -185,7 +185,7 @@ async fn f27_bodies_are_not_read_ahead_without_a_429() {
         let pool = pool(["alpha", "beta"], &ManualClock::new());
         let (server, bodies) = sending(status).await;
         let rotation = KeyRotationLayer::new(&pool).read_error_bodies(1024);
-        let client = rotation.failover(Failover::default()).layer(http());
+        let client = rotation.failover(Failover::attempts(3)).layer(http());
         // The head arrives before any of the body, and each chunk before the next is sent.
         let mut response = in_time(get(&client, &server.url())).await.unwrap();
         assert_eq!(response.status(), status);

@@ -15,11 +15,10 @@ use tower::{
     service_fn, timeout::TimeoutLayer, util::BoxCloneService,
 };
 use tower_key_rotation::{
-    BuildError, Error, Failover, InjectError, KeyPool, KeyRotation, KeyRotationLayer, KeyRotationMiddleware,
-    NoKeyAvailable, OperateError, RecoveryHandle, Rejected, UnusableSecret,
+    BuildError, Error, Failover, InjectError, KeyPool, KeyRotation, KeyRotationLayer, NoKeyAvailable,
+    OperateError, RecoveryHandle, Rejected, UnusableSecret,
     classify::{LlmGateway, TooManyRequests},
     clock::ManualClock,
-    service::ResponseFuture,
     store::StoreError,
 };
 
@@ -43,7 +42,7 @@ where
 async fn over_reqwest() {
     let (pool, server) = two_keys().await;
     let client = ServiceBuilder::new()
-        .layer(KeyRotationLayer::new(&pool).failover(Failover::default()))
+        .layer(KeyRotationLayer::new(&pool).failover(Failover::attempts(3)))
         .service(http());
     assert_eq!(answered(client, &server).await.status(), 200);
     assert_eq!(server.keys(), ["alpha", "beta"]);
@@ -54,7 +53,7 @@ async fn over_reqwest_with_middleware_of_its_own() {
     let (pool, server) = two_keys().await;
     let inner = reqwest_middleware::ClientBuilder::new(http()).build();
     let client = ServiceBuilder::new()
-        .layer(KeyRotationLayer::new(&pool).failover(Failover::default()))
+        .layer(KeyRotationLayer::new(&pool).failover(Failover::attempts(3)))
         .service(inner);
     assert_eq!(answered(client, &server).await.status(), 200);
 }
@@ -62,9 +61,7 @@ async fn over_reqwest_with_middleware_of_its_own() {
 #[tokio::test]
 async fn as_a_middleware_of_reqwest() {
     let (pool, server) = two_keys().await;
-    let client = reqwest_middleware::ClientBuilder::new(http())
-        .with(KeyRotationMiddleware::new(failover(&pool)))
-        .build();
+    let client = reqwest_middleware::ClientBuilder::new(http()).with(failover(&pool)).build();
     assert_eq!(client.get(server.url()).send().await.unwrap().status(), 200);
 }
 
@@ -72,7 +69,7 @@ async fn as_a_middleware_of_reqwest() {
 async fn over_a_hyper_client() {
     let (pool, server) = two_keys().await;
     let mut client = ServiceBuilder::new()
-        .layer(KeyRotationLayer::new(&pool).failover(Failover::default()))
+        .layer(KeyRotationLayer::new(&pool).failover(Failover::attempts(3)))
         .service(Client::builder(TokioExecutor::new()).build_http::<Full<Bytes>>());
     let request = Request::post(server.url()).body(Full::from("ask")).unwrap();
     let response = client.ready().await.unwrap().call(request).await.unwrap();
@@ -101,7 +98,7 @@ async fn layers_compose_under_buffer_limit_timeout_and_box() {
         .layer(ConcurrencyLimitLayer::new(1))
         .layer(TimeoutLayer::new(Duration::from_secs(10)))
         .layer_fn(BoxCloneService::new)
-        .layer(KeyRotationLayer::new(&pool).failover(Failover::default()))
+        .layer(KeyRotationLayer::new(&pool).failover(Failover::attempts(3)))
         .service(http());
     assert_eq!(answered(client.clone(), &server).await.status(), 200);
     assert_eq!(answered(client, &server).await.status(), 200);
@@ -113,7 +110,7 @@ async fn over_a_buffer_a_limit_and_a_timeout() {
     let (pool, server) = two_keys().await;
     let client = ServiceBuilder::new()
         .map_err(Error::into_inner)
-        .layer(KeyRotationLayer::new(&pool).failover(Failover::default()))
+        .layer(KeyRotationLayer::new(&pool).failover(Failover::attempts(3)))
         .layer(BufferLayer::new(8))
         .layer(ConcurrencyLimitLayer::new(1))
         .layer(TimeoutLayer::new(Duration::from_secs(10)))
@@ -147,7 +144,7 @@ fn pool_layers_and_services_are_send_and_shareable() {
     shared::<FailingOver<reqwest::Client>>();
     shared::<FailingOver<Client<hyper_util::client::legacy::connect::HttpConnector, Full<Bytes>>>>();
     shared::<NoKeyAvailable>();
-    sent::<ResponseFuture<std::future::Ready<()>, LlmGateway>>();
+    sent::<<KeyRotation<reqwest::Client, LlmGateway> as Service<reqwest::Request>>::Future>();
     sent::<<FailingOver<reqwest::Client> as Service<reqwest::Request>>::Future>();
     sent::<RecoveryHandle>();
 }

@@ -15,10 +15,7 @@ use tower::Layer;
 use tower_key_rotation::{
     KeyPool, KeyRotationLayer, RecoveryHandle, Secret, Status,
     classify::LlmGateway,
-    store::{
-        MongoStore,
-        mongodb::{DataKeys, MongoStoreBuilder},
-    },
+    store::mongodb::{DataKeys, MongoStore, MongoStoreBuilder},
 };
 
 const STANDBY: &str = "standby_keys";

@@ -31,7 +31,7 @@ use tower::{
     retry::budget::{Budget, TpsBudget},
 };
 use tower_key_rotation::{
-    Failover, KeyRotationLayer, Status, classify::LlmGateway, clock::ManualClock, service::CloneRequest,
+    Failover, KeyRotationLayer, NoKeyAvailable, Status, classify::LlmGateway, clock::ManualClock,
 };
 
 #[tokio::test]
@@ -131,7 +131,7 @@ async fn over_hyper_the_last_429_arrives_whole() {
     let pool = pool(["alpha", "beta"], &ManualClock::new());
     let server = Server::answering(|| answer_with(429, DETAIL, long_body())).await;
     let client = Client::builder(TokioExecutor::new()).build_http::<Full<Bytes>>();
-    let client = KeyRotationLayer::new(&pool).failover(Failover::default()).layer(client);
+    let client = KeyRotationLayer::new(&pool).failover(Failover::attempts(3)).layer(client);
 
     let request = Request::post(server.url()).body(Full::from("prompt")).unwrap();
     let response = client.clone().oneshot(request).await.unwrap();
@@ -142,7 +142,7 @@ async fn over_hyper_the_last_429_arrives_whole() {
     assert!(server.requests().iter().all(|request| request.body() == "prompt"));
 
     let request = Request::get(server.url()).body(Full::default()).unwrap();
-    assert!(client.oneshot(request).await.unwrap_err().no_key_available().is_some());
+    assert!(NoKeyAvailable::find(&client.oneshot(request).await.unwrap_err()).is_some());
 }
 
 #[tokio::test]
@@ -150,7 +150,7 @@ async fn over_hypers_client_too_the_other_key_answers() {
     let pool = pool(["alpha", "beta"], &ManualClock::new());
     let server = Server::limiting(["alpha"]).await;
     let client = Client::builder(TokioExecutor::new()).build_http::<Full<Bytes>>();
-    let client = KeyRotationLayer::new(&pool).failover(Failover::default()).layer(client);
+    let client = KeyRotationLayer::new(&pool).failover(Failover::attempts(3)).layer(client);
     let request = Request::get(server.url()).body(Full::default()).unwrap();
     let response = client.oneshot(request).await.unwrap();
     assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "fine");
@@ -164,7 +164,7 @@ async fn f19_the_budget_bounds_attempts_with_100_limited_keys() {
     let pool = builder(0..100, &ManualClock::new()).build().unwrap();
     let server = Server::answering(|| answer(429, "the whole account")).await;
     let budget = TpsBudget::new(10 * SECOND, 1, 0.2);
-    let client = failing_over(KeyRotationLayer::new(&pool).failover(Failover::default().budget(budget)));
+    let client = failing_over(KeyRotationLayer::new(&pool).failover(Failover::attempts(3).budget(budget)));
     for _ in 0..REQUESTS {
         assert_eq!(status(&client, &server.url()).await, 429);
     }
@@ -212,7 +212,7 @@ async fn f19_only_successes_deposit_once_into_the_retry_budget() {
         let budget = Counting::default();
         let pool = builder(keys, &ManualClock::new()).build().unwrap();
         let client =
-            failing_over(KeyRotationLayer::new(&pool).failover(Failover::default().budget(budget.clone())));
+            failing_over(KeyRotationLayer::new(&pool).failover(Failover::attempts(3).budget(budget.clone())));
         let status = status(&client, &server.url()).await;
         assert_eq!((status, budget.0.load(Relaxed)), expected, "{keys:?}");
     }
@@ -220,7 +220,7 @@ async fn f19_only_successes_deposit_once_into_the_retry_budget() {
     let budget = Counting::default();
     let pool = pool(["healthy"], &ManualClock::new());
     let client =
-        failing_over(KeyRotationLayer::new(&pool).failover(Failover::default().budget(budget.clone())));
+        failing_over(KeyRotationLayer::new(&pool).failover(Failover::attempts(3).budget(budget.clone())));
     let mut request = reqwest::Request::new(reqwest::Method::POST, server.url().parse().unwrap());
     *request.body_mut() = Some(reqwest::Body::wrap_stream(iter(["one"].map(Ok::<_, std::io::Error>))));
     assert_eq!(send(&client, request).await.unwrap().status(), 200);
@@ -257,16 +257,14 @@ struct KeptWhileSent {
     spent: Arc<AtomicUsize>,
 }
 
-impl CloneRequest<reqwest::Request> for KeptWhileSent {
-    type Kept = reqwest::Request;
-
-    fn keep(&self, request: &reqwest::Request) -> Option<reqwest::Request> {
-        request.try_clone()
-    }
-
-    fn again(&self, kept: &reqwest::Request) -> Option<reqwest::Request> {
+impl KeptWhileSent {
+    fn clone_request(&self, request: &reqwest::Request) -> Option<reqwest::Request> {
+        let mut clone = request.try_clone()?;
+        if clone.headers_mut().insert("x-kept", HeaderValue::from_static("")).is_none() {
+            return Some(clone);
+        }
         self.asked.fetch_add(1, Relaxed);
-        kept.try_clone().filter(|_| self.can_be_sent)
+        self.can_be_sent.then_some(clone)
     }
 }
 
@@ -286,7 +284,10 @@ async fn sent_while_kept(keys: &[&str], can_be_sent: bool) -> (Vec<String>, u16,
     let server = Server::limiting(["alpha"]).await;
     let kept = KeptWhileSent { can_be_sent, ..KeptWhileSent::default() };
     // To wait would be in vain, too; and it would never end, since nobody turns the clock.
-    let failover = Failover::default().budget(kept.clone()).clone_with(kept.clone());
+    let asked = kept.clone();
+    let failover = Failover::attempts(3)
+        .budget(kept.clone())
+        .clone_with(move |request: &reqwest::Request| asked.clone_request(request));
     let client = KeyRotationLayer::new(&pool).failover(failover).wait_up_to(10 * MINUTE).layer(http());
     let response = in_time(send(&client, get_request(&server.url()))).await.unwrap();
     let status = response.status().as_u16();
@@ -403,7 +404,8 @@ async fn an_undrained_429_body_costs_only_its_connection() {
         }
     })
     .await;
-    let client = failing_over(KeyRotationLayer::new(&pool).failover(Failover::default().drain_up_to(1_000)));
+    let client =
+        failing_over(KeyRotationLayer::new(&pool).failover(Failover::attempts(3).drain_up_to(1_000)));
     assert_eq!(in_time(status(&client, &server.url())).await, 200);
     assert_eq!(server.connections(), 2);
 }
@@ -502,7 +504,7 @@ async fn f20_a_request_fails_fast_beyond_its_wait_limit() {
     assert_eq!(status(&rotating(&pool), &server.url()).await, 429);
     let client = failing_over(failover(&pool).wait_up_to(2 * MINUTE - INSTANT));
     let error = in_time(spawn_get(&client, &server.url())).await.unwrap().unwrap_err();
-    assert_eq!(error.no_key_available().unwrap().retry_in(), Some(2 * MINUTE));
+    assert_eq!(NoKeyAvailable::find(&error).unwrap().retry_in(), Some(2 * MINUTE));
     clock.advance(INSTANT);
     let waiting = spawn_get(&client, &server.url());
     settle().await;
@@ -539,7 +541,7 @@ async fn f20_a_cooldown_extended_beyond_the_limit_fails_waiters() {
     assert_eq!(held.await.unwrap().unwrap(), 429);
     clock.advance(3 * MINUTE);
     let error = in_time(waiting).await.unwrap().unwrap_err();
-    assert_eq!(error.no_key_available().unwrap().retry_in(), Some(17 * MINUTE));
+    assert_eq!(NoKeyAvailable::find(&error).unwrap().retry_in(), Some(17 * MINUTE));
     assert_eq!(server.count(), 2);
 }
 

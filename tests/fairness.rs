@@ -14,7 +14,7 @@ use http::{Request, Response};
 use proptest::prelude::*;
 use tower::{Layer, Service, service_fn};
 use tower_key_rotation::{
-    KeyId, KeyPool, KeyRotation, KeyRotationLayer, KeySpec, Status,
+    KeyId, KeyPool, KeyRotation, KeyRotationLayer, KeySpec, NoKeyAvailable, Status,
     clock::ManualClock,
     store::{KeyStore, MemoryStore, Operation},
 };
@@ -279,7 +279,7 @@ fn f29_next_return_is_known_fast_with_100000_keys() {
         let start = Instant::now();
         let request = Request::get("https://api.example.com").body(200).expect("a request");
         let error = client.call(request).now_or_never().expect("at once").expect_err("no key");
-        let no_key = error.no_key_available().expect("an error about keys");
+        let no_key = NoKeyAvailable::find(&error).expect("an error about keys");
         assert_eq!(no_key.retry_in(), Some(Duration::from_secs(100)));
         quickest = quickest.min(start.elapsed());
     }

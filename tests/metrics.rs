@@ -124,11 +124,11 @@ async fn metrics_report_exhausted_retry_budgets_and_wait_times() {
     let keys = [("alpha", "l-1"), ("beta", "l-2")];
     let pool = KeyPool::builder().name("openai").clock(clock.clone()).keys(keys).build().unwrap();
     let nothing = tower::retry::budget::TpsBudget::new(Duration::from_secs(10), 0, 0.0);
-    client(failover(&pool, Failover::default().budget(nothing))).call(request()).await.unwrap();
+    client(failover(&pool, Failover::attempts(3).budget(nothing))).call(request()).await.unwrap();
     pool.record_metrics();
     assert_eq!(recorded(&metrics)["key_rotation_failover_budget_used_up_total"], 1.0);
 
-    client(failover(&pool, Failover::default())).call(request()).await.unwrap();
+    client(failover(&pool, Failover::attempts(3))).call(request()).await.unwrap();
     let mut waiting = client(failover(&pool, Failover::attempts(1)).wait_up_to(10 * MINUTE));
     let (answer, ()) = tokio::join!(waiting.call(request()), async {
         settle().await;
@@ -147,7 +147,7 @@ async fn metrics_report_passes_and_store_errors() {
     let pool = KeyPool::builder().name("openai").clock(clock.clone()).key("alpha", "l-1");
     let pool = pool.open(store.clone()).await.unwrap();
     let recovery = RecoveryHandle::spawn_with(&pool, passes_by_hand());
-    client(failover(&pool, Failover::default())).call(request()).await.unwrap();
+    client(failover(&pool, Failover::attempts(3))).call(request()).await.unwrap();
     recovery.sweep_now().await.outcome.unwrap();
     clock.advance(2 * MINUTE);
     recovery.sweep_now().await.outcome.unwrap();

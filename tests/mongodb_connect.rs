@@ -55,7 +55,7 @@ async fn names_that_are_configured_are_used_for_everything() {
     keys.insert_many([key("alpha"), key("beta")]).await.unwrap();
     let spare = doc! { "_id": "spare", "token": "sk-spare", "isUsed": false, "activated": false };
     standby.insert_one(spare).await.unwrap();
-    let fields = Fields::new()
+    let fields = Fields::default()
         .api_key("token")
         .status("state")
         .cooldown_until("restsUntil")
@@ -133,39 +133,38 @@ async fn keys_default_to_the_database_of_the_uri() {
 #[tokio::test]
 async fn uris_without_a_database_are_refused_with_advice() {
     let refused = error(MongoStore::connect("mongodb://127.0.0.1:1").await);
-    assert_eq!(refused, ConnectError::NoDatabase);
     assert!(refused.to_string().contains("mongodb://host/gateway"), "{refused}");
 }
 
 #[tokio::test]
 async fn invalid_mongodb_names_are_refused_and_quoted() {
     const NOWHERE: &str = "mongodb://127.0.0.1:1";
+    let invalid = |name: &str| format!("{name:?} can't be the name of a MongoDB database or collection here");
+    let invalid_field =
+        |name: &str| format!("{name:?} can't be the name of a field, or another field has it");
     let at = async |builder: tower_key_rotation::store::mongodb::MongoStoreBuilder| {
         error(builder.connect_later(NOWHERE).await)
     };
     for name in ["", "a b", "a.b", "a$b", "a/b", "a\\b", "a\"b", "a\0b"] {
         let refused = at(MongoStore::builder().database(name)).await;
-        assert_eq!(refused, ConnectError::Name(name.into()));
-        assert!(refused.to_string().contains(&format!("{name:?}")), "{refused}");
+        assert_eq!(refused.to_string(), invalid(name));
     }
     for name in ["", "a$b", "a\0b"] {
-        let named = ConnectError::Name(name.into());
-        assert_eq!(at(MongoStore::builder().collection(name)).await, named);
-        assert_eq!(at(MongoStore::builder().standby_collection(name)).await, named);
+        assert_eq!(at(MongoStore::builder().collection(name)).await.to_string(), invalid(name));
+        assert_eq!(at(MongoStore::builder().standby_collection(name)).await.to_string(), invalid(name));
     }
     let same = MongoStore::builder().collection("keys").standby_collection("keys");
-    assert_eq!(at(same).await, ConnectError::Name("keys".into()));
-    let fields = |name: &str| Fields::new().cooldown_until(name);
+    assert_eq!(at(same).await.to_string(), invalid("keys"));
+    let fields = |name: &str| Fields::default().cooldown_until(name);
     for name in ["", "$rests", "a.b", "a\0b", "_id", "status", "exhaustedUntil", "usageWriters"] {
         let refused = at(MongoStore::builder().fields(fields(name))).await;
-        assert_eq!(refused, ConnectError::Field(name.into()));
-        assert!(refused.to_string().contains(&format!("{name:?}")), "{refused}");
+        assert_eq!(refused.to_string(), invalid_field(name));
     }
 
     let client = Client::with_uri_str(NOWHERE).await.unwrap();
-    assert_eq!(error(MongoStore::builder().database("a b").over(&client)), ConnectError::Name("a b".into()));
+    assert_eq!(error(MongoStore::builder().database("a b").over(&client)).to_string(), invalid("a b"));
     let connected = MongoStore::builder().fields(fields("status")).connect(NOWHERE).await;
-    assert_eq!(error(connected), ConnectError::Field("status".into()));
+    assert_eq!(error(connected).to_string(), invalid_field("status"));
 }
 
 #[tokio::test]
@@ -214,14 +213,15 @@ async fn s01_uri_errors_and_logs_omit_the_password() {
     let mut leaks = Vec::new();
     for uri in shapes.iter().flat_map(|shape| passwords.map(shape)) {
         let Err(refused) = builder.clone().connect_later(&uri).await else { continue };
-        assert!(matches!(refused, ConnectError::Uri(_)), "{uri:?}: {refused}");
+        assert!(refused.to_string().starts_with("the MongoDB URI can't be used"), "{uri:?}: {refused}");
+        assert!(!refused.is_unreachable());
         if all_that_it_says(&refused).to_lowercase().contains("hunter2") {
             leaks.push((uri, refused.to_string()));
         }
     }
     assert!(leaks.is_empty(), "{leaks:#?}");
     let unreachable = error(builder.connect(shapes[0]("hunter2%40%2F")).await);
-    assert!(matches!(unreachable, ConnectError::Unreachable(_) | ConnectError::NoAnswer(_)), "{unreachable}");
+    assert!(unreachable.is_unreachable(), "{unreachable}");
     assert!(!all_that_it_says(&unreachable).contains("hunter2"), "{unreachable:?}");
     assert!(!logs.text().contains("hunter2"));
 }
@@ -252,7 +252,7 @@ async fn f01_failed_authentication_names_its_cause_but_no_password() {
     let uri = format!("mongodb://nobody:hunter2@{}/?directConnection=true", address(&mongo));
     let refused = error(mongo.builder().connect(uri).await);
     let said = all_that_it_says(&refused);
-    assert!(matches!(refused, ConnectError::Unreachable(_)), "{said}");
+    assert!(refused.is_unreachable(), "{said}");
     assert!(said.to_lowercase().contains("auth"), "{said}");
     assert!(!said.contains("hunter2"), "{said}");
 }
@@ -374,11 +374,11 @@ async fn assert_acknowledged_and_from_the_primary(options: &str) {
     // Only an acknowledged write tells these apart.
     mongo.insert("taken").await;
     let taken = process.pool.insert("taken", "sk-other").await;
-    assert!(matches!(taken, Err(OperateError::KeyExists(_))), "{taken:?}");
+    assert!(taken.as_ref().is_err_and(OperateError::is_taken), "{taken:?}");
     mongo.keys().delete_one(doc! { "_id": "alpha" }).await.unwrap();
     if process.status("alpha").is_some() {
         let gone = process.pool.reset("alpha").await;
-        assert!(matches!(gone, Err(OperateError::UnknownKey(_))), "{gone:?}");
+        assert!(gone.as_ref().is_err_and(OperateError::is_unknown_key), "{gone:?}");
     }
     process.recovery.shutdown().await.unwrap();
     store.ensure_indexes().await.unwrap();

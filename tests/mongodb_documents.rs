@@ -18,7 +18,7 @@ use proptest::{
 use support::{mongo::*, *};
 use tower_key_rotation::{
     Error, KeyId, KeyPool, KeyRotation, RecoveryHandle, Status,
-    store::{KeyStore, MongoStore},
+    store::{KeyStore, mongodb::MongoStore},
 };
 
 const HOUR: Duration = Duration::from_secs(60 * 60);

@@ -11,7 +11,7 @@ use mongodb::bson::{Bson, DateTime, Document, doc};
 use support::mongo::*;
 use tower_key_rotation::{
     KeyId, KeySpec, Rest,
-    store::{Born, KeyStore, Mark, MongoStore, Operation, Resting, Scope, Standing, Until, Words},
+    store::{Born, KeyStore, Mark, Operation, Resting, Scope, Standing, Until, Words, mongodb::MongoStore},
 };
 
 /// When a rest ends, and why: 1 rate limited, 2 exhausted, 3 revoked. The later one is the greater one.

@@ -16,8 +16,8 @@ use tokio::{sync::mpsc, time::sleep};
 use tower_key_rotation::{
     KeyId, KeyPool, KeyRotation, RecoveryHandle, Status,
     store::{
-        Change, KeyStore, Loaded, Mark, MongoStore, Operation, Recovered, Replaced, Standing, StoreFuture,
-        Usage,
+        Change, KeyStore, Loaded, Mark, Operation, Recovered, Replaced, Standing, StoreFuture, Usage,
+        mongodb::MongoStore,
     },
 };
 

@@ -11,8 +11,8 @@ use tokio::{sync::mpsc, time::timeout};
 use tower_key_rotation::{
     KeyId, KeySpec, Rest,
     store::{
-        Born, Change, KeyRecord, KeyStore, Loaded, Mark, MongoStore, Operation, Recovered, Resting, Scope,
-        Standing, Until, Usage, Words,
+        Born, Change, KeyRecord, KeyStore, Loaded, Mark, Operation, Recovered, Resting, Scope, Standing,
+        Until, Usage, Words, mongodb::MongoStore,
     },
 };
 
@@ -664,8 +664,13 @@ async fn whole_specs_are_kept_and_writable_by_others() {
     let bench = Bench::new().await;
     let number = |number| std::num::NonZeroU32::new(number).unwrap();
     let spec = |id: &str| {
-        let spec = KeySpec::new(key(id), format!("sk-{id}")).group("$org").tier(2).weight(number(3));
-        spec.max_in_flight(number(4)).endpoint("https://eu.example.com")
+        let mut spec = KeySpec::new(key(id), format!("sk-{id}"));
+        spec.group = Some("$org".into());
+        spec.tier = Some(2);
+        spec.weight = Some(number(3));
+        spec.max_in_flight = Some(number(4));
+        spec.endpoint = Some("https://eu.example.com".into());
+        spec
     };
     bench.operate("beta", Operation::Insert(spec("beta"))).await.unwrap();
     assert_eq!(bench.record("beta").await.spec, spec("beta"));

@@ -22,7 +22,8 @@ use support::*;
 use tokio::sync::{Semaphore, oneshot};
 use tower::{Layer, Service, ServiceExt, service_fn};
 use tower_key_rotation::{
-    Error, Inject, KeyId, KeyPool, KeyRotationLayer, RecoveryConfig, RecoveryHandle, ServedBy, Status,
+    Error, Inject, KeyId, KeyPool, KeyRotationLayer, NoKeyAvailable, RecoveryConfig, RecoveryHandle,
+    ServedBy, Status,
     classify::LlmGateway,
     clock::{Clock, ManualClock, Sleep},
     store::{MemoryStore, Until},
@@ -237,14 +238,14 @@ async fn f20_no_available_key_fails_immediately_with_retry_time() {
     clock.advance(50 * SECOND);
 
     let error = get(&client, &server.url()).await.unwrap_err();
-    let no_key = error.no_key_available().expect("it says that there is no key");
+    let no_key = NoKeyAvailable::find(&error).expect("it says that there is no key");
     assert_eq!(no_key.retry_in(), Some(40 * SECOND));
     assert!(!no_key.is_empty_pool());
     assert_eq!(server.count(), 2, "a resting key was used");
 
     clock.advance(40 * SECOND - INSTANT);
     let error = get(&client, &server.url()).await.unwrap_err();
-    assert_eq!(error.no_key_available().unwrap().retry_in(), Some(INSTANT));
+    assert_eq!(NoKeyAvailable::find(&error).unwrap().retry_in(), Some(INSTANT));
     clock.advance(INSTANT);
     assert_eq!(status(&client, &server.url()).await, 429);
     assert_eq!(server.keys(), ["alpha", "beta", "alpha"]);
@@ -258,7 +259,7 @@ async fn f21_an_empty_pool_errors_until_the_first_insert() {
     let client = failing_over(failover(&pool).wait_up_to(MINUTE));
 
     let error = in_time(get(&client, &server.url())).await.unwrap_err();
-    let no_key = error.no_key_available().unwrap();
+    let no_key = NoKeyAvailable::find(&error).unwrap();
     assert!(no_key.is_empty_pool() && no_key.retry_in().is_none());
     assert!(no_key.to_string().contains("the pool is empty"), "{no_key}");
     assert_eq!(error.to_string(), "the request was not sent");
@@ -359,7 +360,8 @@ async fn f11_a_late_200_clears_no_cooldown() {
     release.add_permits(1);
     assert_eq!(held.await.unwrap(), 200);
     assert_eq!(time_left(&pool, "alpha"), Some(MINUTE));
-    assert!(get(&client, &server.url()).await.unwrap_err().no_key_available().is_some());
+    let error = get(&client, &server.url()).await.unwrap_err();
+    assert!(NoKeyAvailable::find(&error).is_some());
 
     // Its end does, and so does an operator.
     let fine = format!("{}?ok", server.url());
@@ -726,7 +728,7 @@ async fn a_revoked_key_stays_unavailable_until_reset() {
     revoked.store(false, SeqCst);
     clock.advance(1_000 * HOUR);
     let error = get(&client, &server.url()).await.unwrap_err();
-    assert_eq!(error.no_key_available().unwrap().retry_in(), None);
+    assert_eq!(NoKeyAvailable::find(&error).unwrap().retry_in(), None);
     pool.reset("alpha").await.unwrap();
     assert_eq!(status(&client, &server.url()).await, 200);
 }
@@ -790,7 +792,7 @@ async fn concurrent_requests_never_use_a_key_after_429() {
                         response.bytes().await.unwrap();
                     }
                     Err(error) => {
-                        error.no_key_available().expect("nothing else goes wrong");
+                        NoKeyAvailable::find(&error).expect("nothing else goes wrong");
                         return seen;
                     }
                 }

@@ -30,7 +30,7 @@ use proptest_state_machine::{ReferenceStateMachine, StateMachineTest, prop_state
 use support::{FaultyStore, Mode, SECOND, model::*, passes_by_hand};
 use tokio::{runtime::Runtime, task::yield_now};
 use tower_key_rotation::{
-    KeyPool, KeySpec, MarksNotWritten, OperateError, RecoveryHandle, Status,
+    KeyPool, KeySpec, MarksNotWritten, RecoveryHandle, Status,
     clock::{Clock, ManualClock},
     store::{Born, Change, KeyStore, Mark, MemoryStore, Operation, Resting, Standing, Until, Words},
 };
@@ -862,9 +862,9 @@ impl RealProcess {
         self.spawn(changing, |done, outcome| {
             done.changes.push(match outcome {
                 Ok(()) => Outcome::Done,
-                Err(OperateError::UnknownKey(_)) => Outcome::UnknownKey,
-                Err(OperateError::KeyExists(_)) => Outcome::KeyExists,
-                Err(OperateError::Store(_)) => Outcome::StoreFailed,
+                Err(error) if error.is_unknown_key() => Outcome::UnknownKey,
+                Err(error) if error.is_taken() => Outcome::KeyExists,
+                Err(error) if error.is_store_failure() => Outcome::StoreFailed,
                 Err(error) => panic!("{error:?}"),
             });
         });

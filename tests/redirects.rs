@@ -9,9 +9,7 @@ use hyper_util::{client::legacy::Client, rt::TokioExecutor};
 use support::{Server, answer, answer_with, http};
 use tower::{Layer, ServiceExt};
 use tower_http::follow_redirect::{FollowRedirectLayer, policy::SameOrigin};
-use tower_key_rotation::{
-    Inject, KeyPool, KeyPoolBuilder, KeyRotationLayer, KeyRotationMiddleware, same_origin_redirects,
-};
+use tower_key_rotation::{Inject, KeyPool, KeyPoolBuilder, KeyRotationLayer, same_origin_redirects};
 
 const SECRET: &str = "sk-canary/1+2";
 const PERCENT_ENCODED: &str = "sk-canary%2F1%2B2";
@@ -92,9 +90,8 @@ async fn s02_reqwest_middleware_sends_other_origins_no_key() {
     for_every_redirect!(|first, second, inject, method, case| {
         let pool = pool(inject).build().unwrap();
         let client = same_origin_redirects(reqwest::Client::builder().no_proxy()).build().unwrap();
-        let client = reqwest_middleware::ClientBuilder::new(client)
-            .with(KeyRotationMiddleware::new(KeyRotationLayer::new(&pool)))
-            .build();
+        let client =
+            reqwest_middleware::ClientBuilder::new(client).with(KeyRotationLayer::new(&pool)).build();
         let response = client.request(method, url(&first)).send().await.unwrap();
         is_the_redirect(&response, &second, &case);
     });

@@ -14,16 +14,15 @@ use http::{Extensions, header::AUTHORIZATION};
 use reqwest_middleware::{ClientBuilder, ClientWithMiddleware, Error, Middleware, Next};
 use support::*;
 use tower_key_rotation::{
-    Inject, InjectError, KeyPool, KeyRotationLayer, KeyRotationMiddleware, NoKeyAvailable, ServedBy, Status,
-    clock::ManualClock,
+    Inject, InjectError, KeyPool, KeyRotationLayer, NoKeyAvailable, ServedBy, Status, clock::ManualClock,
 };
 
 fn client(middleware: impl Middleware) -> ClientWithMiddleware {
     ClientBuilder::new(http()).with(middleware).build()
 }
 
-fn rotation(pool: &KeyPool) -> KeyRotationMiddleware {
-    KeyRotationMiddleware::new(KeyRotationLayer::new(pool))
+fn rotation(pool: &KeyPool) -> KeyRotationLayer {
+    KeyRotationLayer::new(pool)
 }
 
 fn rotating(pool: &KeyPool) -> ClientWithMiddleware {
@@ -31,7 +30,7 @@ fn rotating(pool: &KeyPool) -> ClientWithMiddleware {
 }
 
 fn failing_over(layer: FailoverLayer) -> ClientWithMiddleware {
-    client(KeyRotationMiddleware::new(layer))
+    client(layer)
 }
 
 async fn status(client: &ClientWithMiddleware, server: &Server) -> u16 {
@@ -187,11 +186,7 @@ async fn error_body_hints_require_read_error_bodies() {
         let pool = pool(["alpha"], &ManualClock::new());
         let server = Server::answering(|| answer(429, RETRY_INFO)).await;
         let layer = KeyRotationLayer::new(&pool);
-        let client = if read {
-            client(KeyRotationMiddleware::new(layer.read_error_bodies(1024)))
-        } else {
-            client(KeyRotationMiddleware::new(layer))
-        };
+        let client = if read { client(layer.read_error_bodies(1024)) } else { client(layer) };
         let response = client.get(server.url()).send().await.unwrap();
         assert_eq!(time_left(&pool, "alpha"), Some(rests));
         assert_eq!(response.text().await.unwrap(), RETRY_INFO);
@@ -254,11 +249,8 @@ async fn outer_middleware_sees_one_request_inner_every_attempt() {
     let pool = pool(["alpha", "beta"], &ManualClock::new());
     let server = Server::limiting(["alpha"]).await;
     let (before, behind) = (Witness::default(), Witness::default());
-    let client = ClientBuilder::new(http())
-        .with(before.clone())
-        .with(KeyRotationMiddleware::new(failover(&pool)))
-        .with(behind.clone())
-        .build();
+    let client =
+        ClientBuilder::new(http()).with(before.clone()).with(failover(&pool)).with(behind.clone()).build();
     assert_eq!(status(&client, &server).await, 200);
     assert_eq!(*before.seen.lock().unwrap(), [false]);
     assert_eq!(*behind.seen.lock().unwrap(), [true, true]);

@@ -21,7 +21,7 @@ use hyper_util::{client::legacy::Client, rt::TokioExecutor};
 use support::*;
 use tower::{Layer, Service, ServiceExt, service_fn};
 use tower_key_rotation::{
-    Failover, KeyPool, KeyRotationLayer, KeyRotationMiddleware, Status,
+    Failover, KeyPool, KeyRotationLayer, Status,
     classify::{ResponseHead, Verdict},
     clock::ManualClock,
 };
@@ -162,7 +162,8 @@ async fn f34_the_caller_can_answer_for_its_clones() {
         Some(clone)
     };
     let (received, service) = limits_alpha(true);
-    let client = KeyRotationLayer::new(&pool).failover(Failover::default().clone_with(clone)).layer(service);
+    let client =
+        KeyRotationLayer::new(&pool).failover(Failover::attempts(3).clone_with(clone)).layer(service);
     let request = Request::post(URL).body(Shared::of_unknown_length(text)).unwrap();
     assert_eq!(client.oneshot(request).await.unwrap().status(), 201);
     assert_eq!(*received.lock().unwrap(), [text, text]);
@@ -216,8 +217,7 @@ async fn f35_nor_is_it_executed_twice_by_the_middleware() {
     let server = Server::answering(|| answer_with(201, [("x-ratelimit-remaining", "0")], "made")).await;
     let pool = two_keys();
     let layer = failover(&pool).classify(rests_at_zero);
-    let client =
-        reqwest_middleware::ClientBuilder::new(http()).with(KeyRotationMiddleware::new(layer)).build();
+    let client = reqwest_middleware::ClientBuilder::new(http()).with(layer).build();
     let response = client.post(server.url()).body("order").send().await.unwrap();
     assert_eq!((response.status().as_u16(), server.count()), (201, 1));
     assert_eq!(stats_of(&pool, "alpha").status, Status::RateLimited);

@@ -29,8 +29,8 @@ use tower::{
     service_fn, util::BoxCloneService,
 };
 use tower_key_rotation::{
-    Error, Failover, Inject, KeyPool, KeyRotationLayer, Replay, Status, classify::ResponseHead,
-    clock::ManualClock,
+    Error, Failover, Inject, KeyPool, KeyRotationLayer, NoKeyAvailable, Replay, Status,
+    classify::ResponseHead, clock::ManualClock,
 };
 use tower_test::mock;
 
@@ -107,7 +107,7 @@ fn f25_the_client_reports_its_services_readiness() {
     assert!(client.is_woken());
     assert_ready!(client.poll_ready()).unwrap();
 
-    let layers = ServiceBuilder::new().layer(KeyRotationLayer::new(&pool).failover(Failover::default()));
+    let layers = ServiceBuilder::new().layer(KeyRotationLayer::new(&pool).failover(Failover::attempts(3)));
     let (mut client, mut handle) = mock::spawn_with(|mock: Mock| layers.service(mock));
     handle.allow(0);
     assert_pending!(client.poll_ready::<Req>());
@@ -124,7 +124,7 @@ fn f25_a_readiness_error_passes_through_as_inner() {
     let error = assert_ready!(client.poll_ready()).unwrap_err();
     assert!(matches!(&error, Error::Inner(inner) if inner.to_string() == "closed"), "{error:?}");
 
-    let layers = ServiceBuilder::new().layer(KeyRotationLayer::new(&pool).failover(Failover::default()));
+    let layers = ServiceBuilder::new().layer(KeyRotationLayer::new(&pool).failover(Failover::attempts(3)));
     let (mut client, mut handle) = mock::spawn_with(|mock: Mock| layers.service(mock));
     handle.send_error("closed");
     let error = assert_ready!(client.poll_ready::<Req>()).unwrap_err();
@@ -135,7 +135,7 @@ fn f25_a_readiness_error_passes_through_as_inner() {
 #[test]
 fn f25_a_second_attempt_waits_for_service_readiness() {
     let (pool, _) = pool(2);
-    let layers = ServiceBuilder::new().layer(KeyRotationLayer::new(&pool).failover(Failover::default()));
+    let layers = ServiceBuilder::new().layer(KeyRotationLayer::new(&pool).failover(Failover::attempts(3)));
     let (mut client, mut handle) = mock::spawn_with(|mock: Mock| layers.service(mock));
     handle.allow(1);
     assert_ready!(client.poll_ready::<Req>()).unwrap();
@@ -161,7 +161,7 @@ fn f25_a_second_attempt_waits_for_service_readiness() {
 #[test]
 fn f25_a_readiness_error_between_attempts_fails_the_request() {
     let (pool, _) = pool(2);
-    let layers = ServiceBuilder::new().layer(KeyRotationLayer::new(&pool).failover(Failover::default()));
+    let layers = ServiceBuilder::new().layer(KeyRotationLayer::new(&pool).failover(Failover::attempts(3)));
     let (mut client, mut handle) = mock::spawn_with(|mock: Mock| layers.service(mock));
     handle.allow(1);
     assert_ready!(client.poll_ready::<Req>()).unwrap();
@@ -222,7 +222,7 @@ async fn f25_an_unready_service_is_never_called() {
     let strict = Strict::new(answers(&[200, 429, 429, 200, 200, 429, 200]));
     let calls = strict.calls.clone();
     let mut client = ServiceBuilder::new()
-        .layer(KeyRotationLayer::new(&pool).failover(Failover::default()))
+        .layer(KeyRotationLayer::new(&pool).failover(Failover::attempts(3)))
         .service(strict);
     for _ in 0..4 {
         assert_eq!(client.ready().await.unwrap().call(request()).await.unwrap().status(), 200);
@@ -234,7 +234,7 @@ async fn f25_an_unready_service_is_never_called() {
 async fn f25_a_waiting_request_never_calls_an_unready_service() {
     let (pool, clock) = pool(1);
     let mut client = ServiceBuilder::new()
-        .layer(KeyRotationLayer::new(&pool).failover(Failover::default()).wait_up_to(2 * COOLDOWN))
+        .layer(KeyRotationLayer::new(&pool).failover(Failover::attempts(3)).wait_up_to(2 * COOLDOWN))
         .service(Strict::new(answers(&[429, 200, 200])));
     // Limited, it waits for its own key; meanwhile two others queue without having been sent at all.
     let mut waiting = Vec::new();
@@ -253,7 +253,7 @@ async fn f25_a_waiting_request_never_calls_an_unready_service() {
 async fn f25_reading_bodies_never_calls_an_unready_service() {
     let (pool, _) = pool(2);
     let mut client = ServiceBuilder::new()
-        .layer(KeyRotationLayer::new(&pool).read_error_bodies(100).failover(Failover::default()))
+        .layer(KeyRotationLayer::new(&pool).read_error_bodies(100).failover(Failover::attempts(3)))
         .service(Strict::new(answers(&[429, 200])));
     assert_eq!(client.ready().await.unwrap().call(request()).await.unwrap().status(), 200);
 }
@@ -293,7 +293,7 @@ async fn f25_a_limit_below_the_layers_serialises_attempts() {
     let (pool, _) = pool(9);
     let most = Arc::default();
     let client = ServiceBuilder::new()
-        .layer(KeyRotationLayer::new(&pool).failover(Failover::default()))
+        .layer(KeyRotationLayer::new(&pool).failover(Failover::attempts(3)))
         .layer(ConcurrencyLimitLayer::new(1))
         .service(counting(&[429, 200, 429, 429], &most));
     twenty_at_once(client, 3, &pool).await;
@@ -306,7 +306,7 @@ async fn f25_a_limit_above_the_layers_serialises_requests() {
     let most = Arc::default();
     let client = ServiceBuilder::new()
         .layer(ConcurrencyLimitLayer::new(1))
-        .layer(KeyRotationLayer::new(&pool).failover(Failover::default()))
+        .layer(KeyRotationLayer::new(&pool).failover(Failover::attempts(3)))
         .service(counting(&[429, 200, 429, 429], &most));
     twenty_at_once(client, 3, &pool).await;
     assert_eq!(most.load(SeqCst), 1);
@@ -317,7 +317,7 @@ async fn f25_every_attempt_reserves_a_buffer_slot() {
     let (pool, _) = pool(9);
     let most = Arc::default();
     let client = ServiceBuilder::new()
-        .layer(KeyRotationLayer::new(&pool).failover(Failover::default()))
+        .layer(KeyRotationLayer::new(&pool).failover(Failover::attempts(3)))
         .layer(BufferLayer::new(1))
         .service(Strict::new(counting(&[429, 200, 429, 429], &most)));
     twenty_at_once(client, 3, &pool).await;
@@ -345,7 +345,7 @@ fn f23_dropping_a_response_future_leaks_nothing() {
         let (inner, mut handle) = mock::pair::<Req, Res>();
         handle.allow(u64::MAX);
         let mut client = ServiceBuilder::new()
-            .layer(KeyRotationLayer::new(&pool).failover(Failover::default()))
+            .layer(KeyRotationLayer::new(&pool).failover(Failover::attempts(3)))
             .layer(ConcurrencyLimitLayer::new(1))
             .service(inner);
 
@@ -377,7 +377,7 @@ fn f23_dropping_before_the_second_attempt_leaks_nothing() {
     let (inner, mut handle) = mock::pair::<Req, Res>();
     let limit = ConcurrencyLimitLayer::new(1);
     let mut client = ServiceBuilder::new()
-        .layer(KeyRotationLayer::new(&pool).failover(Failover::default()))
+        .layer(KeyRotationLayer::new(&pool).failover(Failover::attempts(3)))
         .layer(limit)
         .service(inner);
     handle.allow(1);
@@ -438,7 +438,7 @@ fn f23_dropping_while_draining_a_429_leaks_nothing() {
     let (token, pool, _) = watched_pool(2);
     let (body, inner) = limits_slowly();
     let mut client = ServiceBuilder::new()
-        .layer(KeyRotationLayer::new(&pool).failover(Failover::default()))
+        .layer(KeyRotationLayer::new(&pool).failover(Failover::attempts(3)))
         .layer(ConcurrencyLimitLayer::new(1))
         .service(inner);
     dropped_while_its_body_is_read(&mut client, body);
@@ -586,7 +586,7 @@ proptest! {
         let (inner, mut handle) = mock::pair::<Req, Res>();
         handle.allow(u64::MAX);
         let client = ServiceBuilder::new()
-            .layer(KeyRotationLayer::new(&pool).failover(Failover::default()).wait_up_to(2 * COOLDOWN))
+            .layer(KeyRotationLayer::new(&pool).failover(Failover::attempts(3)).wait_up_to(2 * COOLDOWN))
             .layer(ConcurrencyLimitLayer::new(PERMITS))
             .service(inner);
         let mut under_way = Vec::new();
@@ -745,7 +745,7 @@ fn f24_a_panicking_service_poisons_no_lock() {
     for panic in [Does::PanicInCall, Does::PanicInFuture] {
         let (pool, clock) = pool(2);
         let mut client = ServiceBuilder::new()
-            .layer(KeyRotationLayer::new(&pool).failover(Failover::default()).wait_up_to(COOLDOWN))
+            .layer(KeyRotationLayer::new(&pool).failover(Failover::attempts(3)).wait_up_to(COOLDOWN))
             // Its second attempt panics, too.
             .service(does(&[panic, Does::Answer(429), panic]));
         panics(&mut client);
@@ -811,12 +811,12 @@ fn a_service_error_passes_through_and_marks_nothing() {
     let (pool, _) = pool(2);
     let fails = service_fn(|_: Req| ready(Err::<Res, _>(io::Error::other("no route"))));
     let mut client = ServiceBuilder::new()
-        .layer(KeyRotationLayer::new(&pool).failover(Failover::default()).wait_up_to(COOLDOWN))
+        .layer(KeyRotationLayer::new(&pool).failover(Failover::attempts(3)).wait_up_to(COOLDOWN))
         .service(fails);
     let error = assert_ready!(call(&mut client).poll()).unwrap_err();
     assert!(matches!(&error, Error::Inner(inner) if inner.to_string() == "no route"), "{error:?}");
     assert_eq!(error.to_string(), "no route");
-    assert!(error.no_key_available().is_none());
+    assert!(NoKeyAvailable::find(&error).is_none());
     // It is sent once: an error is not a limit.
     assert_eq!(requests(&pool), [1, 0]);
     assert_eq!(statuses(&pool), [Status::Healthy; 2]);
@@ -828,7 +828,7 @@ fn a_second_attempts_error_passes_through() {
     let replies = Arc::new(Mutex::new(vec![Err(io::Error::other("no route")), Ok(response(429))]));
     let inner = service_fn(move |_: Req| ready(replies.lock().unwrap().pop().unwrap()));
     let mut client = ServiceBuilder::new()
-        .layer(KeyRotationLayer::new(&pool).failover(Failover::default()))
+        .layer(KeyRotationLayer::new(&pool).failover(Failover::attempts(3)))
         .service(inner);
     let error = assert_ready!(call(&mut client).poll()).unwrap_err();
     assert!(matches!(&error, Error::Inner(_)), "{error:?}");
@@ -847,7 +847,7 @@ fn f20_the_service_is_not_called_without_a_key() {
     assert_eq!(assert_ready!(limited.poll()).unwrap().status(), 429);
 
     let error = assert_ready!(call(&mut client).poll()).unwrap_err();
-    assert_eq!(error.no_key_available().unwrap().retry_in(), Some(COOLDOWN));
+    assert_eq!(NoKeyAvailable::find(&*error.into_inner()).unwrap().retry_in(), Some(COOLDOWN));
     assert_pending!(handle.poll_request());
     assert_eq!(requests(&pool), [1]);
 }
@@ -864,7 +864,7 @@ fn a_request_to_another_host_passes_through_unchanged() {
         })
     };
     let mut client = ServiceBuilder::new()
-        .layer(KeyRotationLayer::new(&pool).expose_key().failover(Failover::default()))
+        .layer(KeyRotationLayer::new(&pool).expose_key().failover(Failover::attempts(3)))
         .service(inner);
     let elsewhere = || {
         Request::get("https://other.example.com/")
@@ -917,7 +917,7 @@ fn only_the_key_header_of_a_request_changes() {
         })
     };
     let mut client = ServiceBuilder::new()
-        .layer(KeyRotationLayer::new(&pool).failover(Failover::default()))
+        .layer(KeyRotationLayer::new(&pool).failover(Failover::attempts(3)))
         .service(inner);
     let mut sent = Request::builder()
         .method(Method::from_bytes(b"PROPFIND").unwrap())
@@ -977,7 +977,7 @@ async fn nothing_of_a_response_is_changed() {
         ready(Ok::<_, Infallible>(answer))
     });
     let mut client = ServiceBuilder::new()
-        .layer(KeyRotationLayer::new(&pool).read_error_bodies(100).failover(Failover::default()))
+        .layer(KeyRotationLayer::new(&pool).read_error_bodies(100).failover(Failover::attempts(3)))
         .service(inner);
     let answer = client.ready().await.unwrap().call(request()).await.unwrap();
     assert_eq!(answer.status(), 429);
@@ -1000,7 +1000,7 @@ async fn f27_body_frames_and_trailers_pass_through_unchanged() {
             ready(Ok::<_, Infallible>(Response::builder().status(status).body(body).unwrap()))
         });
         let mut client = ServiceBuilder::new()
-            .layer(KeyRotationLayer::new(&pool).read_error_bodies(100).failover(Failover::default()))
+            .layer(KeyRotationLayer::new(&pool).read_error_bodies(100).failover(Failover::attempts(3)))
             .service(inner);
         let mut body = client.ready().await.unwrap().call(request()).await.unwrap().into_body();
         for text in ["one", "", "three"] {
@@ -1048,7 +1048,7 @@ fn upload_client(pool: &KeyPool) -> (UploadClient, Arc<Mutex<Vec<Request<Upload>
         Upload::Streaming(_) => None,
     };
     let client = ServiceBuilder::new()
-        .layer(KeyRotationLayer::new(pool).failover(Failover::default().clone_with(clone)))
+        .layer(KeyRotationLayer::new(pool).failover(Failover::attempts(3).clone_with(clone)))
         .service(inner);
     (BoxCloneService::new(client), seen)
 }
@@ -1099,7 +1099,7 @@ fn a_request_that_never_ends_holds_up_nobody() {
         if request.body().is_empty() { Box::pin(pending()) } else { Box::pin(ready(Ok(response(200)))) }
     });
     let mut client = ServiceBuilder::new()
-        .layer(KeyRotationLayer::new(&pool).failover(Failover::default()).wait_up_to(COOLDOWN))
+        .layer(KeyRotationLayer::new(&pool).failover(Failover::attempts(3)).wait_up_to(COOLDOWN))
         .service(inner);
     let mut hangs: Vec<_> =
         (0..100).map(|_| task::spawn(client.call(Request::post(URL).body(String::new()).unwrap()))).collect();

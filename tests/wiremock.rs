@@ -16,8 +16,8 @@ use support::{
 };
 use tower::{Layer, retry::budget::TpsBudget};
 use tower_key_rotation::{
-    Error, Failover, KeyPool, KeyRotationLayer, KeyRotationMiddleware, RecoveryConfig, RecoveryHandle,
-    clock::ManualClock, store::MemoryStore,
+    Error, Failover, KeyPool, KeyRotationLayer, RecoveryConfig, RecoveryHandle, clock::ManualClock,
+    store::MemoryStore,
 };
 use wiremock::{Mock, MockServer, Request, Respond, ResponseTemplate, matchers::any};
 
@@ -195,7 +195,7 @@ async fn remaining_keys_carry_a_burst_of_requests() {
     let quotas = Quotas::of([("alpha", 2), ("beta", 5)]);
     let server = quotas.serve().await;
     let budget = TpsBudget::new(10 * SECOND, 1000, 1.0);
-    let client = failing_over(KeyRotationLayer::new(&pool).failover(Failover::default().budget(budget)));
+    let client = failing_over(KeyRotationLayer::new(&pool).failover(Failover::attempts(3).budget(budget)));
 
     let url = server.uri();
     let storm = join_all((0..REQUESTS).map(|_| status(&client, &url)));
@@ -234,9 +234,7 @@ async fn the_same_holds_through_reqwest_middleware() {
     let pool = pool(["alpha", "beta"], &clock);
     let quotas = Quotas::of([("alpha", 0)]);
     let server = quotas.serve().await;
-    let client = reqwest_middleware::ClientBuilder::new(http())
-        .with(KeyRotationMiddleware::new(failover(&pool)))
-        .build();
+    let client = reqwest_middleware::ClientBuilder::new(http()).with(failover(&pool)).build();
     assert_eq!(client.get(server.uri()).send().await.unwrap().status(), 200);
     assert_eq!(seen(&server).await, ["alpha", "beta"]);
     quotas.refill("alpha");
@@ -253,7 +251,7 @@ async fn layers_work_over_a_reqwest_middleware_client() {
     let pool = pool(["alpha", "beta"], &clock);
     let server = Quotas::of([("alpha", 0)]).serve().await;
     let client = reqwest_middleware::ClientBuilder::new(http()).build();
-    let client = KeyRotationLayer::new(&pool).failover(Failover::default()).layer(client);
+    let client = KeyRotationLayer::new(&pool).failover(Failover::attempts(3)).layer(client);
     let response = get(&client, &server.uri()).await.unwrap();
     assert_eq!(response.status(), 200);
     assert_eq!(seen(&server).await, ["alpha", "beta"]);

@@ -3,7 +3,7 @@
 use std::error::Error;
 
 use clap::Args;
-use tower_key_rotation::store::mongodb::{DataKeys, Fields, MongoStore};
+use tower_key_rotation::store::mongodb::{DataKeys, Encrypted, Fields, MongoStore};
 
 /// Encrypts the secrets of a collection in place. It can be stopped and started again at any time.
 #[derive(Debug, Args)]
@@ -36,7 +36,7 @@ pub(crate) async fn run(options: Options) -> Result<(), Box<dyn Error>> {
     };
     let mut store = MongoStore::builder()
         .collection(options.collection)
-        .fields(Fields::new().api_key(options.field))
+        .fields(Fields::default().api_key(options.field))
         .encrypt_with(data_keys);
     if let Some(database) = options.database {
         store = store.database(database);
@@ -44,12 +44,14 @@ pub(crate) async fn run(options: Options) -> Result<(), Box<dyn Error>> {
     if let Some(standby) = options.standby_collection {
         store = store.standby_collection(standby);
     }
-    let done = store.connect(&options.uri).await?.encrypt_documents().await?;
-    for left in &done.left {
+    let Encrypted { encrypted, already, changed, left, .. } =
+        store.connect(&options.uri).await?.encrypt_documents().await?;
+    for left in &left {
         println!("left as it is: {}: {}", left.id, left.reason);
     }
-    println!("{done}");
-    if done.changed > 0 {
+    let left = left.len();
+    println!("{encrypted} encrypted, {already} had been before, {changed} changed meanwhile, {left} left");
+    if changed > 0 {
         println!("Run it again for those that changed meanwhile.");
     }
     Ok(())

@@ -31,7 +31,8 @@ use mongodb::{
 use reqwest::{Method, Request, Url};
 use tower::{Service, ServiceBuilder, ServiceExt};
 use tower_key_rotation::{
-    Failover, KeyPool, KeyRotationLayer, RecoveryHandle, ServedBy, same_origin_redirects, store::MongoStore,
+    Failover, KeyPool, KeyRotationLayer, RecoveryHandle, ServedBy, same_origin_redirects,
+    store::mongodb::MongoStore,
 };
 
 const DATABASE: &str = "key_rotation_example";
@@ -87,7 +88,7 @@ async fn show_a_rest() -> Result<(), Box<dyn Error>> {
         .await?;
     let recovery = RecoveryHandle::spawn(&pool);
     let mut client = ServiceBuilder::new()
-        .layer(KeyRotationLayer::new(&pool).expose_key().failover(Failover::default()))
+        .layer(KeyRotationLayer::new(&pool).expose_key().failover(Failover::attempts(3)))
         .service(same_origin_redirects(reqwest::Client::builder()).build()?);
 
     let documents = Client::with_uri_str(&uri).await?.database(DATABASE).collection::<Document>(COLLECTION);

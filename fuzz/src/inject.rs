@@ -14,13 +14,19 @@
 //! secret canary-1
 //! ```
 
-use std::{convert::Infallible, fmt::Debug, future::ready, net::IpAddr};
+use std::{
+    convert::Infallible,
+    fmt::Debug,
+    future::{Ready, ready},
+    net::IpAddr,
+    task::{Context, Poll},
+};
 
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Uri, header::HOST};
 use percent_encoding::percent_decode_str;
 use reqwest::Url;
-use tower::{Layer, ServiceExt, service_fn};
-use tower_key_rotation::{Error, Inject, KeyPool, KeyRotationLayer, ServedBy, service::RequestMessage};
+use tower::{Layer, Service, ServiceExt};
+use tower_key_rotation::{Error, Inject, KeyPool, KeyRotation, KeyRotationLayer, NoKeyAvailable, ServedBy};
 
 use crate::{can_be_sent, now, text};
 
@@ -74,6 +80,27 @@ struct Seen {
     port: Option<u16>,
     query: Option<String>,
     headers: HeaderMap,
+}
+
+/// A client that answers with the request.
+#[derive(Clone)]
+struct Echo;
+
+impl<R> Service<R> for Echo
+where
+    Seen: for<'r> From<&'r R>,
+{
+    type Response = Response<Seen>;
+    type Error = Infallible;
+    type Future = Ready<Result<Response<Seen>, Infallible>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: R) -> Self::Future {
+        ready(Ok(Response::new(Seen::from(&request))))
+    }
 }
 
 impl From<&Request<()>> for Seen {
@@ -173,7 +200,7 @@ impl<'a> Setup<'a> {
 
     fn pool(&self) -> Option<KeyPool> {
         let keys = (1..).zip(&self.secrets).map(|(number, secret)| (format!("key-{number}"), *secret));
-        let inject = self.places.iter().map(Place::inject).reduce(Inject::and).unwrap_or_default();
+        let inject = self.places.iter().map(Place::inject).reduce(Inject::and).unwrap_or_else(Inject::bearer);
         let builder = KeyPool::builder().keys(keys).inject(inject);
         let builder = if self.allowed.is_empty() { builder } else { builder.allowed_hosts(&self.allowed) };
         let builder = builder.allow_cleartext_to(&self.cleartext);
@@ -225,11 +252,10 @@ impl<'a> Setup<'a> {
     /// Sends the request once with each key.
     fn check_requests<R>(&self, pool: &KeyPool, request: impl Fn() -> R)
     where
-        R: RequestMessage,
+        KeyRotation<Echo>: Service<R, Response = Response<Seen>, Error = Error<Infallible>>,
         Seen: for<'r> From<&'r R>,
     {
-        let client = service_fn(|request: R| ready(Ok::<_, Infallible>(Response::new(Seen::from(&request)))));
-        let client = KeyRotationLayer::new(pool).expose_key().layer(client);
+        let client = KeyRotationLayer::new(pool).expose_key().layer(Echo);
         let keys = self.keys();
         let ids = pool.stats().keys.into_iter().map(|key| key.id.to_string());
         assert!(ids.eq(keys.iter().map(|(id, _)| id.clone())));
@@ -238,7 +264,7 @@ impl<'a> Setup<'a> {
         let ruling = self.ruling(&before);
         if keys.is_empty() && ruling == Ruling::Key {
             let error = now(client.clone().oneshot(request())).unwrap_err();
-            assert!(error.no_key_available().is_some_and(|error| error.is_empty_pool()));
+            assert!(NoKeyAvailable::find(&error).is_some_and(|error| error.is_empty_pool()));
         }
         for (id, secret) in keys {
             match (&ruling, now(client.clone().oneshot(request()))) {

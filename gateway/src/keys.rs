@@ -35,7 +35,9 @@ fn builder(settings: &Settings) -> KeyPoolBuilder {
     let host = settings.upstream.authority();
     let mut builder = KeyPool::builder()
         .allowed_hosts([host])
-        .inject(settings.inject.iter().map(KeyPlace::inject).reduce(Inject::and).unwrap_or_default())
+        .inject(
+            settings.inject.iter().map(KeyPlace::inject).reduce(Inject::and).unwrap_or_else(Inject::bearer),
+        )
         .cooldown(settings.cooldown.into());
     if settings.allow_cleartext {
         builder = builder.allow_cleartext_to([host]);
@@ -76,10 +78,8 @@ fn wrong(error: BuildError) -> WrongSetting {
 }
 
 fn of_mongodb(error: ConnectError) -> Box<dyn Error> {
-    match error {
-        ConnectError::Uri(_) | ConnectError::NoDatabase | ConnectError::Name(_) => {
-            WrongSetting::new(format!("--mongodb: {error}")).into()
-        }
-        other => other.into(),
+    if error.is_unreachable() {
+        return error.into();
     }
+    WrongSetting::new(format!("--mongodb: {error}")).into()
 }

@@ -250,6 +250,7 @@ async fn a_pending_retry_pauses_reads_past_the_limit() {
     chunks.send_data("one ".into()).await.unwrap();
     assert_eq!(next(&mut first).await.unwrap(), "one ");
     let mut second = first.clone();
+    assert!(first.is_first() && !second.is_first());
     assert!(second.hold());
     chunks.send_data("two ".into()).await.unwrap();
     assert!(first.frame().now_or_never().is_none());

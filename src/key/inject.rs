@@ -124,12 +124,6 @@ impl Inject {
     }
 }
 
-impl Default for Inject {
-    fn default() -> Self {
-        Self::bearer()
-    }
-}
-
 impl fmt::Debug for Inject {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Inject").field("places", &self.places.len()).finish()

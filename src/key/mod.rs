@@ -14,7 +14,7 @@ mod unusable;
 pub(crate) use self::secret::is_encrypted;
 pub use self::{
     inject::{Credentials, Inject, InjectError},
-    rejected::{ParsedKey, Rejected},
+    rejected::Rejected,
     secret::{InvalidKeyId, KeyId, Secret},
     spec::KeySpec,
     unusable::UnusableSecret,

@@ -9,20 +9,10 @@ use super::{
 };
 
 /// One key of a text: a [`KeySpec`], or the reason why it is none.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct ParsedKey {
+#[derive(Debug)]
+pub(crate) struct ParsedKey {
     pub(crate) place: Place,
-    /// The key.
-    pub key: Result<KeySpec, Rejected>,
-}
-
-impl ParsedKey {
-    /// Returns its line, or its position among the entries of a JSON text or a variable, from 1.
-    #[must_use]
-    pub fn number(&self) -> usize {
-        self.place.number()
-    }
+    pub(crate) key: Result<KeySpec, Rejected>,
 }
 
 /// A key that can't be used, or a whole text that can't be read.
@@ -80,7 +70,8 @@ pub(crate) enum Place {
 }
 
 impl Place {
-    fn number(&self) -> usize {
+    /// The line, or the position among the entries of a JSON text or a variable, from 1.
+    pub(crate) fn number(&self) -> usize {
         match self {
             Self::Code(number)
             | Self::Line(_, number)

@@ -8,7 +8,7 @@ use std::{
 };
 
 use compact_str::CompactString;
-use secrecy::{ExposeSecret, SecretString};
+use zeroize::Zeroizing;
 
 /// The public name of a key: in logs, errors and statistics. It is never derived from the secret.
 ///
@@ -22,6 +22,7 @@ use secrecy::{ExposeSecret, SecretString};
 /// assert!(KeyId::new("two\nlines").is_err());
 /// ```
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize), serde(transparent))]
 pub struct KeyId(CompactString);
 
 impl KeyId {
@@ -71,13 +72,6 @@ impl AsRef<str> for KeyId {
     }
 }
 
-#[cfg(feature = "serde")]
-impl serde::Serialize for KeyId {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(&self.0)
-    }
-}
-
 /// The error of a name that can't be a [`KeyId`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("a key id has 1 to 256 bytes and no control characters")]
@@ -92,20 +86,20 @@ pub struct InvalidKeyId;
 /// assert_eq!(format!("{secret:?}"), "Secret(_)");
 /// assert_eq!(secret.expose(), "sk-1");
 /// ```
-#[derive(Clone)]
-pub struct Secret(Arc<SecretString>);
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(Arc<Zeroizing<String>>);
 
 impl Secret {
     /// Takes ownership of a secret.
     #[must_use]
     pub fn new(secret: impl Into<String>) -> Self {
-        Self(Arc::new(SecretString::from(secret.into())))
+        Self(Arc::new(Zeroizing::new(secret.into())))
     }
 
     /// Returns the secret.
     #[must_use]
     pub fn expose(&self) -> &str {
-        self.0.expose_secret()
+        &self.0
     }
 }
 
@@ -113,14 +107,6 @@ impl Secret {
 pub(crate) fn is_encrypted(secret: &str) -> bool {
     secret.starts_with("encrypted.v")
 }
-
-impl PartialEq for Secret {
-    fn eq(&self, other: &Self) -> bool {
-        self.expose() == other.expose()
-    }
-}
-
-impl Eq for Secret {}
 
 impl Hash for Secret {
     fn hash<H: Hasher>(&self, state: &mut H) {

@@ -12,8 +12,10 @@ use super::secret::{KeyId, Secret};
 /// ```
 /// use tower_key_rotation::{KeyId, KeySpec};
 ///
-/// let spec = KeySpec::new(KeyId::new("alpha").unwrap(), "sk-1").group("org-1").tier(1);
-/// assert_eq!(spec.group.as_deref(), Some("org-1"));
+/// let mut spec = KeySpec::new(KeyId::new("alpha").unwrap(), "sk-1");
+/// assert_eq!(spec.unsupported(), None);
+/// spec.tier = Some(1);
+/// assert_eq!(spec.unsupported(), Some("tier"));
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -47,36 +49,6 @@ impl KeySpec {
             max_in_flight: None,
             endpoint: None,
         }
-    }
-
-    /// Sets the quota group.
-    #[must_use]
-    pub fn group(self, group: impl Into<String>) -> Self {
-        Self { group: Some(group.into()), ..self }
-    }
-
-    /// Sets the tier.
-    #[must_use]
-    pub fn tier(self, tier: u8) -> Self {
-        Self { tier: Some(tier), ..self }
-    }
-
-    /// Sets the weight.
-    #[must_use]
-    pub fn weight(self, weight: NonZeroU32) -> Self {
-        Self { weight: Some(weight), ..self }
-    }
-
-    /// Sets the limit of requests in flight.
-    #[must_use]
-    pub fn max_in_flight(self, requests: NonZeroU32) -> Self {
-        Self { max_in_flight: Some(requests), ..self }
-    }
-
-    /// Sets the base URL.
-    #[must_use]
-    pub fn endpoint(self, url: impl Into<String>) -> Self {
-        Self { endpoint: Some(url.into()), ..self }
     }
 
     /// Returns the first field that is set but has no effect yet. The pool rejects a key with such a field.

@@ -29,12 +29,12 @@ pub enum Rest {
     Revoked,
 }
 
-impl From<Rest> for Status {
-    fn from(rest: Rest) -> Self {
-        match rest {
-            Rest::RateLimited => Self::RateLimited,
-            Rest::Exhausted => Self::Exhausted,
-            Rest::Revoked => Self::Revoked,
+impl Rest {
+    pub(crate) fn status(self) -> Status {
+        match self {
+            Self::RateLimited => Status::RateLimited,
+            Self::Exhausted => Status::Exhausted,
+            Self::Revoked => Status::Revoked,
         }
     }
 }

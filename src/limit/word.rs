@@ -117,7 +117,7 @@ impl Word {
         if self.is_flagged() {
             return Status::Disabled;
         }
-        self.resting(now).map_or(Status::Healthy, |resting| resting.reason.into())
+        self.resting(now).map_or(Status::Healthy, |resting| resting.reason.status())
     }
 
     pub(crate) fn time_left(self, now: Duration) -> Option<Duration> {

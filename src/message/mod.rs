@@ -6,11 +6,10 @@ mod request;
 mod reqwest;
 mod response;
 
+pub use self::replay::Replay;
 #[cfg(feature = "reqwest")]
 pub(crate) use self::reqwest::redact_url;
-pub use self::{
-    replay::Replay,
-    request::RequestMessage,
-    response::{ReadableResponse, ResponseMessage},
+pub(crate) use self::{
+    request::{RequestMessage, rule},
+    response::{JudgedResponse, ReadableResponse, ResponseMessage},
 };
-pub(crate) use self::{request::rule, response::JudgedResponse};

@@ -19,8 +19,8 @@ use crate::{
     key::hosts::{Host, Hosts, InvalidHost},
     key::inject::Inject,
     key::{
-        KeyId, KeySpec, ParsedKey, Rejected, Secret,
-        rejected::{Place, Reason},
+        KeyId, KeySpec, Rejected, Secret,
+        rejected::{ParsedKey, Place, Reason},
         source::{self, Unnamed},
     },
     limit::Cooldowns,
@@ -76,24 +76,14 @@ enum Given {
 impl KeyPool {
     /// Returns a builder without keys.
     pub fn builder() -> KeyPoolBuilder {
-        KeyPoolBuilder::default()
-    }
-}
-
-impl Default for KeyPoolBuilder {
-    fn default() -> Self {
-        Self {
-            given: Vec::new(),
-            strict: false,
-            invalid_host: None,
-            config: Config {
-                clock: Arc::new(SystemClock::new()),
-                inject: Inject::default(),
-                hosts: Hosts::default(),
-                cooldowns: Cooldowns::default(),
-                meter: Arc::new(Meter::of(Cow::Borrowed("default"))),
-            },
-        }
+        let config = Config {
+            clock: Arc::new(SystemClock::new()),
+            inject: Inject::bearer(),
+            hosts: Hosts::default(),
+            cooldowns: Cooldowns::default(),
+            meter: Arc::new(Meter::of(Cow::Borrowed("default"))),
+        };
+        KeyPoolBuilder { given: Vec::new(), strict: false, invalid_host: None, config }
     }
 }
 
@@ -128,10 +118,10 @@ impl KeyPoolBuilder {
     /// use tower_key_rotation::{KeyId, KeyPool, KeySpec};
     ///
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// let pool = KeyPool::builder()
-    ///     .key_spec(KeySpec::new(KeyId::new("alpha")?, "sk-1"))
-    ///     .key_spec(KeySpec::new(KeyId::new("beta")?, "sk-2").tier(1))
-    ///     .build()?;
+    /// let alpha = KeySpec::new(KeyId::new("alpha")?, "sk-1");
+    /// let mut beta = KeySpec::new(KeyId::new("beta")?, "sk-2");
+    /// beta.tier = Some(1);
+    /// let pool = KeyPool::builder().key_spec(alpha).key_spec(beta).build()?;
     ///
     /// let rejected = pool.rejected()[0].to_string();
     /// assert_eq!(rejected, "key 2 in code: key beta: `tier` is not supported yet, remove it");

@@ -12,7 +12,7 @@ use super::{
     engine::Engine,
     key::{Key, UsableKey},
     key_pool::KeyPool,
-    operate::OperateError,
+    operate::{Cause, OperateError},
     snapshot::Snapshot,
 };
 use crate::{
@@ -51,7 +51,8 @@ impl KeyPool {
     ///
     /// If the id or the secret can't be used, or is another key's, or if the store fails.
     pub async fn insert(&self, id: impl AsRef<str>, secret: impl Into<Secret>) -> Result<(), OperateError> {
-        self.insert_all([(id, secret)]).await.into_iter().collect()
+        let key = KeyId::new(id).map_err(Cause::from).and_then(|id| self.new_key(KeySpec::new(id, secret)));
+        self.insert_new(vec![key]).await.into_iter().collect::<Result<_, _>>().map_err(OperateError)
     }
 
     /// Adds many keys, and returns each one's outcome in their order. A key that can't be added does not affect the others.
@@ -61,67 +62,30 @@ impl KeyPool {
     /// added. If the future is dropped, the next load brings in the keys that the store has by then.
     ///
     /// ```
-    /// use tower_key_rotation::KeyPool;
-    ///
-    /// # #[tokio::main(flavor = "current_thread")]
-    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// let pool = KeyPool::builder().build()?;
-    /// let outcomes = pool.insert_all([("alpha", "sk-1"), ("beta", "sk-2"), ("alpha", "sk-3")]).await;
-    /// assert!(outcomes[0].is_ok() && outcomes[1].is_ok() && outcomes[2].is_err());
-    /// assert_eq!(pool.stats().healthy, 2);
-    /// # Ok(())
-    /// # }
-    /// ```
-    ///
-    /// # Errors
-    ///
-    /// For each key as for [`insert`](Self::insert). After several failures of the store in a row, the remaining keys are
-    /// not tried: [`OperateError::NotTried`].
-    pub async fn insert_all<I, S>(
-        &self,
-        keys: impl IntoIterator<Item = (I, S)>,
-    ) -> Vec<Result<(), OperateError>>
-    where
-        I: AsRef<str>,
-        S: Into<Secret>,
-    {
-        let spec = |(id, secret): (I, S)| Ok(KeySpec::new(KeyId::new(id)?, secret));
-        self.insert_each(keys.into_iter().map(spec)).await
-    }
-
-    /// Adds keys by their specs, otherwise like [`insert_all`](Self::insert_all).
-    ///
-    /// ```
     /// use tower_key_rotation::{KeyId, KeyPool, KeySpec};
     ///
     /// # #[tokio::main(flavor = "current_thread")]
     /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// let pool = KeyPool::builder().build()?;
     /// let alpha = KeySpec::new(KeyId::new("alpha")?, "sk-1");
-    /// let beta = KeySpec::new(KeyId::new("beta")?, "sk-2").tier(1);
-    /// let outcomes = pool.insert_specs([alpha, beta]).await;
+    /// let beta = KeySpec::new(KeyId::new("beta")?, "sk-1");
+    /// let outcomes = pool.insert_all([alpha, beta]).await;
     /// assert!(outcomes[0].is_ok());
-    /// let error = outcomes[1].as_ref().unwrap_err().to_string();
-    /// assert_eq!(error, "key beta: `tier` is not supported yet, remove it");
+    /// assert!(outcomes[1].as_ref().is_err_and(|error| error.is_taken()));
     /// # Ok(())
     /// # }
     /// ```
     ///
     /// # Errors
     ///
-    /// Those of [`insert_all`](Self::insert_all), and [`OperateError::UnsupportedField`].
-    pub async fn insert_specs(
-        &self,
-        specs: impl IntoIterator<Item = KeySpec>,
-    ) -> Vec<Result<(), OperateError>> {
-        self.insert_each(specs.into_iter().map(Ok)).await
+    /// For each key as for [`insert`](Self::insert), and for a key with a field that [has no effect
+    /// yet](KeySpec). After several failures of the store in a row, the remaining keys are not tried.
+    pub async fn insert_all(&self, keys: impl IntoIterator<Item = KeySpec>) -> Vec<Result<(), OperateError>> {
+        let keys = keys.into_iter().map(|spec| self.new_key(spec)).collect();
+        self.insert_new(keys).await.into_iter().map(|inserted| inserted.map_err(OperateError)).collect()
     }
 
-    async fn insert_each(
-        &self,
-        specs: impl Iterator<Item = Result<KeySpec, OperateError>>,
-    ) -> Vec<Result<(), OperateError>> {
-        let mut keys: Vec<_> = specs.map(|spec| self.new_key(spec?)).collect();
+    async fn insert_new(&self, mut keys: Vec<Result<NewKey, Cause>>) -> Vec<Result<(), Cause>> {
         match self.link() {
             None => self.engine().edit(|before| {
                 refuse_known(before, &mut keys);
@@ -143,20 +107,20 @@ impl KeyPool {
         keys.into_iter().map(|key| key.map(drop)).collect()
     }
 
-    fn new_key(&self, spec: KeySpec) -> Result<NewKey, OperateError> {
+    fn new_key(&self, spec: KeySpec) -> Result<NewKey, Cause> {
         let unsupported = spec.unsupported();
         let KeySpec { id, secret, .. } = spec;
         if let Some(field) = unsupported {
-            return Err(OperateError::UnsupportedField { id, field });
+            return Err(Cause::UnsupportedField { id, field });
         }
         let key = UsableKey::new(id.clone(), &secret, &self.engine().config.inject)
-            .map_err(|reason| OperateError::UnusableSecret { id, reason })?;
+            .map_err(|reason| Cause::UnusableSecret { id, reason })?;
         Ok(NewKey { key: self.engine().new_key(key), secret })
     }
 }
 
 /// Refuses keys that the pool has already, or that come twice among the new ones.
-fn refuse_known(pool: &Snapshot, keys: &mut [Result<NewKey, OperateError>]) {
+fn refuse_known(pool: &Snapshot, keys: &mut [Result<NewKey, Cause>]) {
     let (mut ids, mut secrets) = (HashSet::new(), HashMap::new());
     let asked: HashSet<_> = keys.iter().flatten().map(|new| new.secret.clone()).collect();
     for key in pool.keys() {
@@ -169,9 +133,9 @@ fn refuse_known(pool: &Snapshot, keys: &mut [Result<NewKey, OperateError>]) {
         let Ok(new) = key else { continue };
         let id = &new.key.id;
         if pool.get(id.as_str()).is_some() || ids.contains(id) {
-            *key = Err(OperateError::KeyExists(id.clone()));
+            *key = Err(Cause::KeyExists(id.clone()));
         } else if let Some(other) = secrets.get(&new.secret) {
-            *key = Err(OperateError::DuplicateSecret(other.clone()));
+            *key = Err(Cause::DuplicateSecret(other.clone()));
         } else {
             ids.insert(id.clone());
             secrets.insert(new.secret.clone(), id.clone());
@@ -180,7 +144,7 @@ fn refuse_known(pool: &Snapshot, keys: &mut [Result<NewKey, OperateError>]) {
 }
 
 /// The keys of a pool, and the new ones behind them.
-fn with_new(pool: &Snapshot, keys: &[Result<NewKey, OperateError>]) -> Option<Vec<Arc<Key>>> {
+fn with_new(pool: &Snapshot, keys: &[Result<NewKey, Cause>]) -> Option<Vec<Arc<Key>>> {
     let mut new = keys.iter().flatten().map(|new| new.key.clone()).peekable();
     new.peek()?;
     Some(pool.keys().iter().cloned().chain(new).collect())
@@ -200,7 +164,7 @@ struct Insertion {
 }
 
 /// With the key's place among the others.
-type Inserted = (usize, Result<NewKey, OperateError>);
+type Inserted = (usize, Result<NewKey, Cause>);
 
 impl Insertion {
     fn new(engine: Arc<Engine>, store: Arc<dyn KeyStore>) -> Self {
@@ -208,7 +172,7 @@ impl Insertion {
     }
 
     /// If the store has just failed, no key is tried.
-    async fn insert(&mut self, keys: &mut [Result<NewKey, OperateError>], mut failure: Option<StoreError>) {
+    async fn insert(&mut self, keys: &mut [Result<NewKey, Cause>], mut failure: Option<StoreError>) {
         if failure.is_some() {
             self.failures_in_a_row = AT_ONCE;
         }
@@ -220,11 +184,11 @@ impl Insertion {
                 continue;
             }
             if self.failures_in_a_row >= AT_ONCE {
-                keys[place] = Err(failure.take().map_or(OperateError::NotTried, OperateError::Store));
+                keys[place] = Err(failure.take().map_or(Cause::NotTried, Cause::Store));
                 continue;
             }
             // The text of a panic might hold anything.
-            let panicked = Err(OperateError::Store(StoreError::new("an insert panicked")));
+            let panicked = Err(Cause::Store(StoreError::new("an insert panicked")));
             if let Ok(new) = mem::replace(&mut keys[place], panicked) {
                 let (engine, store) = (self.engine.clone(), self.store.clone());
                 let inserting = async move { (place, new.insert(&engine, &*store).await) };
@@ -239,14 +203,14 @@ impl Insertion {
         while self.finish_one(keys).await {}
     }
 
-    async fn finish_one(&mut self, keys: &mut [Result<NewKey, OperateError>]) -> bool {
+    async fn finish_one(&mut self, keys: &mut [Result<NewKey, Cause>]) -> bool {
         let Some(inserted) = self.in_flight.join_next().await else { return false };
         self.settle(inserted.ok(), keys);
         true
     }
 
-    fn settle(&mut self, inserted: Option<Inserted>, keys: &mut [Result<NewKey, OperateError>]) {
-        let was_answered = matches!(inserted, Some((_, Ok(_) | Err(OperateError::KeyExists(_)))));
+    fn settle(&mut self, inserted: Option<Inserted>, keys: &mut [Result<NewKey, Cause>]) {
+        let was_answered = matches!(inserted, Some((_, Ok(_) | Err(Cause::KeyExists(_)))));
         self.failures_in_a_row = if was_answered { 0 } else { self.failures_in_a_row + 1 };
         if let Some((place, key)) = inserted {
             keys[place] = key;
@@ -255,11 +219,11 @@ impl Insertion {
 }
 
 impl NewKey {
-    async fn insert(self, engine: &Engine, store: &dyn KeyStore) -> Result<Self, OperateError> {
+    async fn insert(self, engine: &Engine, store: &dyn KeyStore) -> Result<Self, Cause> {
         let id = &self.key.id;
         let spec = KeySpec::new(id.clone(), self.secret.clone());
         let inserted = store.operate(id.clone(), Operation::Insert(spec)).await?;
-        let standing = inserted.ok_or_else(|| OperateError::KeyExists(id.clone()))?;
+        let standing = inserted.ok_or_else(|| Cause::KeyExists(id.clone()))?;
         self.key.is(&self.secret, standing.born);
         engine.apply(&self.key, &standing);
         Ok(self)

@@ -1,24 +1,58 @@
 //! The error of a request for which there is no key.
 
-use std::{fmt, time::Duration};
+use std::{error::Error, time::Duration};
 
 /// There is no key that a request could be sent with now.
 ///
 /// ```
-/// use tower_key_rotation::{Error, NoKeyAvailable};
+/// use tower_key_rotation::NoKeyAvailable;
 ///
-/// fn retry_after<E>(error: &Error<E>) -> Option<u64> {
-///     let time = error.no_key_available()?.retry_in()?;
+/// fn retry_after(error: &(dyn std::error::Error + 'static)) -> Option<u64> {
+///     let time = NoKeyAvailable::find(error)?.retry_in()?;
 ///     Some(time.as_secs() + 1)
 /// }
 /// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("no key available: {}", self.reason())]
 pub struct NoKeyAvailable {
     pub(super) keys: usize,
     pub(super) retry_in: Option<Duration>,
 }
 
 impl NoKeyAvailable {
+    /// Finds it in an error or among its sources: in an [`Error`](crate::Error), in one of several layers, in an error
+    /// of `reqwest-middleware`, or in a box.
+    ///
+    /// An `Error` around a box is no `std::error::Error`: make a box of it by
+    /// [`into_inner`](crate::Error::into_inner) first.
+    ///
+    /// ```
+    /// use http::{Request, Response};
+    /// use tower::{Layer, ServiceExt, service_fn};
+    /// use tower_key_rotation::{KeyPool, KeyRotationLayer, NoKeyAvailable};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let pool = KeyPool::builder().build()?;
+    /// let client = service_fn(async |_: Request<()>| Ok::<_, std::io::Error>(Response::new(())));
+    /// let client = KeyRotationLayer::new(&pool).layer(client);
+    /// let error = client.oneshot(Request::get("https://api.example.com").body(())?).await.unwrap_err();
+    /// assert!(NoKeyAvailable::find(&error).is_some_and(|no_key| no_key.is_empty_pool()));
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn find<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a Self> {
+        let mut next = Some(error);
+        while let Some(error) = next {
+            if let Some(found) = error.downcast_ref() {
+                return Some(found);
+            }
+            next = error.source();
+        }
+        None
+    }
+
     /// The time until the first key is back, for a `Retry-After` or a wait of one's own. `None` where no
     /// key comes back by itself: the pool is empty, or its keys are revoked or disabled.
     #[must_use]
@@ -31,23 +65,17 @@ impl NoKeyAvailable {
     pub fn is_empty_pool(&self) -> bool {
         self.keys == 0
     }
-}
 
-impl fmt::Display for NoKeyAvailable {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    fn reason(&self) -> String {
         match (self.keys, self.retry_in) {
-            (0, _) => f.write_str("no key available: the pool is empty"),
-            (keys, Some(time)) => write!(
-                f,
-                "no key available: all {keys} are resting or out of service, the first is back in {:.1} s",
-                time.as_secs_f64()
-            ),
-            (keys, None) => write!(
-                f,
-                "no key available: all {keys} are revoked or disabled, and stay so until reset or enabled"
-            ),
+            (0, _) => "the pool is empty".to_owned(),
+            (keys, Some(time)) => {
+                let seconds = time.as_secs_f64();
+                format!("all {keys} are resting or out of service, the first is back in {seconds:.1} s")
+            }
+            (keys, None) => {
+                format!("all {keys} are revoked or disabled, and stay so until reset or enabled")
+            }
         }
     }
 }
-
-impl std::error::Error for NoKeyAvailable {}

@@ -10,44 +10,55 @@ use crate::{
     store::{Operation, Scope, StoreError},
 };
 
-/// Why an operator's change could not be made.
+/// The reason why an operator's change could not be made.
+///
+/// If the store failed, the [`StoreError`] is the source.
 #[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum OperateError {
-    /// There is no such key.
+#[error(transparent)]
+pub struct OperateError(pub(super) Cause);
+
+impl OperateError {
+    /// Whether there is no such key.
+    #[must_use]
+    pub fn is_unknown_key(&self) -> bool {
+        matches!(self.0, Cause::UnknownKey(_))
+    }
+
+    /// Whether another key, here or in the store, has the id, or another key of this pool has the secret.
+    ///
+    /// To the service, two keys with one secret are one: when it limits one, the pool would go on to use the other.
+    #[must_use]
+    pub fn is_taken(&self) -> bool {
+        matches!(self.0, Cause::KeyExists(_) | Cause::DuplicateSecret(_))
+    }
+
+    /// Whether the store failed, or did not answer in time. Nothing has changed in this pool. If the store made the
+    /// change nevertheless, the next load brings it in.
+    ///
+    /// Of many keys that are inserted, those behind several failures in a row are not tried: this is `true` for them,
+    /// too.
+    #[must_use]
+    pub fn is_store_failure(&self) -> bool {
+        matches!(self.0, Cause::NotTried | Cause::Store(_))
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Cause {
     #[error("there is no key {0:?}")]
     UnknownKey(String),
-    /// There is such a key already, here or in the store.
     #[error("there is a key {0} already")]
     KeyExists(KeyId),
-    /// Another key of this pool has that secret. To the service the two would be one: when it limits one, the pool would
-    /// go on to use the other.
     #[error("key {0} has the same secret")]
     DuplicateSecret(KeyId),
-    /// The id can't be the name of a key.
     #[error(transparent)]
     InvalidKeyId(#[from] InvalidKeyId),
-    /// No request could carry the secret.
     #[error("key {id} can't be used: {reason}")]
-    UnusableSecret {
-        /// The key.
-        id: KeyId,
-        /// What is wrong with its secret.
-        reason: UnusableSecret,
-    },
-    /// The key's spec has a field that [has no effect yet](crate::KeySpec::unsupported).
+    UnusableSecret { id: KeyId, reason: UnusableSecret },
     #[error("key {id}: `{field}` is not supported yet, remove it")]
-    UnsupportedField {
-        /// The key.
-        id: KeyId,
-        /// The field.
-        field: &'static str,
-    },
-    /// The store had failed several times in a row before the turn of this one of many keys, which was not inserted.
+    UnsupportedField { id: KeyId, field: &'static str },
     #[error("the key was not tried: the store had failed for the keys before it")]
     NotTried,
-    /// The store failed, or did not answer in time. Nothing has changed in this pool. If the store made the change
-    /// nevertheless, the next load brings it in.
     #[error("the store did not confirm the change")]
     Store(#[from] StoreError),
 }
@@ -59,16 +70,7 @@ impl KeyPool {
     ///
     /// If there is no such key, or if the store fails.
     pub async fn remove(&self, id: impl AsRef<str>) -> Result<(), OperateError> {
-        let key = self.known(id.as_ref())?;
-        let Some(link) = self.link() else {
-            self.engine().remove(&key.id);
-            return Ok(());
-        };
-        let _turn = link.loader.turn().await?;
-        let key = self.known(key.id.as_str())?;
-        link.store.operate(key.id.clone(), Operation::Remove).await?;
-        self.engine().remove(&key.id);
-        Ok(())
+        self.take_out(id.as_ref()).await.map_err(OperateError)
     }
 
     /// Ends all rests of a key, whatever their reasons, and drops what responses said of it before. A key that is
@@ -92,7 +94,7 @@ impl KeyPool {
     ///
     /// If there is no such key, or if the store fails.
     pub async fn reset(&self, id: impl AsRef<str>) -> Result<(), OperateError> {
-        self.change(id.as_ref(), Operation::Reset(None)).await
+        self.change(id.as_ref(), Operation::Reset(None)).await.map_err(OperateError)
     }
 
     /// Ends the rest of one scope of a key.
@@ -101,7 +103,7 @@ impl KeyPool {
     ///
     /// If there is no such key, or if the store fails.
     pub async fn reset_scope(&self, id: impl AsRef<str>, scope: Scope) -> Result<(), OperateError> {
-        self.change(id.as_ref(), Operation::Reset(Some(scope))).await
+        self.change(id.as_ref(), Operation::Reset(Some(scope))).await.map_err(OperateError)
     }
 
     /// Takes a key out of service until [`enable`](Self::enable). Its cooldown, if it has one, continues.
@@ -124,7 +126,7 @@ impl KeyPool {
     ///
     /// If there is no such key, or if the store fails.
     pub async fn disable(&self, id: impl AsRef<str>) -> Result<(), OperateError> {
-        self.change(id.as_ref(), Operation::Disable).await
+        self.change(id.as_ref(), Operation::Disable).await.map_err(OperateError)
     }
 
     /// Puts a disabled key back into service; if it has a cooldown, when that ends.
@@ -133,10 +135,23 @@ impl KeyPool {
     ///
     /// If there is no such key, or if the store fails.
     pub async fn enable(&self, id: impl AsRef<str>) -> Result<(), OperateError> {
-        self.change(id.as_ref(), Operation::Enable).await
+        self.change(id.as_ref(), Operation::Enable).await.map_err(OperateError)
     }
 
-    async fn change(&self, id: &str, operation: Operation) -> Result<(), OperateError> {
+    async fn take_out(&self, id: &str) -> Result<(), Cause> {
+        let key = self.known(id)?;
+        let Some(link) = self.link() else {
+            self.engine().remove(&key.id);
+            return Ok(());
+        };
+        let _turn = link.loader.turn().await?;
+        let key = self.known(id)?;
+        link.store.operate(key.id.clone(), Operation::Remove).await?;
+        self.engine().remove(&key.id);
+        Ok(())
+    }
+
+    async fn change(&self, id: &str, operation: Operation) -> Result<(), Cause> {
         let key = self.known(id)?;
         let Some(link) = self.link() else {
             self.change_alone(&key, operation);
@@ -146,7 +161,7 @@ impl KeyPool {
         // The key may have been replaced meanwhile.
         let key = self.known(id)?;
         let changed = link.store.operate(key.id.clone(), operation).await?;
-        let standing = changed.ok_or_else(|| OperateError::UnknownKey(key.id.to_string()))?;
+        let standing = changed.ok_or_else(|| Cause::UnknownKey(key.id.to_string()))?;
         if key.born() == Some(standing.born) {
             self.engine().apply(&key, &standing);
         } else {
@@ -171,9 +186,9 @@ impl KeyPool {
         }
     }
 
-    fn known(&self, id: &str) -> Result<Arc<Key>, OperateError> {
+    fn known(&self, id: &str) -> Result<Arc<Key>, Cause> {
         let snapshot = self.engine().snapshot();
         // As much of the id as a key's name can have: it may be anything.
-        snapshot.get(id).cloned().ok_or_else(|| OperateError::UnknownKey(id.chars().take(256).collect()))
+        snapshot.get(id).cloned().ok_or_else(|| Cause::UnknownKey(id.chars().take(256).collect()))
     }
 }

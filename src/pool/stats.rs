@@ -143,7 +143,7 @@ fn scope_stats((scope, Resting { until, reason }): (Scope, Resting)) -> ScopeSta
         Until::After(left) => Some(left),
         Until::Reset => None,
     };
-    ScopeStats { scope, status: reason.into(), time_left }
+    ScopeStats { scope, status: reason.status(), time_left }
 }
 
 #[cfg(feature = "serde")]

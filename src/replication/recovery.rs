@@ -1,7 +1,7 @@
 //! The tasks of a pool over a store: they write its marks, follow the store's changes, and every 30 seconds sweep the
 //! store and load it.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use tokio::{
     sync::{mpsc, oneshot, watch},
@@ -43,18 +43,12 @@ const AFTER_A_FAILURE: Duration = Duration::from_secs(1);
 /// # Ok(())
 /// # }
 /// ```
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 #[must_use]
 pub struct RecoveryConfig {
-    interval: Duration,
-    limit: Duration,
+    interval: Option<Duration>,
+    limit: Option<Duration>,
     start_jitter: Option<Duration>,
-}
-
-impl Default for RecoveryConfig {
-    fn default() -> Self {
-        Self { interval: Duration::from_secs(30), limit: Duration::from_secs(10), start_jitter: None }
-    }
 }
 
 impl RecoveryConfig {
@@ -66,14 +60,14 @@ impl RecoveryConfig {
     /// Sets the time from the start of one pass to the start of the next. A pass that starts late delays the ones
     /// after it; a missed pass is not made up for.
     pub fn interval(mut self, interval: Duration) -> Self {
-        self.interval = interval;
+        self.interval = Some(interval);
         self
     }
 
     /// Sets how long a pass may take. A longer one is reported as failed. It is not cut off, and the next pass does not
     /// begin beside it.
     pub fn limit(mut self, limit: Duration) -> Self {
-        self.limit = limit;
+        self.limit = Some(limit);
         self
     }
 
@@ -82,6 +76,14 @@ impl RecoveryConfig {
     pub fn start_jitter(mut self, within: Duration) -> Self {
         self.start_jitter = Some(within);
         self
+    }
+
+    fn interval_or_default(&self) -> Duration {
+        self.interval.unwrap_or(Duration::from_secs(30))
+    }
+
+    fn limit_or_default(&self) -> Duration {
+        self.limit.unwrap_or(Duration::from_secs(10))
     }
 }
 
@@ -107,6 +109,7 @@ impl RecoveryConfig {
 /// # Ok(())
 /// # }
 /// ```
+#[derive(Debug)]
 #[must_use = "dropping the handle stops the recovery"]
 pub struct RecoveryHandle {
     pool: KeyPool,
@@ -114,6 +117,7 @@ pub struct RecoveryHandle {
     reports: watch::Receiver<Option<Report>>,
 }
 
+#[derive(Debug)]
 enum Command {
     Sweep(oneshot::Sender<Report>),
     ShutDown(oneshot::Sender<Result<(), MarksNotWritten>>),
@@ -139,7 +143,7 @@ impl RecoveryHandle {
         let (reports, reported) = watch::channel(None);
         let (stop, stopped) = watch::channel(());
         follow_changes(pool, stopped.clone());
-        tracing::info!(interval_ms = millis(config.interval), "recovery started");
+        tracing::info!(interval_ms = millis(config.interval_or_default()), "recovery started");
         let recovery = Recovery {
             pool: pool.clone(),
             config,
@@ -199,14 +203,8 @@ impl RecoveryHandle {
             failures: last.as_ref().map_or(0, |report| report.failures),
             recovered: last.as_ref().map_or(0, |report| report.recovered),
             duration: Duration::ZERO,
-            outcome: Err(PassError::Stopped),
+            outcome: Err(PassError(Cause::Stopped)),
         }
-    }
-}
-
-impl fmt::Debug for RecoveryHandle {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("RecoveryHandle").field("last_report", &self.last_report()).finish()
     }
 }
 
@@ -227,20 +225,24 @@ pub struct Report {
     pub outcome: Result<Recovered, PassError>,
 }
 
-/// Why a pass failed. The next one runs all the same.
+/// The reason why a pass failed: the store failed, or the pass took longer than its limit, or it panicked, or the
+/// recovery has stopped. After all but the last, the next pass runs all the same.
+///
+/// If the store failed, the [`StoreError`] is the source.
 #[derive(Clone, Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum PassError {
-    /// The store failed.
+#[error(transparent)]
+pub struct PassError(Cause);
+
+#[derive(Clone, Debug, thiserror::Error)]
+enum Cause {
     #[error("the pass failed")]
     Store(#[source] Arc<StoreError>),
-    /// It took longer than its limit. It continues, and the next pass waits for it.
+    /// It continues, and the next pass waits for it.
     #[error("the pass took longer than {0:?}")]
     TookTooLong(Duration),
-    /// It panicked.
     #[error("the pass panicked")]
     Panicked,
-    /// There was no pass: the recovery has stopped, with its runtime.
+    /// With its runtime: there was no pass.
     #[error("the recovery has stopped")]
     Stopped,
 }
@@ -299,7 +301,7 @@ impl Recovery {
     fn start_jitter(&self) -> Duration {
         match self.config.start_jitter {
             Some(within) => random_within(within),
-            None if is_open(&self.pool) => random_within(self.config.interval),
+            None if is_open(&self.pool) => random_within(self.config.interval_or_default()),
             None => Duration::ZERO,
         }
     }
@@ -307,15 +309,16 @@ impl Recovery {
     /// The time from the start of this pass to the start of the next one.
     fn interval(&self) -> Duration {
         if is_open(&self.pool) {
-            return self.config.interval;
+            return self.config.interval_or_default();
         }
         let growing = AFTER_A_FAILURE.saturating_mul(1 << self.passes.min(5));
-        (growing / 2).saturating_add(random_within(growing)).min(self.config.interval)
+        (growing / 2).saturating_add(random_within(growing)).min(self.config.interval_or_default())
     }
 
     async fn pass(&mut self, clock: &dyn Clock) -> Report {
         let started = clock.now();
-        let (recovered, done) = self.make_pass(clock, started.saturating_add(self.config.limit)).await;
+        let (recovered, done) =
+            self.make_pass(clock, started.saturating_add(self.config.limit_or_default())).await;
         self.passes += 1;
         self.failures += u64::from(done.is_err());
         self.recovered += recovered.count;
@@ -340,7 +343,7 @@ impl Recovery {
         clock: &dyn Clock,
         deadline: Duration,
     ) -> (Recovered, Result<(), PassError>) {
-        let too_long = Err(PassError::TookTooLong(self.config.limit));
+        let too_long = Err(PassError(Cause::TookTooLong(self.config.limit_or_default())));
         if let Some(overdue) = &mut self.overdue {
             tokio::select! {
                 biased;
@@ -357,9 +360,9 @@ impl Recovery {
             biased;
             result = &mut pass => match result {
                 Ok((recovered, done)) => {
-                    (recovered, done.map_err(|error| PassError::Store(Arc::new(error))))
+                    (recovered, done.map_err(|error| PassError(Cause::Store(Arc::new(error)))))
                 }
-                Err(_) => (Recovered::default(), Err(PassError::Panicked)),
+                Err(_) => (Recovered::default(), Err(PassError(Cause::Panicked))),
             },
             () = clock.sleep_until(deadline) => {
                 self.overdue = Some(pass);
@@ -382,7 +385,7 @@ impl Recovery {
         tokio::select! {
             biased;
             _ = last_writes => {}
-            () = clock.sleep_until(clock.now().saturating_add(self.config.limit)) => {}
+            () = clock.sleep_until(clock.now().saturating_add(self.config.limit_or_default())) => {}
         }
         tracing::info!("recovery stopped");
         all_written(&self.pool)

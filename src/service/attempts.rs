@@ -108,7 +108,7 @@ where
                     {
                         continue;
                     }
-                    return self.refused.ok_or_else(|| refused.into());
+                    return self.refused.ok_or_else(|| refused.into_error());
                 }
             };
             let answer = self.client.send(request).await;

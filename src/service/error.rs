@@ -6,6 +6,8 @@ use crate::{key::InjectError, pool::NoKeyAvailable};
 
 /// The error of [`KeyRotation`](crate::KeyRotation): its own, or the client's.
 ///
+/// [`NoKeyAvailable::find`] finds that error of this layer, and of layers further in.
+///
 /// ```
 /// use tower_key_rotation::Error;
 ///
@@ -41,13 +43,11 @@ impl Refused {
     pub(crate) fn is_no_key(&self) -> bool {
         matches!(self, Self::NoKeyAvailable(_))
     }
-}
 
-impl<E> From<Box<Refused>> for Error<E> {
-    fn from(refused: Box<Refused>) -> Self {
-        match *refused {
-            Refused::NoKeyAvailable(error) => Self::NoKeyAvailable(error),
-            Refused::Inject(error) => Self::Inject(error),
+    pub(crate) fn into_error<E>(self) -> Error<E> {
+        match self {
+            Self::NoKeyAvailable(error) => Error::NoKeyAvailable(error),
+            Self::Inject(error) => Error::Inject(error),
         }
     }
 }
@@ -88,69 +88,5 @@ impl<E: Into<BoxError>> Error<E> {
             Self::Inject(error) => error.into(),
             Self::Inner(error) => error.into(),
         }
-    }
-}
-
-impl<E> Error<E> {
-    /// The [`NoKeyAvailable`], if that is the error, also of another pool further in.
-    ///
-    /// `E` is any error or a boxed one; `Via` is inferred.
-    #[must_use]
-    pub fn no_key_available<Via>(&self) -> Option<&NoKeyAvailable>
-    where
-        E: AnyError<Via>,
-    {
-        match self {
-            Self::NoKeyAvailable(error) => Some(error),
-            Self::Inject(_) => None,
-            Self::Inner(inner) => {
-                let mut next = Some(inner.as_error());
-                while let Some(error) = next {
-                    if let Some(no_key) = error.downcast_ref() {
-                        return Some(no_key);
-                    }
-                    next = error.source();
-                }
-                None
-            }
-        }
-    }
-}
-
-impl<E> Error<Error<E>> {
-    /// Makes the error of two layers, one inside the other, the error of one.
-    ///
-    /// ```
-    /// use std::io;
-    /// use tower_key_rotation::Error;
-    ///
-    /// let nested: Error<Error<io::Error>> = Error::Inner(Error::Inner(io::Error::other("no route")));
-    /// assert!(matches!(nested.flatten(), Error::Inner(error) if error.to_string() == "no route"));
-    /// ```
-    pub fn flatten(self) -> Error<E> {
-        match self {
-            Self::NoKeyAvailable(error) => Error::NoKeyAvailable(error),
-            Self::Inject(error) => Error::Inject(error),
-            Self::Inner(inner) => inner,
-        }
-    }
-}
-
-/// An error whose sources can be walked: any `std::error::Error`, or a `Box<dyn std::error::Error + Send + Sync>`, which
-/// is none itself.
-pub trait AnyError<Via> {
-    #[doc(hidden)]
-    fn as_error(&self) -> &(dyn StdError + 'static);
-}
-
-impl<E: StdError + 'static> AnyError<()> for E {
-    fn as_error(&self) -> &(dyn StdError + 'static) {
-        self
-    }
-}
-
-impl AnyError<BoxError> for BoxError {
-    fn as_error(&self) -> &(dyn StdError + 'static) {
-        &**self
     }
 }

@@ -68,8 +68,13 @@ impl<K> Failover<K> {
         self
     }
 
-    /// Another way to clone requests, for a body that is not `Clone` or does not know its length. You answer for the
-    /// clone's body: nothing else compares it to the original's.
+    /// Another way to clone requests: a `Fn(&Req) -> Option<Req>`, for a body that is not `Clone` or does not know its
+    /// length. You answer for the clone's body: nothing else compares it to the original's.
+    ///
+    /// It is called with a request before its first attempt, and with that clone before each further one, before
+    /// anything is spent on it and again after a wait. `None` means that the request is not sent again: the caller gets
+    /// the response of the attempt before. So a clone of a body that streams, and is kept meanwhile up to a limit, can
+    /// say at the second call whether it stayed within the limit.
     ///
     /// ```
     /// use bytes::Bytes;
@@ -119,13 +124,6 @@ impl Resend {
 
     pub(crate) fn withdraw(&self) -> bool {
         self.budget.as_ref().is_some_and(|budget| budget.withdraw())
-    }
-}
-
-/// 3 attempts.
-impl Default for Failover {
-    fn default() -> Self {
-        Self::attempts(3)
     }
 }
 

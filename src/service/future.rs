@@ -76,7 +76,7 @@ where
             StateProjection::Keyless { response } => response.poll(cx).map_err(Error::Inner),
             // A future is not polled again once it is ready.
             StateProjection::Refused { refused } => match refused.take() {
-                Some(refused) => Poll::Ready(Err(refused.into())),
+                Some(refused) => Poll::Ready(Err(refused.into_error())),
                 None => Poll::Pending,
             },
         }
@@ -132,12 +132,12 @@ where
     }
 
     #[cold]
-    pub(crate) fn refused(refused: Box<Refused>, client: S, rotation: Arc<Rotation<C, M>>) -> Self
+    pub(crate) fn refused(refused: Refused, client: S, rotation: Arc<Rotation<C, M>>) -> Self
     where
         M::Response: Send + 'static,
         S::Error: Send + 'static,
     {
-        Self::going_on(Box::pin(ready(Err(refused.into()))), client, rotation)
+        Self::going_on(Box::pin(ready(Err(refused.into_error()))), client, rotation)
     }
 
     fn going_on(going_on: Boxed<Answer<M, Req, S>>, client: S, rotation: Arc<Rotation<C, M>>) -> Self {

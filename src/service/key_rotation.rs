@@ -21,21 +21,6 @@ impl<S, C, M> KeyRotation<S, C, M> {
     pub(crate) fn new(inner: S, rotation: Arc<Rotation<C, M>>) -> Self {
         Self { inner, rotation }
     }
-
-    /// The client inside.
-    pub fn get_ref(&self) -> &S {
-        &self.inner
-    }
-
-    /// The client inside, to be changed.
-    pub fn get_mut(&mut self) -> &mut S {
-        &mut self.inner
-    }
-
-    /// The client inside, alone again.
-    pub fn into_inner(self) -> S {
-        self.inner
-    }
 }
 
 impl<S: Clone, C, M> Clone for KeyRotation<S, C, M> {

@@ -7,7 +7,7 @@ use tower_layer::Layer;
 use super::{
     failover::Failover,
     key_rotation::KeyRotation,
-    mode::{Mode, Once},
+    mode::{Once, Waiting},
     rotation::Rotation,
 };
 use crate::{
@@ -17,7 +17,8 @@ use crate::{
 
 /// Gives each request a key, and rests a key for 2 minutes after a 429: see the [module](crate::service).
 ///
-/// The services of one layer, and of its clones, share its retry budget and its queue.
+/// The services of one layer, and of its clones, share its retry budget and its queue. With the feature
+/// `reqwest-middleware`, the layer is also a `reqwest_middleware::Middleware`.
 ///
 /// ```
 /// use std::time::Duration;
@@ -37,22 +38,22 @@ use crate::{
 #[derive(Clone)]
 #[must_use]
 pub struct KeyRotationLayer<C = TooManyRequests, M = Once> {
-    rotation: Rotation<C, M>,
+    pub(super) rotation: Arc<Rotation<C, M>>,
 }
 
 impl KeyRotationLayer {
     /// Takes keys from that pool.
     pub fn new(pool: &KeyPool) -> Self {
-        Self { rotation: Rotation::new(pool, Once) }
+        Self { rotation: Arc::new(Rotation::new(pool, Once)) }
     }
 }
 
-impl<C, M> KeyRotationLayer<C, M> {
+impl<C: Clone, M: Clone> KeyRotationLayer<C, M> {
     /// Another classifier: it decides which responses speak against their key, see [`classify`](crate::classify).
     ///
     /// A classifier is cloned for each request: keep large state behind an `Arc`.
     pub fn classify<D: ClassifyResponse>(self, classifier: D) -> KeyRotationLayer<D, M> {
-        KeyRotationLayer { rotation: self.rotation.classify(classifier) }
+        self.map(|rotation| rotation.classify(classifier))
     }
 
     /// Sends a refused request again with another key: see [`Failover`].
@@ -65,9 +66,32 @@ impl<C, M> KeyRotationLayer<C, M> {
     /// - Where no other key is available, the caller gets the refused response.
     pub fn failover<K>(self, failover: Failover<K>) -> KeyRotationLayer<C, Failover<K>> {
         let failover = failover.with_budget_of(&self.rotation.pool);
-        KeyRotationLayer { rotation: self.rotation.map_mode(|_| failover) }
+        self.map(|rotation| rotation.map_mode(|_| failover))
     }
 
+    /// Puts the key that served a request into the extensions of its response, as [`ServedBy`](crate::ServedBy). This
+    /// allocates once for each response, and once more if the id is longer than 24 bytes.
+    pub fn expose_key(self) -> Self {
+        self.map(|mut rotation| {
+            rotation.judge.expose_key = true;
+            rotation
+        })
+    }
+
+    fn waiting<N>(self, limit: Duration, mode: impl FnOnce(M) -> N) -> KeyRotationLayer<C, N> {
+        self.map(|rotation| Rotation { wait: limit, ..rotation.map_mode(mode) })
+    }
+
+    fn reading<N>(self, most: usize, mode: impl FnOnce(M) -> N) -> KeyRotationLayer<C, N> {
+        self.map(|rotation| Rotation { error_bodies: Some(most), ..rotation.map_mode(mode) })
+    }
+
+    fn map<D, N>(self, map: impl FnOnce(Rotation<C, M>) -> Rotation<D, N>) -> KeyRotationLayer<D, N> {
+        KeyRotationLayer { rotation: Arc::new(map(Arc::unwrap_or_clone(self.rotation))) }
+    }
+}
+
+impl<C: Clone> KeyRotationLayer<C, Once> {
     /// Lets a request wait for a key where none is available, for that long in all. Without this option, and where the
     /// first key is known to be back later, it fails at once.
     ///
@@ -79,13 +103,8 @@ impl<C, M> KeyRotationLayer<C, M> {
     /// succeed.
     ///
     /// The client has to be `Clone`. Without [`failover`](Self::failover), the response type stays the client's.
-    pub fn wait_up_to(self, limit: Duration) -> KeyRotationLayer<C, M::Waiting>
-    where
-        M: Mode,
-    {
-        let mut rotation = self.rotation.map_mode(Mode::waiting);
-        rotation.wait = limit;
-        KeyRotationLayer { rotation }
+    pub fn wait_up_to(self, limit: Duration) -> KeyRotationLayer<C, Waiting> {
+        self.waiting(limit, |_| Waiting)
     }
 
     /// Lets the classifier see the body of an error if it asks for it: about that many bytes, for at most a second. The
@@ -93,33 +112,40 @@ impl<C, M> KeyRotationLayer<C, M> {
     ///
     /// The response type becomes an `http::Response<Replay<B>>`, see [`Replay`](crate::Replay); a `reqwest::Response`
     /// stays one. The client has to be `Clone`.
-    pub fn read_error_bodies(self, most: usize) -> KeyRotationLayer<C, M::Reading>
-    where
-        M: Mode,
-    {
-        let mut rotation = self.rotation.map_mode(Mode::reading);
-        rotation.error_bodies = Some(most);
-        KeyRotationLayer { rotation }
-    }
-
-    /// Puts the key that served a request into the extensions of its response, as [`ServedBy`](crate::ServedBy). This
-    /// allocates once for each response, and once more if the id is longer than 24 bytes.
-    pub fn expose_key(mut self) -> Self {
-        self.rotation.judge.expose_key = true;
-        self
-    }
-
-    #[cfg(feature = "reqwest-middleware")]
-    pub(crate) fn into_rotation(self) -> Rotation<C, M> {
-        self.rotation
+    pub fn read_error_bodies(self, most: usize) -> KeyRotationLayer<C, Failover<Once>> {
+        self.reading(most, |_| reads_only())
     }
 }
 
-impl<S, C: Clone, M: Clone> Layer<S> for KeyRotationLayer<C, M> {
+impl<C: Clone> KeyRotationLayer<C, Waiting> {
+    /// Lets the classifier see the body of an error: as without a wait.
+    pub fn read_error_bodies(self, most: usize) -> KeyRotationLayer<C, Failover<Once>> {
+        self.reading(most, |_| reads_only())
+    }
+}
+
+impl<C: Clone, K: Clone> KeyRotationLayer<C, Failover<K>> {
+    /// Lets a request wait for a key: as without failover, and between its attempts as well.
+    pub fn wait_up_to(self, limit: Duration) -> Self {
+        self.waiting(limit, |mode| mode)
+    }
+
+    /// Lets the classifier see the body of an error: as without failover.
+    pub fn read_error_bodies(self, most: usize) -> Self {
+        self.reading(most, |mode| mode)
+    }
+}
+
+/// Failover that sends nothing again: it reads bodies.
+fn reads_only() -> Failover<Once> {
+    Failover::attempts(1).clone_with(Once)
+}
+
+impl<S, C, M> Layer<S> for KeyRotationLayer<C, M> {
     type Service = KeyRotation<S, C, M>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        KeyRotation::new(inner, Arc::new(self.rotation.clone()))
+        KeyRotation::new(inner, self.rotation.clone())
     }
 }
 

@@ -83,6 +83,12 @@
 //! The type of a layer says how it sends requests. [`Once`] and [`Waiting`] leave the response type as the client's;
 //! [`Failover`](crate::Failover) makes an `http::Response<B>` an `http::Response<Replay<B>>`, see
 //! [`Replay`](crate::Replay), because it reads the bodies of refused responses, within limits, to keep the connection.
+//!
+//! | | [`Once`] | [`Waiting`] | [`Failover`](crate::Failover) |
+//! |---|---|---|---|
+//! | request: `http::Request<B>` or `reqwest::Request` | any `B` | `Send` | `B` is `Clone` and a `Body`, or see [`clone_with`](crate::Failover::clone_with) |
+//! | response: `http::Response<B>` or `reqwest::Response` | any `B` | `Send` | `B` is a `Body` |
+//! | client | any | `Clone`, `Send` | `Clone`, `Send` |
 
 mod attempts;
 mod budget;
@@ -99,15 +105,12 @@ mod redact;
 #[cfg(feature = "reqwest")]
 pub(crate) mod redirects;
 #[cfg(feature = "reqwest-middleware")]
-pub(crate) mod reqwest_middleware;
+mod reqwest_middleware;
 mod rotation;
 mod send;
 pub(crate) mod served_by;
 
 pub use self::{
-    clone::{CloneRequest, TryClone},
-    error::AnyError,
-    future::{FailoverFuture, ResponseFuture},
-    mode::{Mode, Once, Waiting},
+    clone::TryClone,
+    mode::{Once, Waiting},
 };
-pub use crate::message::{ReadableResponse, RequestMessage, ResponseMessage};

@@ -26,65 +26,6 @@ pub struct Once;
 #[non_exhaustive]
 pub struct Waiting;
 
-/// How a layer sends requests: [`Once`], [`Waiting`] or [`Failover`].
-pub trait Mode: sealed::Sealed {
-    /// The mode with [`wait_up_to`](crate::KeyRotationLayer::wait_up_to).
-    type Waiting: Mode;
-    /// The mode with [`read_error_bodies`](crate::KeyRotationLayer::read_error_bodies).
-    type Reading: Mode;
-
-    #[doc(hidden)]
-    fn waiting(self) -> Self::Waiting;
-    #[doc(hidden)]
-    fn reading(self) -> Self::Reading;
-}
-
-mod sealed {
-    pub trait Sealed {}
-    impl Sealed for super::Once {}
-    impl Sealed for super::Waiting {}
-    impl<K> Sealed for super::Failover<K> {}
-}
-
-impl Mode for Once {
-    type Waiting = Waiting;
-    type Reading = Failover<Once>;
-
-    fn waiting(self) -> Waiting {
-        Waiting
-    }
-
-    fn reading(self) -> Failover<Once> {
-        Failover::attempts(1).clone_with(Once)
-    }
-}
-
-impl Mode for Waiting {
-    type Waiting = Waiting;
-    type Reading = Failover<Once>;
-
-    fn waiting(self) -> Waiting {
-        self
-    }
-
-    fn reading(self) -> Failover<Once> {
-        Failover::attempts(1).clone_with(Once)
-    }
-}
-
-impl<K> Mode for Failover<K> {
-    type Waiting = Self;
-    type Reading = Self;
-
-    fn waiting(self) -> Self {
-        self
-    }
-
-    fn reading(self) -> Self {
-        self
-    }
-}
-
 /// What a mode does with requests and responses of these types.
 pub trait Attempt<Req, R> {
     type Kept: Send + 'static;

@@ -1,10 +1,6 @@
 //! The layer as a middleware of `reqwest-middleware`.
 
-use std::{
-    fmt,
-    future::{Future, ready},
-    sync::Arc,
-};
+use std::future::{Future, ready};
 
 use http::Extensions;
 use reqwest::{Request, Response};
@@ -14,43 +10,9 @@ use super::{
     attempts::{Attempts, Client},
     error::Error,
     layer::KeyRotationLayer,
-    mode::{Attempt, Once},
-    rotation::Rotation,
+    mode::Attempt,
 };
-use crate::classify::{ClassifyResponse, TooManyRequests};
-
-/// A [`KeyRotationLayer`], with all its options, as a middleware of `reqwest-middleware`.
-///
-/// Put it last, next to the client: middlewares for tracing and retries then see requests without a key.
-///
-/// Where there is no key, or the key must not be sent, the error is `reqwest_middleware::Error::Middleware` with a
-/// [`NoKeyAvailable`](crate::NoKeyAvailable) or an [`InjectError`](crate::InjectError) in it.
-///
-/// ```
-/// use tower_key_rotation::{Failover, KeyPool, KeyRotationLayer, KeyRotationMiddleware};
-///
-/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// let pool = KeyPool::builder().key("alpha", "sk-1").allowed_hosts(["api.example.com"]).build()?;
-/// let layer = KeyRotationLayer::new(&pool).failover(Failover::attempts(3));
-///
-/// let client = reqwest_middleware::ClientBuilder::new(reqwest::Client::new())
-///     .with(KeyRotationMiddleware::new(layer))
-///     .build();
-/// # let _ = client;
-/// # Ok(())
-/// # }
-/// ```
-pub struct KeyRotationMiddleware<C = TooManyRequests, M = Once> {
-    rotation: Arc<Rotation<C, M>>,
-}
-
-impl<C, M> KeyRotationMiddleware<C, M> {
-    /// Does what that layer does.
-    #[must_use]
-    pub fn new(layer: KeyRotationLayer<C, M>) -> Self {
-        Self { rotation: Arc::new(layer.into_rotation()) }
-    }
-}
+use crate::classify::ClassifyResponse;
 
 /// The client behind the middleware, for one request.
 struct Behind<'a> {
@@ -70,8 +32,25 @@ impl Client<Request, Response, ClientError> for Behind<'_> {
     fn release(&mut self) {}
 }
 
+/// Put it last, next to the client: middlewares for tracing and retries then see requests without a key.
+///
+/// Where there is no key, or the key must not be sent, the error is `reqwest_middleware::Error::Middleware` with a
+/// [`NoKeyAvailable`](crate::NoKeyAvailable) or an [`InjectError`](crate::InjectError) in it.
+///
+/// ```
+/// use tower_key_rotation::{Failover, KeyPool, KeyRotationLayer};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let pool = KeyPool::builder().key("alpha", "sk-1").allowed_hosts(["api.example.com"]).build()?;
+/// let client = reqwest_middleware::ClientBuilder::new(reqwest::Client::new())
+///     .with(KeyRotationLayer::new(&pool).failover(Failover::attempts(3)))
+///     .build();
+/// # let _ = client;
+/// # Ok(())
+/// # }
+/// ```
 #[async_trait::async_trait]
-impl<C, M> Middleware for KeyRotationMiddleware<C, M>
+impl<C, M> Middleware for KeyRotationLayer<C, M>
 where
     C: ClassifyResponse + Send + Sync + 'static,
     M: Attempt<Request, Response, Response = Response> + Send + Sync + 'static,
@@ -88,18 +67,12 @@ where
                 attempts.run(request).await
             }
             Ok(false) => next.run(request, extensions).await.map_err(Error::Inner),
-            Err(refused) => Err(refused.into()),
+            Err(refused) => Err(refused.into_error()),
         };
         sent.map_err(|error| match error {
             Error::NoKeyAvailable(error) => ClientError::middleware(error),
             Error::Inject(error) => ClientError::middleware(error),
             Error::Inner(error) => error,
         })
-    }
-}
-
-impl<C, M> fmt::Debug for KeyRotationMiddleware<C, M> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("KeyRotationMiddleware").field(&self.rotation).finish()
     }
 }

@@ -108,7 +108,7 @@ where
             let response = client.call(request);
             return FailoverFuture::first(response, None, None, client.clone(), rotation.clone());
         }
-        Err(refused) => return FailoverFuture::refused(refused, client.clone(), rotation.clone()),
+        Err(refused) => return FailoverFuture::refused(*refused, client.clone(), rotation.clone()),
     }
     if rotation.has_queue() {
         return send_in_turn(client, rotation, request);
@@ -123,7 +123,7 @@ where
         Err(refused) if refused.is_no_key() && rotation.has_queue() => {
             send_in_turn(client, rotation, request)
         }
-        Err(refused) => FailoverFuture::refused(refused, client.clone(), rotation.clone()),
+        Err(refused) => FailoverFuture::refused(*refused, client.clone(), rotation.clone()),
     }
 }
 

@@ -306,9 +306,9 @@ pub struct Recovered {
 
 impl Recovered {
     /// The most ids that are named.
-    pub const NAMED_AT_MOST: usize = 5;
+    pub(crate) const NAMED_AT_MOST: usize = 5;
 
-    /// That many keys; the ids are named where there are no more than [`NAMED_AT_MOST`](Self::NAMED_AT_MOST).
+    /// That many keys; the ids are named where there are no more than 5.
     #[must_use]
     pub fn new(count: u64, ids: Vec<KeyId>) -> Self {
         let ids = if ids.len() > Self::NAMED_AT_MOST { Vec::new() } else { ids };
@@ -317,25 +317,14 @@ impl Recovered {
 }
 
 /// A store could not do what it was asked to. The pool goes on in memory.
-#[derive(Debug)]
-pub struct StoreError(Box<dyn Error + Send + Sync>);
+#[derive(Debug, thiserror::Error)]
+#[error("the key store failed")]
+pub struct StoreError(#[source] Box<dyn Error + Send + Sync>);
 
 impl StoreError {
     /// Wraps the cause, whose text must not hold a secret.
     pub fn new(cause: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         Self(cause.into())
-    }
-}
-
-impl fmt::Display for StoreError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("the key store failed")
-    }
-}
-
-impl Error for StoreError {
-    fn source(&self) -> Option<&(dyn Error + 'static)> {
-        Some(&*self.0)
     }
 }
 

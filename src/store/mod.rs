@@ -14,8 +14,6 @@ pub(crate) mod metered;
 #[cfg(feature = "mongodb")]
 pub mod mongodb;
 
-#[cfg(feature = "mongodb")]
-pub use self::mongodb::MongoStore;
 pub use self::{
     key_store::{
         Born, Change, KeyRecord, KeyStore, Loaded, Mark, Operation, Recovered, Replaced, Standing,

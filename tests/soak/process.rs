@@ -12,7 +12,7 @@ use reqwest::{Method, Request, Response};
 use tokio::{task::JoinSet, time::sleep};
 use tower::{Service, ServiceBuilder, ServiceExt, layer::layer_fn};
 use tower_key_rotation::{
-    Failover, KeyPool, KeyRotationLayer, RecoveryConfig, RecoveryHandle,
+    Failover, KeyPool, KeyRotationLayer, NoKeyAvailable, RecoveryConfig, RecoveryHandle,
     classify::LlmGateway,
     clock::{Clock, Sleep, SystemClock},
 };
@@ -86,7 +86,7 @@ fn client(
     ledger: &Arc<Ledger>,
 ) -> impl Service<Request, Response = Response, Error = ClientError, Future: Send> + Clone + Send + use<> {
     let (around, inside) = (ledger.clone(), ledger.clone());
-    let rotation = KeyRotationLayer::new(pool).classify(LlmGateway::new()).failover(Failover::default());
+    let rotation = KeyRotationLayer::new(pool).classify(LlmGateway::new()).failover(Failover::attempts(3));
     ServiceBuilder::new()
         .layer(layer_fn(move |inner| AroundRotation::new(inner, around.clone())))
         .layer(rotation.wait_up_to(wait))
@@ -126,7 +126,9 @@ impl Caller {
     }
 
     async fn failed(&self, error: ClientError) {
-        let Some(no_key) = error.no_key_available() else { return self.figures.failed(format!("{error:?}")) };
+        let Some(no_key) = NoKeyAvailable::find(&error) else {
+            return self.figures.failed(format!("{error:?}"));
+        };
         self.figures.no_key();
         match no_key.retry_in() {
             Some(time) => sleep(time.min(SECOND / 20)).await,

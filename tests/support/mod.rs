@@ -75,7 +75,7 @@ pub type FailoverLayer = KeyRotationLayer<TooManyRequests, Failover>;
 
 /// The layer with the default failover.
 pub fn failover(pool: &KeyPool) -> FailoverLayer {
-    KeyRotationLayer::new(pool).failover(Failover::default())
+    KeyRotationLayer::new(pool).failover(Failover::attempts(3))
 }
 
 #[cfg(feature = "reqwest")]

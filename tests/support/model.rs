@@ -185,7 +185,10 @@ impl Caller {
         let response = self.client.call(request);
         match self.sent.lock().expect("not poisoned").take() {
             Some((secret, reply)) => Ok(Flight { secret, reply, response }),
-            None => Err(*immediately(response).expect_err("no key").no_key_available().expect("about keys")),
+            None => {
+                let error = immediately(response).expect_err("no key");
+                Err(*NoKeyAvailable::find(&error).expect("about keys"))
+            }
         }
     }
 }

@@ -32,14 +32,13 @@ impl Action {
 
     /// Formats an error for a response. The cause of a store's error appears only in the log.
     pub(super) fn failed(self, error: &OperateError) -> String {
-        match (error, self) {
-            (OperateError::Store(store), Self::Add | Self::Remove) => {
-                format!("{store}, so it was not {}", self.done())
-            }
-            (OperateError::Store(store), _) => {
-                format!("{store}, so it is {} in this gateway only, until the next reload", self.done())
-            }
-            _ => error.to_string(),
+        match self {
+            _ if !error.is_store_failure() => error.to_string(),
+            Self::Add | Self::Remove => format!("the key store failed, so it was not {}", self.done()),
+            _ => format!(
+                "the key store failed, so it is {} in this gateway only, until the next reload",
+                self.done()
+            ),
         }
     }
 

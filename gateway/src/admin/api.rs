@@ -81,7 +81,7 @@ async fn add(
     if let Some(reason) = cannot_name(&id) {
         return Err(Refusal::bad_request(reason));
     }
-    let insert = |pool: KeyPool, _| async move { pool.insert_specs([spec]).await.into_iter().collect() };
+    let insert = |pool: KeyPool, _| async move { pool.insert_all([spec]).await.into_iter().collect() };
     change(live, id, Action::Add, insert).await.map(|key| (StatusCode::CREATED, key))
 }
 

@@ -2,7 +2,7 @@
 
 use axum::http::StatusCode;
 use serde::Serialize;
-use tower_key_rotation::{KeyId, KeyPool, KeySpec, OperateError, ParsedKey};
+use tower_key_rotation::{KeyId, KeyPool, KeySpec, OperateError, Rejected};
 
 use super::{
     action::{Action, cannot_name},
@@ -27,7 +27,10 @@ struct Outcome {
     error: Option<String>,
 }
 
-pub(super) fn read(media_type: &str, body: &[u8]) -> Result<Vec<ParsedKey>, Refusal> {
+/// A key, or the reason why it is none, with its line.
+type Line = (usize, Result<KeySpec, Rejected>);
+
+pub(super) fn read(media_type: &str, body: &[u8]) -> Result<Vec<Line>, Refusal> {
     // With this name, the parser detects JSON and TOML by content, as in a key file.
     let name = match media_type {
         "text/plain" => "import",
@@ -49,11 +52,10 @@ fn too_many() -> Refusal {
     Refusal::bad_request(format!("more than {MOST} keys: send them in parts"))
 }
 
-pub(super) async fn add(pool: &KeyPool, keys: Vec<ParsedKey>) -> Imported {
+pub(super) async fn add(pool: &KeyPool, keys: Vec<Line>) -> Imported {
     let (mut outcomes, mut specs) = (Vec::new(), Vec::new());
-    for parsed in keys {
-        let line = parsed.number();
-        let (id, error) = match parsed.key {
+    for (line, key) in keys {
+        let (id, error) = match key {
             Err(rejected) => (rejected.id().cloned(), Some(rejected.reason().to_string())),
             Ok(spec) => {
                 let (id, error) = (spec.id.clone(), cannot_name(spec.id.as_str()));
@@ -66,7 +68,7 @@ pub(super) async fn add(pool: &KeyPool, keys: Vec<ParsedKey>) -> Imported {
         outcomes.push(Outcome { line, id, error });
     }
     let (places, specs): (Vec<_>, Vec<_>) = specs.into_iter().unzip();
-    for (place, added) in places.into_iter().zip(pool.insert_specs(specs).await) {
+    for (place, added) in places.into_iter().zip(pool.insert_all(specs).await) {
         outcomes[place].settle(added);
     }
     Imported::of(outcomes)

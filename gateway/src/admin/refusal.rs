@@ -28,9 +28,9 @@ impl Refusal {
     /// The response to a failed action.
     pub(super) fn of(action: Action, error: &OperateError) -> Self {
         let status = match error {
-            OperateError::UnknownKey(_) => StatusCode::NOT_FOUND,
-            OperateError::KeyExists(_) | OperateError::DuplicateSecret(_) => StatusCode::CONFLICT,
-            OperateError::Store(_) => StatusCode::SERVICE_UNAVAILABLE,
+            _ if error.is_unknown_key() => StatusCode::NOT_FOUND,
+            _ if error.is_taken() => StatusCode::CONFLICT,
+            _ if error.is_store_failure() => StatusCode::SERVICE_UNAVAILABLE,
             _ => StatusCode::BAD_REQUEST,
         };
         Self::new(status, action.failed(error))

@@ -115,6 +115,11 @@ impl KeptBody {
         can_be_sent
     }
 
+    /// Whether this is the body of the first attempt, rather than a clone of it.
+    pub(super) fn is_first(&self) -> bool {
+        self.attempt == 0
+    }
+
     pub(super) fn caller(&self) -> Caller {
         Caller(self.shared.clone())
     }

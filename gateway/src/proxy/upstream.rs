@@ -26,9 +26,7 @@ use tower::{
     util::BoxCloneSyncService,
 };
 use tower_http::timeout::TimeoutBody;
-use tower_key_rotation::{
-    Error as RotationError, Failover, KeyPool, KeyRotationLayer, classify::LlmGateway, service::CloneRequest,
-};
+use tower_key_rotation::{Error as RotationError, Failover, KeyPool, KeyRotationLayer, classify::LlmGateway};
 
 use super::{body::KeptBody, connections::Connections};
 use crate::{settings::Settings, sources, this_machine, with_sources};
@@ -57,7 +55,7 @@ const GONE_AFTER: Duration = Duration::from_secs(60);
 /// Returns a client that puts one of the pool's keys into each request and retries a limited request with another.
 pub(super) fn client(pool: &KeyPool, settings: &Settings) -> io::Result<Client> {
     // With no key twice, so that this is at most once with each.
-    let failover = Failover::attempts(settings.attempts.unwrap_or(u32::MAX)).clone_with(SendAgain);
+    let failover = Failover::attempts(settings.attempts.unwrap_or(u32::MAX)).clone_with(send_again);
     let rotation = KeyRotationLayer::new(pool)
         .classify(LlmGateway::new())
         .read_error_bodies(ERROR_BODY)
@@ -124,20 +122,10 @@ fn hyper(
     Ok(Connections::new(move || client.build(connect.clone())))
 }
 
-#[derive(Clone)]
-struct SendAgain;
-
-impl CloneRequest<Request<KeptBody>> for SendAgain {
-    type Kept = Request<KeptBody>;
-
-    fn keep(&self, request: &Request<KeptBody>) -> Option<Request<KeptBody>> {
-        Some(request.clone())
-    }
-
-    fn again(&self, kept: &Request<KeptBody>) -> Option<Request<KeptBody>> {
-        let request = kept.clone();
-        request.body().hold().then_some(request)
-    }
+/// Clones a request for a further attempt, and a kept clone if its body can still be sent.
+fn send_again(request: &Request<KeptBody>) -> Option<Request<KeptBody>> {
+    let clone = request.clone();
+    (request.body().is_first() || clone.body().hold()).then_some(clone)
 }
 
 /// Retry policy for requests that an HTTP/2 server did not process (RFC 9113 section 8.7).

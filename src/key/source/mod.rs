@@ -23,7 +23,10 @@ const MOST_BYTES: usize = 32 << 20;
 
 impl KeySpec {
     /// Parses the keys of a file, given its name and its text, for example to insert them with
-    /// [`KeyPool::insert_specs`](crate::KeyPool::insert_specs).
+    /// [`KeyPool::insert_all`](crate::KeyPool::insert_all).
+    ///
+    /// Each key, or the reason why it is none, comes with its line, or its position among the entries of a JSON text,
+    /// from 1.
     ///
     /// [`KeyPoolBuilder::keys_from_file`](crate::KeyPoolBuilder::keys_from_file) describes the formats. The name decides
     /// the format as it does there, and stands in each [`Rejected`]. Unlike the builder, this function requires an id
@@ -34,8 +37,9 @@ impl KeySpec {
     ///
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// let keys = KeySpec::parse_all("keys.txt", "# ours\nalpha|sk-1\nsk-2\n")?;
-    /// assert_eq!(keys[0].key.as_ref().unwrap().id.as_str(), "alpha");
-    /// assert_eq!(keys[1].key.as_ref().unwrap_err().to_string(), "keys.txt, line 3: the key has no id");
+    /// let [(2, Ok(alpha)), (3, Err(rejected))] = &keys[..] else { panic!("{keys:?}") };
+    /// assert_eq!(alpha.id.as_str(), "alpha");
+    /// assert_eq!(rejected.to_string(), "keys.txt, line 3: the key has no id");
     /// # Ok(())
     /// # }
     /// ```
@@ -44,8 +48,14 @@ impl KeySpec {
     ///
     /// The whole text can't be read: it is not valid JSON or TOML, or it is larger than 32 MiB or has more than
     /// 1,000,000 keys.
-    pub fn parse_all(name: impl AsRef<str>, text: impl AsRef<[u8]>) -> Result<Vec<ParsedKey>, Rejected> {
-        parse(name.as_ref(), text.as_ref(), Unnamed::Rejected)
+    // A name for the tuple would hide what is in it.
+    #[allow(clippy::type_complexity)]
+    pub fn parse_all(
+        name: impl AsRef<str>,
+        text: impl AsRef<[u8]>,
+    ) -> Result<Vec<(usize, Result<Self, Rejected>)>, Rejected> {
+        let keys = parse(name.as_ref(), text.as_ref(), Unnamed::Rejected)?;
+        Ok(keys.into_iter().map(|parsed| (parsed.place.number(), parsed.key)).collect())
     }
 
     /// Parses one key, a JSON object with the fields of a [key file](crate::KeyPoolBuilder::keys_from_file).

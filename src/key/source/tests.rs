@@ -16,7 +16,7 @@ fn row(number: usize, id: &str, secret: &str) -> Row {
 
 fn shown(keys: &[ParsedKey]) -> Vec<Row> {
     let key = |spec: &KeySpec| (spec.id.to_string(), spec.secret.expose().to_owned());
-    keys.iter().map(|parsed| (parsed.number(), parsed.key.as_ref().ok().map(key))).collect()
+    keys.iter().map(|parsed| (parsed.place.number(), parsed.key.as_ref().ok().map(key))).collect()
 }
 
 fn errors(keys: &[ParsedKey]) -> Vec<String> {
@@ -276,7 +276,7 @@ fn table(fields: &[(impl AsRef<str>, String)]) -> String {
 }
 
 fn specs_of(name: &str, text: &str) -> Vec<KeySpec> {
-    KeySpec::parse_all(name, text).unwrap().into_iter().map(|parsed| parsed.key.unwrap()).collect()
+    KeySpec::parse_all(name, text).unwrap().into_iter().map(|(_, key)| key.unwrap()).collect()
 }
 
 const CANARY: &str = "sk-CANARY";
@@ -324,8 +324,8 @@ proptest! {
         let found = KeySpec::parse_all("k.txt", &text).unwrap();
         let expected: Vec<_> =
             (1..).zip(&lines).filter(|(_, line)| line.contains("sk")).map(|(number, line)| (number, *line == "a|sk")).collect();
-        prop_assert_eq!(found.iter().map(|key| (key.number(), key.key.is_ok())).collect::<Vec<_>>(), expected);
-        for rejected in found.iter().filter_map(|parsed| parsed.key.as_ref().err()) {
+        prop_assert_eq!(found.iter().map(|(number, key)| (*number, key.is_ok())).collect::<Vec<_>>(), expected);
+        for rejected in found.iter().filter_map(|(_, key)| key.as_ref().err()) {
             prop_assert!(rejected.to_string().starts_with("k.txt, line "));
         }
     }
@@ -349,7 +349,7 @@ proptest! {
                     let all = KeySpec::parse_all(name, &text);
                     prop_assert!(!said(&all).contains("CANARY"), "{text}: {all:?}");
                     for key in all.iter().flatten() {
-                        prop_assert!(!said(&key.key).contains("CANARY"), "{text}: {key:?}");
+                        prop_assert!(!said(&key.1).contains("CANARY"), "{text}: {key:?}");
                     }
                 }
             }

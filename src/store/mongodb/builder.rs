@@ -29,7 +29,7 @@ const SERVER_SELECTION: Duration = Duration::from_secs(3);
 ///
 /// ```no_run
 /// use std::time::Duration;
-/// use tower_key_rotation::store::MongoStore;
+/// use tower_key_rotation::store::mongodb::MongoStore;
 ///
 /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
 /// let store = MongoStore::builder()
@@ -55,20 +55,6 @@ pub struct MongoStoreBuilder {
     limits: Limits,
 }
 
-impl Default for MongoStoreBuilder {
-    fn default() -> Self {
-        Self {
-            database: None,
-            collection: "keys".into(),
-            standby_collection: None,
-            fields: Fields::default(),
-            #[cfg(feature = "encryption")]
-            data_keys: None,
-            limits: Limits::default(),
-        }
-    }
-}
-
 impl MongoStore {
     /// Connects with the usual names and limits, to the database that the URI names.
     ///
@@ -81,7 +67,15 @@ impl MongoStore {
 
     /// A store with names, limits or a client of your own.
     pub fn builder() -> MongoStoreBuilder {
-        MongoStoreBuilder::default()
+        MongoStoreBuilder {
+            database: None,
+            collection: "keys".into(),
+            standby_collection: None,
+            fields: Fields::default(),
+            #[cfg(feature = "encryption")]
+            data_keys: None,
+            limits: Limits::default(),
+        }
     }
 }
 
@@ -175,8 +169,8 @@ impl MongoStoreBuilder {
         let limit = self.limits.connect;
         let connecting = tokio::spawn(self.connect_and_ask(uri.as_ref().to_owned()));
         match timeout(limit, connecting).await {
-            Err(_) => Err(ConnectError::NoAnswer(limit)),
-            Ok(Err(_)) => Err(ConnectError::Unreachable(Failure::BrokenOff.to_string())),
+            Err(_) => Err(ConnectError(Cause::NoAnswer(limit))),
+            Ok(Err(_)) => Err(ConnectError(Cause::Unreachable(Failure::BrokenOff.to_string()))),
             Ok(Ok(connected)) => connected,
         }
     }
@@ -184,7 +178,7 @@ impl MongoStoreBuilder {
     async fn connect_and_ask(self, uri: String) -> Result<MongoStore, ConnectError> {
         let store = self.connect_later(uri).await?;
         let answer = store.inner.database.run_command(doc! { "ping": 1 }).await;
-        answer.map_err(|error| ConnectError::Unreachable(Failure::from(error).to_string()))?;
+        answer.map_err(|error| ConnectError(Cause::Unreachable(Failure::from(error).to_string())))?;
         Ok(store)
     }
 
@@ -193,7 +187,7 @@ impl MongoStoreBuilder {
     /// Only the hosts of a `mongodb+srv` URI are looked up.
     ///
     /// ```no_run
-    /// use tower_key_rotation::{KeyPool, RecoveryHandle, store::MongoStore};
+    /// use tower_key_rotation::{KeyPool, RecoveryHandle, store::mongodb::MongoStore};
     ///
     /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
     /// let store = MongoStore::builder().connect_later("mongodb://localhost:27017/gateway").await?;
@@ -210,17 +204,18 @@ impl MongoStoreBuilder {
     ///
     /// [`KeyPoolBuilder::open_when_ready`]: crate::KeyPoolBuilder::open_when_ready
     pub async fn connect_later(self, uri: impl AsRef<str>) -> Result<MongoStore, ConnectError> {
-        self.check_names()?;
+        self.check_names().map_err(ConnectError)?;
         let uri = uri.as_ref();
         let options = ClientOptions::parse(uri).await;
-        let mut options = options.map_err(|error| ConnectError::invalid_uri(uri, &error))?;
+        let invalid = |error| ConnectError(Cause::invalid_uri(uri, &error));
+        let mut options = options.map_err(invalid)?;
         let selection = options.server_selection_timeout.unwrap_or(SERVER_SELECTION);
         // Well below the limits, so that it is the driver that fails, which knows why.
         let most = self.limits.operation.min(self.limits.connect) * 3 / 5;
         options.server_selection_timeout = Some(selection.min(most));
         options.connect_timeout.get_or_insert(SERVER_SELECTION);
         options.app_name.get_or_insert_with(|| env!("CARGO_PKG_NAME").into());
-        let client = Client::with_options(options).map_err(|error| ConnectError::invalid_uri(uri, &error))?;
+        let client = Client::with_options(options).map_err(invalid)?;
         self.over(&client)
     }
 
@@ -233,9 +228,9 @@ impl MongoStoreBuilder {
     ///
     /// If a name cannot be used, or there is no name of a database.
     pub fn over(self, client: &Client) -> Result<MongoStore, ConnectError> {
-        self.check_names()?;
+        self.check_names().map_err(ConnectError)?;
         let database = self.database.map(|name| client.database(&name)).or_else(|| client.default_database());
-        let database = database.ok_or(ConnectError::NoDatabase)?;
+        let database = database.ok_or(ConnectError(Cause::NoDatabase))?;
         #[cfg(feature = "encryption")]
         let data_keys = self.data_keys;
         #[cfg(not(feature = "encryption"))]
@@ -258,20 +253,20 @@ impl MongoStoreBuilder {
         Ok(MongoStore { inner: Arc::new(inner) })
     }
 
-    fn check_names(&self) -> Result<(), ConnectError> {
+    fn check_names(&self) -> Result<(), Cause> {
         if let Some(field) = self.fields.invalid() {
-            return Err(ConnectError::Field(field.to_owned()));
+            return Err(Cause::Field(field.to_owned()));
         }
         let is_invalid =
             |name: &&String| name.is_empty() || name.contains(['/', '\\', '.', ' ', '"', '$', '\0']);
         if let Some(name) = self.database.as_ref().filter(is_invalid) {
-            return Err(ConnectError::Name(name.clone()));
+            return Err(Cause::Name(name.clone()));
         }
         let names = [Some(&self.collection), self.standby_collection.as_ref()];
         match names.into_iter().flatten().find(|name| name.is_empty() || name.contains(['$', '\0'])) {
-            Some(name) => Err(ConnectError::Name(name.clone())),
+            Some(name) => Err(Cause::Name(name.clone())),
             None if self.standby_collection.as_ref() == Some(&self.collection) => {
-                Err(ConnectError::Name(self.collection.clone()))
+                Err(Cause::Name(self.collection.clone()))
             }
             None => Ok(()),
         }
@@ -280,31 +275,37 @@ impl MongoStoreBuilder {
 
 /// The reason why there is no [`MongoStore`]. It never holds the URI, which may hold a password.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum ConnectError {
-    /// The URI cannot be used.
+#[error(transparent)]
+pub struct ConnectError(Cause);
+
+impl ConnectError {
+    /// Whether no server answered, or none accepted the credentials. Otherwise a setting is wrong: the URI, or a name.
+    #[must_use]
+    pub fn is_unreachable(&self) -> bool {
+        matches!(self.0, Cause::Unreachable(_) | Cause::NoAnswer(_))
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+enum Cause {
     #[error("the MongoDB URI can't be used: {0}")]
     Uri(String),
-    /// Neither the URI nor [`MongoStoreBuilder::database`] names a database.
     #[error(
         "no database is named: put its name behind the hosts of the MongoDB URI, as in mongodb://host/gateway"
     )]
     NoDatabase,
-    /// The name cannot be that of a database or collection, or both collections have it.
+    /// Or both collections have it.
     #[error("{0:?} can't be the name of a MongoDB database or collection here")]
     Name(String),
-    /// The name cannot be that of a field, or another field has it.
     #[error("{0:?} can't be the name of a field, or another field has it")]
     Field(String),
-    /// No server could be reached, or none accepted the credentials.
     #[error("MongoDB can't be reached: {0}")]
     Unreachable(String),
-    /// No server answered in that time.
     #[error("MongoDB gave no answer within {0:?}")]
     NoAnswer(Duration),
 }
 
-impl ConnectError {
+impl Cause {
     /// The driver's errors may quote the URI, and whatever is not plainly a host may be a password.
     fn invalid_uri(uri: &str, error: &::mongodb::error::Error) -> Self {
         if names_hosts_alone(uri) {

@@ -64,7 +64,7 @@ impl DataKeys {
     /// Where it is not set, and as for [`parse`](Self::parse).
     pub fn from_env(variable: impl AsRef<str>) -> Result<Self, InvalidDataKeys> {
         let variable = variable.as_ref();
-        let text = env::var(variable).map_err(|_| InvalidDataKeys::NotSet(variable.to_owned()))?;
+        let text = env::var(variable).map_err(|_| InvalidDataKeys(Invalid::NotSet(variable.to_owned())))?;
         Self::parse(Zeroizing::new(text).as_str())
     }
 
@@ -75,7 +75,7 @@ impl DataKeys {
     /// Where it can't be read, and as for [`parse`](Self::parse).
     pub fn from_file(path: impl AsRef<Path>) -> Result<Self, InvalidDataKeys> {
         let path = path.as_ref();
-        let unreadable = |error: io::Error| InvalidDataKeys::File(path.to_owned(), error.kind());
+        let unreadable = |error: io::Error| InvalidDataKeys(Invalid::File(path.to_owned(), error.kind()));
         let text = fs::read_to_string(path).map_err(unreadable)?;
         Self::parse(Zeroizing::new(text).as_str())
     }
@@ -90,13 +90,13 @@ impl DataKeys {
         let entries = entries.filter(|entry| !entry.is_empty() && !entry.starts_with('#'));
         let mut keys: Vec<DataKey> = Vec::new();
         for (number, entry) in (1..).zip(entries) {
-            let key = DataKey::parse(number, entry)?;
+            let key = DataKey::parse(number, entry).map_err(InvalidDataKeys)?;
             if keys.iter().any(|other| other.name == key.name) {
-                return Err(InvalidDataKeys::SameName(key.name));
+                return Err(InvalidDataKeys(Invalid::SameName(key.name)));
             }
             keys.push(key);
         }
-        if keys.is_empty() { Err(InvalidDataKeys::None) } else { Ok(Self(keys.into())) }
+        if keys.is_empty() { Err(InvalidDataKeys(Invalid::None)) } else { Ok(Self(keys.into())) }
     }
 
     /// The secret of the key of that id, as it shall stand in that field.
@@ -137,14 +137,14 @@ impl DataKeys {
 }
 
 impl DataKey {
-    fn parse(number: usize, entry: &str) -> Result<Self, InvalidDataKeys> {
+    fn parse(number: usize, entry: &str) -> Result<Self, Invalid> {
         let (name, base64) = entry.split_once('=').unwrap_or_default();
         if !is_name(name) {
-            return Err(InvalidDataKeys::Entry(number));
+            return Err(Invalid::Entry(number));
         }
         let bytes = BASE64_STANDARD.decode(base64).map(Zeroizing::new);
-        let bytes = bytes.map_err(|_| InvalidDataKeys::NotBase64(name.to_owned()))?;
-        let length = || InvalidDataKeys::Length { name: name.to_owned(), bytes: bytes.len() };
+        let bytes = bytes.map_err(|_| Invalid::NotBase64(name.to_owned()))?;
+        let length = || Invalid::Length { name: name.to_owned(), bytes: bytes.len() };
         let bytes = <[u8; BYTES]>::try_from(bytes.as_slice()).map_err(|_| length())?;
         Ok(Self { name: name.to_owned(), bytes: bytes.into() })
     }
@@ -175,32 +175,24 @@ impl fmt::Debug for DataKeys {
 
 /// What is wrong with [`DataKeys`]. It never shows more of one than its name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum InvalidDataKeys {
-    /// There is none.
+#[error(transparent)]
+pub struct InvalidDataKeys(Invalid);
+
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+enum Invalid {
     #[error("there is no data key")]
     None,
-    /// The environment variable is not set, or is no text.
     #[error("the environment variable {0} is not set, or not valid Unicode")]
     NotSet(String),
-    /// The file can't be read.
     #[error("{}: {}", .0.display(), .1)]
     File(PathBuf, io::ErrorKind),
-    /// The entry of that number, from 1 on, has another form.
+    /// Counted from 1.
     #[error("data key {0}: not `name=base64` on one line, with a name of 1 to 32 letters, digits, - and _")]
     Entry(usize),
-    /// It is not base64.
     #[error("data key {0}: what stands behind its name is not base64 on one line, with its padding")]
     NotBase64(String),
-    /// It has another length.
     #[error("data key {name}: it has {bytes} bytes in base64, not {BYTES}")]
-    Length {
-        /// Its name.
-        name: String,
-        /// How many bytes it has.
-        bytes: usize,
-    },
-    /// There are two of that name.
+    Length { name: String, bytes: usize },
     #[error("there are two data keys of the name {0}")]
     SameName(String),
 }
@@ -284,16 +276,16 @@ mod tests {
         let wrapped = entry("a", 1).replace("AQEBAQEBAQEB", "AQEBAQ\nEBAQEB");
         let third = format!("# ours\n{},{}\n = canary", entry("a", 1), entry("b", 2));
         for (text, error) in [
-            ("", InvalidDataKeys::None),
-            ("# nothing\n , \n", InvalidDataKeys::None),
-            ("canary", InvalidDataKeys::Entry(1)),
-            (&third, InvalidDataKeys::Entry(3)),
-            ("a=canary!", InvalidDataKeys::NotBase64("a".into())),
-            ("a=Y2FuYXJ5", InvalidDataKeys::Length { name: "a".into(), bytes: 6 }),
-            (&twice, InvalidDataKeys::SameName("a".into())),
+            ("", Invalid::None),
+            ("# nothing\n , \n", Invalid::None),
+            ("canary", Invalid::Entry(1)),
+            (&third, Invalid::Entry(3)),
+            ("a=canary!", Invalid::NotBase64("a".into())),
+            ("a=Y2FuYXJ5", Invalid::Length { name: "a".into(), bytes: 6 }),
+            (&twice, Invalid::SameName("a".into())),
         ] {
             let said = DataKeys::parse(text).unwrap_err();
-            assert_eq!(said, error);
+            assert_eq!(said.0, error);
             assert!(!format!("{said} {said:?}").contains("canary"), "{said}");
         }
         assert!(DataKeys::parse(wrapped).is_err());

@@ -1,6 +1,6 @@
 //! Encrypts documents in place.
 
-use std::{fmt, sync::Arc};
+use std::sync::Arc;
 
 use ::mongodb::bson::{Bson, RawDocument, RawDocumentBuf, doc};
 use tokio::{sync::mpsc, time::timeout};
@@ -45,17 +45,6 @@ impl Encrypted {
         self.already += other.already;
         self.changed += other.changed;
         self.left.extend(other.left);
-    }
-}
-
-impl fmt::Display for Encrypted {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { encrypted, already, changed, left } = self;
-        let left = left.len();
-        write!(
-            f,
-            "{encrypted} encrypted, {already} had been before, {changed} changed meanwhile, {left} left"
-        )
     }
 }
 

@@ -8,7 +8,7 @@
 /// let store = MongoStore::builder()
 ///     .database("gateway")
 ///     .collection("provider_keys")
-///     .fields(Fields::new().api_key("token").cooldown_until("restsUntil"));
+///     .fields(Fields::default().api_key("token").cooldown_until("restsUntil"));
 /// # let _ = store;
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -77,6 +77,7 @@ pub(super) mod computed {
     pub(crate) const ALL: [&str; 2] = [SERVER_TIME, IS_SETTLED];
 }
 
+/// The usual names.
 impl Default for Fields {
     fn default() -> Self {
         Self {
@@ -132,11 +133,6 @@ names! {
 }
 
 impl Fields {
-    /// The usual names.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
     /// The first name that can't be one, or that two fields have.
     pub(super) fn invalid(&self) -> Option<&str> {
         let names = self.names();
@@ -160,13 +156,13 @@ mod tests {
 
     #[test]
     fn the_usual_names_are_valid() {
-        assert_eq!(Fields::new().invalid(), None);
+        assert_eq!(Fields::default().invalid(), None);
     }
 
     #[test]
     fn invalid_or_reserved_field_names_are_refused() {
         for name in ["", "$set", "a.b", "a\0b", "_id", "rest", "usageWriters", "serverTime", "status"] {
-            assert_eq!(Fields::new().api_key(name).invalid(), Some(name), "{name:?}");
+            assert_eq!(Fields::default().api_key(name).invalid(), Some(name), "{name:?}");
         }
     }
 }

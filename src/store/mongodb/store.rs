@@ -29,7 +29,7 @@ use crate::{
 /// Keys and their state in a collection of MongoDB, shared by all processes that open a pool over it.
 ///
 /// ```no_run
-/// use tower_key_rotation::{KeyPool, RecoveryHandle, store::MongoStore};
+/// use tower_key_rotation::{KeyPool, RecoveryHandle, store::mongodb::MongoStore};
 ///
 /// # #[tokio::main]
 /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
