@@ -207,10 +207,10 @@ fn f10_concurrent_joins_lose_no_word() {
         let longer = move |state: &Arc<AtomicWord>| join(state, limited(1, 9));
         let other = move |state: &Arc<AtomicWord>| {
             join(state, limited(0, 90));
-            state.update(|before| before.flag(true));
+            state.update(|before| before.with_disabled(true));
         };
         at_once(&state, longer, other);
-        assert_eq!(state.load(), limited(1, 9).flag(true));
+        assert_eq!(state.load(), limited(1, 9).with_disabled(true));
     });
 }
 
