@@ -111,11 +111,7 @@ pub(crate) struct Host {
 pub(crate) struct InvalidHost(String);
 
 impl Host {
-    pub(crate) fn all<I, H>(hosts: I) -> Result<Vec<Self>, InvalidHost>
-    where
-        I: IntoIterator<Item = H>,
-        H: AsRef<str>,
-    {
+    pub(crate) fn all(hosts: impl IntoIterator<Item: AsRef<str>>) -> Result<Vec<Self>, InvalidHost> {
         hosts.into_iter().map(|host| Self::parse(host.as_ref())).collect()
     }
 

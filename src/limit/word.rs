@@ -129,9 +129,8 @@ impl Word {
 }
 
 /// Nanoseconds as atomics hold them; 584 years at most.
-#[inline]
-pub(crate) fn nanos(duration: Duration) -> u64 {
-    duration.as_secs().saturating_mul(1_000_000_000).saturating_add(duration.subsec_nanos().into())
+pub(crate) const fn nanos(duration: Duration) -> u64 {
+    duration.as_secs().saturating_mul(1_000_000_000).saturating_add(duration.subsec_nanos() as u64)
 }
 
 /// The milliseconds that have passed, as deadlines are compared with them.

@@ -8,9 +8,9 @@ mod response;
 
 #[cfg(feature = "reqwest")]
 pub(crate) use self::reqwest::redact_url;
+pub(crate) use self::response::JudgedResponse;
 pub use self::{
     replay::Replay,
     request::RequestMessage,
     response::{ReadableResponse, ResponseMessage},
 };
-pub(crate) use self::{request::rule, response::JudgedResponse};

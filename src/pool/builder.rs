@@ -246,11 +246,7 @@ impl KeyPoolBuilder {
         self
     }
 
-    fn hosts<I, H>(&mut self, hosts: I) -> Vec<Host>
-    where
-        I: IntoIterator<Item = H>,
-        H: AsRef<str>,
-    {
+    fn hosts(&mut self, hosts: impl IntoIterator<Item: AsRef<str>>) -> Vec<Host> {
         Host::all(hosts).unwrap_or_else(|invalid| {
             self.invalid_host = Some(invalid);
             Vec::new()
@@ -319,7 +315,7 @@ impl KeyPoolBuilder {
         let (keys, rejected) = self.read()?;
         let seeds = seeds(&keys);
         let pool = over(store, Vec::new(), seeds, self.config, rejected);
-        pool.reload().await.map_err(|error| BuildError(Problem::Store(error)))?;
+        pool.reload().await.map_err(Problem::Store)?;
         Ok(pool)
     }
 
@@ -340,19 +336,11 @@ impl KeyPoolBuilder {
     }
 
     fn read(&self) -> Result<(Vec<UsableKey>, Vec<Rejected>), BuildError> {
-        let (keys, rejected) = self.accepted().map_err(BuildError)?;
-        for rejected in &rejected {
-            tracing::warn!("key rejected: {rejected}");
-        }
-        Ok((keys, rejected))
-    }
-
-    fn accepted(&self) -> Result<(Vec<UsableKey>, Vec<Rejected>), Problem> {
         if let Some(name) = self.config.inject.invalid_header() {
-            return Err(Problem::HeaderName(name.to_owned()));
+            return Err(Problem::HeaderName(name.to_owned()).into());
         }
         if let Some(invalid) = &self.invalid_host {
-            return Err(Problem::Host(invalid.clone()));
+            return Err(Problem::Host(invalid.clone()).into());
         }
         let mut accepted = Accepted::default();
         for (number, given) in (1..).zip(&self.given) {
@@ -362,7 +350,10 @@ impl KeyPoolBuilder {
         }
         let Accepted { keys, rejected, .. } = accepted;
         if self.strict && !rejected.is_empty() {
-            return Err(Problem::Rejected(rejected));
+            return Err(Problem::Rejected(rejected).into());
+        }
+        for rejected in &rejected {
+            tracing::warn!("key rejected: {rejected}");
         }
         Ok((keys, rejected))
     }
@@ -467,7 +458,7 @@ impl Accepted {
 /// `Display` names the file, line, variable or setting, and the reason. No secret is shown.
 #[derive(Debug, thiserror::Error)]
 #[error(transparent)]
-pub struct BuildError(Problem);
+pub struct BuildError(#[from] Problem);
 
 impl BuildError {
     /// Returns the keys that can't be used, if the builder is [`strict`](KeyPoolBuilder::strict).

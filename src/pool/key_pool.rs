@@ -2,7 +2,7 @@
 
 use std::{fmt, sync::Arc, time::Duration};
 
-use super::{engine::Engine, key::Lease, no_key::NoKeyAvailable, stats::PoolStats};
+use super::{engine::Engine, no_key::NoKeyAvailable, stats::PoolStats};
 use crate::{
     clock::Clock,
     key::{KeyId, Rejected, hosts::Hosts},
@@ -189,34 +189,6 @@ impl KeyPool {
 
     pub(crate) fn meter(&self) -> &Meter {
         &self.engine().config.meter
-    }
-
-    /// The next key in turn.
-    #[inline(always)]
-    pub(crate) fn pick(&self) -> Option<Lease> {
-        self.engine().pick()
-    }
-
-    pub(crate) fn pick_besides(&self, tried: &[Lease]) -> Option<Lease> {
-        self.engine().pick_besides(tried)
-    }
-
-    pub(crate) fn has_available(&self) -> bool {
-        self.engine().has_available()
-    }
-
-    pub(crate) fn count_available(&self) -> usize {
-        self.engine().count_available()
-    }
-
-    /// The time until the next resting key is back, whether others are available or not.
-    pub(crate) fn next_end_of_a_rest(&self) -> Option<Duration> {
-        self.engine().next_end_of_a_rest()
-    }
-
-    /// Completes when a key comes back before the end of its cooldown, from now on.
-    pub(crate) fn returned(&self) -> tokio::sync::futures::Notified<'_> {
-        self.engine().returned()
     }
 
     #[cold]

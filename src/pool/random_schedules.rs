@@ -101,7 +101,7 @@ impl Process {
     }
 
     fn picked(&self) -> Option<String> {
-        self.pool.pick().map(|lease| lease.id().to_string())
+        self.pool.engine().pick().map(|lease| lease.id().to_string())
     }
 
     fn write_marks(&self) {

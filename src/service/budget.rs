@@ -28,13 +28,9 @@ pub(crate) struct EarnedBudget {
 
 const PRICE: u64 = 5;
 const MOST_EARNED: u64 = 100 * PRICE;
-const PAID_BY_TIME_EVERY: u64 = nanos_of(Duration::from_millis(100));
+const PAID_BY_TIME_EVERY: u64 = nanos(Duration::from_millis(100));
 /// The retries per second are saved up for that long at most. A new budget starts with all of them.
-const TIME_COUNTS_FOR: u64 = nanos_of(Duration::from_secs(10));
-
-const fn nanos_of(duration: Duration) -> u64 {
-    duration.as_nanos() as u64
-}
+const TIME_COUNTS_FOR: u64 = nanos(Duration::from_secs(10));
 
 impl EarnedBudget {
     pub(crate) fn new(clock: Arc<dyn Clock>) -> Self {

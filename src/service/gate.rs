@@ -51,7 +51,7 @@ impl Gate {
 
     /// Whether a new request has to queue.
     pub(crate) fn is_closed(&self, pool: &KeyPool) -> bool {
-        self.waiting.load(Relaxed) > 0 || !pool.has_available()
+        self.waiting.load(Relaxed) > 0 || !pool.engine().has_available()
     }
 
     /// Waits for a key and for the turn. Gives up at once if the first key is back later than `limit`, and after
@@ -77,12 +77,13 @@ impl Gate {
     async fn turn(&self, pool: &KeyPool) {
         let _waiting = Waiting::new(&self.waiting);
         let _first = self.queue.lock().await;
+        let engine = pool.engine();
         loop {
             // Subscribed before the check, so that no event after it is missed.
             let answered = self.answered.notified();
-            let returned = pool.returned();
-            let available = pool.has_available();
-            if available && self.lock().admit(pool.count_available()) {
+            let returned = engine.returned();
+            let available = engine.has_available();
+            if available && self.lock().admit(engine.count_available()) {
                 return;
             }
             if !available {
@@ -93,7 +94,7 @@ impl Gate {
             // Read before the checks below: waking too early is harmless, too late is not.
             let now = clock.now();
             let look_again = if available {
-                pool.next_end_of_a_rest().map_or(SLOW_ANSWER, |end| end.min(SLOW_ANSWER))
+                engine.next_end_of_a_rest().map_or(SLOW_ANSWER, |end| end.min(SLOW_ANSWER))
             } else {
                 // Zero if another thread has returned a key since the check: that sends no event.
                 pool.next_return().unwrap_or(NO_KEY_IN_SIGHT)
