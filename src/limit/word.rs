@@ -121,10 +121,7 @@ impl Word {
     }
 
     pub(crate) fn time_left(self, now: Duration) -> Option<Duration> {
-        match self.resting(now)?.until {
-            Until::After(left) => Some(left),
-            Until::Reset => None,
-        }
+        self.resting(now)?.until.left()
     }
 }
 

@@ -68,6 +68,16 @@ pub enum Until {
     Reset,
 }
 
+impl Until {
+    /// The time after which the rest ends by itself.
+    pub(crate) fn left(self) -> Option<Duration> {
+        match self {
+            Self::After(left) => Some(left),
+            Self::Reset => None,
+        }
+    }
+}
+
 /// A rest: when it ends, and why. The later one is the greater one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Resting {

@@ -19,7 +19,7 @@ use crate::{
     key::hosts::{Host, Hosts, InvalidHost},
     key::inject::Inject,
     key::{
-        KeyId, KeySpec, ParsedKey, Rejected, Secret,
+        InvalidKeyId, KeyId, KeySpec, ParsedKey, Rejected, Secret,
         rejected::{Place, Reason},
         source::{self, Unnamed},
     },
@@ -67,8 +67,7 @@ pub struct KeyPoolBuilder {
 
 #[derive(Debug)]
 enum Given {
-    Key(String, Secret),
-    Spec(KeySpec),
+    Code(Result<KeySpec, InvalidKeyId>),
     Env(String),
     File(PathBuf),
 }
@@ -106,7 +105,7 @@ impl KeyPoolBuilder {
 
     /// Adds a key.
     pub fn key(mut self, id: impl Into<String>, secret: impl Into<Secret>) -> Self {
-        self.given.push(Given::Key(id.into(), secret.into()));
+        self.given.push(Given::Code(KeyId::new(id.into()).map(|id| KeySpec::new(id, secret))));
         self
     }
 
@@ -139,7 +138,7 @@ impl KeyPoolBuilder {
     /// # }
     /// ```
     pub fn key_spec(mut self, spec: KeySpec) -> Self {
-        self.given.push(Given::Spec(spec));
+        self.given.push(Given::Code(Ok(spec)));
         self
     }
 
@@ -364,15 +363,11 @@ impl Given {
     fn read(&self, number: usize, before: usize) -> Result<Vec<ParsedKey>, Problem> {
         let unnamed = Unnamed::Numbered { before };
         match self {
-            Self::Key(id, secret) => {
+            Self::Code(spec) => {
                 let place = Place::Code(number);
-                let key = match KeyId::new(id) {
-                    Ok(id) => Ok(KeySpec::new(id, secret.clone())),
-                    Err(error) => Err(Rejected::new(place.clone(), None, error)),
-                };
+                let key = spec.clone().map_err(|error| Rejected::new(place.clone(), None, error));
                 Ok(vec![ParsedKey { place, key }])
             }
-            Self::Spec(spec) => Ok(vec![ParsedKey { place: Place::Code(number), key: Ok(spec.clone()) }]),
             Self::Env(variable) => {
                 let value = env::var_os(variable).ok_or_else(|| Problem::NoVariable(variable.clone()))?;
                 let value = value.to_str().ok_or_else(|| Problem::VariableNotText(variable.clone()))?;

@@ -391,10 +391,7 @@ impl Home for Engine {
         self.refresh(key);
         self.wake_writer();
         self.config.meter.marked(reason);
-        let cooldown_ms = match resting.until {
-            Until::After(cooldown) => Some(cooldown.as_millis() as u64),
-            Until::Reset => None,
-        };
+        let cooldown_ms = resting.until.left().map(|cooldown| cooldown.as_millis() as u64);
         if before.is_available() {
             tracing::info!(key = %key.id, cooldown_ms, ?reason, http_status, "key rests");
         } else {

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use super::{engine::Engine, key::Key};
 use crate::{
     key::KeyId,
-    limit::{Resting, Scope, Status, Until},
+    limit::{Resting, Scope, Status},
     sync::atomic::Ordering::Relaxed,
 };
 
@@ -139,11 +139,7 @@ impl Engine {
 }
 
 fn scope_stats((scope, Resting { until, reason }): (Scope, Resting)) -> ScopeStats {
-    let time_left = match until {
-        Until::After(left) => Some(left),
-        Until::Reset => None,
-    };
-    ScopeStats { scope, status: reason.into(), time_left }
+    ScopeStats { scope, status: reason.into(), time_left: until.left() }
 }
 
 #[cfg(feature = "serde")]
