@@ -13,7 +13,7 @@ use crate::{
 
 /// Counters of rare events. Each key counts its own requests.
 #[cfg_attr(not(feature = "metrics"), allow(dead_code))]
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Meter {
     pool: Cow<'static, str>,
     marks: [AtomicU64; REASONS.len()],
@@ -26,6 +26,7 @@ pub(crate) struct Meter {
     store_errors: [AtomicU64; OPERATIONS.len()],
 }
 
+/// In the order of [`Rest`].
 const REASONS: [&str; 3] = ["rate_limited", "exhausted", "revoked"];
 
 /// What a store is asked for, as failures are counted.
@@ -40,33 +41,16 @@ pub(crate) enum Counted {
     Replace,
 }
 
+/// In the order of [`Counted`].
 const OPERATIONS: [&str; 6] = ["load", "write", "recover", "usage", "operate", "replace"];
 
 impl Meter {
     pub(crate) fn of(pool: Cow<'static, str>) -> Self {
-        let (marks, store_errors) = Default::default();
-        let (no_key, failovers, budget_used_up, pass_failures, recovered) = Default::default();
-        let unkeyed = Unkeyed::default();
-        Self {
-            pool,
-            marks,
-            no_key,
-            unkeyed,
-            failovers,
-            budget_used_up,
-            pass_failures,
-            recovered,
-            store_errors,
-        }
+        Self { pool, ..Self::default() }
     }
 
     pub(crate) fn marked(&self, rest: Rest) {
-        let reason = match rest {
-            Rest::RateLimited => 0,
-            Rest::Exhausted => 1,
-            Rest::Revoked => 2,
-        };
-        self.marks[reason].fetch_add(1, Relaxed);
+        self.marks[rest as usize].fetch_add(1, Relaxed);
     }
 
     pub(crate) fn no_key(&self) {

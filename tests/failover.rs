@@ -6,6 +6,7 @@ mod support;
 
 use std::{
     collections::HashSet,
+    future::ready,
     sync::{
         Arc, Mutex,
         atomic::{
@@ -17,8 +18,8 @@ use std::{
 };
 
 use bytes::Bytes;
-use futures_util::{future::join_all, stream::iter};
-use http::{HeaderValue, Request};
+use futures_util::{FutureExt, future::join_all, stream::iter};
+use http::{HeaderValue, Request, Response};
 use http_body_util::{BodyExt, Full};
 use hyper_util::{client::legacy::Client, rt::TokioExecutor};
 use support::*;
@@ -29,6 +30,7 @@ use tokio::{
 use tower::{
     Layer, ServiceExt,
     retry::budget::{Budget, TpsBudget},
+    service_fn,
 };
 use tower_key_rotation::{
     Failover, KeyRotationLayer, NoKeyAvailable, Status, classify::LlmGateway, clock::ManualClock,
@@ -184,6 +186,58 @@ async fn f19_the_default_retry_budget_reserves_100_attempts() {
     }
     // None of them went well, and no time passed: only the reserve was there to be spent.
     assert_eq!(server.count(), REQUESTS + RESERVE);
+}
+
+#[test]
+fn f19_successes_and_time_refill_the_retry_budget() {
+    let clock = ManualClock::new();
+    let pool = builder(0..64, &clock).cooldown(Duration::ZERO).build().unwrap();
+    let sent = Arc::new(AtomicUsize::new(0));
+    // The body of a request says how it is answered.
+    let service = service_fn({
+        let sent = sent.clone();
+        move |request: Request<String>| {
+            sent.fetch_add(1, SeqCst);
+            ready(Response::builder().status(&**request.body()).body(Full::<Bytes>::default()))
+        }
+    });
+    let client = KeyRotationLayer::new(&pool).failover(Failover::attempts(2)).layer(service);
+    let send = |status: &str| {
+        let request = Request::post("https://api.example.com").body(status.to_owned()).unwrap();
+        client.clone().oneshot(request).now_or_never().unwrap().unwrap();
+    };
+    let succeed = |times| (0..times).for_each(|_| send("200"));
+    let retries = || {
+        let is_sent_again = |_: &i32| {
+            let before = sent.load(SeqCst);
+            send("429");
+            sent.load(SeqCst) == before + 2
+        };
+        (0..10_000).take_while(is_sent_again).count()
+    };
+
+    assert_eq!(retries(), 100);
+    clock.advance(SECOND / 10 - INSTANT);
+    assert_eq!(retries(), 0);
+    clock.advance(SECOND);
+    assert_eq!(retries(), 10);
+    clock.advance(1_000 * SECOND);
+    assert_eq!(retries(), 100);
+    succeed(4);
+    assert_eq!(retries(), 0);
+    succeed(1);
+    assert_eq!(retries(), 1);
+    succeed(1_000);
+    assert_eq!(retries(), 100);
+
+    // Threads together spend no more than there is.
+    clock.advance(1_000 * SECOND);
+    succeed(50);
+    let before = sent.load(SeqCst);
+    std::thread::scope(|scope| {
+        (0..4).for_each(|_| _ = scope.spawn(|| (0..100).for_each(|_| send("429"))));
+    });
+    assert_eq!(sent.load(SeqCst) - before, 400 + 110);
 }
 
 /// Allows every further attempt, and counts what is paid in.

@@ -11,7 +11,7 @@ use http::{Request, Response};
 use support::{Logs, all_that_it_says};
 use tower::{Layer, ServiceExt, service_fn};
 use tower_key_rotation::{
-    KeyId, KeyPool, KeyPoolBuilder, KeyRotationLayer, KeySpec,
+    Inject, KeyId, KeyPool, KeyPoolBuilder, KeyRotationLayer, KeySpec,
     store::{KeyStore, MemoryStore, Operation},
 };
 
@@ -157,6 +157,79 @@ fn a_strict_builder_takes_all_or_nothing() {
     assert_eq!(rejected.id().map(KeyId::as_str), Some("beta"));
     assert_eq!(rejected.reason().to_string(), "the secret is empty");
     assert!(error.to_string().contains("strict.txt, line 2: key beta: the secret is empty"), "{error}");
+}
+
+#[test]
+fn a_strict_builder_lists_all_rejected_keys() {
+    let error = KeyPool::builder().keys([("a", ""), ("", "sk"), ("b", "sk"), ("b", "sk-2")]).strict().build();
+    let shown = error.unwrap_err().to_string();
+    assert_eq!(
+        shown.lines().skip(1).map(str::trim).collect::<Vec<_>>(),
+        [
+            "key 1 in code: key a: the secret is empty",
+            "key 2 in code: a key id has 1 to 256 bytes and no control characters",
+            "key 4 in code: key b: another key has this id",
+        ]
+    );
+}
+
+#[test]
+fn an_unreadable_source_is_named_in_the_error() {
+    let error = |builder: KeyPoolBuilder| builder.build().unwrap_err().to_string();
+    assert_eq!(error(KeyPool::builder().keys_from_file("no/such/file")), "no/such/file could not be read");
+    let unset = KeyPool::builder().keys_from_env("TOWER_KEY_ROTATION_UNSET");
+    assert!(error(unset).contains("TOWER_KEY_ROTATION_UNSET is not set"));
+    let header = KeyPool::builder().inject(Inject::header("no header"));
+    assert_eq!(error(header), "\"no header\" is not a header name");
+}
+
+#[test]
+fn ids_that_break_log_lines_are_refused() {
+    for id in ["", "a\nb", "a\u{7f}b", &"x".repeat(257)] {
+        assert!(KeyId::new(id).is_err(), "{id:?}");
+    }
+    assert_eq!(KeyId::new("ключ 1").unwrap().as_str(), "ключ 1");
+}
+
+#[test]
+fn f30_refusals_say_what_is_wrong_with_a_secret() {
+    for (secret, reason) in [
+        ("", "the secret is empty"),
+        ("a\nb", "the secret has a newline, a tab or another control character"),
+        ("a\tb", "the secret has a newline, a tab or another control character"),
+        ("a\u{7f}", "the secret has a newline, a tab or another control character"),
+        (" a", "the secret begins or ends with a space"),
+        ("a ", "the secret begins or ends with a space"),
+        ("schlüssel", "the secret has a character that is not ASCII"),
+        ("a\u{a0}", "the secret has a character that is not ASCII"),
+    ] {
+        let pool = KeyPool::builder().key("a", secret).build().unwrap();
+        assert_eq!(rejected(&pool), [format!("key 1 in code: key a: {reason}")], "{secret:?}");
+    }
+}
+
+#[test]
+fn s05_an_encrypted_secret_is_never_sent() {
+    let pool = KeyPool::builder().key("a", "encrypted.v1.2026a.eLH6eRw6wIzwAOCDf3w0DQ55l0Q").build().unwrap();
+    let reason = "key 1 in code: key a: the secret is encrypted: it is what a store holds, not a key";
+    assert_eq!(rejected(&pool), [reason]);
+}
+
+#[cfg(feature = "serde")]
+#[test]
+fn stats_serialize_with_units_and_without_a_secret() {
+    let pool = KeyPool::builder().key("alpha", "sk-canary").build().unwrap();
+    assert_eq!(
+        serde_json::to_value(pool.stats()).unwrap(),
+        serde_json::json!({
+            "healthy": 1, "rate_limited": 0, "exhausted": 0, "revoked": 0, "disabled": 0,
+            "marks_waiting": 0, "unreadable": 0, "unkeyed": 0,
+            "keys": [{
+                "id": "alpha", "status": "healthy", "time_left_seconds": null, "scopes": [],
+                "requests": 0, "limited": 0, "recovered": 0, "tokens": 0, "last_reason": null,
+            }],
+        })
+    );
 }
 
 #[test]

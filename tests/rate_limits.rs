@@ -24,7 +24,7 @@ use tower::{Layer, Service, ServiceExt, service_fn};
 use tower_key_rotation::{
     Error, Inject, KeyId, KeyPool, KeyRotationLayer, NoKeyAvailable, RecoveryConfig, RecoveryHandle,
     ServedBy, Status,
-    classify::LlmGateway,
+    classify::{LlmGateway, ResponseHead, Verdict},
     clock::{Clock, ManualClock, Sleep},
     store::{MemoryStore, Until},
 };
@@ -144,6 +144,32 @@ async fn a_shorter_retry_after_needs_exact_hints() {
 async fn f28_a_retry_after_is_capped_at_an_hour() {
     assert_eq!(rest_after(429, [("retry-after", "86400")], false).await, HOUR);
     assert_eq!(rest_after(429, [("retry-after", "18446744073709551615")], true).await, HOUR);
+}
+
+/// A classifier for which each response exhausts the key.
+fn exhausts(response: &ResponseHead<'_>) -> Verdict {
+    Verdict::Exhausted { wait: response.wait() }
+}
+
+#[test]
+fn hint_limits_cap_all_hints_but_those_of_quotas() {
+    let rest = |least, most, retry_after: &'static str| {
+        let pool = builder(["alpha"], &ManualClock::new()).exact_hints().hint_limits(least, most);
+        let pool = pool.cooldown(MINUTE).build().unwrap();
+        let limited = move |_: Request<()>| {
+            ready(Response::builder().status(429).header("retry-after", retry_after).body(()))
+        };
+        let send = || Request::get("https://api.example.com").body(()).unwrap();
+        let layer = KeyRotationLayer::new(&pool);
+        layer.clone().layer(service_fn(limited)).oneshot(send()).now_or_never().unwrap().unwrap();
+        let rate_limited = time_left(&pool, "alpha").unwrap();
+        pool.reset("alpha").now_or_never().unwrap().unwrap();
+        layer.classify(exhausts).layer(service_fn(limited)).oneshot(send()).now_or_never().unwrap().unwrap();
+        (rate_limited, time_left(&pool, "alpha").unwrap())
+    };
+    assert_eq!(rest(SECOND, MINUTE, "36000"), (MINUTE, 10 * HOUR));
+    // The cap wins over a higher floor.
+    assert_eq!(rest(2 * MINUTE, MINUTE, "0").0, MINUTE);
 }
 
 #[tokio::test]

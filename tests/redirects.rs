@@ -2,12 +2,18 @@
 
 mod support;
 
+use std::future::ready;
+
 use bytes::Bytes;
-use http::{HeaderValue, Method, Request, StatusCode, header::LOCATION};
+use futures_util::FutureExt;
+use http::{
+    HeaderName, HeaderValue, Method, Request, Response, StatusCode,
+    header::{LINK, LOCATION},
+};
 use http_body_util::Full;
 use hyper_util::{client::legacy::Client, rt::TokioExecutor};
 use support::{Server, answer, answer_with, http};
-use tower::{Layer, ServiceExt};
+use tower::{Layer, ServiceExt, service_fn};
 use tower_http::follow_redirect::{FollowRedirectLayer, policy::SameOrigin};
 use tower_key_rotation::{Inject, KeyPool, KeyPoolBuilder, KeyRotationLayer, same_origin_redirects};
 
@@ -158,6 +164,52 @@ async fn s02_response_headers_never_repeat_the_query_key() {
         (&"/v1?page=2".parse().unwrap(), &"2".parse().unwrap())
     );
     assert!(!headers.contains_key("refresh"));
+}
+
+/// What is left of a response's header after a request with the key `s&cret/1` in its query; `None` without the header.
+fn left_of(name: HeaderName, value: &str) -> Option<String> {
+    let pool = KeyPool::builder().key("alpha", "s&cret/1").inject(Inject::query("key")).build().unwrap();
+    let answer = |_: Request<()>| {
+        let value = HeaderValue::from_bytes(value.as_bytes()).unwrap();
+        ready(Response::builder().header(&name, value).body(()))
+    };
+    let request = Request::get("https://api.example.com/v1").body(()).unwrap();
+    let sent = KeyRotationLayer::new(&pool).layer(service_fn(answer)).oneshot(request);
+    let response = sent.now_or_never().unwrap().unwrap();
+    response.headers().get(&name).map(|value| String::from_utf8(value.as_bytes().into()).unwrap())
+}
+
+#[test]
+fn s02_urls_lose_the_key_in_any_encoding() {
+    for (url, left) in [
+        ("https://other.test/v1?key=s%26cret%2F1", Some("https://other.test/v1")),
+        ("/v1?a=1&key=s%26cret/1&b#top", Some("/v1?a=1&b#top")),
+        ("/login?to=https%3A%2F%2Fa.test%2F%3Fkey%3Ds%2526cret%252F1&x=", Some("/login?x=")),
+        ("?k%65y=s%26cret%2f1", None),
+        ("https://other.test/café?key=s%26cret%2F1", Some("https://other.test/café")),
+        ("/v1?a=1#/cb?key=s%26cret%2F1", Some("/v1?a=1")),
+        ("/login/https%3A%2F%2Fa.test%2F%3Fkey%3Ds%2526cret%252F1", None),
+        ("https://other.test/v1?key=somebody-elses", Some("https://other.test/v1?key=somebody-elses")),
+        ("https://other.test/v1", Some("https://other.test/v1")),
+        ("/v1?", Some("/v1?")),
+    ] {
+        assert_eq!(left_of(LOCATION, url).as_deref(), left, "{url}");
+    }
+}
+
+#[test]
+fn s02_a_key_is_removed_from_links() {
+    for (links, left) in [
+        (
+            r#"</v1?page=2&key=s%26cret%2F1>; rel="next", </v1?key=s%26cret/1&page=9>; rel=last"#,
+            Some(r#"</v1?page=2>; rel="next", </v1?page=9>; rel=last"#),
+        ),
+        ("</v1?page=2>; rel=next, <?key=s%26cret%2F1>; rel=self", None),
+        (r#"</v1>; title="key=s&cret/1""#, None),
+        ("</v1?key=s%26cret%2F1", None),
+    ] {
+        assert_eq!(left_of(LINK, links).as_deref(), left, "{links}");
+    }
 }
 
 #[tokio::test]

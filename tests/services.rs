@@ -7,7 +7,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     pin::Pin,
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, OnceLock,
         atomic::{AtomicUsize, Ordering::SeqCst},
     },
     task::{Context, Poll},
@@ -15,9 +15,9 @@ use std::{
 };
 
 use bytes::Bytes;
-use futures_util::{FutureExt, future::join_all, stream};
+use futures_util::{FutureExt, StreamExt, future::join_all, stream};
 use http::{HeaderMap, HeaderValue, Method, Request, Response, Version, header};
-use http_body::Frame;
+use http_body::{Body, Frame};
 use http_body_util::{
     BodyExt, Full, StreamBody,
     channel::{Channel, Sender},
@@ -30,7 +30,8 @@ use tower::{
 };
 use tower_key_rotation::{
     Error, Failover, Inject, KeyPool, KeyRotationLayer, NoKeyAvailable, Replay, Status,
-    classify::ResponseHead, clock::ManualClock,
+    classify::{ClassifyResponse, ResponseHead, Verdict},
+    clock::{Clock, ManualClock, Sleep},
 };
 use tower_test::mock;
 
@@ -691,6 +692,69 @@ fn a_waiting_request_takes_the_second_returning_key() {
     assert_eq!(key_of(&second), "Bearer sk-1");
 }
 
+/// A clock that stands still until it has been read a number of times. In the middle of the next reading the first
+/// key's rest ends, and another thread returns the key to service.
+#[derive(Debug)]
+struct Interrupting {
+    clock: ManualClock,
+    readings_left: AtomicUsize,
+    pool: Arc<OnceLock<KeyPool>>,
+}
+
+const FIRST_IS_BACK: Duration = Duration::from_secs(1);
+const SECOND_IS_BACK: Duration = Duration::from_secs(100);
+
+impl Clock for Interrupting {
+    fn now(&self) -> Duration {
+        if let Some(pool) = self.pool.get()
+            && self.readings_left.fetch_sub(1, SeqCst) == 0
+        {
+            self.clock.advance(FIRST_IS_BACK);
+            assert_eq!(pool.stats().healthy, 1);
+        }
+        self.clock.now()
+    }
+
+    fn sleep_until(&self, deadline: Duration) -> Sleep {
+        self.clock.sleep_until(deadline)
+    }
+}
+
+#[test]
+fn a_waiter_never_oversleeps_a_key_returned_elsewhere() {
+    for readings in 0..40 {
+        let later = Arc::new(OnceLock::new());
+        let readings_left = AtomicUsize::new(readings);
+        let clock = Interrupting { clock: ManualClock::new(), readings_left, pool: later.clone() };
+        let manual = clock.clock.clone();
+        let keys = [("alpha", "sk-1"), ("beta", "sk-2")];
+        let pool = KeyPool::builder().keys(keys).exact_hints().clock(clock).build().unwrap();
+        let rests = Arc::new(Mutex::new([FIRST_IS_BACK, SECOND_IS_BACK].into_iter()));
+        let service = service_fn(move |_: Req| {
+            let limited = rests
+                .lock()
+                .unwrap()
+                .next()
+                .map(|rest| Response::builder().status(429).header(header::RETRY_AFTER, rest.as_secs()));
+            ready(limited.unwrap_or_default().body(Full::<Bytes>::default()))
+        });
+        let mut client = KeyRotationLayer::new(&pool).wait_up_to(SECOND_IS_BACK).layer(service);
+        for _ in 0..2 {
+            assert_eq!(assert_ready!(call(&mut client).poll()).unwrap().status(), 429);
+        }
+        later.set(pool.clone()).unwrap();
+
+        let mut waiting = call(&mut client);
+        let answered = waiting.poll().is_ready();
+        if manual.now() == Duration::ZERO {
+            // It was not interrupted.
+            assert!(!answered);
+            manual.advance(FIRST_IS_BACK);
+        }
+        assert!(answered || waiting.poll().is_ready(), "after {readings} readings of the clock");
+    }
+}
+
 // ---- panics ----
 
 /// What the service does with one request.
@@ -1009,6 +1073,83 @@ async fn f27_body_frames_and_trailers_pass_through_unchanged() {
         assert_eq!(body.frame().await.unwrap().unwrap().into_trailers().unwrap()["x-sum"], "1", "{status}");
         assert!(body.frame().await.is_none());
     }
+}
+
+/// Asks for the body of each error, and notes what it is shown.
+#[derive(Clone, Default)]
+struct Reader(Arc<Mutex<Vec<Bytes>>>);
+
+impl ClassifyResponse for Reader {
+    fn classify(&self, response: &ResponseHead<'_>) -> Verdict {
+        self.0.lock().unwrap().push(Bytes::copy_from_slice(response.body().unwrap_or_default()));
+        Verdict::RateLimited { wait: None }
+    }
+
+    fn wants_body(&self, _: &ResponseHead<'_>) -> bool {
+        true
+    }
+}
+
+fn data(text: &'static str) -> Result<Frame<Bytes>, &'static str> {
+    Ok(Frame::data(Bytes::from_static(text.as_bytes())))
+}
+
+#[tokio::test]
+async fn bodies_read_ahead_keep_their_trailers_and_errors() {
+    for (most, seen, is_cut) in [
+        (0, "", false),
+        (1, "ab", false),
+        (3, "abcd", false),
+        (3, "abcd", true),
+        (100, "abcdef", false),
+        (100, "abcdef", true),
+    ] {
+        let inner = service_fn(move |_: Req| {
+            let sum = HeaderMap::from_iter([("x-sum".parse().unwrap(), HeaderValue::from_static("1"))]);
+            let end = if is_cut { Err("cut") } else { Ok(Frame::trailers(sum)) };
+            let body = StreamBody::new(stream::iter([data("ab"), data("cd"), data("ef"), end]));
+            ready(Ok::<_, Infallible>(Response::builder().status(503).body(body).unwrap()))
+        });
+        let reader = Reader::default();
+        let layer = KeyRotationLayer::new(&pool(1).0).classify(reader.clone()).read_error_bodies(most);
+        let mut body = layer.layer(inner).oneshot(request()).await.unwrap().into_body();
+        assert_eq!(*reader.0.lock().unwrap(), [seen]);
+        for text in ["ab", "cd", "ef"] {
+            assert!(!body.is_end_stream());
+            assert_eq!(body.frame().await.unwrap().unwrap().into_data().unwrap(), text, "{most}");
+        }
+        match body.frame().await.unwrap() {
+            Ok(frame) => assert!(!is_cut && frame.into_trailers().unwrap()["x-sum"] == "1"),
+            Err(error) => assert!(is_cut && error == "cut"),
+        }
+        assert!(body.frame().await.is_none());
+    }
+}
+
+#[tokio::test]
+async fn a_body_read_twice_in_part_arrives_whole() {
+    let (pool, _) = pool(2);
+    let inner = service_fn({
+        let pool = pool.clone();
+        move |_: Req| {
+            let pool = pool.clone();
+            // The other key is disabled while failover drains the body, which the classifier saw in part.
+            let disable = move |frame: &Result<Frame<Bytes>, &str>| {
+                if frame.as_ref().unwrap().data_ref().unwrap() == "cd" {
+                    pool.disable("key-1").now_or_never().unwrap().unwrap();
+                }
+            };
+            let body = stream::iter([data("ab"), data("cd"), data("ef"), data("gh")]).inspect(disable);
+            ready(Ok::<_, Infallible>(Response::builder().status(503).body(StreamBody::new(body)).unwrap()))
+        }
+    });
+    let reader = Reader::default();
+    let layer = KeyRotationLayer::new(&pool).classify(reader.clone()).read_error_bodies(1);
+    let client = layer.failover(Failover::attempts(2).drain_up_to(5)).layer(inner);
+    let body = client.oneshot(request()).await.unwrap().into_body();
+    assert_eq!(*reader.0.lock().unwrap(), ["ab"]);
+    assert_eq!(body.collect().await.unwrap().to_bytes(), "abcdefgh");
+    assert_eq!(requests(&pool), [1, 0]);
 }
 
 // ---- bodies that are not Clone ----

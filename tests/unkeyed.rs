@@ -103,6 +103,10 @@ async fn s06_host_headers_alone_need_listed_hosts() {
     for (pool, host, keyed) in [
         (open(), "api.example.com", false),
         (open(), "localhost:8080", true),
+        (open(), "[::1]:8080", true),
+        (open(), "", false),
+        (open().allowed_hosts(["api.example.com"]), "", false),
+        (open().allowed_hosts(["api.example.com:443"]), "api.example.com", true),
         (open().allowed_hosts(["api.example.com"]), "api.example.com", true),
         (open().allow_cleartext_to(["api.example.com"]), "api.example.com", true),
         (open().allow_cleartext_to(["api.example.com"]), "other.example.com", false),
@@ -129,6 +133,17 @@ async fn s06_each_disallowed_host_is_logged_once() {
     assert_eq!(logs.count("its host is not in `allowed_hosts`"), 2, "{}", logs.text());
     assert_eq!(logs.count("a.test"), 1);
     assert!(!logs.text().contains("secret=1"), "the path and the query are nobody's business");
+}
+
+#[tokio::test]
+async fn s06_at_most_64_hosts_are_logged() {
+    let (logs, _guard) = Logs::capture();
+    let pool = builder(["alpha"], &ManualClock::new()).allowed_hosts(["api.example.com"]).build().unwrap();
+    let client = KeyRotationLayer::new(&pool).layer(notes().1);
+    for number in (0..1_000).chain([0]) {
+        client.clone().oneshot(request(&format!("https://{number}.test"))).await.unwrap();
+    }
+    assert_eq!((logs.count("its host is not in `allowed_hosts`"), pool.stats().unkeyed), (64, 1_001));
 }
 
 #[tokio::test]

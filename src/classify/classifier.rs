@@ -1,9 +1,6 @@
 //! The trait of classifiers, and its input and output.
 
-use std::{
-    fmt,
-    time::{Duration, SystemTime},
-};
+use std::{fmt, time::Duration};
 
 use http::{HeaderMap, StatusCode};
 
@@ -119,7 +116,7 @@ impl<'a> ResponseHead<'a> {
     }
 
     pub(crate) fn wait_by_headers(&self) -> Option<Duration> {
-        hint::from_headers(self.headers, SystemTime::now())
+        hint::from_headers(self.headers)
     }
 }
 
@@ -127,33 +124,5 @@ impl fmt::Debug for ResponseHead<'_> {
     /// Omits headers and body, since a service may quote the key in them.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ResponseHead").field("status", &self.status).finish_non_exhaustive()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use http::HeaderValue;
-
-    use super::*;
-
-    fn by_header(response: &ResponseHead<'_>) -> Verdict {
-        if response.headers().contains_key("x-quota-exceeded") {
-            Verdict::Exhausted { wait: None }
-        } else {
-            Verdict::Nothing
-        }
-    }
-
-    #[test]
-    fn functions_are_classifiers_that_want_no_body() {
-        let mut headers = HeaderMap::new();
-        let verdict = |headers: &HeaderMap| {
-            let head = ResponseHead::new(StatusCode::SERVICE_UNAVAILABLE, headers);
-            assert!(!by_header.wants_body(&head));
-            by_header.classify(&head)
-        };
-        assert_eq!(verdict(&headers), Verdict::Nothing);
-        headers.insert("x-quota-exceeded", HeaderValue::from_static("monthly"));
-        assert_eq!(verdict(&headers), Verdict::Exhausted { wait: None });
     }
 }

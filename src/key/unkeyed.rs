@@ -63,26 +63,3 @@ impl Unkeyed {
         self.logged.iter().find_map(free_or_known).unwrap_or(false)
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn s06_at_most_64_hosts_are_logged_once_each() {
-        let unkeyed = Unkeyed::default();
-        let first = |host: &str| unkeyed.is_first(host);
-        assert!(first("a.example.com") && !first("a.example.com") && !first("A.Example.com"));
-        assert!(first(""), "no host is logged once, too");
-        let logged = (0..1_000).filter(|number| first(&number.to_string())).count();
-        assert_eq!(logged, LOGGED_AT_MOST - 2);
-        assert!(!first("a.example.com"));
-    }
-
-    #[test]
-    fn s06_every_request_without_a_key_is_counted() {
-        let unkeyed = Unkeyed::default();
-        (0..3).for_each(|_| unkeyed.sent(None, NoKeyBecause::NoHost));
-        assert_eq!(unkeyed.count(), 3);
-    }
-}

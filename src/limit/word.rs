@@ -1,7 +1,7 @@
 //! A limit's generation and rest in one atomic word.
 //!
 //! From the highest bit: 19 bits of generation, 42 bits of deadline in milliseconds of the pool's clock, 2 bits of
-//! reason, and a flag. Without the flag, words compare as numbers do: the greater of two words is their join.
+//! reason, and a flag for "disabled". Without the flag, words compare as numbers do: the greater of two words is their join.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use crate::sync::atomic::{AtomicU64, Ordering::SeqCst};
 /// The deadline of a rest that does not end by itself.
 pub(crate) const NEVER: u64 = u64::MAX;
 
-const FLAG: u64 = 1;
+const DISABLED: u64 = 1;
 const REASON_BITS: u32 = 2;
 const UNTIL_BITS: u32 = 42;
 const REASON_AT: u32 = 1;
@@ -60,23 +60,23 @@ impl Word {
         Self(other.0 & !rest | self.0 & rest)
     }
 
-    /// The join of two words, with the flag of the first one.
+    /// The join of two words, disabled as the first one is.
     pub(crate) fn join(self, other: Self) -> Self {
-        Self((self.0 & !FLAG).max(other.0 & !FLAG) | self.0 & FLAG)
+        Self((self.0 & !DISABLED).max(other.0 & !DISABLED) | self.0 & DISABLED)
     }
 
-    /// The same generation and flag without a rest.
+    /// The same word without a rest.
     pub(crate) fn ended(self) -> Self {
-        Self::HEALTHY.in_generation_of(self).flag(self.is_flagged())
+        Self::HEALTHY.in_generation_of(self).with_disabled(self.is_disabled())
     }
 
-    /// A key's state is flagged if an operator disabled the key; its pending word, if rests of scopes are pending.
-    pub(crate) fn flag(self, flag: bool) -> Self {
-        Self(self.0 & !FLAG | u64::from(flag))
+    /// Only a key's state says whether an operator disabled the key.
+    pub(crate) fn with_disabled(self, disabled: bool) -> Self {
+        Self(self.0 & !DISABLED | u64::from(disabled))
     }
 
-    pub(crate) fn is_flagged(self) -> bool {
-        self.0 & FLAG != 0
+    pub(crate) fn is_disabled(self) -> bool {
+        self.0 & DISABLED != 0
     }
 
     fn until(self) -> u64 {
@@ -87,7 +87,7 @@ impl Word {
     pub(crate) fn deadline(self) -> u64 {
         match self.until() {
             0 | FOREVER => NEVER,
-            _ if self.is_flagged() => NEVER,
+            _ if self.is_disabled() => NEVER,
             until => until,
         }
     }
@@ -114,24 +114,20 @@ impl Word {
     }
 
     pub(crate) fn status(self, now: Duration) -> Status {
-        if self.is_flagged() {
+        if self.is_disabled() {
             return Status::Disabled;
         }
         self.resting(now).map_or(Status::Healthy, |resting| resting.reason.status())
     }
 
     pub(crate) fn time_left(self, now: Duration) -> Option<Duration> {
-        match self.resting(now)?.until {
-            Until::After(left) => Some(left),
-            Until::Reset => None,
-        }
+        self.resting(now)?.until.left()
     }
 }
 
 /// Nanoseconds as atomics hold them; 584 years at most.
-#[inline]
-pub(crate) fn nanos(duration: Duration) -> u64 {
-    duration.as_secs().saturating_mul(1_000_000_000).saturating_add(duration.subsec_nanos().into())
+pub(crate) const fn nanos(duration: Duration) -> u64 {
+    duration.as_secs().saturating_mul(1_000_000_000).saturating_add(duration.subsec_nanos() as u64)
 }
 
 /// The milliseconds that have passed, as deadlines are compared with them.
@@ -188,7 +184,7 @@ mod tests {
         let reason = prop_oneof![Just(Rest::RateLimited), Just(Rest::Exhausted), Just(Rest::Revoked)];
         let generation = prop_oneof![0_u64..4, Just(LAST_GENERATION)];
         (generation, until, reason, any::<bool>())
-            .prop_map(|(generation, until, reason, flag)| word(generation, until, reason).flag(flag))
+            .prop_map(|(generation, until, reason, flag)| word(generation, until, reason).with_disabled(flag))
     }
 
     /// What orders words: the generation, then the deadline, then the reason.
@@ -201,7 +197,7 @@ mod tests {
         fn f10_joins_keep_the_later_word_and_own_flag(one in any_word(), other in any_word()) {
             let joined = one.join(other);
             prop_assert_eq!(order(joined), order(one).max(order(other)));
-            prop_assert_eq!(joined.is_flagged(), one.is_flagged());
+            prop_assert_eq!(joined.is_disabled(), one.is_disabled());
         }
 
         #[test]
@@ -224,7 +220,7 @@ mod tests {
     fn a_key_is_available_whatever_its_generation() {
         for generation in [0, 1, LAST_GENERATION] {
             let healthy = Word::new(generation, None, SECOND);
-            assert!(healthy.is_available() && !healthy.flag(true).is_available());
+            assert!(healthy.is_available() && !healthy.with_disabled(true).is_available());
             for until in [Until::After(SECOND), Until::Reset] {
                 let resting = word(generation, until, Rest::RateLimited);
                 assert!(!resting.is_available() && resting.ended().is_available());
@@ -235,7 +231,7 @@ mod tests {
 
     #[test]
     fn revoked_and_disabled_keys_have_no_deadline() {
-        let (revoked, disabled) = (word(3, Until::Reset, Rest::Revoked), limited(5).flag(true));
+        let (revoked, disabled) = (word(3, Until::Reset, Rest::Revoked), limited(5).with_disabled(true));
         assert_eq!([revoked, disabled].map(Word::deadline), [NEVER, NEVER]);
         assert_eq!(disabled.status(Duration::ZERO), Status::Disabled);
         assert_ne!(word(0, Until::After(Duration::MAX), Rest::Revoked).deadline(), NEVER);

@@ -10,6 +10,6 @@ pub use self::replay::Replay;
 #[cfg(feature = "reqwest")]
 pub(crate) use self::reqwest::redact_url;
 pub(crate) use self::{
-    request::{RequestMessage, rule},
+    request::RequestMessage,
     response::{JudgedResponse, ReadableResponse, ResponseMessage},
 };

@@ -8,7 +8,7 @@ use http::{
 
 use crate::key::{
     InjectError,
-    hosts::{Destination, Hosts, Ruling, Transport},
+    hosts::{Destination, Transport},
     query::{self, Parameter},
 };
 
@@ -25,19 +25,9 @@ pub trait RequestMessage: KeyedRequest {}
 /// What the layer does with a request.
 pub trait KeyedRequest {
     fn is_https(&self) -> bool;
-    /// Costs more than [`is_https`](Self::is_https): the host has to be found.
     fn destination(&self) -> Destination<'_>;
     fn headers_mut(&mut self) -> &mut HeaderMap;
     fn set_query(&mut self, parameters: &[Parameter]) -> Result<(), InjectError>;
-}
-
-/// Whether a request gets a key of a pool with these hosts.
-#[inline]
-pub(crate) fn rule<R: RequestMessage>(hosts: &Hosts, request: &R) -> Ruling {
-    if hosts.allows_all() && request.is_https() {
-        return Ruling::Key;
-    }
-    hosts.rule(request.destination())
 }
 
 impl<B> RequestMessage for Request<B> {}

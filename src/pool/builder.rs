@@ -19,7 +19,7 @@ use crate::{
     key::hosts::{Host, Hosts, InvalidHost},
     key::inject::Inject,
     key::{
-        KeyId, KeySpec, Rejected, Secret,
+        InvalidKeyId, KeyId, KeySpec, Rejected, Secret,
         rejected::{ParsedKey, Place, Reason},
         source::{self, Unnamed},
     },
@@ -67,8 +67,7 @@ pub struct KeyPoolBuilder {
 
 #[derive(Debug)]
 enum Given {
-    Key(String, Secret),
-    Spec(KeySpec),
+    Code(Result<KeySpec, InvalidKeyId>),
     Env(String),
     File(PathBuf),
 }
@@ -96,7 +95,7 @@ impl KeyPoolBuilder {
 
     /// Adds a key.
     pub fn key(mut self, id: impl Into<String>, secret: impl Into<Secret>) -> Self {
-        self.given.push(Given::Key(id.into(), secret.into()));
+        self.given.push(Given::Code(KeyId::new(id.into()).map(|id| KeySpec::new(id, secret))));
         self
     }
 
@@ -129,7 +128,7 @@ impl KeyPoolBuilder {
     /// # }
     /// ```
     pub fn key_spec(mut self, spec: KeySpec) -> Self {
-        self.given.push(Given::Spec(spec));
+        self.given.push(Given::Code(Ok(spec)));
         self
     }
 
@@ -236,11 +235,7 @@ impl KeyPoolBuilder {
         self
     }
 
-    fn hosts<I, H>(&mut self, hosts: I) -> Vec<Host>
-    where
-        I: IntoIterator<Item = H>,
-        H: AsRef<str>,
-    {
+    fn hosts(&mut self, hosts: impl IntoIterator<Item: AsRef<str>>) -> Vec<Host> {
         Host::all(hosts).unwrap_or_else(|invalid| {
             self.invalid_host = Some(invalid);
             Vec::new()
@@ -309,7 +304,7 @@ impl KeyPoolBuilder {
         let (keys, rejected) = self.read()?;
         let seeds = seeds(&keys);
         let pool = over(store, Vec::new(), seeds, self.config, rejected);
-        pool.reload().await.map_err(|error| BuildError(Problem::Store(error)))?;
+        pool.reload().await.map_err(Problem::Store)?;
         Ok(pool)
     }
 
@@ -330,19 +325,11 @@ impl KeyPoolBuilder {
     }
 
     fn read(&self) -> Result<(Vec<UsableKey>, Vec<Rejected>), BuildError> {
-        let (keys, rejected) = self.accepted().map_err(BuildError)?;
-        for rejected in &rejected {
-            tracing::warn!("key rejected: {rejected}");
-        }
-        Ok((keys, rejected))
-    }
-
-    fn accepted(&self) -> Result<(Vec<UsableKey>, Vec<Rejected>), Problem> {
         if let Some(name) = self.config.inject.invalid_header() {
-            return Err(Problem::HeaderName(name.to_owned()));
+            return Err(Problem::HeaderName(name.to_owned()).into());
         }
         if let Some(invalid) = &self.invalid_host {
-            return Err(Problem::Host(invalid.clone()));
+            return Err(Problem::Host(invalid.clone()).into());
         }
         let mut accepted = Accepted::default();
         for (number, given) in (1..).zip(&self.given) {
@@ -352,7 +339,10 @@ impl KeyPoolBuilder {
         }
         let Accepted { keys, rejected, .. } = accepted;
         if self.strict && !rejected.is_empty() {
-            return Err(Problem::Rejected(rejected));
+            return Err(Problem::Rejected(rejected).into());
+        }
+        for rejected in &rejected {
+            tracing::warn!("key rejected: {rejected}");
         }
         Ok((keys, rejected))
     }
@@ -363,15 +353,11 @@ impl Given {
     fn read(&self, number: usize, before: usize) -> Result<Vec<ParsedKey>, Problem> {
         let unnamed = Unnamed::Numbered { before };
         match self {
-            Self::Key(id, secret) => {
+            Self::Code(spec) => {
                 let place = Place::Code(number);
-                let key = match KeyId::new(id) {
-                    Ok(id) => Ok(KeySpec::new(id, secret.clone())),
-                    Err(error) => Err(Rejected::new(place.clone(), None, error)),
-                };
+                let key = spec.clone().map_err(|error| Rejected::new(place.clone(), None, error));
                 Ok(vec![ParsedKey { place, key }])
             }
-            Self::Spec(spec) => Ok(vec![ParsedKey { place: Place::Code(number), key: Ok(spec.clone()) }]),
             Self::Env(variable) => {
                 let value = env::var_os(variable).ok_or_else(|| Problem::NoVariable(variable.clone()))?;
                 let value = value.to_str().ok_or_else(|| Problem::VariableNotText(variable.clone()))?;
@@ -457,7 +443,7 @@ impl Accepted {
 /// `Display` names the file, line, variable or setting, and the reason. No secret is shown.
 #[derive(Debug, thiserror::Error)]
 #[error(transparent)]
-pub struct BuildError(Problem);
+pub struct BuildError(#[from] Problem);
 
 impl BuildError {
     /// Returns the keys that can't be used, if the builder is [`strict`](KeyPoolBuilder::strict).
@@ -501,55 +487,4 @@ enum Problem {
 
 fn listed(rejected: &[Rejected]) -> String {
     rejected.iter().map(|rejected| format!("\n  {rejected}")).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn f30_bad_keys_are_rejected_and_others_serve() {
-        let pool = KeyPool::builder()
-            .keys((0..99).map(|number| (format!("key-{number}"), format!("sk-{number}"))))
-            .key("bad", "canary\n")
-            .build()
-            .unwrap();
-        assert_eq!(pool.stats().healthy, 99);
-        let shown = format!("{:?} {}", pool.rejected(), pool.rejected()[0]);
-        assert!(shown.contains("bad") && !shown.contains("canary"), "{shown}");
-    }
-
-    #[test]
-    fn equal_ids_or_secrets_are_one_key() {
-        let pool = KeyPool::builder().keys([("a", "sk-1"), ("a", "sk-2"), ("b", "sk-1")]).build().unwrap();
-        let shown: Vec<_> = pool.rejected().iter().map(ToString::to_string).collect();
-        assert_eq!(
-            shown,
-            [
-                "key 2 in code: key a: another key has this id",
-                "key 3 in code: key b: key a has the same secret"
-            ]
-        );
-    }
-
-    #[test]
-    fn a_strict_builder_lists_all_rejected_keys() {
-        let error = KeyPool::builder().keys([("a", ""), ("", "sk")]).strict().build().unwrap_err();
-        let shown = error.to_string();
-        assert!(shown.contains("key 1 in code: key a: the secret is empty"), "{shown}");
-        assert!(shown.contains("key 2 in code: a key id has"), "{shown}");
-    }
-
-    #[test]
-    fn an_unreadable_source_is_named_in_the_error() {
-        let error = |builder: KeyPoolBuilder| builder.build().unwrap_err().to_string();
-        assert_eq!(
-            error(KeyPool::builder().keys_from_file("no/such/file")),
-            "no/such/file could not be read"
-        );
-        let unset = KeyPool::builder().keys_from_env("TOWER_KEY_ROTATION_UNSET");
-        assert!(error(unset).contains("TOWER_KEY_ROTATION_UNSET is not set"));
-        let header = KeyPool::builder().inject(Inject::header("no header"));
-        assert_eq!(error(header), "\"no header\" is not a header name");
-    }
 }

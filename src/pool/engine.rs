@@ -14,7 +14,7 @@ use tokio::sync::{Notify, futures::Notified};
 
 use super::{
     key::{Home, Key, Lease, UsableKey},
-    scopes::{Pending, Scopes},
+    scopes::Scopes,
     snapshot::Snapshot,
 };
 use crate::{
@@ -54,11 +54,18 @@ pub(crate) struct Engine {
     this: Weak<Self>,
 }
 
-/// What the store is to be told of a key.
+/// A rest that the store does not have yet.
 pub(crate) struct Unwritten {
-    pub(crate) words: Words,
+    pub(crate) generation: u64,
+    pub(crate) resting: Resting,
     word: Word,
-    scopes: Vec<Pending>,
+}
+
+impl Unwritten {
+    /// The store has it. What was marked meanwhile stays pending.
+    pub(crate) fn is_written(&self, key: &Key) {
+        key.pending.replace(self.word, Word::HEALTHY);
+    }
 }
 
 impl Engine {
@@ -220,18 +227,6 @@ impl Engine {
         Resting { until: cooldown.map_or(Until::Reset, Until::After), reason }
     }
 
-    /// Applies what a response said of one scope of a key.
-    #[cfg_attr(not(test), allow(dead_code))]
-    pub(crate) fn mark_scope(&self, key: &Arc<Key>, scope: Scope, reason: Rest, hint: Option<Duration>) {
-        let generation = key.state.load().generation();
-        let word = Word::new(generation, Some(self.resting(reason, hint)), self.now());
-        let is_current = || self.snapshot.load().holds(key);
-        if self.scopes.mark(key, scope, word, self.pending.is_some(), is_current) {
-            self.refresh(key);
-            self.wake_writer();
-        }
-    }
-
     pub(crate) fn wake_writer(&self) {
         if let Some(pending) = &self.pending {
             pending.notify_one();
@@ -246,32 +241,16 @@ impl Engine {
         }
     }
 
-    /// What the store is to be told of a key. What has ended, and what belongs to an older generation, is dropped.
-    pub(crate) fn unwritten(&self, key: &Arc<Key>) -> Option<Unwritten> {
+    /// The rest that the store is to be told of a key. If it has ended, or belongs to an older generation, it is dropped.
+    pub(crate) fn unwritten(&self, key: &Key) -> Option<Unwritten> {
         let word = key.pending.load();
-        if word == Word::HEALTHY {
-            return None;
-        }
-        let now = self.now();
         let generation = key.state.load().generation();
-        let resting = |word: Word| word.resting(now).filter(|_| word.generation() == generation);
-        let scopes = if word.is_flagged() { self.scopes.pending(key) } else { Vec::new() };
-        let left = scopes.iter().filter_map(|(scope, word)| Some((scope.clone(), resting(*word)?)));
-        let words = Words { generation, key: resting(word), scopes: left.collect() };
-        let unwritten = Unwritten { words, word, scopes };
-        if unwritten.words.key.is_none() && unwritten.words.scopes.is_empty() {
-            self.acknowledge(key, &unwritten);
-            return None;
-        }
-        Some(unwritten)
-    }
-
-    /// The store has these words. What was marked meanwhile stays pending.
-    pub(crate) fn acknowledge(&self, key: &Arc<Key>, written: &Unwritten) {
-        if written.word.is_flagged() {
-            self.scopes.acknowledge(key, written.word, &written.scopes);
-        } else {
-            key.pending.replace(written.word, Word::HEALTHY);
+        match word.resting(self.now()).filter(|_| word.generation() == generation) {
+            Some(resting) => Some(Unwritten { generation, resting, word }),
+            None => {
+                key.pending.replace(word, Word::HEALTHY);
+                None
+            }
         }
     }
 
@@ -289,7 +268,7 @@ impl Engine {
     }
 
     pub(crate) fn set_disabled(&self, key: &Arc<Key>, disabled: bool) {
-        if key.state.update(|state| state.flag(disabled)).is_some() {
+        if key.state.update(|state| state.with_disabled(disabled)).is_some() {
             self.has_changed(key);
         }
     }
@@ -301,7 +280,7 @@ impl Engine {
         let known = snapshot.get(id.as_str()).filter(|key| key.born() == Some(standing.born));
         let Some(key) = known else { return false };
         self.join(key, &standing.words);
-        key.state.load().is_flagged() == standing.disabled
+        key.state.load().is_disabled() == standing.disabled
     }
 
     fn take_in(&self, key: &Arc<Key>, words: &Words, disabled: Option<bool>) {
@@ -309,7 +288,7 @@ impl Engine {
         let word = Word::new(words.generation, words.key, now);
         let changed = key.state.update(|state| {
             let joined = state.join(word);
-            disabled.map_or(joined, |disabled| joined.flag(disabled))
+            disabled.map_or(joined, |disabled| joined.with_disabled(disabled))
         });
         self.scopes.join(key, words, now, || self.snapshot.load().holds(key));
         if changed.is_some() {
@@ -331,11 +310,6 @@ impl Engine {
 
     pub(crate) fn scopes_of(&self, key: &Arc<Key>) -> BTreeMap<Scope, Resting> {
         self.scopes.of(key, key.state.load().generation(), self.now())
-    }
-
-    #[cfg(test)]
-    pub(crate) fn has_no_scopes(&self) -> bool {
-        self.scopes.is_empty()
     }
 
     // ---- the set of keys ----
@@ -417,10 +391,7 @@ impl Home for Engine {
         self.refresh(key);
         self.wake_writer();
         self.config.meter.marked(reason);
-        let cooldown_ms = match resting.until {
-            Until::After(cooldown) => Some(cooldown.as_millis() as u64),
-            Until::Reset => None,
-        };
+        let cooldown_ms = resting.until.left().map(|cooldown| cooldown.as_millis() as u64);
         if before.is_available() {
             tracing::info!(key = %key.id, cooldown_ms, ?reason, http_status, "key rests");
         } else {

@@ -207,10 +207,10 @@ fn f10_concurrent_joins_lose_no_word() {
         let longer = move |state: &Arc<AtomicWord>| join(state, limited(1, 9));
         let other = move |state: &Arc<AtomicWord>| {
             join(state, limited(0, 90));
-            state.update(|before| before.flag(true));
+            state.update(|before| before.with_disabled(true));
         };
         at_once(&state, longer, other);
-        assert_eq!(state.load(), limited(1, 9).flag(true));
+        assert_eq!(state.load(), limited(1, 9).with_disabled(true));
     });
 }
 
@@ -254,7 +254,7 @@ fn over() -> Word {
 }
 
 fn picked(pool: &KeyPool) -> Option<usize> {
-    let lease = pool.pick()?;
+    let lease = pool.engine().pick()?;
     Some(pool.engine().snapshot().slot(lease.id()).unwrap())
 }
 
@@ -284,7 +284,7 @@ fn f07_a_mark_survives_a_concurrent_cooldown_expiry() {
     model(|| {
         let (pool, _) = pool_of(1);
         set_state(&pool, 0, over());
-        at_once(&pool, |pool| mark(pool, 0), |pool| drop(pool.pick()));
+        at_once(&pool, |pool| mark(pool, 0), |pool| drop(pool.engine().pick()));
         assert_in_line(&pool);
         assert_eq!(picked(&pool), None);
         assert_eq!(pool.next_return(), Some(COOLDOWN));
@@ -311,7 +311,7 @@ fn a_pick_never_returns_a_key_marked_before() {
             mark(pool, 0);
             assert_eq!(picked(pool), None);
         };
-        at_once(&pool, |pool| drop(pool.pick()), mark_and_pick);
+        at_once(&pool, |pool| drop(pool.engine().pick()), mark_and_pick);
     });
 }
 
@@ -322,10 +322,10 @@ fn pick_finds_the_key_that_stays_healthy() {
         let rest_and_return = move |pool: &KeyPool| {
             mark(pool, 0);
             clock.advance(COOLDOWN);
-            pool.pick();
+            pool.engine().pick();
         };
         let ask = |pool: &KeyPool| {
-            assert!(pool.pick().is_some());
+            assert!(pool.engine().pick().is_some());
             assert_eq!(pool.next_return(), Some(Duration::ZERO));
         };
         at_once(&pool, rest_and_return, ask);
@@ -341,7 +341,7 @@ fn pick_finds_the_reset_key_during_another_mark() {
         [0, 1, 3].into_iter().for_each(|key| mark(&pool, key));
         let come = |pool: &KeyPool| {
             reset(pool, 3);
-            assert!(pool.pick().is_some());
+            assert!(pool.engine().pick().is_some());
         };
         at_once(&pool, |pool| mark(pool, 2), come);
         assert_in_line(&pool);
@@ -355,7 +355,7 @@ fn pick_finds_the_only_key_after_its_reset() {
         let (pool, _) = pool_of(1);
         let come = |pool: &KeyPool| {
             reset(pool, 0);
-            let key = pool.pick();
+            let key = pool.engine().pick();
             let still_healthy = lease(pool, 0).0.state.load().is_available();
             assert!(key.is_some() || !still_healthy);
         };
@@ -372,9 +372,9 @@ fn pick_finds_a_key_while_it_changes_index() {
             set_state(&pool, 0, before);
             let rest_or_return = move |pool: &KeyPool| match before {
                 Word::HEALTHY => set_state(pool, 0, over()),
-                _ => drop(pool.pick()),
+                _ => drop(pool.engine().pick()),
             };
-            at_once(&pool, rest_or_return, |pool| assert!(pool.pick().is_some()));
+            at_once(&pool, rest_or_return, |pool| assert!(pool.engine().pick().is_some()));
             assert_in_line(&pool);
         });
     }
@@ -385,7 +385,7 @@ fn next_return_is_known_whenever_a_pick_fails() {
     model(|| {
         let (pool, _) = pool_of(1);
         let ask = |pool: &KeyPool| {
-            if pool.pick().is_none() {
+            if pool.engine().pick().is_none() {
                 assert_eq!(pool.next_return(), Some(COOLDOWN));
             }
         };

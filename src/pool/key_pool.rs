@@ -2,7 +2,7 @@
 
 use std::{fmt, sync::Arc, time::Duration};
 
-use super::{engine::Engine, key::Lease, no_key::NoKeyAvailable, stats::PoolStats};
+use super::{engine::Engine, no_key::NoKeyAvailable, stats::PoolStats};
 use crate::{
     clock::Clock,
     key::{KeyId, Rejected, hosts::Hosts},
@@ -191,34 +191,6 @@ impl KeyPool {
         &self.engine().config.meter
     }
 
-    /// The next key in turn.
-    #[inline(always)]
-    pub(crate) fn pick(&self) -> Option<Lease> {
-        self.engine().pick()
-    }
-
-    pub(crate) fn pick_besides(&self, tried: &[Lease]) -> Option<Lease> {
-        self.engine().pick_besides(tried)
-    }
-
-    pub(crate) fn has_available(&self) -> bool {
-        self.engine().has_available()
-    }
-
-    pub(crate) fn count_available(&self) -> usize {
-        self.engine().count_available()
-    }
-
-    /// The time until the next resting key is back, whether others are available or not.
-    pub(crate) fn next_end_of_a_rest(&self) -> Option<Duration> {
-        self.engine().next_end_of_a_rest()
-    }
-
-    /// Completes when a key comes back before the end of its cooldown, from now on.
-    pub(crate) fn returned(&self) -> tokio::sync::futures::Notified<'_> {
-        self.engine().returned()
-    }
-
     #[cold]
     pub(crate) fn no_key(&self) -> NoKeyAvailable {
         let keys = self.engine().snapshot().keys().len();
@@ -230,49 +202,5 @@ impl fmt::Debug for KeyPool {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let keys = self.engine().snapshot().keys().len();
         f.debug_struct("KeyPool").field("keys", &keys).finish_non_exhaustive()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::Inject;
-
-    #[test]
-    fn masks_show_a_quarter_or_4_characters() {
-        let shown = |secret: &str| {
-            let pool = KeyPool::builder().key("alpha", secret).build().unwrap();
-            pool.masked_secret("alpha").unwrap()
-        };
-        assert_eq!(shown("abc"), "…");
-        assert_eq!(shown("abcd"), "…d");
-        assert_eq!(shown("abcdefg"), "…g");
-        assert_eq!(shown("abcdefgh"), "…gh");
-        assert_eq!(shown("abcdefghijklmno"), "…mno");
-        assert_eq!(shown("abcdefghijklmnop"), "…mnop");
-        assert_eq!(shown("abcdefghijklmnopqrstuvwxyz"), "…wxyz");
-    }
-
-    #[test]
-    fn secrets_are_masked_wherever_they_are_injected() {
-        let reversed = Inject::custom(|secret, credentials| {
-            let reversed: String = secret.chars().rev().collect();
-            credentials.header(http::header::AUTHORIZATION, &reversed)
-        });
-        for inject in [Inject::bearer(), Inject::header("x-api-key"), Inject::query("key"), reversed] {
-            let pool = KeyPool::builder().key("alpha", "abcdefghijklmnop").inject(inject).build().unwrap();
-            assert_eq!(pool.masked_secret("alpha").as_deref(), Some("…mnop"));
-            assert_eq!(pool.masked_secret("beta"), None);
-        }
-    }
-
-    #[test]
-    fn the_only_untried_key_is_found() {
-        let keys = ["alpha", "beta", "gamma", "delta"].map(|id| (id, format!("sk-{id}")));
-        let pool = KeyPool::builder().keys(keys).build().unwrap();
-        let turn: Vec<_> = std::iter::repeat_with(|| pool.pick().unwrap()).take(4).collect();
-        let found = pool.pick_besides(&turn[..3]).unwrap();
-        assert_eq!(found.id().as_str(), "delta");
-        assert_eq!(pool.pick_besides(&turn), None);
     }
 }

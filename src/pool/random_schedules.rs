@@ -14,7 +14,7 @@ use super::{KeyPool, Lease};
 use crate::{
     clock::ManualClock,
     key::KeyId,
-    limit::{Rest, Status, Until},
+    limit::{Rest, Status},
     store::{KeyRecord, KeyStore, Loaded, Mark, MemoryStore, Operation, Recovered, Standing, StoreFuture},
 };
 
@@ -101,7 +101,7 @@ impl Process {
     }
 
     fn picked(&self) -> Option<String> {
-        self.pool.pick().map(|lease| lease.id().to_string())
+        self.pool.engine().pick().map(|lease| lease.id().to_string())
     }
 
     fn write_marks(&self) {
@@ -129,10 +129,7 @@ impl Process {
 
     /// How long each key rests in the store.
     fn stored(&self) -> BTreeMap<String, Option<Duration>> {
-        let left = |record: &KeyRecord| match record.standing.words.key?.until {
-            Until::After(left) => Some(left),
-            Until::Reset => None,
-        };
+        let left = |record: &KeyRecord| record.standing.words.key?.until.left();
         let records = block_on(self.store.0.load(None)).unwrap().records;
         records.iter().map(|record| (record.spec.id.to_string(), left(record))).collect()
     }

@@ -334,15 +334,6 @@ mod tests {
     }
 
     #[test]
-    fn a_key_of_any_generation_is_picked() {
-        let snapshot = snapshot(&["alpha"]);
-        snapshot.keys()[0].state.update(|_| Word::new(3, None, Duration::ZERO));
-        assert!(snapshot.pick().is_some());
-        snapshot.refresh_all();
-        assert_eq!(snapshot.earliest_for_certain(), 0);
-    }
-
-    #[test]
     fn states_decide_about_keys_during_a_refresh() {
         let snapshot = snapshot(&["alpha"]);
         snapshot.keys()[0].state.update(|_| resting());
@@ -353,22 +344,5 @@ mod tests {
         assert_eq!(snapshot.earliest_for_certain(), resting().deadline());
         snapshot.keys()[0].state.update(|_| Word::HEALTHY);
         assert_eq!(snapshot.earliest_for_certain(), 0);
-    }
-
-    #[test]
-    fn pending_marks_are_taken_once_per_slot() {
-        let snapshot = snapshot(&["alpha", "beta"]);
-        snapshot.keys()[1].pending.update(|_| resting());
-        snapshot.refresh_slot(1);
-        assert!(snapshot.take_pending(0..1).is_none());
-        assert_eq!(snapshot.take_pending(0..2).map(|(slot, _)| slot), Some(1));
-        assert!(snapshot.take_pending(0..2).is_none());
-    }
-
-    #[test]
-    fn a_snapshot_finds_keys_by_id() {
-        let snapshot = snapshot(&["alpha", "beta"]);
-        assert_eq!(snapshot.get("beta").unwrap().id.as_str(), "beta");
-        assert!(snapshot.get("gamma").is_none());
     }
 }

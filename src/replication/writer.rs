@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::loader::Loader;
 use crate::{
-    limit::Rest,
+    limit::{Rest, Words},
     pool::{Engine, Key},
     store::{KeyStore, Mark, StoreError},
     sync::{
@@ -120,14 +120,14 @@ pub(crate) async fn write_mark(
         return Ok(Written::Yes { key_failed: false });
     };
     let Some(born) = key.born() else { return Ok(Written::Refused(key.clone())) };
-    let key_failed = unwritten.words.key.is_some_and(|resting| resting.reason > Rest::RateLimited);
-    let mark =
-        Mark { id: key.id.clone(), born, words: unwritten.words.clone(), http_status: key.last_status() };
+    let key_failed = unwritten.resting.reason > Rest::RateLimited;
+    let words = Words { generation: unwritten.generation, key: Some(unwritten.resting), ..Words::default() };
+    let mark = Mark { id: key.id.clone(), born, words, http_status: key.last_status() };
     let merged =
         store.merge(mark).await.inspect_err(|_| tracing::debug!(key = %key.id, "mark not written"))?;
     let Some(standing) = merged else { return Ok(Written::Refused(key.clone())) };
     engine.join(&key, &standing.words);
-    engine.acknowledge(&key, &unwritten);
+    unwritten.is_written(&key);
     std::mem::forget(put_back);
     Ok(Written::Yes { key_failed })
 }

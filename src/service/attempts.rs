@@ -100,7 +100,8 @@ where
     {
         loop {
             self.client.ready().await.map_err(Error::Inner)?;
-            let lease = match self.rotation.insert_key_besides(&self.tried, &mut request) {
+            let lease = self.rotation.pool.engine().pick_besides(&self.tried);
+            let lease = match self.rotation.insert_key(lease, &mut request) {
                 Ok(lease) => lease,
                 Err(refused) => {
                     self.client.release();
@@ -185,7 +186,7 @@ where
         if self.sent >= resend.attempts {
             return None;
         }
-        let at_once = !rotation.has_queue() && rotation.pool.has_available();
+        let at_once = !rotation.has_queue() && rotation.pool.engine().has_available();
         if !at_once && !rotation.can_wait(self.waited) {
             return None;
         }

@@ -28,13 +28,9 @@ pub(crate) struct EarnedBudget {
 
 const PRICE: u64 = 5;
 const MOST_EARNED: u64 = 100 * PRICE;
-const PAID_BY_TIME_EVERY: u64 = nanos_of(Duration::from_millis(100));
+const PAID_BY_TIME_EVERY: u64 = nanos(Duration::from_millis(100));
 /// The retries per second are saved up for that long at most. A new budget starts with all of them.
-const TIME_COUNTS_FOR: u64 = nanos_of(Duration::from_secs(10));
-
-const fn nanos_of(duration: Duration) -> u64 {
-    duration.as_nanos() as u64
-}
+const TIME_COUNTS_FOR: u64 = nanos(Duration::from_secs(10));
 
 impl EarnedBudget {
     pub(crate) fn new(clock: Arc<dyn Clock>) -> Self {
@@ -66,62 +62,5 @@ impl Budget for EarnedBudget {
         // The retries per second first: they come back by themselves.
         let spend = |earned: u64| earned.checked_sub(PRICE);
         self.spend_time() || self.earned.fetch_update(Relaxed, Relaxed, spend).is_ok()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::clock::ManualClock;
-
-    const SECOND: Duration = Duration::from_secs(1);
-
-    fn budget() -> (EarnedBudget, ManualClock) {
-        let clock = ManualClock::new();
-        (EarnedBudget::new(Arc::new(clock.clone())), clock)
-    }
-
-    fn withdrawals(budget: &EarnedBudget) -> usize {
-        (0..10_000).take_while(|_| budget.withdraw()).count()
-    }
-
-    #[test]
-    fn retry_budget_starts_full_and_refills_over_time() {
-        let (budget, clock) = budget();
-        assert_eq!(withdrawals(&budget), 100);
-        clock.advance(SECOND / 10 - Duration::from_nanos(1));
-        assert_eq!(withdrawals(&budget), 0);
-        clock.advance(SECOND);
-        assert_eq!(withdrawals(&budget), 10);
-        clock.advance(1_000 * SECOND);
-        assert_eq!(withdrawals(&budget), 100);
-    }
-
-    #[test]
-    fn five_successful_requests_pay_for_one_attempt() {
-        let (budget, _) = budget();
-        withdrawals(&budget);
-        (0..4).for_each(|_| budget.deposit());
-        assert_eq!(withdrawals(&budget), 0);
-        budget.deposit();
-        assert_eq!(withdrawals(&budget), 1);
-    }
-
-    #[test]
-    fn the_retry_budget_caps_deposits_at_100_attempts() {
-        let (budget, _) = budget();
-        (0..1_000_000).for_each(|_| budget.deposit());
-        assert_eq!(withdrawals(&budget), 100 + 100);
-    }
-
-    #[test]
-    fn threads_together_spend_no_more_than_there_is() {
-        let (budget, _) = budget();
-        (0..50).for_each(|_| budget.deposit());
-        let spent: usize = std::thread::scope(|scope| {
-            let threads: Vec<_> = (0..4).map(|_| scope.spawn(|| withdrawals(&budget))).collect();
-            threads.into_iter().map(|thread| thread.join().unwrap()).sum()
-        });
-        assert_eq!(spent, 10 + 100);
     }
 }

@@ -51,7 +51,7 @@ impl Gate {
 
     /// Whether a new request has to queue.
     pub(crate) fn is_closed(&self, pool: &KeyPool) -> bool {
-        self.waiting.load(Relaxed) > 0 || !pool.has_available()
+        self.waiting.load(Relaxed) > 0 || !pool.engine().has_available()
     }
 
     /// Waits for a key and for the turn. Gives up at once if the first key is back later than `limit`, and after
@@ -77,12 +77,13 @@ impl Gate {
     async fn turn(&self, pool: &KeyPool) {
         let _waiting = Waiting::new(&self.waiting);
         let _first = self.queue.lock().await;
+        let engine = pool.engine();
         loop {
             // Subscribed before the check, so that no event after it is missed.
             let answered = self.answered.notified();
-            let returned = pool.returned();
-            let available = pool.has_available();
-            if available && self.lock().admit(pool.count_available()) {
+            let returned = engine.returned();
+            let available = engine.has_available();
+            if available && self.lock().admit(engine.count_available()) {
                 return;
             }
             if !available {
@@ -93,7 +94,7 @@ impl Gate {
             // Read before the checks below: waking too early is harmless, too late is not.
             let now = clock.now();
             let look_again = if available {
-                pool.next_end_of_a_rest().map_or(SLOW_ANSWER, |end| end.min(SLOW_ANSWER))
+                engine.next_end_of_a_rest().map_or(SLOW_ANSWER, |end| end.min(SLOW_ANSWER))
             } else {
                 // Zero if another thread has returned a key since the check: that sends no event.
                 pool.next_return().unwrap_or(NO_KEY_IN_SIGHT)
@@ -161,73 +162,5 @@ impl Drop for Pass {
     fn drop(&mut self) {
         self.gate.lock().on_their_way -= 1;
         self.gate.answered.notify_waiters();
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::sync::OnceLock;
-
-    use super::*;
-    use crate::{
-        clock::{Clock, ManualClock, Sleep},
-        limit::Rest,
-    };
-
-    const FIRST_IS_BACK: Duration = Duration::from_secs(1);
-    const SECOND_IS_BACK: Duration = Duration::from_secs(100);
-
-    /// Stands still until it has been read a number of times. Then, in the middle of that reading, the first key's rest
-    /// ends and somebody else takes the key back.
-    #[derive(Debug)]
-    struct Interrupting {
-        clock: ManualClock,
-        readings_left: AtomicUsize,
-        pool: Arc<OnceLock<KeyPool>>,
-    }
-
-    impl Clock for Interrupting {
-        fn now(&self) -> Duration {
-            if let Some(pool) = self.pool.get()
-                && self.readings_left.fetch_sub(1, Relaxed) == 0
-            {
-                self.clock.advance(FIRST_IS_BACK);
-                assert_eq!(pool.stats().healthy, 1);
-            }
-            self.clock.now()
-        }
-
-        fn sleep_until(&self, deadline: Duration) -> Sleep {
-            self.clock.sleep_until(deadline)
-        }
-    }
-
-    #[tokio::test]
-    async fn a_waiter_never_oversleeps_a_key_returned_elsewhere() {
-        for readings in 0..30 {
-            let later = Arc::new(OnceLock::new());
-            let clock = Interrupting {
-                clock: ManualClock::new(),
-                readings_left: AtomicUsize::new(readings),
-                pool: later.clone(),
-            };
-            let manual = clock.clock.clone();
-            let keys = [("alpha", "sk-1"), ("beta", "sk-2")];
-            let pool = KeyPool::builder().keys(keys).exact_hints().clock(clock).build().unwrap();
-            for back in [FIRST_IS_BACK, SECOND_IS_BACK] {
-                pool.pick().unwrap().mark(Rest::RateLimited, Some(back), 429);
-            }
-            later.set(pool.clone()).unwrap();
-
-            let gate = Arc::new(Gate::new());
-            let mut waiter = tokio_test::task::spawn(gate.enter(&pool, SECOND_IS_BACK));
-            let entered = waiter.poll().is_ready();
-            if manual.now() == Duration::ZERO {
-                // It was not interrupted.
-                assert!(!entered);
-                manual.advance(FIRST_IS_BACK);
-            }
-            assert!(entered || waiter.poll().is_ready(), "after {readings} readings of the clock");
-        }
     }
 }

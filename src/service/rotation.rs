@@ -9,7 +9,7 @@ use crate::{
         InjectError,
         hosts::{NoKeyBecause, Ruling},
     },
-    message::{self, RequestMessage},
+    message::RequestMessage,
     pool::{KeyPool, Lease},
 };
 
@@ -53,7 +53,12 @@ impl<C, M> Rotation<C, M> {
     /// Whether a request gets a key.
     #[inline(always)]
     pub(crate) fn wants_key<Req: RequestMessage>(&self, request: &Req) -> Result<bool, Box<Refused>> {
-        match message::rule(self.pool.hosts(), request) {
+        let hosts = self.pool.hosts();
+        if hosts.allows_all() && request.is_https() {
+            return Ok(true);
+        }
+        // Costs more: the host has to be found.
+        match hosts.rule(request.destination()) {
             Ruling::Key => Ok(true),
             Ruling::NoKey(because) => {
                 self.sent_without_key(request, because);
@@ -63,25 +68,11 @@ impl<C, M> Rotation<C, M> {
         }
     }
 
-    /// Puts a key into a request that wants one.
+    /// Puts the key that was picked, if any, into a request that wants one.
     ///
     /// The refusal is boxed to keep the usual result small.
     #[inline(always)]
-    pub(crate) fn insert_key<Req: RequestMessage>(&self, request: &mut Req) -> Result<Lease, Box<Refused>> {
-        self.insert(self.pool.pick(), request)
-    }
-
-    /// Puts a key into a request that must not be sent with these keys.
-    pub(crate) fn insert_key_besides<Req: RequestMessage>(
-        &self,
-        tried: &[Lease],
-        request: &mut Req,
-    ) -> Result<Lease, Box<Refused>> {
-        self.insert(self.pool.pick_besides(tried), request)
-    }
-
-    #[inline(always)]
-    fn insert<Req: RequestMessage>(
+    pub(crate) fn insert_key<Req: RequestMessage>(
         &self,
         lease: Option<Lease>,
         request: &mut Req,

@@ -50,7 +50,7 @@ where
             Ok(false) => return ResponseFuture::keyless(client.call(self)),
             Err(refused) => return ResponseFuture::refused(refused),
         }
-        match rotation.insert_key(&mut self) {
+        match rotation.insert_key(rotation.pool.engine().pick(), &mut self) {
             Ok(lease) => ResponseFuture::keyed(client.call(self), rotation.judge.clone(), lease),
             Err(refused) => ResponseFuture::refused(refused),
         }
@@ -114,7 +114,7 @@ where
         return send_in_turn(client, rotation, request);
     }
     let kept = rotation.mode.keep(&request);
-    match rotation.insert_key(&mut request) {
+    match rotation.insert_key(rotation.pool.engine().pick(), &mut request) {
         Ok(lease) => {
             let response = client.call(request);
             FailoverFuture::first(response, Some(lease), kept, client.clone(), rotation.clone())

@@ -4,8 +4,6 @@ mod entry;
 mod fields;
 mod json;
 mod lines;
-#[cfg(test)]
-mod tests;
 #[cfg(feature = "toml")]
 mod toml;
 

@@ -1,110 +1,154 @@
-//! What each format gives, and what no format ever shows.
+//! The formats in which keys are written down: what each one yields, and what no error ever shows.
 
-use std::num::NonZeroU32;
+use std::{
+    collections::BTreeMap,
+    env, fmt, fs,
+    num::NonZeroU32,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
+use futures_util::FutureExt;
 use proptest::{collection::vec, option, prelude::*};
 use serde_json::json;
+use tower_key_rotation::{
+    KeyId, KeyPool, KeyPoolBuilder, KeySpec, Rejected,
+    store::{KeyStore, MemoryStore},
+};
 
-use super::*;
-use crate::key::KeyId;
-
-type Row = (usize, Option<(String, String)>);
-
-fn row(number: usize, id: &str, secret: &str) -> Row {
-    (number, Some((id.to_owned(), secret.to_owned())))
+/// A file of that name and text; each test has names of its own.
+fn file(name: &str, text: impl AsRef<[u8]>) -> PathBuf {
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("key-specs-{name}"));
+    fs::write(&path, text).unwrap();
+    path
 }
 
-fn shown(keys: &[ParsedKey]) -> Vec<Row> {
-    let key = |spec: &KeySpec| (spec.id.to_string(), spec.secret.expose().to_owned());
-    keys.iter().map(|parsed| (parsed.place.number(), parsed.key.as_ref().ok().map(key))).collect()
+/// Secrets by their ids.
+type Keys = BTreeMap<String, String>;
+
+fn keys<const N: usize>(keys: [(&str, &str); N]) -> Keys {
+    keys.map(|(id, secret)| (id.to_owned(), secret.to_owned())).into()
 }
 
-fn errors(keys: &[ParsedKey]) -> Vec<String> {
-    keys.iter().filter_map(|parsed| parsed.key.as_ref().err()).map(ToString::to_string).collect()
+/// Returns the keys that a builder accepts, with their secrets, and the errors of the others.
+fn accepted(builder: KeyPoolBuilder) -> (Keys, Vec<String>) {
+    let store = MemoryStore::new();
+    let pool = builder.open(store.clone()).now_or_never().unwrap().unwrap();
+    let stored = store.load(None).now_or_never().unwrap().unwrap().records;
+    let secret_of = |id: &KeyId| {
+        let record = stored.iter().find(|record| record.spec.id == *id).unwrap();
+        record.spec.secret.expose().to_owned()
+    };
+    let keys = pool.stats().keys.iter().map(|key| (key.id.to_string(), secret_of(&key.id))).collect();
+    (keys, pool.rejected().iter().map(ToString::to_string).collect())
 }
 
-fn parsed(name: &str, text: impl AsRef<[u8]>) -> Vec<ParsedKey> {
-    parse(name, text.as_ref(), Unnamed::Numbered { before: 0 }).unwrap()
+/// Asserts that a file has these keys and no others.
+fn assert_keys<const N: usize>(name: &str, text: &str, expected: [(&str, &str); N]) {
+    let builder = KeyPool::builder().keys_from_file(file(name, text));
+    assert_eq!(accepted(builder), (keys(expected), Vec::new()), "{text}");
 }
 
-fn variable_keys(text: &str) -> Vec<ParsedKey> {
-    variable("KEYS", text, Unnamed::Numbered { before: 0 }).unwrap()
+/// A key and the number of its line or entry.
+type Parsed = (usize, Result<KeySpec, Rejected>);
+
+fn errors(keys: &[Parsed]) -> Vec<String> {
+    keys.iter().filter_map(|(_, key)| key.as_ref().err()).map(ToString::to_string).collect()
 }
 
+fn parsed(name: &str, text: impl AsRef<[u8]>) -> Vec<Parsed> {
+    KeySpec::parse_all(name, text).unwrap()
+}
+
+/// Runs in a process of its own: it would not be safe to set variables beside other tests.
 #[test]
 fn a_variable_has_named_and_bare_keys() {
+    const NAMED_AND_BARE: &str = "KEY_SPECS_NAMED_AND_BARE";
+    const SHORT: &str = "KEY_SPECS_SHORT";
+    if env::var_os(SHORT).is_none() {
+        let child = Command::new(env::current_exe().unwrap())
+            .args(["--exact", "a_variable_has_named_and_bare_keys"])
+            .env(
+                NAMED_AND_BARE,
+                "alpha=sk-1, beta=sk=2,,sk-3,c2VjcmV0c2VjcmV=,c2VjcmV0c2Vjcg==,gamma=,sk-c2VjcmV0c2VjcmU=,",
+            )
+            .env(SHORT, "one=,of-accounting=,the-key-of-accounting=,alpha=sk-1234567")
+            .output()
+            .unwrap();
+        let written = String::from_utf8_lossy(&child.stdout);
+        return assert!(child.status.success() && written.contains("1 passed"), "{written}");
+    }
+    let of_variable = |name: &str| accepted(KeyPool::builder().keys_from_env(name));
     assert_eq!(
-        shown(&variable_keys(
-            "alpha=sk-1, beta=sk=2,,sk-3,c2VjcmV0c2VjcmV=,c2VjcmV0c2Vjcg==,gamma=,sk-c2VjcmV0c2VjcmU=,"
-        )),
-        [
-            row(1, "alpha", "sk-1"),
-            row(2, "beta", "sk=2"),
-            row(4, "key-3", "sk-3"),
-            row(5, "key-4", "c2VjcmV0c2VjcmV="),
-            row(6, "key-5", "c2VjcmV0c2Vjcg=="),
-            row(7, "gamma", ""),
-            row(8, "key-7", "sk-c2VjcmV0c2VjcmU="),
-        ]
+        of_variable(NAMED_AND_BARE),
+        (
+            keys([
+                ("alpha", "sk-1"),
+                ("beta", "sk=2"),
+                ("key-3", "sk-3"),
+                ("key-4", "c2VjcmV0c2VjcmV="),
+                ("key-5", "c2VjcmV0c2Vjcg=="),
+                ("key-7", "sk-c2VjcmV0c2VjcmU="),
+            ]),
+            vec![format!("{NAMED_AND_BARE}, entry 7: key gamma: the secret is empty")],
+        )
     );
-}
-
-#[test]
-fn short_names_without_secret_are_no_secrets() {
+    // A short name without a secret is no secret. A long one may be: errors would show it as an id.
+    let (keys_of_short, errors) = of_variable(SHORT);
+    assert_eq!(keys_of_short, keys([("key-3", "the-key-of-accounting="), ("alpha", "sk-1234567")]));
     assert_eq!(
-        shown(&variable_keys("one=,of-accounting=,the-key-of-accounting=,alpha=sk-1234567")),
-        [
-            row(1, "one", ""),
-            row(2, "of-accounting", ""),
-            // Errors would show it as an id, and it may be a secret.
-            row(3, "key-3", "the-key-of-accounting="),
-            row(4, "alpha", "sk-1234567"),
-        ]
+        errors,
+        ["one", "of-accounting"]
+            .iter()
+            .zip(1..)
+            .map(|(id, entry)| format!("{SHORT}, entry {entry}: key {id}: the secret is empty"))
+            .collect::<Vec<_>>()
     );
 }
 
 #[test]
 fn files_have_one_key_per_line_and_comments() {
-    assert_eq!(
-        shown(&parsed("keys.txt", "# ours\r\nalpha|sk-1\r\n\r\n  # theirs\nbeta |sk|2 \nsk-3".as_bytes())),
-        [row(2, "alpha", "sk-1"), row(5, "beta", "sk|2 "), row(6, "key-3", "sk-3")]
+    assert_keys(
+        "lines.txt",
+        "# ours\r\nalpha|sk-1\r\n\r\n  # theirs\nbeta |sk|2\nsk-3",
+        [("alpha", "sk-1"), ("beta", "sk|2"), ("key-3", "sk-3")],
     );
 }
 
 #[test]
 fn f30_lines_not_utf8_are_rejected_alone() {
-    let keys = parsed("keys.txt", b"alpha|sk-\xff\n\xff|sk-2\n\xff\nbeta|sk-3");
-    let rejected: Vec<_> = keys.iter().filter_map(|key| key.key.as_ref().err()).collect();
-    let rejected: Vec<_> = rejected.iter().map(ToString::to_string).collect();
+    let path = file("binary.txt", b"alpha|sk-\xff\n\xff|sk-2\n\xff\nbeta|sk-3");
+    let (accepted, rejected) = accepted(KeyPool::builder().keys_from_file(&path));
+    assert_eq!(accepted, keys([("beta", "sk-3")]));
+    let path = path.display();
     assert_eq!(
         rejected,
         [
-            "keys.txt, line 1: key alpha: not UTF-8",
-            "keys.txt, line 2: key key-2: not UTF-8",
-            "keys.txt, line 3: key key-3: not UTF-8",
+            format!("{path}, line 1: key alpha: not UTF-8"),
+            format!("{path}, line 2: key key-2: not UTF-8"),
+            format!("{path}, line 3: key key-3: not UTF-8"),
         ]
     );
-    assert_eq!(shown(&keys)[3], row(4, "beta", "sk-3"));
 }
 
 #[test]
 fn json_secrets_and_objects_are_keys() {
-    let read = |text| shown(&parsed("k.json", text));
-    assert_eq!(read(r#"["sk-1"]"#), [row(1, "key-1", "sk-1")]);
-    assert_eq!(
-        read(r#"[{"id":"a","secret":"sk-1"},{"secret":"sk-2","note":"ours"}]"#),
-        [row(1, "a", "sk-1"), row(2, "key-2", "sk-2")]
+    assert_keys("a.json", r#"["sk-1"]"#, [("key-1", "sk-1")]);
+    assert_keys(
+        "b.json",
+        r#"[{"id":"a","secret":"sk-1"},{"secret":"sk-2","note":"ours"}]"#,
+        [("a", "sk-1"), ("key-2", "sk-2")],
     );
-    assert_eq!(read(r#"{"b":"sk-1","a":"sk-2"}"#), [row(1, "b", "sk-1"), row(2, "a", "sk-2")]);
-    assert_eq!(read(r#"{"id":"a","secret":"sk-1"}"#), [row(1, "a", "sk-1")]);
-    assert_eq!(read("\"sk-1\""), [row(1, "key-1", "sk-1")]);
+    assert_keys("c.json", r#"{"b":"sk-1","a":"sk-2"}"#, [("b", "sk-1"), ("a", "sk-2")]);
+    assert_keys("d.json", r#"{"id":"a","secret":"sk-1"}"#, [("a", "sk-1")]);
+    assert_keys("e.json", "\"sk-1\"", [("key-1", "sk-1")]);
 }
 
 #[test]
 fn keys_may_be_called_id_or_secret() {
     for [one, other] in [["a", "b"], ["id", "other"], ["other", "secret"]] {
-        let keys = parsed("k.json", format!(r#"{{"{one}":"sk-1","{other}":"sk-2"}}"#));
-        assert_eq!(shown(&keys), [row(1, one, "sk-1"), row(2, other, "sk-2")]);
+        let text = format!(r#"{{"{one}":"sk-1","{other}":"sk-2"}}"#);
+        assert_keys("called.json", &text, [(one, "sk-1"), (other, "sk-2")]);
     }
 }
 
@@ -118,6 +162,14 @@ fn mistyped_fields_never_make_an_id_secret() {
 }
 
 #[test]
+fn unknown_fields_are_named_unless_possibly_secret() {
+    for secret in ["sk-1", "A1b2", "abcdefghijklmnopqrstu", "c2VjcmV0"] {
+        let error = KeySpec::from_json(format!(r#"{{"{secret}":"alpha"}}"#)).unwrap_err().to_string();
+        assert!(error.contains("unknown field") && !error.contains(secret), "{error}");
+    }
+}
+
+#[test]
 fn a_name_that_stands_twice_is_not_dropped() {
     assert_eq!(
         errors(&parsed("k.json", r#"[{"id":"a","secret":"sk-1","secret":"sk-2"}]"#)),
@@ -128,19 +180,23 @@ fn a_name_that_stands_twice_is_not_dropped() {
 
 #[test]
 fn an_entry_of_another_form_is_rejected_alone() {
-    let keys = parsed("k.json", r#"[1, {"id": 2, "secret": "x"}, "sk-3", [], null, "\ud800", {}]"#);
+    let path = file("forms.json", r#"[1, {"id": 2, "secret": "x"}, "sk-3", [], null, "\ud800", {}]"#);
+    let (accepted, rejected) = accepted(KeyPool::builder().keys_from_file(&path));
+    assert_eq!(accepted, keys([("key-3", "sk-3")]));
+    let no_key = "neither a string nor an object with a `secret`";
+    let expected = [
+        (1, no_key),
+        (2, "`id` is not text"),
+        (4, no_key),
+        (5, no_key),
+        (6, no_key),
+        (7, "the key has no `secret`"),
+    ];
+    let path = path.display();
     assert_eq!(
-        errors(&keys),
-        [
-            "k.json, entry 1: key key-1: neither a string nor an object with a `secret`",
-            "k.json, entry 2: key key-2: `id` is not text",
-            "k.json, entry 4: key key-4: neither a string nor an object with a `secret`",
-            "k.json, entry 5: key key-5: neither a string nor an object with a `secret`",
-            "k.json, entry 6: key key-6: neither a string nor an object with a `secret`",
-            "k.json, entry 7: key key-7: the key has no `secret`",
-        ]
+        rejected,
+        expected.map(|(entry, reason)| format!("{path}, entry {entry}: key key-{entry}: {reason}"))
     );
-    assert_eq!(shown(&keys)[2], row(3, "key-3", "sk-3"));
 }
 
 #[cfg(feature = "toml")]
@@ -148,10 +204,12 @@ fn an_entry_of_another_form_is_rejected_alone() {
 fn each_key_table_yields_a_key_with_fields() {
     let text = "# ours\n[[key]]\nid = \"alpha\"\nsecret = \"sk-1\"\ngroup = \"org-1\"\ntier = 0x1_0\n\n\
                 weight = 3\nmax_in_flight = 8\nendpoint = \"https://eu.example.com\"\nnote = \"paid\"\n\
-                [[key]]\nsecret = '''sk\n2'''\n";
+                [[key]]\nid = \"beta\"\nsecret = '''sk\n2'''\n";
     let keys = parsed("k.toml", text);
-    assert_eq!(shown(&keys), [row(2, "alpha", "sk-1"), row(12, "key-2", "sk\n2")]);
-    let alpha = keys[0].key.as_ref().unwrap();
+    let [alpha, beta] = &keys[..] else { panic!("{keys:?}") };
+    assert_eq!((alpha.0, beta.0), (2, 12));
+    let (alpha, beta) = (alpha.1.as_ref().unwrap(), beta.1.as_ref().unwrap());
+    assert_eq!((alpha.secret.expose(), beta.secret.expose()), ("sk-1", "sk\n2"));
     assert_eq!((alpha.group.as_deref(), alpha.tier), (Some("org-1"), Some(16)));
     assert_eq!(alpha.weight.map(u32::from), Some(3));
     assert_eq!(alpha.max_in_flight.map(u32::from), Some(8));
@@ -168,14 +226,14 @@ fn wrong_tables_are_rejected_with_line_and_field() {
     assert_eq!(
         errors(&keys),
         [
-            "k.toml, line 1: key key-1: not a [[key]] table",
+            "k.toml, line 1: not a [[key]] table",
             "k.toml, line 2: key a: `secret` is not text",
-            "k.toml, line 5: key key-3: not a [[key]] table",
+            "k.toml, line 5: not a [[key]] table",
             "k.toml, line 7: key c: `tier` is not a whole number from 0 to 255",
             "k.toml, line 14: key e: `weight` is not a whole number from 1 to 4294967295",
         ]
     );
-    assert_eq!(shown(&keys)[4], row(11, "d", "sk-d"));
+    assert_eq!(keys[4].1.as_ref().unwrap().id.as_str(), "d");
 }
 
 #[cfg(feature = "toml")]
@@ -191,17 +249,15 @@ fn syntax_errors_name_line_and_column() {
 
 #[test]
 fn the_name_or_the_text_decides_the_format() {
-    let first = |name, text| errors(&parsed(name, text)).into_iter().next();
-    assert_eq!(first("keys.JSON", "[\"sk\"]"), None);
-    assert!(first("keys", " [1]").unwrap().starts_with("keys, entry 1: "));
-    assert_eq!(shown(&parsed("keys.txt", "a|[[key]]\n")), [row(1, "a", "[[key]]")]);
+    assert_keys("keys.JSON", "[\"sk\"]", [("key-1", "sk")]);
+    assert!(errors(&parsed("keys", " [1]"))[0].starts_with("keys, entry 1: "));
+    assert_keys("no-toml.txt", "a|[[key]]\n", [("a", "[[key]]")]);
 }
 
 #[cfg(feature = "toml")]
 #[test]
 fn misnamed_toml_is_never_read_as_lines() {
-    let keys = parsed("keys.txt", "# ours\n[[key]]\r\nid = \"a\"\nsecret = \"sk-1\"\n");
-    assert_eq!(shown(&keys), [row(2, "a", "sk-1")]);
+    assert_keys("toml.txt", "# ours\n[[key]]\r\nid = \"a\"\nsecret = \"sk-1\"\n", [("a", "sk-1")]);
 }
 
 #[cfg(not(feature = "toml"))]
@@ -214,7 +270,7 @@ fn toml_without_its_feature_is_an_error() {
 #[test]
 fn oversized_texts_are_errors() {
     let error = |text: &[u8]| KeySpec::parse_all("k.txt", text).unwrap_err().to_string();
-    assert_eq!(error(&vec![b'\n'; MOST_BYTES + 1]), "k.txt: larger than 32 MiB");
+    assert_eq!(error(&vec![b'\n'; (32 << 20) + 1]), "k.txt: larger than 32 MiB");
     assert_eq!(error(&b"a\n".repeat(1_000_001)), "k.txt: more than 1000000 keys");
 }
 
@@ -244,7 +300,13 @@ prop_compose! {
         max_in_flight in option::of(any::<NonZeroU32>()),
         endpoint in option::of(text()),
     ) -> KeySpec {
-        KeySpec { group, tier, weight, max_in_flight, endpoint, ..KeySpec::new(KeyId::new(id).unwrap(), secret) }
+        let mut spec = KeySpec::new(KeyId::new(id).unwrap(), secret);
+        spec.group = group;
+        spec.tier = tier;
+        spec.weight = weight;
+        spec.max_in_flight = max_in_flight;
+        spec.endpoint = endpoint;
+        spec
     }
 }
 
@@ -297,7 +359,7 @@ fn strange_fields() -> impl Strategy<Value = Vec<(String, String)>> {
     vec((name.prop_map(str::to_owned), value), 0..4)
 }
 
-fn said<T: std::fmt::Debug>(outcome: &Result<T, Rejected>) -> String {
+fn said<T: fmt::Debug>(outcome: &Result<T, Rejected>) -> String {
     let error = outcome.as_ref().err().map_or_else(String::new, ToString::to_string);
     format!("{outcome:?} {error}")
 }
