@@ -21,6 +21,9 @@ const AFTER_A_FAILURE: Duration = Duration::from_secs(1);
 /// take a small part of the time.
 const LOADING_SHARE: u32 = 10;
 
+/// More changed keys than these are as well answered by loading all.
+const KEYS_AT_ONCE: usize = 1_000;
+
 /// What has to be loaded.
 #[derive(Default)]
 struct Due {
@@ -84,6 +87,10 @@ impl Follower {
             Change::Standing(id, _) => _ = self.due.ids.insert(id),
             Change::Keys(ids) => self.due.ids.extend(ids),
             Change::Anything => self.due.all = true,
+        }
+        if self.due.ids.len() > KEYS_AT_ONCE {
+            self.due.ids.clear();
+            self.due.all = true;
         }
     }
 

@@ -503,20 +503,3 @@ async fn replace_and_reload(pool: KeyPool) -> Result<(), StoreError> {
 fn random_within(time: Duration) -> Duration {
     Duration::from_nanos(fastrand::u64(..=nanos(time)))
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test(start_paused = true)]
-    async fn no_interval_is_too_long_or_too_short() {
-        for time in [Duration::ZERO, Duration::MAX] {
-            let pool = KeyPool::builder().key("alpha", "sk-1").build().unwrap();
-            let config =
-                RecoveryConfig::new().interval(Duration::MAX).limit(Duration::MAX).start_jitter(time);
-            let recovery = RecoveryHandle::spawn_with(&pool, config);
-            assert!(recovery.sweep_now().await.outcome.is_ok());
-            assert_eq!(recovery.shutdown().await, Ok(()));
-        }
-    }
-}

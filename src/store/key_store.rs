@@ -338,15 +338,3 @@ impl Error for StoreError {
         Some(&*self.0)
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_store_error_leaves_the_cause_to_source() {
-        let error = StoreError::new("connection reset");
-        assert_eq!(error.to_string(), "the key store failed");
-        assert_eq!(error.source().unwrap().to_string(), "connection reset");
-    }
-}

@@ -11,7 +11,7 @@ use super::{
     fields::{DISABLED, EXHAUSTED, Fields, HEALTHY, KNOWN, RATE_LIMITED, computed, ours},
     stored::{FOREVER, NEVER, NO_REASON, code},
     words::{
-        Of, first, for_good, has_failed, hash_of, hex, is_resting, join_limits, limit, limits_without,
+        first, for_good, has_failed, hash_of, hex, is_resting, join_limits, limit, limits_without,
         next_generation_of_the_same, replacement_under_way, reset, word,
     },
 };
@@ -66,7 +66,7 @@ impl Fields {
         } };
         let may_fail = mark.words.key.is_some_and(|resting| resting.reason != Rest::RateLimited);
         let failed = may_fail.then(|| set_failed(wins));
-        let pipeline = self.write_same(failed.into_iter().chain([join]));
+        let pipeline = self.write(mark.born, failed.into_iter().chain([join]));
         let is_it = all([self.is_readable(), self.is_same_key()]);
         let filter = doc! { "_id": mark.id.as_str(), ours::BORN: hex(mark.born), "$expr": is_it };
         Update { filter, pipeline }
@@ -151,7 +151,7 @@ impl Fields {
             let expired = all([eq(path(&self.status), status), self.is_readable(), has_passed, more]);
             doc! { &self.status: status, &self.cooldown_until: { "$type": "date" }, "$expr": expired }
         };
-        let date_is_ours = eq(self.exhausted_until(Of::AnyKey), path(&self.cooldown_until));
+        let date_is_ours = eq(self.exhausted_until(), path(&self.cooldown_until));
         doc! { "$or": [past(RATE_LIMITED, doc! {}), past(EXHAUSTED, date_is_ours), self.ended_without_a_date()] }
     }
 

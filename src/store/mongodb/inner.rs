@@ -1,7 +1,5 @@
 //! The parts of a store: collections, names, limits and lanes.
 
-use std::sync::Arc;
-
 use ::mongodb::{
     Collection, Database,
     bson::RawDocumentBuf,
@@ -19,7 +17,7 @@ use super::{
     limits::Limits,
     unsent::Unsent,
 };
-use crate::{key::KeyId, store::StoreError};
+use crate::{key::KeyId, store::StoreFuture};
 
 pub(super) type Documents = Collection<RawDocumentBuf>;
 
@@ -58,16 +56,12 @@ pub(super) fn primary() -> SelectionCriteria {
 
 impl Inner {
     /// Runs an operation about one key, after any other one about it.
-    pub(super) async fn about<T, F>(
-        self: &Arc<Self>,
+    pub(super) fn about<'a, T: Send + 'static>(
+        &'a self,
         id: &KeyId,
-        operation: impl FnOnce(Arc<Self>) -> F,
-    ) -> Result<T, StoreError>
-    where
-        T: Send + 'static,
-        F: Future<Output = Result<T, Failure>> + Send + 'static,
-    {
+        operation: impl Future<Output = Result<T, Failure>> + Send + 'static,
+    ) -> StoreFuture<'a, T> {
         let lane = self.per_key.of(id);
-        Ok(lane.run(self.limits.operation, |_| operation(self.clone())).await?)
+        Box::pin(async { Ok(lane.run(self.limits.operation, operation).await?) })
     }
 }

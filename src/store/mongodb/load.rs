@@ -30,7 +30,7 @@ pub(super) async fn load(inner: &Arc<Inner>, only: Option<&[KeyId]>) -> Result<L
     let pipeline = inner.fields.load(only);
     let (parts, mut received) = mpsc::channel(2);
     let store = inner.clone();
-    let loading = |_| async move {
+    let loading = async move {
         let part = Loaded::default();
         Loading { store: &store, parts, part }.all(pipeline).await
     };
