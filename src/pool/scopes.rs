@@ -201,7 +201,7 @@ mod tests {
         }
 
         async fn write(&self) {
-            self.pool.link().unwrap().writer.write().await.unwrap();
+            self.pool.link().unwrap().write_marks().await.unwrap();
         }
 
         async fn stored(&self) -> KeyRecord {

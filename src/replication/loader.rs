@@ -7,51 +7,26 @@ use std::{
 
 use tokio::{runtime::Handle, sync::OwnedMutexGuard};
 
-use super::{complaints::Complaints, seeds, usage::Account};
+use super::{
+    link::{Link, Seeds},
+    seeds,
+};
 use crate::{
     key::{KeyId, KeySpec},
-    pool::{Engine, Key, Snapshot, UsableKey},
-    store::{KeyRecord, KeyStore, Loaded, Standing, StoreError, Unreadable},
-    sync::atomic::{AtomicBool, Ordering::SeqCst},
+    meter::Counted,
+    pool::{Key, Snapshot, UsableKey},
+    store::{KeyRecord, Loaded, Standing, StoreError, Unreadable},
+    sync::atomic::Ordering::SeqCst,
 };
 
 /// That many keys take about a millisecond to apply.
 const MANY: usize = 1_000;
 
-pub(crate) struct Loader {
-    engine: Arc<Engine>,
-    store: Arc<dyn KeyStore>,
-    account: Arc<Account>,
-    complaints: Complaints,
-    turn: Arc<tokio::sync::Mutex<Seeds>>,
-    /// Whether the store has been read once.
-    open: AtomicBool,
-}
-
-/// The keys that the store is to have before anything else is done with it.
-type Seeds = Vec<KeySpec>;
-
 /// The right to change the set of keys, in the store and here. No load is applied that was read before a change made with
 /// it.
 pub(crate) type Turn = OwnedMutexGuard<Seeds>;
 
-impl Loader {
-    pub(super) fn new(
-        engine: Arc<Engine>,
-        store: Arc<dyn KeyStore>,
-        account: Arc<Account>,
-        seeds: Seeds,
-    ) -> Self {
-        Self {
-            engine,
-            store,
-            account,
-            complaints: Complaints::default(),
-            turn: Arc::new(tokio::sync::Mutex::new(seeds)),
-            open: AtomicBool::new(false),
-        }
-    }
-
+impl Link {
     pub(crate) fn is_open(&self) -> bool {
         self.open.load(SeqCst)
     }
@@ -82,9 +57,12 @@ impl Loader {
         mut turn: Turn,
         only: Option<Vec<KeyId>>,
     ) -> Result<Turn, StoreError> {
-        seeds::plant(&mut turn, &*self.store, &self.engine).await?;
         let only = only.filter(|_| self.is_open());
-        let loaded = self.store.load(only.as_deref()).await?;
+        let loading = async {
+            seeds::plant(&mut turn, &*self.store, &self.engine).await?;
+            self.store.load(only.as_deref()).await
+        };
+        let loaded = loading.await.inspect_err(|_| self.engine.store_failed(Counted::Load))?;
         let turn = self.clone().apply_aside(turn, loaded, only).await?;
         self.open.store(true, SeqCst);
         Ok(turn)
@@ -143,7 +121,7 @@ impl Loader {
         });
         // The rests of scopes are kept for keys of the pool alone.
         new.iter().for_each(|(key, standing)| self.engine.apply(key, standing));
-        gone.iter().for_each(|key| self.account.keep(key));
+        gone.iter().for_each(|key| self.keep_usage(key));
         self.engine.count_out(gone);
         self.complaints.update(only, unreadable);
     }

@@ -11,8 +11,7 @@ use super::{
     at_rest::AtRest,
     error::Failure,
     fields::Fields,
-    inner::{Inner, collection},
-    limits::Limits,
+    inner::{Inner, Limits, collection},
     store::MongoStore,
 };
 

@@ -6,7 +6,11 @@ use std::{
     time::Duration,
 };
 
-use tokio::{sync::Mutex, task::JoinHandle, time::timeout};
+use tokio::{
+    sync::{Mutex, mpsc},
+    task::JoinHandle,
+    time::timeout,
+};
 
 use super::error::Failure;
 
@@ -26,8 +30,28 @@ impl Lane {
         ended_within(limit, self.begin(limit, operation).await?).await
     }
 
+    /// Runs an operation that passes its outcome on in parts, each of them within the limit.
+    pub(super) async fn run_in_parts<P, F>(
+        &self,
+        limit: Duration,
+        operation: impl FnOnce(mpsc::Sender<P>) -> F,
+        mut take: impl FnMut(P),
+    ) -> Result<(), Failure>
+    where
+        F: Future<Output = Result<(), Failure>> + Send + 'static,
+    {
+        let (parts, mut received) = mpsc::channel(1);
+        let task = self.begin(limit, operation(parts)).await?;
+        while let Some(part) =
+            timeout(limit, received.recv()).await.map_err(|_| Failure::TookTooLong(limit))?
+        {
+            take(part);
+        }
+        ended_within(limit, task).await
+    }
+
     /// Has the operation begin, once its turn has come within the limit.
-    pub(super) async fn begin<T: Send + 'static>(
+    async fn begin<T: Send + 'static>(
         &self,
         limit: Duration,
         operation: impl Future<Output = Result<T, Failure>> + Send + 'static,
@@ -41,9 +65,9 @@ impl Lane {
     }
 }
 
-pub(super) type Task<T> = JoinHandle<Result<T, Failure>>;
+type Task<T> = JoinHandle<Result<T, Failure>>;
 
-pub(super) async fn ended_within<T>(limit: Duration, task: Task<T>) -> Result<T, Failure> {
+async fn ended_within<T>(limit: Duration, task: Task<T>) -> Result<T, Failure> {
     match timeout(limit, task).await {
         Err(_) => Err(Failure::TookTooLong(limit)),
         Ok(Err(_)) => Err(Failure::BrokenOff),

@@ -3,18 +3,15 @@
 use std::{sync::Arc, time::Duration};
 
 use ::mongodb::bson::{Document, RawDocument};
-use tokio::{
-    sync::mpsc,
-    time::{Instant, timeout},
-};
+use tokio::{sync::mpsc, time::Instant};
 
 use super::{
     bulk::AT_ONCE,
-    document::{Read, decode, from_now},
+    commands::Update,
+    document::{self, Read, decode, from_now},
     error::Failure,
     fields::computed,
     inner::Inner,
-    lane,
 };
 use crate::{
     key::KeyId,
@@ -26,21 +23,17 @@ const TRIES: usize = 5;
 
 /// Loads these keys, or all. Each part of it has the limit of an operation: it may take as long as there are keys.
 pub(super) async fn load(inner: &Arc<Inner>, only: Option<&[KeyId]>) -> Result<Loaded, Failure> {
-    let limit = inner.limits.operation;
-    let pipeline = inner.fields.load(only);
-    let (parts, mut received) = mpsc::channel(2);
-    let store = inner.clone();
-    let loading = async move {
+    let (store, pipeline) = (inner.clone(), inner.fields.load(only));
+    let loading = |parts| async move {
         let part = Loaded::default();
         Loading { store: &store, parts, part }.all(pipeline).await
     };
-    let loading = inner.loads.begin(limit, loading).await?;
     let mut loaded = Loaded::default();
-    while let Some(part) = timeout(limit, received.recv()).await.map_err(|_| Failure::TookTooLong(limit))? {
+    let take = |part: Loaded| {
         loaded.records.extend(part.records);
         loaded.unreadable.extend(part.unreadable);
-    }
-    lane::ended_within(limit, loading).await?;
+    };
+    inner.loads.run_in_parts(inner.limits.operation, loading, take).await?;
     for record in &mut loaded.records {
         record.standing = inner.counted_from_now(record.standing.clone());
     }
@@ -106,17 +99,9 @@ impl Loading<'_> {
     /// Returns the keys that were not refused. A document that is gone, or settled by now, is no concern of it.
     async fn settle(&mut self, ids: &[KeyId]) -> Result<Vec<KeyId>, Failure> {
         let update = |ids: &[KeyId]| self.store.fields.settle_some(ids, Born::now());
-        let all_at_once = update(ids);
-        match self
-            .store
-            .keys
-            .update_many(all_at_once.filter, all_at_once.pipeline)
-            .await
-            .map_err(Failure::from)
-        {
-            Ok(_) => return Ok(ids.to_vec()),
+        match self.store.update_many(update(ids)).await {
             Err(failure) if failure.is_about_the_document() => {}
-            Err(failure) => return Err(failure),
+            done => return done.map(|_| ids.to_vec()),
         }
         let statements = ids.iter().map(|id| update(std::slice::from_ref(id)).statement()).collect();
         let updated = self.store.update_each(&self.store.keys, statements).await?;
@@ -136,8 +121,17 @@ impl Inner {
         answer.get_datetime(computed::SERVER_TIME).is_ok_and(|said| self.clock.heard(said, sent))
     }
 
+    pub(super) async fn update_many(&self, Update { filter, pipeline }: Update) -> Result<u64, Failure> {
+        Ok(self.keys.update_many(filter, pipeline).await?.modified_count)
+    }
+
+    /// How a key stands now. `None` if its document was never absorbed.
+    pub(super) fn standing_now(&self, document: &RawDocument) -> Option<Standing> {
+        document::standing(document, &self.fields).map(|standing| self.counted_from_now(standing))
+    }
+
     /// A key as it stands now, by the words of its document, which count from the epoch.
-    pub(super) fn counted_from_now(&self, standing: Standing) -> Standing {
+    fn counted_from_now(&self, standing: Standing) -> Standing {
         from_now(standing, self.clock.latest(Instant::now()).unwrap_or(Duration::ZERO))
     }
 }

@@ -13,9 +13,8 @@ use super::{
     commands::{Called, Update},
     document,
     error::Failure,
-    inner::Inner,
+    inner::{ALL_KEYS_LIMIT, Inner},
     lane::Lane,
-    limits::ALL_KEYS_LIMIT,
     load, standby, usage, watch,
 };
 use crate::{
@@ -201,8 +200,7 @@ impl Inner {
         let update = update.return_document(ReturnDocument::After).projection(self.fields.standing());
         let Some(key) = update.await? else { return Ok((None, false)) };
         let is_ahead = self.heard(&key, sent);
-        let standing = document::standing(&key, &self.fields).map(|standing| self.counted_from_now(standing));
-        Ok((standing, is_ahead))
+        Ok((self.standing_now(&key), is_ahead))
     }
 
     /// Whether the key was inserted; `false` if there is one of that id.
@@ -230,8 +228,7 @@ impl Inner {
     async fn remove(&self, id: &KeyId) -> Result<Option<Standing>, Failure> {
         let removed = self.keys.find_one_and_delete(doc! { "_id": id.as_str() });
         let Some(key) = removed.projection(self.fields.standing()).await? else { return Ok(None) };
-        let standing = document::standing(&key, &self.fields).map(|standing| self.counted_from_now(standing));
-        Ok(Some(standing.unwrap_or_else(Standing::healthy)))
+        Ok(Some(self.standing_now(&key).unwrap_or_else(Standing::healthy)))
     }
 
     async fn sweep(self: Arc<Self>) -> Result<Recovered, Failure> {
@@ -241,10 +238,6 @@ impl Inner {
         // Another process may have been quicker with some of them.
         let ids = if ids.len() as u64 == count { ids } else { Vec::new() };
         Ok(Recovered::new(count, ids))
-    }
-
-    async fn update_many(&self, Update { filter, pipeline }: Update) -> Result<u64, Failure> {
-        Ok(self.keys.update_many(filter, pipeline).await?.modified_count)
     }
 
     /// One more than are named, which tells that there are more.

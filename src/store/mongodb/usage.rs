@@ -3,7 +3,11 @@
 //! Usage is a statistic: it counts nothing twice, and may lose what was on its way when a server failed. So documents do
 //! not grow with the processes that write them.
 
-use std::sync::Arc;
+use std::{
+    collections::BTreeMap,
+    mem,
+    sync::{Arc, MutexGuard, PoisonError},
+};
 
 use ::mongodb::bson::{Document, doc};
 
@@ -14,23 +18,22 @@ use super::{
     fields::Fields,
     inner::Inner,
 };
-use crate::store::Usage;
+use crate::{key::KeyId, store::Usage};
 
 /// Adds usage up. Usage that the server certainly did not add is kept for the next call; usage that it may have added is
 /// not.
 pub(super) async fn add(inner: &Arc<Inner>, usage: Vec<Usage>) -> Result<(), Failure> {
-    inner.unsent.keep(usage);
-    let mut usage = inner.unsent.take();
-    while !usage.is_empty() {
-        let rest = usage.split_off(usage.len().min(AT_ONCE));
-        let part = std::mem::replace(&mut usage, rest);
-        let (store, sent) = (inner.clone(), part.clone());
+    inner.keep(usage);
+    let usage: Vec<_> = mem::take(&mut *inner.unsent()).into_values().collect();
+    let mut parts = usage.chunks(AT_ONCE);
+    while let Some(part) = parts.next() {
+        let (store, sent) = (inner.clone(), part.to_vec());
         let add = async move { store.add_usage(&sent).await };
         if let Err(failure) = inner.usage.run(inner.limits.operation, add).await {
             if failure.happened_before_sending() {
-                inner.unsent.keep(part);
+                inner.keep(part.iter().cloned());
             }
-            inner.unsent.keep(usage);
+            inner.keep(parts.flatten().cloned());
             return Err(failure);
         }
     }
@@ -38,6 +41,19 @@ pub(super) async fn add(inner: &Arc<Inner>, usage: Vec<Usage>) -> Result<(), Fai
 }
 
 impl Inner {
+    fn unsent(&self) -> MutexGuard<'_, BTreeMap<KeyId, Usage>> {
+        self.unsent.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn keep(&self, usage: impl IntoIterator<Item = Usage>) {
+        let mut unsent = self.unsent();
+        for usage in usage {
+            let kept = unsent.entry(usage.id.clone()).or_insert_with(|| Usage::new(usage.id, 0, 0));
+            kept.requests = kept.requests.saturating_add(usage.requests);
+            kept.tokens = kept.tokens.saturating_add(usage.tokens);
+        }
+    }
+
     async fn add_usage(&self, usage: &[Usage]) -> Result<(), Failure> {
         let statements = usage.iter().map(|usage| self.fields.add(usage)).collect();
         let mut added = Ok(());
@@ -46,7 +62,7 @@ impl Inner {
             if refused.is_about_the_document() {
                 tracing::warn!(key = %usage.id, code = refused.code, "MongoDB refused to add usage up");
             } else {
-                self.unsent.keep([usage.clone()]);
+                self.keep([usage.clone()]);
                 added = Err(refused.failure());
             }
         }

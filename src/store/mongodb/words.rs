@@ -105,7 +105,7 @@ impl Fields {
     }
 
     /// What status and date say, as `{ u, r }`.
-    fn said(&self) -> Document {
+    pub(super) fn said(&self) -> Document {
         let said = switch(
             [
                 (eq("$$status", HEALTHY), says(NEVER, NO_REASON).into()),
@@ -135,7 +135,7 @@ impl Fields {
     }
 
     /// Other programs write dates of another meaning beside this status: only a date of this crate's ends it.
-    pub(super) fn exhausted_until(&self) -> Document {
+    fn exhausted_until(&self) -> Document {
         let date = path(&self.cooldown_until);
         let is_ours = all([has_word(), eq(REASON, code(Rest::Exhausted)), eq(UNTIL, &date)]);
         let earlier = path(ours::EXHAUSTED_UNTIL);
