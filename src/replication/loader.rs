@@ -156,17 +156,12 @@ impl Changes {
     }
 
     fn take_out_the_others(&mut self, before: &Snapshot, only: Option<&[KeyId]>) {
-        match only {
-            Some(ids) => {
-                let gone = ids.iter().filter(|id| !self.found.contains(*id));
-                self.replaced.extend(gone.filter_map(|id| before.slot(id)).map(|slot| (slot, None)));
-            }
-            None => {
-                let slots = before.keys().iter().enumerate();
-                let gone = slots.filter(|(_, key)| !self.found.contains(&key.id));
-                self.replaced.extend(gone.map(|(slot, _)| (slot, None)));
-            }
-        }
+        let read: Vec<_> = match only {
+            Some(ids) => ids.iter().filter_map(|id| before.slot(id)).collect(),
+            None => (0..before.keys().len()).collect(),
+        };
+        let gone = read.into_iter().filter(|slot| !self.found.contains(&before.keys()[*slot].id));
+        self.replaced.extend(gone.map(|slot| (slot, None)));
     }
 
     /// Keys that stay keep their place in the turn; new ones come behind them.

@@ -13,7 +13,6 @@ use super::{
         replace_with, switch,
     },
     fields::{DISABLED, ERROR, EXHAUSTED, Fields, HEALTHY, KNOWN, RATE_LIMITED, ours},
-    rendered,
     stored::{FOREVER, NEVER, NO_REASON, code},
 };
 use crate::{limit::Rest, store::Born};
@@ -246,10 +245,6 @@ impl Fields {
         };
         let told = doc! { "$let": { "vars": { "words": self.rendered() }, "in": replace_with(told) } };
         [doc! { "$set": set }, doc! { "$replaceWith": told }]
-    }
-
-    fn rendered(&self) -> Document {
-        rendered::expression(is_one_of(path(&self.status), KNOWN))
     }
 }
 
