@@ -172,18 +172,19 @@ impl MongoStoreBuilder {
     /// If the URI or a name cannot be used, or if no server answers within the limit.
     pub async fn connect(self, uri: impl AsRef<str>) -> Result<MongoStore, ConnectError> {
         let limit = self.limits.connect;
-        let uri = uri.as_ref().to_owned();
-        let connecting = tokio::spawn(async {
-            let store = self.connect_later(uri).await?;
-            let answer = store.inner.database.run_command(doc! { "ping": 1 }).await;
-            answer.map_err(|error| ConnectError::Unreachable(Failure::from(error).to_string()))?;
-            Ok(store)
-        });
+        let connecting = tokio::spawn(self.connect_and_ask(uri.as_ref().to_owned()));
         match timeout(limit, connecting).await {
             Err(_) => Err(ConnectError::NoAnswer(limit)),
             Ok(Err(_)) => Err(ConnectError::Unreachable(Failure::BrokenOff.to_string())),
             Ok(Ok(connected)) => connected,
         }
+    }
+
+    async fn connect_and_ask(self, uri: String) -> Result<MongoStore, ConnectError> {
+        let store = self.connect_later(uri).await?;
+        let answer = store.inner.database.run_command(doc! { "ping": 1 }).await;
+        answer.map_err(|error| ConnectError::Unreachable(Failure::from(error).to_string()))?;
+        Ok(store)
     }
 
     /// Creates the store without asking a server: for [`KeyPoolBuilder::open_when_ready`].
