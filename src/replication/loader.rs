@@ -63,30 +63,21 @@ impl Link {
             self.store.load(only.as_deref()).await
         };
         let loaded = loading.await.inspect_err(|_| self.engine.store_failed(Counted::Load))?;
-        let turn = self.clone().apply_aside(turn, loaded, only).await?;
-        self.open.store(true, SeqCst);
-        Ok(turn)
-    }
-
-    /// Applies many keys on a thread of their own: they would keep the runtime's threads from requests.
-    async fn apply_aside(
-        self: Arc<Self>,
-        turn: Turn,
-        loaded: Loaded,
-        only: Option<Vec<KeyId>>,
-    ) -> Result<Turn, StoreError> {
-        let many = loaded.records.len() >= MANY;
+        let (link, many) = (self.clone(), loaded.records.len() >= MANY);
         let apply = move || {
-            self.apply(loaded, only.as_deref());
+            link.apply(loaded, only.as_deref());
             turn
         };
-        match Handle::try_current() {
+        let turn = match Handle::try_current() {
+            // On another thread: many keys would keep this one from requests.
             Ok(runtime) if many => {
                 let applied = runtime.spawn_blocking(apply).await;
-                applied.map_err(|_| StoreError::new("the load was interrupted"))
+                applied.map_err(|_| StoreError::new("the load was interrupted"))?
             }
-            _ => Ok(apply()),
-        }
+            _ => apply(),
+        };
+        self.open.store(true, SeqCst);
+        Ok(turn)
     }
 
     fn apply(&self, loaded: Loaded, only: Option<&[KeyId]>) {

@@ -7,7 +7,7 @@ use crate::{
     limit::Rest,
     meter::Counted,
     pool::{Engine, Key},
-    store::{KeyStore, Mark, StoreError},
+    store::{Mark, StoreError},
     sync::{JoinSet, atomic::Ordering::SeqCst},
 };
 
@@ -33,7 +33,7 @@ impl Link {
         }))
     }
 
-    async fn write_round(&self) -> Round {
+    async fn write_round(self: &Arc<Self>) -> Round {
         // Each round continues behind the last one, so that marks which always fail hold up no other mark.
         let mut next = self.round.lock().await;
         let snapshot = self.engine.snapshot().clone();
@@ -48,8 +48,7 @@ impl Link {
                 if round.in_flight.len() == WRITES_AT_ONCE {
                     self.finish_one(&mut round).await;
                 }
-                let (engine, store) = (self.engine.clone(), self.store.clone());
-                round.in_flight.spawn(write_mark(engine, store, key.clone()));
+                round.in_flight.spawn(self.clone().write_mark(key.clone()));
             }
         }
         while self.finish_one(&mut round).await {}
@@ -73,6 +72,25 @@ impl Link {
         true
     }
 
+    /// Writes a key's pending mark, and joins the store's answer.
+    pub(crate) async fn write_mark(self: Arc<Self>, key: Arc<Key>) -> Result<Written, StoreError> {
+        let engine = &self.engine;
+        let _put_back = PutBack { engine, key: &key };
+        let Some(unwritten) = engine.unwritten(&key) else { return Ok(Written::Yes { key_failed: false }) };
+        let Some(born) = key.born() else { return Ok(Written::Refused(key.clone())) };
+        let key_failed = unwritten.words.key.is_some_and(|resting| resting.reason > Rest::RateLimited);
+        let words = unwritten.words.clone();
+        let mark = Mark { id: key.id.clone(), born, words, http_status: key.last_status() };
+        let merged = self.store.merge(mark).await.inspect_err(|_| {
+            engine.store_failed(Counted::Write);
+            tracing::debug!(key = %key.id, "mark not written");
+        });
+        let Some(standing) = merged? else { return Ok(Written::Refused(key.clone())) };
+        engine.join(&key, &standing.words);
+        engine.acknowledge(&key, &unwritten);
+        Ok(Written::Yes { key_failed })
+    }
+
     /// Whether the store took a mark of an exhausted or revoked key since the last call.
     pub(crate) fn a_key_has_failed(&self) -> bool {
         self.key_failed.swap(false, SeqCst)
@@ -90,28 +108,6 @@ struct Round {
 pub(crate) enum Written {
     Yes { key_failed: bool },
     Refused(Arc<Key>),
-}
-
-/// Writes a key's pending mark, and joins the store's answer.
-pub(crate) async fn write_mark(
-    engine: Arc<Engine>,
-    store: Arc<dyn KeyStore>,
-    key: Arc<Key>,
-) -> Result<Written, StoreError> {
-    let _put_back = PutBack { engine: &engine, key: &key };
-    let Some(unwritten) = engine.unwritten(&key) else { return Ok(Written::Yes { key_failed: false }) };
-    let Some(born) = key.born() else { return Ok(Written::Refused(key.clone())) };
-    let key_failed = unwritten.words.key.is_some_and(|resting| resting.reason > Rest::RateLimited);
-    let mark =
-        Mark { id: key.id.clone(), born, words: unwritten.words.clone(), http_status: key.last_status() };
-    let merged = store.merge(mark).await.inspect_err(|_| {
-        engine.store_failed(Counted::Write);
-        tracing::debug!(key = %key.id, "mark not written");
-    });
-    let Some(standing) = merged? else { return Ok(Written::Refused(key.clone())) };
-    engine.join(&key, &standing.words);
-    engine.acknowledge(&key, &unwritten);
-    Ok(Written::Yes { key_failed })
 }
 
 /// Puts a key back into the index of pending marks if it still has one: the write failed, panicked or was dropped.

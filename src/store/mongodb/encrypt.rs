@@ -111,13 +111,11 @@ async fn encrypt(
         read.push(documents.current().to_owned());
         if read.len() == AT_ONCE {
             let part = store.encrypt_some(&collection, id_of, std::mem::take(&mut read)).await?;
-            if parts.send(part).await.is_err() {
-                return Ok(());
-            }
+            parts.send(part).await.map_err(|_| Failure::BrokenOff)?;
         }
     }
-    let _ = parts.send(store.encrypt_some(&collection, id_of, read).await?).await;
-    Ok(())
+    let part = store.encrypt_some(&collection, id_of, read).await?;
+    parts.send(part).await.map_err(|_| Failure::BrokenOff)
 }
 
 impl Inner {

@@ -47,22 +47,18 @@ struct Loading<'a> {
 }
 
 impl Loading<'_> {
-    /// It ends early if nobody takes the parts any more.
     async fn all(mut self, pipeline: Vec<Document>) -> Result<(), Failure> {
         let mut unsettled = self.read(pipeline).await?;
         for _ in 0..TRIES {
             let mut again = Vec::new();
             for ids in unsettled.chunks(AT_ONCE) {
-                if !self.pass_on().await {
-                    return Ok(());
-                }
+                self.pass_on().await?;
                 let settled = self.settle(ids).await?;
                 again.extend(self.read(self.store.fields.load(Some(&settled))).await?);
             }
             unsettled = again;
             if unsettled.is_empty() {
-                self.pass_on().await;
-                return Ok(());
+                return self.pass_on().await;
             }
         }
         Err(Failure::Unsettled(unsettled.len()))
@@ -72,10 +68,10 @@ impl Loading<'_> {
     async fn read(&mut self, pipeline: Vec<Document>) -> Result<Vec<KeyId>, Failure> {
         let sent = Instant::now();
         let mut cursor = self.store.keys.aggregate(pipeline).await?;
-        let (mut unsettled, mut is_first, mut read) = (Vec::new(), true, 0);
+        let (mut unsettled, mut read) = (Vec::new(), 0);
         while cursor.advance().await? {
             let document = cursor.current();
-            if std::mem::take(&mut is_first) {
+            if read == 0 {
                 self.store.heard(document, sent);
             }
             match decode(document, &self.store.fields, &self.store.at_rest) {
@@ -85,15 +81,17 @@ impl Loading<'_> {
             }
             read += 1;
             // Also if all of them are unsettled: a part shows that the load goes on.
-            if read % AT_ONCE == 0 && !self.pass_on().await {
-                break;
+            if read % AT_ONCE == 0 {
+                self.pass_on().await?;
             }
         }
         Ok(unsettled)
     }
 
-    async fn pass_on(&mut self) -> bool {
-        self.parts.send(std::mem::take(&mut self.part)).await.is_ok()
+    /// An error if nobody takes the parts any more.
+    async fn pass_on(&mut self) -> Result<(), Failure> {
+        let part = std::mem::take(&mut self.part);
+        self.parts.send(part).await.map_err(|_| Failure::BrokenOff)
     }
 
     /// Returns the keys that were not refused. A document that is gone, or settled by now, is no concern of it.
