@@ -205,10 +205,11 @@ async fn f09_eight_marking_and_resetting_processes_agree() {
     futures_util::future::join_all(each).await;
     let words = bench.words("alpha").await;
     assert_eq!(words.generation, 4);
-    assert_about(&words, &Words { generation: 4, ..words.clone() });
-    assert!(words.key.is_none_or(|resting| resting.reason == Rest::RateLimited));
-    let again = bench.merge("alpha", born, Words { generation: 4, ..limited(HOUR) }).await.unwrap();
-    assert_about(&again.words, &at(4, limited(HOUR)));
+    for store in &stores {
+        assert_about(&store.load(None).await.unwrap().records[0].standing.words, &words);
+    }
+    let longer = at(4, limited(9 * HOUR));
+    assert_about(&bench.merge("alpha", born, longer.clone()).await.unwrap().words, &longer);
 }
 
 #[tokio::test]
