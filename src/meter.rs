@@ -30,7 +30,6 @@ pub(crate) struct Meter {
 const REASONS: [&str; 3] = ["rate_limited", "exhausted", "revoked"];
 
 /// What a store is asked for, as failures are counted.
-#[cfg_attr(not(feature = "metrics"), allow(dead_code))]
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Counted {
     Load,
@@ -75,7 +74,6 @@ impl Meter {
         self.recovered.fetch_add(recovered, Relaxed);
     }
 
-    #[cfg(feature = "metrics")]
     pub(crate) fn store_failed(&self, operation: Counted) {
         self.store_errors[operation as usize].fetch_add(1, Relaxed);
     }

@@ -11,17 +11,16 @@ pub(crate) use shuttle::sync::{Mutex, MutexGuard, atomic};
 pub(crate) use std::sync::{Mutex, MutexGuard, atomic};
 
 #[cfg(not(all(test, schedules = "shuttle")))]
-pub(crate) use tokio::task::{JoinError, JoinSet};
+pub(crate) use tokio::task::JoinSet;
 
 #[cfg(all(test, schedules = "shuttle"))]
-pub(crate) use self::without_tokio::{JoinError, JoinSet};
+pub(crate) use self::without_tokio::JoinSet;
 
 #[cfg(all(test, schedules = "shuttle"))]
 mod without_tokio {
     use std::collections::VecDeque;
 
-    pub(crate) use shuttle::future::JoinError;
-    use shuttle::future::{JoinHandle, spawn};
+    use shuttle::future::{JoinError, JoinHandle, spawn};
 
     pub(crate) struct JoinSet<T>(VecDeque<JoinHandle<T>>);
 

@@ -298,6 +298,49 @@ async fn a_new_data_key_replaces_the_old_one() {
     assert_eq!((only_new.records.len(), only_new.unreadable.len()), (3, 0));
 }
 
+/// By `cryptography` 48 for Python: `AESSIV(bytes(range(64))).encrypt(b"sk-1", [b"apiKey", b"alpha"])`.
+#[tokio::test]
+async fn stored_values_match_another_aes_siv_implementation() {
+    let mongo = Mongo::standalone().await;
+    let bytes: Vec<u8> = (0..64).collect();
+    let data_keys = DataKeys::parse(format!("a={}", BASE64_STANDARD.encode(bytes))).unwrap();
+    let store = mongo.builder().encrypt_with(data_keys).connect(&mongo.uri).await.unwrap();
+    store.insert("alpha", "sk-1").await;
+    assert_eq!(stored(&mongo, "alpha").await, "encrypted.v1.a.eLH6eRw6wIzwAOCDf3w0DQ55l0Q");
+}
+
+#[test]
+fn data_key_errors_locate_but_never_quote_entries() {
+    let (a, b) = (data_key("a"), data_key("b"));
+    let twice = format!("{a}\n{a}");
+    let wrapped = format!("{}\n{}", &a[..40], &a[40..]);
+    let third = format!("# ours\n{a},{b}\n = canary");
+    for (text, error) in [
+        ("", "there is no data key"),
+        ("# nothing\n , \n", "there is no data key"),
+        ("canary", "data key 1: not `name=base64` on one line"),
+        (&third, "data key 3: not `name=base64` on one line"),
+        ("a=canary!", "data key a: what stands behind its name is not base64 on one line"),
+        ("a=Y2FuYXJ5", "data key a: it has 6 bytes in base64, not 64"),
+        (&wrapped, "data key a: "),
+        (&twice, "there are two data keys of the name a"),
+    ] {
+        let refused = DataKeys::parse(text).unwrap_err();
+        assert!(refused.to_string().starts_with(error), "{refused}");
+        assert!(!all_that_it_says(&refused).contains("canary"), "{refused}");
+    }
+}
+
+#[test]
+fn data_key_files_load_and_errors_name_them() {
+    let path = std::env::temp_dir().join(format!("data-keys-{}", std::process::id()));
+    std::fs::write(&path, format!("# the keys of 2026\n{}\n{}\n", data_key("a"), data_key("b"))).unwrap();
+    assert_eq!(format!("{:?}", DataKeys::from_file(&path).unwrap()), r#"DataKeys(["a", "b"])"#);
+    std::fs::remove_file(&path).unwrap();
+    let error = DataKeys::from_file(&path).unwrap_err().to_string();
+    assert!(error.contains("data-keys-") && error.ends_with("entity not found"), "{error}");
+}
+
 #[tokio::test]
 async fn documents_without_usable_secret_are_left_and_reported() {
     let mongo = Mongo::standalone().await;

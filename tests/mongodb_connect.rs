@@ -156,7 +156,7 @@ async fn invalid_mongodb_names_are_refused_and_quoted() {
     let same = MongoStore::builder().collection("keys").standby_collection("keys");
     assert_eq!(at(same).await.to_string(), invalid("keys"));
     let fields = |name: &str| Fields::default().cooldown_until(name);
-    for name in ["", "$rests", "a.b", "a\0b", "_id", "status", "exhaustedUntil", "usageWriters"] {
+    for name in ["", "$rests", "a.b", "a\0b", "_id", "status", "rest", "serverTime", "usageWriters"] {
         let refused = at(MongoStore::builder().fields(fields(name))).await;
         assert_eq!(refused.to_string(), invalid_field(name));
     }
@@ -243,6 +243,14 @@ async fn s01_uri_option_errors_omit_passwords() {
         let Err(refused) = MongoStore::builder().connect_later(&uri).await else { continue };
         let said = all_that_it_says(&refused);
         assert!(!said.contains("hunter2"), "{said}");
+    }
+}
+
+#[tokio::test]
+async fn errors_of_uris_without_credentials_name_the_cause() {
+    for (uri, cause) in [("localhost", "scheme"), ("mongodb://a:27017,b:0/gateway", "port")] {
+        let refused = error(MongoStore::builder().connect_later(uri).await);
+        assert!(refused.to_string().contains(cause), "{uri}: {refused}");
     }
 }
 

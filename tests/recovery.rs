@@ -20,7 +20,9 @@ use tower_key_rotation::{
     Rest, Status,
     classify::LlmGateway,
     clock::ManualClock,
-    store::{Change, KeyStore, Mark, MemoryStore, Operation, Resting, StoreError, Until, Usage, Words},
+    store::{
+        Change, KeyStore, Mark, MemoryStore, Operation, Resting, Scope, StoreError, Until, Usage, Words,
+    },
 };
 
 const INTERVAL: Duration = Duration::from_secs(30);
@@ -1595,4 +1597,33 @@ async fn f06_two_concurrent_sweeps_reset_each_key_once() {
     }
     let counts = handles.map(|handle| handle.last_report().unwrap().outcome.unwrap().count);
     assert_eq!(counts.iter().sum::<u64>(), 20);
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_interval_is_too_long_or_too_short() {
+    for time in [Duration::ZERO, Duration::MAX] {
+        let pool = KeyPool::builder().key("alpha", "sk-1").build().unwrap();
+        let config = RecoveryConfig::new().interval(Duration::MAX).limit(Duration::MAX).start_jitter(time);
+        let recovery = RecoveryHandle::spawn_with(&pool, config);
+        assert!(recovery.sweep_now().await.outcome.is_ok());
+        assert_eq!(recovery.shutdown().await, Ok(()));
+    }
+}
+
+#[tokio::test]
+async fn resetting_a_scope_leaves_the_other_rests() {
+    let bench = Bench::new(["alpha", "beta"]).await;
+    let (store, resting) = (&bench.store.memory, limited(MINUTE).unwrap());
+    let scopes = ["a", "b"].map(|name| (Scope::new(name).unwrap(), resting)).into();
+    let words = Words { key: Some(resting), scopes, ..Words::default() };
+    let born = bench.store.record("alpha").await.standing.born;
+    store.merge(Mark::new(id("alpha"), born, words)).await.unwrap().unwrap();
+
+    let reset = Operation::Reset(Some(Scope::new("a").unwrap()));
+    let words = store.operate(id("alpha"), reset).await.unwrap().unwrap().words;
+    let scopes = [(Scope::new("b").unwrap(), resting)].into();
+    assert_eq!(words, Words { generation: 1, key: Some(resting), scopes });
+    let loaded = store.load(Some(&[id("alpha")])).await.unwrap().records;
+    assert_eq!(loaded.len(), 1);
+    assert_eq!(loaded[0].standing.words, words);
 }

@@ -371,16 +371,6 @@ impl Given {
     }
 }
 
-#[cfg(feature = "metrics")]
-fn metered(store: impl KeyStore, meter: &Arc<Meter>) -> Arc<dyn KeyStore> {
-    Arc::new(crate::store::metered::Metered::new(store, meter.clone()))
-}
-
-#[cfg(not(feature = "metrics"))]
-fn metered(store: impl KeyStore, _: &Arc<Meter>) -> Arc<dyn KeyStore> {
-    Arc::new(store)
-}
-
 fn seeds(keys: &[UsableKey]) -> Vec<KeySpec> {
     keys.iter().map(|key| KeySpec::new(key.id.clone(), key.secret())).collect()
 }
@@ -392,10 +382,9 @@ fn over(
     config: Config,
     rejected: Vec<Rejected>,
 ) -> KeyPool {
-    let store = metered(store, &config.meter);
     let engine = Engine::new(keys, config, true);
-    let link = Link::new(&engine, store, seeds);
-    KeyPool::new(engine, Some(link), rejected)
+    let link = Link::new(engine.clone(), Arc::new(store), seeds);
+    KeyPool::new(engine, Some(Arc::new(link)), rejected)
 }
 
 #[derive(Default)]

@@ -21,7 +21,7 @@ use crate::{
     clock::Clock,
     key::{KeyId, hosts::Hosts, inject::Inject},
     limit::{Cooldowns, NEVER, Rest, Resting, Scope, Until, Word, Words, millis},
-    meter::Meter,
+    meter::{Counted, Meter},
     store::{Recovered, Standing},
     sync::{
         Mutex,
@@ -255,6 +255,10 @@ impl Engine {
     }
 
     // ---- what the store says ----
+
+    pub(crate) fn store_failed(&self, operation: Counted) {
+        self.config.meter.store_failed(operation);
+    }
 
     /// Joins the words of the store into a key.
     pub(crate) fn join(&self, key: &Arc<Key>, words: &Words) {

@@ -12,7 +12,6 @@ use super::{KeyPool, Lease, bitset::AtomicBitSet, deadlines::Deadlines};
 use crate::{
     clock::ManualClock,
     limit::{AtomicWord, NEVER, Rest, Resting, Until, Word},
-    replication::write_mark,
     store::{KeyStore, MemoryStore, Operation},
 };
 
@@ -403,9 +402,8 @@ fn pool_over_store() -> (KeyPool, MemoryStore) {
     (done(builder.open(store.clone())), store)
 }
 
-fn write(pool: &KeyPool, store: &MemoryStore) {
-    let store = Arc::new(store.clone());
-    done(write_mark(pool.engine().clone(), store, lease(pool, 0).0));
+fn write(pool: &KeyPool) {
+    done(pool.link().unwrap().clone().write_mark(lease(pool, 0).0));
 }
 
 /// The first mark is what makes a write begin while the second one is made.
@@ -414,18 +412,15 @@ fn f08_a_mark_survives_a_concurrent_write_and_reload() {
     model(|| {
         let (pool, store) = pool_over_store();
         mark(&pool, 0);
-        let write_and_reload = {
-            let store = store.clone();
-            move |pool: &KeyPool| {
-                write(pool, &store);
-                done(pool.reload());
-            }
+        let write_and_reload = |pool: &KeyPool| {
+            write(pool);
+            done(pool.reload());
         };
         let exhaust = |pool: &KeyPool| lease(pool, 0).mark(Rest::Exhausted, None, 402);
         at_once(&pool, write_and_reload, exhaust);
         assert_eq!(pool.stats().exhausted, 1, "in memory");
         assert_in_line(&pool);
-        write(&pool, &store);
+        write(&pool);
         let stored = done(store.load(None)).records.remove(0).standing.words;
         assert_eq!(stored.key.map(|resting| resting.reason), Some(Rest::Exhausted), "in the store");
     });
@@ -440,7 +435,7 @@ fn f09_marks_beside_a_loaded_reset_end_or_persist() {
         at_once(&pool, |pool| done(pool.reload()), |pool| mark(pool, 0));
         assert_in_line(&pool);
         let rests = pool.stats().rate_limited;
-        write(&pool, &store);
+        write(&pool);
         let stored = done(store.load(None)).records.remove(0).standing.words;
         assert_eq!((pool.stats().rate_limited, stored.key.iter().count()), (rests, rests));
         assert_eq!(pool.stats().marks_waiting, 0);

@@ -9,7 +9,6 @@ use std::{
 use tokio::runtime::Handle;
 
 use super::{
-    engine::Engine,
     key::{Key, UsableKey},
     key_pool::KeyPool,
     operate::{Cause, OperateError},
@@ -17,7 +16,8 @@ use super::{
 };
 use crate::{
     key::{KeyId, KeySpec, Secret},
-    store::{KeyStore, Operation, StoreError},
+    replication::Link,
+    store::{Operation, StoreError},
     sync::JoinSet,
 };
 
@@ -92,9 +92,9 @@ impl KeyPool {
                 with_new(before, &keys)
             }),
             Some(link) => {
-                let mut insertion = Insertion::new(self.engine().clone(), link.store.clone());
+                let mut insertion = Insertion::new(link.clone());
                 for keys in keys.chunks_mut(IN_A_TURN) {
-                    let (_turn, failure) = match link.loader.turn().await {
+                    let (_turn, failure) = match link.turn().await {
                         Ok(turn) => (Some(turn), None),
                         Err(error) => (None, Some(error)),
                     };
@@ -157,8 +157,7 @@ struct NewKey {
 
 /// Keys on their way into the store.
 struct Insertion {
-    engine: Arc<Engine>,
-    store: Arc<dyn KeyStore>,
+    link: Arc<Link>,
     in_flight: JoinSet<Inserted>,
     failures_in_a_row: usize,
 }
@@ -167,8 +166,8 @@ struct Insertion {
 type Inserted = (usize, Result<NewKey, Cause>);
 
 impl Insertion {
-    fn new(engine: Arc<Engine>, store: Arc<dyn KeyStore>) -> Self {
-        Self { engine, store, in_flight: JoinSet::default(), failures_in_a_row: 0 }
+    fn new(link: Arc<Link>) -> Self {
+        Self { link, in_flight: JoinSet::default(), failures_in_a_row: 0 }
     }
 
     /// If the store has just failed, no key is tried.
@@ -190,8 +189,8 @@ impl Insertion {
             // The text of a panic might hold anything.
             let panicked = Err(Cause::Store(StoreError::new("an insert panicked")));
             if let Ok(new) = mem::replace(&mut keys[place], panicked) {
-                let (engine, store) = (self.engine.clone(), self.store.clone());
-                let inserting = async move { (place, new.insert(&engine, &*store).await) };
+                let link = self.link.clone();
+                let inserting = async move { (place, new.insert(&link).await) };
                 if Handle::try_current().is_ok() {
                     self.in_flight.spawn(inserting);
                 } else {
@@ -219,13 +218,13 @@ impl Insertion {
 }
 
 impl NewKey {
-    async fn insert(self, engine: &Engine, store: &dyn KeyStore) -> Result<Self, Cause> {
+    async fn insert(self, link: &Link) -> Result<Self, Cause> {
         let id = &self.key.id;
         let spec = KeySpec::new(id.clone(), self.secret.clone());
-        let inserted = store.operate(id.clone(), Operation::Insert(spec)).await?;
+        let inserted = link.operate(id, Operation::Insert(spec)).await?;
         let standing = inserted.ok_or_else(|| Cause::KeyExists(id.clone()))?;
         self.key.is(&self.secret, standing.born);
-        engine.apply(&self.key, &standing);
+        link.engine.apply(&self.key, &standing);
         Ok(self)
     }
 }

@@ -37,12 +37,12 @@ pub struct KeyPool {
 struct Inner {
     engine: Arc<Engine>,
     /// `None` if the pool's memory is all there is.
-    link: Option<Link>,
+    link: Option<Arc<Link>>,
     rejected: Vec<Rejected>,
 }
 
 impl KeyPool {
-    pub(super) fn new(engine: Arc<Engine>, link: Option<Link>, rejected: Vec<Rejected>) -> Self {
+    pub(super) fn new(engine: Arc<Engine>, link: Option<Arc<Link>>, rejected: Vec<Rejected>) -> Self {
         Self { inner: Arc::new(Inner { engine, link, rejected }) }
     }
 
@@ -164,7 +164,7 @@ impl KeyPool {
     /// If the store can't be read. The pool continues with what it has.
     pub async fn reload(&self) -> Result<(), StoreError> {
         match self.link() {
-            Some(link) => link.loader.load(None).await,
+            Some(link) => link.load(None).await,
             None => Ok(()),
         }
     }
@@ -174,12 +174,12 @@ impl KeyPool {
         &self.inner.engine
     }
 
-    pub(crate) fn link(&self) -> Option<&Link> {
+    pub(crate) fn link(&self) -> Option<&Arc<Link>> {
         self.inner.link.as_ref()
     }
 
     pub(super) fn unreadable(&self) -> usize {
-        self.link().map_or(0, |link| link.loader.unreadable())
+        self.link().map_or(0, |link| link.unreadable())
     }
 
     #[inline(always)]

@@ -9,10 +9,10 @@
 //!
 //! | lock | held while |
 //! |---|---|
-//! | `Loader::turn` | keys are read from the store, or an operator's change is made there, and applied here |
-//! | `Writer::round` | a round of marks is written; beside `turn`, never with it |
+//! | `Link::turn` | keys are read from the store, or an operator's change is made there, and applied here |
+//! | `Link::round` | a round of marks is written; beside `turn`, never with it |
 //! | `Engine::editing` | the set of keys is replaced |
-//! | `Scopes`, `Complaints`, `Account` | their own map is read or changed; each alone |
+//! | `Scopes`, `Complaints`, `Link::gone` | their own map is read or changed; each alone |
 
 mod bitset;
 mod builder;

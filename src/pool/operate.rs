@@ -144,9 +144,9 @@ impl KeyPool {
             self.engine().remove(&key.id);
             return Ok(());
         };
-        let _turn = link.loader.turn().await?;
+        let _turn = link.turn().await?;
         let key = self.known(id)?;
-        link.store.operate(key.id.clone(), Operation::Remove).await?;
+        link.operate(&key.id, Operation::Remove).await?;
         self.engine().remove(&key.id);
         Ok(())
     }
@@ -157,16 +157,16 @@ impl KeyPool {
             self.change_alone(&key, operation);
             return Ok(());
         };
-        let turn = link.loader.turn().await?;
+        let turn = link.turn().await?;
         // The key may have been replaced meanwhile.
         let key = self.known(id)?;
-        let changed = link.store.operate(key.id.clone(), operation).await?;
+        let changed = link.operate(&key.id, operation).await?;
         let standing = changed.ok_or_else(|| Cause::UnknownKey(key.id.to_string()))?;
         if key.born() == Some(standing.born) {
             self.engine().apply(&key, &standing);
         } else {
             // The store has another key of that id. If it can't be loaded now, the next pass does it.
-            let _ = link.loader.load_in(turn, Some(vec![key.id.clone()])).await;
+            let _ = link.load_in(turn, Some(vec![key.id.clone()])).await;
         }
         Ok(())
     }

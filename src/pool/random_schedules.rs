@@ -105,7 +105,7 @@ impl Process {
     }
 
     fn write_marks(&self) {
-        block_on(self.pool.link().unwrap().writer.write()).unwrap();
+        block_on(self.pool.link().unwrap().write_marks()).unwrap();
     }
 
     fn sweep(&self) {

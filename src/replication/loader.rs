@@ -7,51 +7,26 @@ use std::{
 
 use tokio::{runtime::Handle, sync::OwnedMutexGuard};
 
-use super::{complaints::Complaints, seeds, usage::Account};
+use super::{
+    link::{Link, Seeds},
+    seeds,
+};
 use crate::{
     key::{KeyId, KeySpec},
-    pool::{Engine, Key, Snapshot, UsableKey},
-    store::{KeyRecord, KeyStore, Loaded, Standing, StoreError, Unreadable},
-    sync::atomic::{AtomicBool, Ordering::SeqCst},
+    meter::Counted,
+    pool::{Key, Snapshot, UsableKey},
+    store::{KeyRecord, Loaded, Standing, StoreError, Unreadable},
+    sync::atomic::Ordering::SeqCst,
 };
 
 /// That many keys take about a millisecond to apply.
 const MANY: usize = 1_000;
 
-pub(crate) struct Loader {
-    engine: Arc<Engine>,
-    store: Arc<dyn KeyStore>,
-    account: Arc<Account>,
-    complaints: Complaints,
-    turn: Arc<tokio::sync::Mutex<Seeds>>,
-    /// Whether the store has been read once.
-    open: AtomicBool,
-}
-
-/// The keys that the store is to have before anything else is done with it.
-type Seeds = Vec<KeySpec>;
-
 /// The right to change the set of keys, in the store and here. No load is applied that was read before a change made with
 /// it.
 pub(crate) type Turn = OwnedMutexGuard<Seeds>;
 
-impl Loader {
-    pub(super) fn new(
-        engine: Arc<Engine>,
-        store: Arc<dyn KeyStore>,
-        account: Arc<Account>,
-        seeds: Seeds,
-    ) -> Self {
-        Self {
-            engine,
-            store,
-            account,
-            complaints: Complaints::default(),
-            turn: Arc::new(tokio::sync::Mutex::new(seeds)),
-            open: AtomicBool::new(false),
-        }
-    }
-
+impl Link {
     pub(crate) fn is_open(&self) -> bool {
         self.open.load(SeqCst)
     }
@@ -82,33 +57,27 @@ impl Loader {
         mut turn: Turn,
         only: Option<Vec<KeyId>>,
     ) -> Result<Turn, StoreError> {
-        seeds::plant(&mut turn, &*self.store, &self.engine).await?;
         let only = only.filter(|_| self.is_open());
-        let loaded = self.store.load(only.as_deref()).await?;
-        let turn = self.clone().apply_aside(turn, loaded, only).await?;
-        self.open.store(true, SeqCst);
-        Ok(turn)
-    }
-
-    /// Applies many keys on a thread of their own: they would keep the runtime's threads from requests.
-    async fn apply_aside(
-        self: Arc<Self>,
-        turn: Turn,
-        loaded: Loaded,
-        only: Option<Vec<KeyId>>,
-    ) -> Result<Turn, StoreError> {
-        let many = loaded.records.len() >= MANY;
+        let loading = async {
+            seeds::plant(&mut turn, &*self.store, &self.engine).await?;
+            self.store.load(only.as_deref()).await
+        };
+        let loaded = loading.await.inspect_err(|_| self.engine.store_failed(Counted::Load))?;
+        let (link, many) = (self.clone(), loaded.records.len() >= MANY);
         let apply = move || {
-            self.apply(loaded, only.as_deref());
+            link.apply(loaded, only.as_deref());
             turn
         };
-        match Handle::try_current() {
+        let turn = match Handle::try_current() {
+            // On another thread: many keys would keep this one from requests.
             Ok(runtime) if many => {
                 let applied = runtime.spawn_blocking(apply).await;
-                applied.map_err(|_| StoreError::new("the load was interrupted"))
+                applied.map_err(|_| StoreError::new("the load was interrupted"))?
             }
-            _ => Ok(apply()),
-        }
+            _ => apply(),
+        };
+        self.open.store(true, SeqCst);
+        Ok(turn)
     }
 
     fn apply(&self, loaded: Loaded, only: Option<&[KeyId]>) {
@@ -143,7 +112,7 @@ impl Loader {
         });
         // The rests of scopes are kept for keys of the pool alone.
         new.iter().for_each(|(key, standing)| self.engine.apply(key, standing));
-        gone.iter().for_each(|key| self.account.keep(key));
+        gone.iter().for_each(|key| self.keep_usage(key));
         self.engine.count_out(gone);
         self.complaints.update(only, unreadable);
     }
@@ -178,17 +147,12 @@ impl Changes {
     }
 
     fn take_out_the_others(&mut self, before: &Snapshot, only: Option<&[KeyId]>) {
-        match only {
-            Some(ids) => {
-                let gone = ids.iter().filter(|id| !self.found.contains(*id));
-                self.replaced.extend(gone.filter_map(|id| before.slot(id)).map(|slot| (slot, None)));
-            }
-            None => {
-                let slots = before.keys().iter().enumerate();
-                let gone = slots.filter(|(_, key)| !self.found.contains(&key.id));
-                self.replaced.extend(gone.map(|(slot, _)| (slot, None)));
-            }
-        }
+        let read: Vec<_> = match only {
+            Some(ids) => ids.iter().filter_map(|id| before.slot(id)).collect(),
+            None => (0..before.keys().len()).collect(),
+        };
+        let gone = read.into_iter().filter(|slot| !self.found.contains(&before.keys()[*slot].id));
+        self.replaced.extend(gone.map(|slot| (slot, None)));
     }
 
     /// Keys that stay keep their place in the turn; new ones come behind them.

@@ -1,6 +1,6 @@
-//! How errors and times are logged.
+//! How errors are logged.
 
-use std::{error::Error, fmt, time::Duration};
+use std::{error::Error, fmt};
 
 /// An error and its sources on one line, of bounded length.
 pub(super) struct Chain<'a>(pub(super) &'a (dyn Error + 'static));
@@ -17,8 +17,4 @@ impl fmt::Display for Chain<'_> {
         let printable = text.chars().map(|c| if c.is_control() { ' ' } else { c });
         f.write_str(&printable.take(LONGEST).collect::<String>())
     }
-}
-
-pub(super) fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }

@@ -15,5 +15,3 @@ mod writer;
 
 pub(crate) use self::link::Link;
 pub use self::recovery::{MarksNotWritten, PassError, RecoveryConfig, RecoveryHandle, Report};
-#[cfg(all(test, schedules = "loom"))]
-pub(crate) use self::writer::write_mark;

@@ -8,13 +8,10 @@ use tokio::{
     task::JoinHandle,
 };
 
-use super::{
-    follow::Follower,
-    log::{Chain, millis},
-};
+use super::{follow::follow, log::Chain};
 use crate::{
     clock::Clock,
-    limit::nanos,
+    limit::{millis, nanos},
     pool::KeyPool,
     store::{Recovered, StoreError},
 };
@@ -345,26 +342,20 @@ impl Recovery {
     ) -> (Recovered, Result<(), PassError>) {
         let too_long = Err(PassError(Cause::TookTooLong(self.config.limit_or_default())));
         if let Some(overdue) = &mut self.overdue {
-            tokio::select! {
-                biased;
-                pass = overdue => {
-                    self.overdue = None;
-                    self.recovered += pass.map_or(0, |(recovered, _)| recovered.count);
-                }
-                () = clock.sleep_until(deadline) => return (Recovered::default(), too_long),
-            }
+            let Some(pass) = by(deadline, clock, overdue).await else {
+                return (Recovered::default(), too_long);
+            };
+            self.overdue = None;
+            self.recovered += pass.map_or(0, |(recovered, _)| recovered.count);
         }
         // A task of its own: the limit must not drop a driver's future half-way, and a panic must end the pass alone.
         let mut pass = tokio::spawn(write_sweep_reload(self.pool.clone()));
-        tokio::select! {
-            biased;
-            result = &mut pass => match result {
-                Ok((recovered, done)) => {
-                    (recovered, done.map_err(|error| PassError(Cause::Store(Arc::new(error)))))
-                }
-                Err(_) => (Recovered::default(), Err(PassError(Cause::Panicked))),
-            },
-            () = clock.sleep_until(deadline) => {
+        match by(deadline, clock, &mut pass).await {
+            Some(Ok((recovered, done))) => {
+                (recovered, done.map_err(|error| PassError(Cause::Store(Arc::new(error)))))
+            }
+            Some(Err(_)) => (Recovered::default(), Err(PassError(Cause::Panicked))),
+            None => {
                 self.overdue = Some(pass);
                 (Recovered::default(), too_long)
             }
@@ -382,11 +373,7 @@ impl Recovery {
                 let _ = pass.await;
             }
         });
-        tokio::select! {
-            biased;
-            _ = last_writes => {}
-            () = clock.sleep_until(clock.now().saturating_add(self.config.limit_or_default())) => {}
-        }
+        let _ = by(clock.now().saturating_add(self.config.limit_or_default()), clock, last_writes).await;
         tracing::info!("recovery stopped");
         all_written(&self.pool)
     }
@@ -401,15 +388,15 @@ fn all_written(pool: &KeyPool) -> Result<(), MarksNotWritten> {
 
 /// Whether the store has been read, or there is none.
 fn is_open(pool: &KeyPool) -> bool {
-    pool.link().is_none_or(|link| link.loader.is_open())
+    pool.link().is_none_or(|link| link.is_open())
 }
 
 async fn write_last(pool: &KeyPool) {
     let Some(link) = pool.link() else { return };
-    if let Err(error) = link.writer.write().await {
+    if let Err(error) = link.write_marks().await {
         return tracing::warn!(error = %Chain(&error), "marks could not be written");
     }
-    if let Err(error) = link.account.write().await {
+    if let Err(error) = link.write_usage().await {
         tracing::warn!(error = %Chain(&error), "usage could not be written");
     }
 }
@@ -428,8 +415,8 @@ fn log(recovered: &Recovered, done: &Result<(), PassError>, duration: Duration) 
 async fn write_sweep_reload(pool: KeyPool) -> (Recovered, Result<(), StoreError>) {
     let Some(link) = pool.link() else { return (pool.engine().return_all_expired(), Ok(())) };
     // One failure must not prevent the rest.
-    let marks = link.writer.write().await;
-    let (recovered, swept) = match link.store.sweep().await {
+    let marks = link.write_marks().await;
+    let (recovered, swept) = match link.sweep().await {
         Ok(recovered) => (recovered, Ok(())),
         Err(error) => (Recovered::default(), Err(error)),
     };
@@ -437,7 +424,7 @@ async fn write_sweep_reload(pool: KeyPool) -> (Recovered, Result<(), StoreError>
     let reloaded = pool.reload().await;
     // Usage is lost if its write fails: so it is written only if the store has just answered.
     let used = match reloaded {
-        Ok(()) => link.account.write().await,
+        Ok(()) => link.write_usage().await,
         Err(error) => Err(error),
     };
     (recovered, marks.and(replaced).and(used).and(swept))
@@ -448,8 +435,7 @@ fn follow_changes(pool: &KeyPool, stop: watch::Receiver<()>) {
     if let Some(link) = pool.link()
         && let Some(changes) = link.store.changes()
     {
-        let follower = Follower::new(pool.engine().clone(), link.loader.clone(), changes);
-        tokio::spawn(follower.run(stop));
+        tokio::spawn(follow(link.clone(), changes, stop));
     }
 }
 
@@ -464,10 +450,10 @@ async fn write_marks(pool: KeyPool, mut stop: watch::Receiver<()>) {
             _ = stop.changed() => return,
             () = pool.engine().mark_pending() => {}
         }
-        let pause = match link.writer.write().await {
+        let pause = match link.write_marks().await {
             Ok(()) => {
                 failing = false;
-                if link.writer.a_key_has_failed() {
+                if link.a_key_has_failed() {
                     // Beside the writer, since it may take a while. If it fails, the next pass does it.
                     tokio::spawn(replace_and_reload(pool.clone()));
                 }
@@ -482,17 +468,9 @@ async fn write_marks(pool: KeyPool, mut stop: watch::Receiver<()>) {
                 AFTER_A_FAILURE
             }
         };
-        if stopped_within(pause, &*clock, &mut stop).await {
+        if by(clock.now().saturating_add(pause), &*clock, stop.changed()).await.is_some() {
             return;
         }
-    }
-}
-
-async fn stopped_within(time: Duration, clock: &dyn Clock, stop: &mut watch::Receiver<()>) -> bool {
-    tokio::select! {
-        biased;
-        _ = stop.changed() => true,
-        () = clock.sleep_until(clock.now().saturating_add(time)) => false,
     }
 }
 
@@ -503,23 +481,15 @@ async fn replace_and_reload(pool: KeyPool) -> Result<(), StoreError> {
     }
 }
 
-fn random_within(time: Duration) -> Duration {
-    Duration::from_nanos(fastrand::u64(..=nanos(time)))
+/// The output of a future; `None` if there is none by the deadline.
+async fn by<T>(deadline: Duration, clock: &dyn Clock, future: impl Future<Output = T>) -> Option<T> {
+    tokio::select! {
+        biased;
+        output = future => Some(output),
+        () = clock.sleep_until(deadline) => None,
+    }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test(start_paused = true)]
-    async fn no_interval_is_too_long_or_too_short() {
-        for time in [Duration::ZERO, Duration::MAX] {
-            let pool = KeyPool::builder().key("alpha", "sk-1").build().unwrap();
-            let config =
-                RecoveryConfig::new().interval(Duration::MAX).limit(Duration::MAX).start_jitter(time);
-            let recovery = RecoveryHandle::spawn_with(&pool, config);
-            assert!(recovery.sweep_now().await.outcome.is_ok());
-            assert_eq!(recovery.shutdown().await, Ok(()));
-        }
-    }
+fn random_within(time: Duration) -> Duration {
+    Duration::from_nanos(fastrand::u64(..=nanos(time)))
 }

@@ -2,47 +2,30 @@
 
 use std::sync::Arc;
 
-use super::loader::Loader;
+use super::link::Link;
 use crate::{
     limit::{Rest, Words},
+    meter::Counted,
     pool::{Engine, Key},
-    store::{KeyStore, Mark, StoreError},
-    sync::{
-        JoinError, JoinSet,
-        atomic::{AtomicBool, Ordering::SeqCst},
-    },
+    store::{Mark, StoreError},
+    sync::{JoinSet, atomic::Ordering::SeqCst},
 };
 
 /// The most writes in flight. After as many failures in a row the round ends: the store is gone, and each further write
 /// would wait for it in its turn.
 const WRITES_AT_ONCE: usize = 8;
 
-pub(crate) struct Writer {
-    engine: Arc<Engine>,
-    store: Arc<dyn KeyStore>,
-    loader: Arc<Loader>,
-    /// Held while a round of marks is written: each key has at most one write in flight. The slot to continue with.
-    round: tokio::sync::Mutex<usize>,
-    /// Whether the store has a mark that a standby key may answer.
-    key_failed: AtomicBool,
-}
-
-impl Writer {
-    pub(super) fn new(engine: Arc<Engine>, store: Arc<dyn KeyStore>, loader: Arc<Loader>) -> Self {
-        let (round, key_failed) = Default::default();
-        Self { engine, store, loader, round, key_failed }
-    }
-
+impl Link {
     /// Writes every pending mark. A mark that could not be written stays pending.
-    pub(crate) async fn write(&self) -> Result<(), StoreError> {
-        self.loader.open().await?;
+    pub(crate) async fn write_marks(self: &Arc<Self>) -> Result<(), StoreError> {
+        self.open().await?;
         let Round { refused, first_error, .. } = self.write_round().await;
         let written = first_error.map_or(Ok(()), Err);
         if refused.is_empty() {
             return written;
         }
         // The store has another key of that id, or none.
-        self.loader.load(Some(refused.iter().map(|key| key.id.clone()).collect())).await?;
+        self.load(Some(refused.iter().map(|key| key.id.clone()).collect())).await?;
         let snapshot = self.engine.snapshot();
         let still_refused = refused.iter().find(|key| snapshot.holds(key) && key.has_pending());
         written.and(still_refused.map_or(Ok(()), |key| {
@@ -50,7 +33,7 @@ impl Writer {
         }))
     }
 
-    async fn write_round(&self) -> Round {
+    async fn write_round(self: &Arc<Self>) -> Round {
         // Each round continues behind the last one, so that marks which always fail hold up no other mark.
         let mut next = self.round.lock().await;
         let snapshot = self.engine.snapshot().clone();
@@ -65,8 +48,7 @@ impl Writer {
                 if round.in_flight.len() == WRITES_AT_ONCE {
                     self.finish_one(&mut round).await;
                 }
-                let (engine, store) = (self.engine.clone(), self.store.clone());
-                round.in_flight.spawn(write_mark(engine, store, key.clone()));
+                round.in_flight.spawn(self.clone().write_mark(key.clone()));
             }
         }
         while self.finish_one(&mut round).await {}
@@ -75,7 +57,8 @@ impl Writer {
 
     async fn finish_one(&self, round: &mut Round) -> bool {
         let Some(write) = round.in_flight.join_next().await else { return false };
-        match finished(write) {
+        // The text of a panic might hold anything.
+        match write.unwrap_or_else(|_| Err(StoreError::new("a write panicked"))) {
             Ok(Written::Refused(key)) => round.refused.push(key),
             Ok(Written::Yes { key_failed }) => {
                 round.failures_in_a_row = 0;
@@ -87,6 +70,26 @@ impl Writer {
             }
         }
         true
+    }
+
+    /// Writes a key's pending mark, and joins the store's answer.
+    pub(crate) async fn write_mark(self: Arc<Self>, key: Arc<Key>) -> Result<Written, StoreError> {
+        let engine = &self.engine;
+        let _put_back = PutBack { engine, key: &key };
+        let Some(unwritten) = engine.unwritten(&key) else { return Ok(Written::Yes { key_failed: false }) };
+        let Some(born) = key.born() else { return Ok(Written::Refused(key.clone())) };
+        let key_failed = unwritten.resting.reason > Rest::RateLimited;
+        let words =
+            Words { generation: unwritten.generation, key: Some(unwritten.resting), ..Words::default() };
+        let mark = Mark { id: key.id.clone(), born, words, http_status: key.last_status() };
+        let merged = self.store.merge(mark).await.inspect_err(|_| {
+            engine.store_failed(Counted::Write);
+            tracing::debug!(key = %key.id, "mark not written");
+        });
+        let Some(standing) = merged? else { return Ok(Written::Refused(key.clone())) };
+        engine.join(&key, &standing.words);
+        unwritten.is_written(&key);
+        Ok(Written::Yes { key_failed })
     }
 
     /// Whether the store took a mark of an exhausted or revoked key since the last call.
@@ -108,37 +111,7 @@ pub(crate) enum Written {
     Refused(Arc<Key>),
 }
 
-/// Writes a key's pending mark, and joins the store's answer.
-pub(crate) async fn write_mark(
-    engine: Arc<Engine>,
-    store: Arc<dyn KeyStore>,
-    key: Arc<Key>,
-) -> Result<Written, StoreError> {
-    let put_back = PutBack { engine: &engine, key: &key };
-    let Some(unwritten) = engine.unwritten(&key) else {
-        std::mem::forget(put_back);
-        return Ok(Written::Yes { key_failed: false });
-    };
-    let Some(born) = key.born() else { return Ok(Written::Refused(key.clone())) };
-    let key_failed = unwritten.resting.reason > Rest::RateLimited;
-    let words = Words { generation: unwritten.generation, key: Some(unwritten.resting), ..Words::default() };
-    let mark = Mark { id: key.id.clone(), born, words, http_status: key.last_status() };
-    let merged =
-        store.merge(mark).await.inspect_err(|_| tracing::debug!(key = %key.id, "mark not written"))?;
-    let Some(standing) = merged else { return Ok(Written::Refused(key.clone())) };
-    engine.join(&key, &standing.words);
-    unwritten.is_written(&key);
-    std::mem::forget(put_back);
-    Ok(Written::Yes { key_failed })
-}
-
-fn finished(write: Result<Result<Written, StoreError>, JoinError>) -> Result<Written, StoreError> {
-    // The text of a panic might hold anything.
-    write.unwrap_or_else(|_| Err(StoreError::new("a write panicked")))
-}
-
-/// Puts a key back into the index of pending marks, unless this guard is forgotten: the write failed, panicked or was
-/// dropped.
+/// Puts a key back into the index of pending marks if it still has one: the write failed, panicked or was dropped.
 struct PutBack<'a> {
     engine: &'a Engine,
     key: &'a Arc<Key>,

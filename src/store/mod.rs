@@ -9,8 +9,6 @@
 
 mod key_store;
 mod memory;
-#[cfg(feature = "metrics")]
-pub(crate) mod metered;
 #[cfg(feature = "mongodb")]
 pub mod mongodb;
 

@@ -11,8 +11,7 @@ use super::{
     at_rest::AtRest,
     error::Failure,
     fields::Fields,
-    inner::{Inner, collection},
-    limits::Limits,
+    inner::{Inner, Limits, collection},
     store::MongoStore,
 };
 
@@ -326,30 +325,4 @@ fn names_hosts_alone(uri: &str) -> bool {
             let (name, port) = host.rsplit_once(':').unwrap_or((host, "0"));
             !name.contains(':') && !name.contains('%') && port.parse::<u16>().is_ok()
         })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn driver_messages_pass_only_for_uris_without_passwords() {
-        for uri in
-            ["localhost", "mongodb://a", "mongodb://a:27017,b:27018/gateway", "mongodb+srv://a.example.com"]
-        {
-            assert!(names_hosts_alone(uri), "{uri}");
-        }
-        for uri in [
-            "user@host",
-            "user:secret",
-            "mongodb://user:secret@host",
-            "mongodb://host/?password=secret",
-            "mongodb://user:secret",
-            "mongodb://user:secret:27017",
-            "mongodb://a:27017,user:secret",
-            "mongodb://user%3Asecret",
-        ] {
-            assert!(!names_hosts_alone(uri), "{uri}");
-        }
-    }
 }

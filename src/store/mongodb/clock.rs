@@ -18,33 +18,27 @@ const DRIFT: i64 = 2_000;
 /// Differences below so many milliseconds do not mean that a clock was set.
 const SLACK: i64 = 50;
 
-/// The best of the samples that were taken. It is replaced by one that bounds the time more closely, or contradicts
-/// it: then the server's clock was set, or another server answers, or this machine has slept.
+/// The sample that bounds the server's time most closely, or the last one that contradicts the others: then the server's
+/// clock was set, or another server answers, or this machine has slept.
 #[derive(Debug, Default)]
 pub(super) struct ServerClock(Mutex<Option<Sample>>);
 
-/// What the server's clock said at some time between a command and its answer.
+/// What the server's clock said at some time after a command was sent.
 #[derive(Clone, Copy, Debug)]
 struct Sample {
     said: i64,
     sent: Instant,
-    received: Instant,
 }
 
 impl ServerClock {
     /// Takes a sample from an answer that has just been received. Returns whether the clock is ahead of what it could
     /// be by all that was known: then the bounds that [`latest`](Self::latest) gave were too low.
     pub(super) fn heard(&self, said: DateTime, sent: Instant) -> bool {
-        let sample = Sample { said: said.timestamp_millis(), sent, received: Instant::now() };
+        let (now, sample) = (Instant::now(), Sample { said: said.timestamp_millis(), sent });
         let mut best = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(known) = *best else {
-            *best = Some(sample);
-            return false;
-        };
-        let is_ahead = sample.said > known.latest(sample.received) + SLACK;
-        let is_behind = sample.said < known.earliest(sent) - SLACK;
-        if is_ahead || is_behind || sample.uncertainty() <= known.uncertainty() + known.drift(sample.received)
-        {
+        let known = best.map(|known| known.latest(now));
+        let is_ahead = known.is_some_and(|known| sample.said > known.saturating_add(SLACK));
+        if is_ahead || known.is_none_or(|known| sample.latest(now) <= known) {
             *best = Some(sample);
         }
         is_ahead
@@ -59,26 +53,11 @@ impl ServerClock {
 
 impl Sample {
     fn latest(&self, at: Instant) -> i64 {
-        self.said.saturating_add(millis(self.sent, at)).saturating_add(self.drift(at))
+        let whole = |time: Duration| i64::try_from(time.as_millis()).unwrap_or(i64::MAX);
+        let since = whole(at.saturating_duration_since(self.sent));
+        let before = whole(self.sent.saturating_duration_since(at));
+        self.said.saturating_add(since).saturating_add(since / DRIFT).saturating_sub(before)
     }
-
-    fn earliest(&self, at: Instant) -> i64 {
-        self.said.saturating_add(millis(self.received, at)).saturating_sub(self.drift(at))
-    }
-
-    fn uncertainty(&self) -> i64 {
-        millis(self.sent, self.received)
-    }
-
-    fn drift(&self, at: Instant) -> i64 {
-        millis(self.received, at).max(0) / DRIFT
-    }
-}
-
-/// Below zero if the second moment is before the first one.
-fn millis(from: Instant, to: Instant) -> i64 {
-    let whole = |time: Duration| i64::try_from(time.as_millis()).unwrap_or(i64::MAX);
-    if to >= from { whole(to - from) } else { -whole(from - to) }
 }
 
 #[cfg(test)]
@@ -99,8 +78,8 @@ mod tests {
         clock.heard(said(seconds), sent)
     }
 
-    fn latest(clock: &ServerClock) -> Option<Duration> {
-        clock.latest(Instant::now())
+    fn latest(clock: &ServerClock) -> Option<u64> {
+        clock.latest(Instant::now()).map(|time| time.as_secs())
     }
 
     #[tokio::test(start_paused = true)]
@@ -108,9 +87,9 @@ mod tests {
         let clock = ServerClock::default();
         assert_eq!(latest(&clock), None);
         assert!(!answered_after(&clock, 100, Duration::ZERO).await);
-        assert_eq!(latest(&clock), Some(100 * SECOND));
+        assert_eq!(latest(&clock), Some(100));
         advance(2 * SECOND).await;
-        assert_eq!(latest(&clock), Some(102 * SECOND + Duration::from_millis(1)));
+        assert_eq!(clock.latest(Instant::now()), Some(102 * SECOND + Duration::from_millis(1)));
     }
 
     #[tokio::test(start_paused = true)]
@@ -118,16 +97,16 @@ mod tests {
         let clock = ServerClock::default();
         answered_after(&clock, 100, Duration::ZERO).await;
         assert!(!answered_after(&clock, 102, 40 * SECOND).await);
-        assert_eq!(latest(&clock).unwrap().as_secs(), 140);
+        assert_eq!(latest(&clock), Some(140));
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_closer_bound_replaces_a_wider_one() {
         let clock = ServerClock::default();
         answered_after(&clock, 100, 40 * SECOND).await;
-        assert_eq!(latest(&clock), Some(140 * SECOND));
+        assert_eq!(latest(&clock), Some(140));
         answered_after(&clock, 101, SECOND).await;
-        assert_eq!(latest(&clock), Some(102 * SECOND));
+        assert_eq!(latest(&clock), Some(102));
     }
 
     #[tokio::test(start_paused = true)]
@@ -135,8 +114,8 @@ mod tests {
         let clock = ServerClock::default();
         answered_after(&clock, 1_000, Duration::ZERO).await;
         assert!(!answered_after(&clock, 100, SECOND).await);
-        assert_eq!(latest(&clock), Some(101 * SECOND));
+        assert_eq!(latest(&clock), Some(101));
         assert!(answered_after(&clock, 1_000, 5 * SECOND).await);
-        assert_eq!(latest(&clock), Some(1_005 * SECOND));
+        assert_eq!(latest(&clock), Some(1_005));
     }
 }

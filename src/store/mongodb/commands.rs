@@ -7,11 +7,11 @@ use std::time::Duration;
 use ::mongodb::bson::{Bson, DateTime, Document, doc};
 
 use super::{
-    expr::{NOW, REMOVE, all, any, cond, eq, is_date, is_one_of, literal, not, path},
+    expr::{NOW, REMOVE, all, any, cond, is_date, is_one_of, literal, not, path},
     fields::{DISABLED, EXHAUSTED, Fields, HEALTHY, KNOWN, RATE_LIMITED, computed, ours},
     stored::{FOREVER, NEVER, NO_REASON, code},
     words::{
-        Of, first, for_good, has_failed, hash_of, hex, is_resting, join_limits, limit, limits_without,
+        first, for_good, has_failed, hash_of, hex, is_resting, join_limits, limit, limits_without,
         next_generation_of_the_same, replacement_under_way, reset, word,
     },
 };
@@ -66,7 +66,7 @@ impl Fields {
         } };
         let may_fail = mark.words.key.is_some_and(|resting| resting.reason != Rest::RateLimited);
         let failed = may_fail.then(|| set_failed(wins));
-        let pipeline = self.write_same(failed.into_iter().chain([join]));
+        let pipeline = self.write(mark.born, failed.into_iter().chain([join]));
         let is_it = all([self.is_readable(), self.is_same_key()]);
         let filter = doc! { "_id": mark.id.as_str(), ours::BORN: hex(mark.born), "$expr": is_it };
         Update { filter, pipeline }
@@ -141,33 +141,11 @@ impl Fields {
         Update { filter, pipeline: self.settle(born) }
     }
 
-    /// Keys whose rest has ended: limited ones, and exhausted ones with a date of this crate's.
-    ///
-    /// The fields before the expression are for the index. They also match arrays, and the expression does not.
+    /// Keys whose rest has ended.
     pub(super) fn expired(&self) -> Document {
-        let past = |status: &str, more: Document| {
-            let date = path(&self.cooldown_until);
-            let has_passed = all([is_date(&date), doc! { "$lt": [date, NOW] }]);
-            let expired = all([eq(path(&self.status), status), self.is_readable(), has_passed, more]);
-            doc! { &self.status: status, &self.cooldown_until: { "$type": "date" }, "$expr": expired }
-        };
-        let date_is_ours = eq(self.exhausted_until(Of::AnyKey), path(&self.cooldown_until));
-        doc! { "$or": [past(RATE_LIMITED, doc! {}), past(EXHAUSTED, date_is_ours), self.ended_without_a_date()] }
-    }
-
-    /// A limited key that another program gave no usable date, and that this crate has rested for long enough.
-    fn ended_without_a_date(&self) -> Document {
-        let ended = all([self.is_same_key(), eq("$rest.r", code(Rest::RateLimited)), not(is_resting())]);
-        self.undated(ended)
-    }
-
-    /// The index finds these by everything that is less or more than any date. It does not find dates in an array: a
-    /// load sees to them.
-    fn undated(&self, more: Document) -> Document {
-        let is_undated = not(is_date(&path(&self.cooldown_until)));
-        let expr = all([eq(path(&self.status), RATE_LIMITED), self.is_readable(), is_undated, more]);
-        let no_date = doc! { "$not": { "$gte": DateTime::MIN } };
-        doc! { &self.status: RATE_LIMITED, &self.cooldown_until: no_date, "$expr": expr }
+        let has_ended = doc! { "$lte": ["$$said.u", NOW] };
+        let has_ended = doc! { "$let": { "vars": { "said": self.said() }, "in": has_ended } };
+        self.with_status([RATE_LIMITED, EXHAUSTED], has_ended)
     }
 
     pub(super) fn sweep(&self, born: Born) -> Update {
@@ -176,7 +154,14 @@ impl Fields {
 
     /// A limited key without a date would never be swept: it gets one.
     pub(super) fn date_the_undated(&self, born: Born) -> Update {
-        Update { filter: self.undated(not(self.is_settled())), pipeline: self.settle(born) }
+        let is_undated = not(is_date(&path(&self.cooldown_until)));
+        let filter = self.with_status([RATE_LIMITED], all([is_undated, not(self.is_settled())]));
+        Update { filter, pipeline: self.settle(born) }
+    }
+
+    /// The field before the expression is for the index. It also matches arrays, and the expression does not.
+    fn with_status<const N: usize>(&self, statuses: [&str; N], more: Document) -> Document {
+        doc! { &self.status: { "$in": statuses.to_vec() }, "$expr": all([self.is_readable(), more]) }
     }
 
     /// The fields that a load reads of each document, or of these.

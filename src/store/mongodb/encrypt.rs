@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use ::mongodb::bson::{Bson, RawDocument, RawDocumentBuf, doc};
-use tokio::{sync::mpsc, time::timeout};
+use tokio::sync::mpsc;
 
 use super::{
     bulk::AT_ONCE,
@@ -13,6 +13,7 @@ use super::{
     expr::{cond, eq, literal, path},
     fields::{Fields, ours},
     inner::{Documents, Inner},
+    lane::Lane,
     standby,
     store::MongoStore,
     words::hash_of,
@@ -74,17 +75,10 @@ impl MongoStore {
     }
 
     async fn encrypt_all_of(&self, collection: &Documents, id_of: IdOf) -> Result<Encrypted, StoreError> {
-        let limit = self.inner.limits.operation;
-        let (parts, mut received) = mpsc::channel(1);
-        // In a task, so that no driver's future is dropped half-way: it ends where nobody takes what it did.
-        let work = tokio::spawn(encrypt(self.inner.clone(), collection.clone(), id_of, parts));
+        let work = |parts| encrypt(self.inner.clone(), collection.clone(), id_of, parts);
         let mut total = Encrypted::default();
-        while let Some(part) =
-            timeout(limit, received.recv()).await.map_err(|_| Failure::TookTooLong(limit))?
-        {
-            total.add(part);
-        }
-        work.await.unwrap_or(Err(Failure::BrokenOff))?;
+        let limit = self.inner.limits.operation;
+        Lane::default().run_in_parts(limit, work, |part| total.add(part)).await?;
         Ok(total)
     }
 }
@@ -101,20 +95,16 @@ async fn encrypt(
     let api_key = &store.fields.api_key;
     let projection = doc! { api_key: 1, HASH: hash_of(api_key) };
     let mut documents = collection.find(doc! {}).projection(projection).await?;
-    let (mut read, mut is_last) = (Vec::new(), false);
-    while !is_last {
-        is_last = !documents.advance().await?;
-        if !is_last {
-            read.push(documents.current().to_owned());
-        }
-        if is_last || read.len() == AT_ONCE {
+    let mut read = Vec::new();
+    while documents.advance().await? {
+        read.push(documents.current().to_owned());
+        if read.len() == AT_ONCE {
             let part = store.encrypt_some(&collection, id_of, std::mem::take(&mut read)).await?;
-            if parts.send(part).await.is_err() {
-                break;
-            }
+            parts.send(part).await.map_err(|_| Failure::BrokenOff)?;
         }
     }
-    Ok(())
+    let part = store.encrypt_some(&collection, id_of, read).await?;
+    parts.send(part).await.map_err(|_| Failure::BrokenOff)
 }
 
 impl Inner {

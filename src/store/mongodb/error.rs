@@ -32,6 +32,8 @@ pub(super) enum Failure {
     Unsettled(usize),
 }
 
+const DUPLICATE_KEY: i32 = 11_000;
+
 fn named(name: &str) -> String {
     if name.is_empty() { String::new() } else { format!(" ({name})") }
 }
@@ -48,47 +50,35 @@ impl Failure {
     }
 
     pub(super) fn is_duplicate(&self) -> bool {
-        matches!(self, Self::Server { code: 11_000, .. })
+        self.has_one_of(&[DUPLICATE_KEY])
     }
 
     /// Whether the server cannot have begun to do it.
     pub(super) fn happened_before_sending(&self) -> bool {
-        const UNAUTHORIZED: i32 = 13;
-        const AUTHENTICATION_FAILED: i32 = 18;
-        const NOT_WRITABLE_PRIMARY: i32 = 10_107;
-        const NOT_PRIMARY_NO_SECONDARY_OK: i32 = 13_435;
-        match self {
-            Self::NoServer(_) | Self::StillUnderWay(_) => true,
-            Self::Server { code, .. } => matches!(
-                *code,
-                UNAUTHORIZED | AUTHENTICATION_FAILED | NOT_WRITABLE_PRIMARY | NOT_PRIMARY_NO_SECONDARY_OK
-            ),
-            _ => false,
-        }
+        matches!(self, Self::NoServer(_) | Self::StillUnderWay(_))
+            || self.has_one_of(&[
+                13,     // Unauthorized
+                18,     // AuthenticationFailed
+                10_107, // NotWritablePrimary
+                13_435, // NotPrimaryNoSecondaryOk
+            ])
     }
 
     /// Document validation errors are permanent: do not retry.
     pub(super) fn is_about_the_document(&self) -> bool {
-        const BAD_VALUE: i32 = 2;
-        const TYPE_MISMATCH: i32 = 14;
-        const IMMUTABLE_FIELD: i32 = 66;
-        const VALIDATION: i32 = 121;
-        const TOO_LARGE: i32 = 10_334;
-        const TOO_LARGE_AFTER_UPDATE: i32 = 17_419;
-        match self {
-            Self::Server { code, .. } => {
-                matches!(
-                    *code,
-                    BAD_VALUE
-                        | TYPE_MISMATCH
-                        | IMMUTABLE_FIELD
-                        | VALIDATION
-                        | TOO_LARGE
-                        | TOO_LARGE_AFTER_UPDATE
-                ) || self.is_duplicate()
-            }
-            _ => false,
-        }
+        self.has_one_of(&[
+            2,      // BadValue
+            14,     // TypeMismatch
+            66,     // ImmutableField
+            121,    // DocumentValidationFailure
+            10_334, // BSONObjectTooLarge
+            17_419, // the same, after an update
+            DUPLICATE_KEY,
+        ])
+    }
+
+    fn has_one_of(&self, codes: &[i32]) -> bool {
+        matches!(self, Self::Server { code, .. } if codes.contains(code))
     }
 
     pub(super) fn is_from_server(&self) -> bool {

@@ -1,6 +1,6 @@
 //! The parts of a store: collections, names, limits and lanes.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Mutex, time::Duration};
 
 use ::mongodb::{
     Collection, Database,
@@ -16,10 +16,29 @@ use super::{
     error::Failure,
     fields::Fields,
     lane::{Lane, Lanes},
-    limits::Limits,
-    unsent::Unsent,
 };
-use crate::{key::KeyId, store::StoreError};
+use crate::{
+    key::KeyId,
+    store::{StoreFuture, Usage},
+};
+
+/// The limit of one command about all keys. A recovery pass has a limit of its own.
+pub(super) const ALL_KEYS_LIMIT: Duration = Duration::from_secs(60);
+
+/// How long operations may take.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    pub(super) connect: Duration,
+    pub(super) operation: Duration,
+    pub(super) poll: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        let seconds = Duration::from_secs(5);
+        Self { connect: seconds, operation: seconds, poll: seconds }
+    }
+}
 
 pub(super) type Documents = Collection<RawDocumentBuf>;
 
@@ -31,7 +50,8 @@ pub(super) struct Inner {
     pub(super) at_rest: AtRest,
     pub(super) limits: Limits,
     pub(super) clock: ServerClock,
-    pub(super) unsent: Unsent,
+    /// Usage that certainly did not reach the server: the next batch takes it along.
+    pub(super) unsent: Mutex<BTreeMap<KeyId, Usage>>,
     pub(super) per_key: Lanes,
     pub(super) loads: Lane,
     pub(super) sweeps: Lane,
@@ -58,16 +78,12 @@ pub(super) fn primary() -> SelectionCriteria {
 
 impl Inner {
     /// Runs an operation about one key, after any other one about it.
-    pub(super) async fn about<T, F>(
-        self: &Arc<Self>,
+    pub(super) fn about<'a, T: Send + 'static>(
+        &'a self,
         id: &KeyId,
-        operation: impl FnOnce(Arc<Self>) -> F,
-    ) -> Result<T, StoreError>
-    where
-        T: Send + 'static,
-        F: Future<Output = Result<T, Failure>> + Send + 'static,
-    {
+        operation: impl Future<Output = Result<T, Failure>> + Send + 'static,
+    ) -> StoreFuture<'a, T> {
         let lane = self.per_key.of(id);
-        Ok(lane.run(self.limits.operation, |_| operation(self.clone())).await?)
+        Box::pin(async { Ok(lane.run(self.limits.operation, operation).await?) })
     }
 }

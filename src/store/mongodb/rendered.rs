@@ -7,8 +7,8 @@
 use ::mongodb::bson::{Document, doc};
 
 use super::{
-    expr::{cond, path},
-    fields::ours,
+    expr::{cond, is_one_of, path},
+    fields::{DISABLED, Fields, KNOWN, ours},
     stored::resting,
 };
 use crate::{
@@ -21,22 +21,22 @@ const UNIT: char = '\u{1f}';
 /// Divides the rests of scopes.
 const RECORD: char = '\u{1e}';
 
-const DISABLED: &str = "disabled";
-
-/// Renders the word of a document.
-pub(super) fn expression(is_in_service: Document) -> Document {
-    let unit = UNIT.to_string();
-    let text = |value: &str| doc! { "$toString": value };
-    let millis = |date: &str| doc! { "$toString": { "$toLong": date } };
-    let scope = doc! { "$concat": [
-        "$$value", RECORD.to_string(), "$$this.s", &unit, millis("$$this.u"), &unit, text("$$this.r"),
-    ] };
-    let limits = doc! { "$ifNull": [path(ours::LIMITS), []] };
-    doc! { "$concat": [
-        path(ours::BORN), &unit, text("$rest.g"), &unit, millis("$rest.u"), &unit, text("$rest.r"), &unit,
-        cond(is_in_service, "", DISABLED),
-        { "$reduce": { "input": limits, "initialValue": "", "in": scope } },
-    ] }
+impl Fields {
+    /// Renders the word of a document.
+    pub(super) fn rendered(&self) -> Document {
+        let unit = UNIT.to_string();
+        let text = |value: &str| doc! { "$toString": value };
+        let millis = |date: &str| doc! { "$toString": { "$toLong": date } };
+        let scope = doc! { "$concat": [
+            "$$value", RECORD.to_string(), "$$this.s", &unit, millis("$$this.u"), &unit, text("$$this.r"),
+        ] };
+        let limits = doc! { "$ifNull": [path(ours::LIMITS), []] };
+        doc! { "$concat": [
+            path(ours::BORN), &unit, text("$rest.g"), &unit, millis("$rest.u"), &unit, text("$rest.r"), &unit,
+            cond(is_one_of(path(&self.status), KNOWN), "", DISABLED),
+            { "$reduce": { "input": limits, "initialValue": "", "in": scope } },
+        ] }
+    }
 }
 
 /// Reads it again, with times that count from the epoch. `None` if another program has made something else of it.

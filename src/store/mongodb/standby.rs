@@ -15,7 +15,7 @@ use ::mongodb::{
 use super::{
     document::{self, shown_id, value, whole_number},
     error::Failure,
-    expr::eq,
+    expr::{NOW, cond, eq, literal, path},
     fields::{ERROR, EXHAUSTED, Fields, ours},
     inner::{Documents, Inner},
     words::hash_of,
@@ -42,11 +42,6 @@ enum Outcome {
     /// It is healthy again, or gone, or another process did it.
     NothingToDo,
     NoStandbyKey,
-}
-
-enum Claim {
-    Ours(Box<Claimed>),
-    NotToBeHad,
 }
 
 struct Claimed {
@@ -135,10 +130,16 @@ impl Replacement<'_> {
                     standby
                 }
             };
-            match self.carry_out(failed, &standby).await? {
-                Some(outcome) => return Ok(outcome),
-                None => self.give_up(failed, &standby).await?,
+            if let Some(claimed) = self.claim(failed, &standby).await?
+                && self.insert(failed, &claimed).await?
+            {
+                return Ok(if self.retire(failed, &standby).await? {
+                    Outcome::Replaced(claimed.key.id)
+                } else {
+                    Outcome::NothingToDo
+                });
             }
+            self.give_up(failed, &standby).await?;
         }
         Ok(Outcome::NothingToDo)
     }
@@ -152,8 +153,7 @@ impl Replacement<'_> {
 
     /// The standby key that the failed one is to be replaced by: the candidate, unless there was one before.
     async fn plan(&self, failed: &KeyId, candidate: Bson) -> Result<Option<Bson>, Failure> {
-        let planned = format!("${}", ours::REPLACED_BY);
-        let plan = doc! { "$ifNull": [planned, { "$literal": candidate }] };
+        let plan = doc! { "$ifNull": [path(ours::REPLACED_BY), { "$literal": candidate }] };
         let plan = vec![doc! { "$set": { ours::REPLACED_BY: plan } }];
         let key = self.store.keys.find_one_and_update(self.this_one(failed), plan);
         let key =
@@ -161,41 +161,23 @@ impl Replacement<'_> {
         Ok(key.as_ref().and_then(|key| value(key, ours::REPLACED_BY)))
     }
 
-    /// `None` where the standby key is not to be had after all.
-    async fn carry_out(&self, failed: &KeyId, planned: &Bson) -> Result<Option<Outcome>, Failure> {
-        let Claim::Ours(claimed) = self.claim(failed, planned).await? else { return Ok(None) };
-        if !self.insert(failed, &claimed).await? {
-            return Ok(None);
-        }
-        Ok(Some(if self.retire(failed, planned).await? {
-            Outcome::Replaced(claimed.key.id)
-        } else {
-            Outcome::NothingToDo
-        }))
-    }
-
-    async fn claim(&self, failed: &KeyId, standby: &Bson) -> Result<Claim, Failure> {
+    /// `None` if the standby key is not to be had after all.
+    async fn claim(&self, failed: &KeyId, standby: &Bson) -> Result<Option<Claimed>, Failure> {
         let free = doc! { IS_USED: { "$ne": true } };
         let for_this_one = doc! { USED_FOR: failed.as_str() };
         let filter = doc! { "_id": { "$eq": standby }, "$or": [free, for_this_one] };
-        let used_at =
-            doc! { "$cond": [{ "$eq": [format!("${IS_USED}"), true] }, format!("${USED_AT}"), "$$NOW"] };
         let claim = doc! { "$set": {
             IS_USED: true,
             ACTIVATED: true,
-            USED_FOR: { "$literal": failed.as_str() },
-            USED_AT: used_at,
+            USED_FOR: literal(failed.as_str()),
+            USED_AT: cond(eq(path(IS_USED), true), path(USED_AT), NOW),
         } };
         let claimed = self.standby.find_one_and_update(filter, vec![claim]);
         let api_key = &self.store.fields.api_key;
         let claimed = claimed.projection(doc! { api_key: 1, HASH: hash_of(api_key) });
-        let Some(claimed) = claimed.return_document(ReturnDocument::After).await? else {
-            return Ok(Claim::NotToBeHad);
-        };
-        match self.key_of(&claimed, standby) {
-            Ok(claimed) => Ok(Claim::Ours(Box::new(claimed))),
-            Err(reason) => Ok(self.unusable(&shown_id(&claimed), &reason)),
-        }
+        let Some(claimed) = claimed.return_document(ReturnDocument::After).await? else { return Ok(None) };
+        let key = self.key_of(&claimed, standby);
+        Ok(key.inspect_err(|reason| warn_unusable(&shown_id(&claimed), reason)).ok())
     }
 
     fn key_of(&self, claimed: &RawDocument, id: &Bson) -> Result<Claimed, String> {
@@ -205,11 +187,6 @@ impl Replacement<'_> {
         inject::check(secret.expose()).map_err(|reason| reason.to_string())?;
         let hash = whole_number(claimed, HASH).ok_or("the server gave no digest of its secret")?;
         Ok(Claimed { key: KeySpec::new(id, secret), hash })
-    }
-
-    fn unusable(&self, standby: &str, reason: &str) -> Claim {
-        tracing::warn!(%standby, %reason, "not used as a standby key");
-        Claim::NotToBeHad
     }
 
     /// Whether the key is there now, inserted by this process or another.
@@ -229,10 +206,10 @@ impl Replacement<'_> {
                 None if self.store.insert(key, Born::now(), Some(failed.as_str())).await? => return Ok(true),
                 None => continue,
             };
-            self.unusable(key.id.as_str(), reason);
+            warn_unusable(key.id.as_str(), reason);
             return Ok(false);
         }
-        self.unusable(key.id.as_str(), "another key has its id");
+        warn_unusable(key.id.as_str(), "another key has its id");
         Ok(false)
     }
 
@@ -247,6 +224,10 @@ impl Replacement<'_> {
         self.store.keys.update_one(filter, doc! { "$unset": { ours::REPLACED_BY: "" } }).await?;
         Ok(())
     }
+}
+
+fn warn_unusable(standby: &str, reason: &str) {
+    tracing::warn!(%standby, %reason, "not used as a standby key");
 }
 
 /// The key that a standby key's document will be.

@@ -13,9 +13,8 @@ use super::{
     commands::{Called, Update},
     document,
     error::Failure,
-    inner::Inner,
+    inner::{ALL_KEYS_LIMIT, Inner},
     lane::Lane,
-    limits::ALL_KEYS_LIMIT,
     load, standby, usage, watch,
 };
 use crate::{
@@ -164,27 +163,22 @@ impl MongoStore {
             }
             Ok(())
         };
-        Ok(Lane::default().run(ALL_KEYS_LIMIT, |_| make).await?)
+        Ok(Lane::default().run(ALL_KEYS_LIMIT, make).await?)
     }
 }
 
 impl Inner {
-    async fn merge(&self, mark: Mark, called: Instant) -> Result<Option<Standing>, Failure> {
-        // Joining twice changes nothing that joining once does not.
-        for _ in 0..2 {
-            let called = Called { at: self.clock.latest(called), waited: called.elapsed() };
-            let (standing, clock_was_ahead) = self.update_one(self.fields.merge(&mark, called)).await?;
-            // Then the date may be too early.
-            if !clock_was_ahead {
-                return Ok(standing);
-            }
+    async fn merge(self: Arc<Self>, mark: Mark, called: Instant) -> Result<Option<Standing>, Failure> {
+        let merge = |at| self.update_one(self.fields.merge(&mark, Called { at, waited: called.elapsed() }));
+        let (standing, clock_was_ahead) = merge(self.clock.latest(called)).await?;
+        if !clock_was_ahead {
+            return Ok(standing);
         }
-        self.update_one(self.fields.merge(&mark, Called { at: None, waited: called.elapsed() }))
-            .await
-            .map(|(s, _)| s)
+        // The date may be too early. Joining twice changes nothing that joining once does not.
+        Ok(merge(None).await?.0)
     }
 
-    async fn operate(&self, id: KeyId, operation: Operation) -> Result<Option<Standing>, Failure> {
+    async fn operate(self: Arc<Self>, id: KeyId, operation: Operation) -> Result<Option<Standing>, Failure> {
         let (fields, born) = (&self.fields, Born::now());
         let update = match operation {
             Operation::Insert(spec) => {
@@ -196,7 +190,7 @@ impl Inner {
             Operation::Disable => fields.disable(&id, born),
             Operation::Enable => fields.enable(&id, born),
         };
-        self.update_one(update).await.map(|(standing, _)| standing)
+        Ok(self.update_one(update).await?.0)
     }
 
     /// Returns how the key stands then, and whether the server's clock is ahead of what it could be.
@@ -206,8 +200,7 @@ impl Inner {
         let update = update.return_document(ReturnDocument::After).projection(self.fields.standing());
         let Some(key) = update.await? else { return Ok((None, false)) };
         let is_ahead = self.heard(&key, sent);
-        let standing = document::standing(&key, &self.fields).map(|standing| self.counted_from_now(standing));
-        Ok((standing, is_ahead))
+        Ok((self.standing_now(&key), is_ahead))
     }
 
     /// Whether the key was inserted; `false` if there is one of that id.
@@ -235,21 +228,16 @@ impl Inner {
     async fn remove(&self, id: &KeyId) -> Result<Option<Standing>, Failure> {
         let removed = self.keys.find_one_and_delete(doc! { "_id": id.as_str() });
         let Some(key) = removed.projection(self.fields.standing()).await? else { return Ok(None) };
-        let standing = document::standing(&key, &self.fields).map(|standing| self.counted_from_now(standing));
-        Ok(Some(standing.unwrap_or_else(Standing::healthy)))
+        Ok(Some(self.standing_now(&key).unwrap_or_else(Standing::healthy)))
     }
 
-    async fn sweep(&self) -> Result<Recovered, Failure> {
+    async fn sweep(self: Arc<Self>) -> Result<Recovered, Failure> {
         self.update_many(self.fields.date_the_undated(Born::now())).await?;
         let ids = self.some_expired().await?;
         let count = self.update_many(self.fields.sweep(Born::now())).await?;
         // Another process may have been quicker with some of them.
         let ids = if ids.len() as u64 == count { ids } else { Vec::new() };
         Ok(Recovered::new(count, ids))
-    }
-
-    async fn update_many(&self, Update { filter, pipeline }: Update) -> Result<u64, Failure> {
-        Ok(self.keys.update_many(filter, pipeline).await?.modified_count)
     }
 
     /// One more than are named, which tells that there are more.
@@ -271,25 +259,17 @@ impl KeyStore for MongoStore {
     }
 
     fn merge(&self, mark: Mark) -> StoreFuture<'_, Option<Standing>> {
-        let called = Instant::now();
         let id = mark.id.clone();
-        Box::pin(async move {
-            self.inner.about(&id, |inner| async move { inner.merge(mark, called).await }).await
-        })
+        self.inner.about(&id, self.inner.clone().merge(mark, Instant::now()))
     }
 
     fn operate(&self, id: KeyId, operation: Operation) -> StoreFuture<'_, Option<Standing>> {
-        let key = id.clone();
-        Box::pin(async move {
-            self.inner.about(&key, |inner| async move { inner.operate(id, operation).await }).await
-        })
+        self.inner.about(&id.clone(), self.inner.clone().operate(id, operation))
     }
 
     fn sweep(&self) -> StoreFuture<'_, Recovered> {
-        Box::pin(async {
-            let inner = self.inner.clone();
-            Ok(self.inner.sweeps.run(ALL_KEYS_LIMIT, |_| async move { inner.sweep().await }).await?)
-        })
+        let sweep = self.inner.clone().sweep();
+        Box::pin(async { Ok(self.inner.sweeps.run(ALL_KEYS_LIMIT, sweep).await?) })
     }
 
     fn changes(&self) -> Option<mpsc::Receiver<Change>> {
@@ -305,8 +285,7 @@ impl KeyStore for MongoStore {
     fn replace_failed(&self) -> StoreFuture<'_, Vec<Replaced>> {
         Box::pin(async {
             let Some(standby) = self.inner.standby.clone() else { return Ok(Vec::new()) };
-            let inner = self.inner.clone();
-            let replace = |_| standby::replace_failed(inner, standby);
+            let replace = standby::replace_failed(self.inner.clone(), standby);
             Ok(self.inner.replacements.run(ALL_KEYS_LIMIT, replace).await?)
         })
     }

@@ -1,36 +1,39 @@
 //! How much keys were used.
 //!
-//! Usage is a statistic: it counts nothing twice, and may lose what was on its way when a server failed. So it takes
-//! nothing but increments, and documents do not grow with the processes that write them.
+//! Usage is a statistic: it counts nothing twice, and may lose what was on its way when a server failed. So documents do
+//! not grow with the processes that write them.
 
-use std::sync::Arc;
+use std::{
+    collections::BTreeMap,
+    mem,
+    sync::{Arc, MutexGuard, PoisonError},
+};
 
-use ::mongodb::bson::{Bson, Document, doc};
+use ::mongodb::bson::{Document, doc};
 
 use super::{
     bulk::AT_ONCE,
     error::Failure,
-    expr::{NOW, any, cond, eq, is_one_of, path},
+    expr::{NOW, all, cond, is_one_of, path},
     fields::Fields,
     inner::Inner,
 };
-use crate::store::Usage;
+use crate::{key::KeyId, store::Usage};
 
 /// Adds usage up. Usage that the server certainly did not add is kept for the next call; usage that it may have added is
 /// not.
 pub(super) async fn add(inner: &Arc<Inner>, usage: Vec<Usage>) -> Result<(), Failure> {
-    inner.unsent.keep(usage);
-    let mut usage = inner.unsent.take();
-    while !usage.is_empty() {
-        let rest = usage.split_off(usage.len().min(AT_ONCE));
-        let part = std::mem::replace(&mut usage, rest);
-        let (store, sent) = (inner.clone(), part.clone());
-        let add = |_| async move { store.add_usage(&sent).await };
+    inner.keep(usage);
+    let usage: Vec<_> = mem::take(&mut *inner.unsent()).into_values().collect();
+    let mut parts = usage.chunks(AT_ONCE);
+    while let Some(part) = parts.next() {
+        let (store, sent) = (inner.clone(), part.to_vec());
+        let add = async move { store.add_usage(&sent).await };
         if let Err(failure) = inner.usage.run(inner.limits.operation, add).await {
             if failure.happened_before_sending() {
-                inner.unsent.keep(part);
+                inner.keep(part.iter().cloned());
             }
-            inner.unsent.keep(usage);
+            inner.keep(parts.flatten().cloned());
             return Err(failure);
         }
     }
@@ -38,42 +41,41 @@ pub(super) async fn add(inner: &Arc<Inner>, usage: Vec<Usage>) -> Result<(), Fai
 }
 
 impl Inner {
-    async fn add_usage(&self, usage: &[Usage]) -> Result<(), Failure> {
-        let statements = usage.iter().map(|usage| self.fields.increment(usage)).collect();
-        let refused = self.update_each(&self.keys, statements).await?.refused;
-        // `$inc` takes numbers alone, and other programs write null.
-        let (odd, others): (Vec<_>, Vec<_>) =
-            refused.into_iter().partition(|refused| refused.is_about_the_document());
-        self.unsent.keep(others.iter().filter_map(|refused| usage.get(refused.index)).cloned());
-        let odd: Vec<_> = odd.iter().filter_map(|refused| usage.get(refused.index)).collect();
-        let statements = odd.iter().map(|usage| self.fields.add(usage)).collect();
-        for refused in self.update_each(&self.keys, statements).await?.refused {
-            let key = odd.get(refused.index).map(|usage| &usage.id);
-            tracing::warn!(?key, code = refused.code, "MongoDB refused to add usage up");
+    fn unsent(&self) -> MutexGuard<'_, BTreeMap<KeyId, Usage>> {
+        self.unsent.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn keep(&self, usage: impl IntoIterator<Item = Usage>) {
+        let mut unsent = self.unsent();
+        for usage in usage {
+            let kept = unsent.entry(usage.id.clone()).or_insert_with(|| Usage::new(usage.id, 0, 0));
+            kept.requests = kept.requests.saturating_add(usage.requests);
+            kept.tokens = kept.tokens.saturating_add(usage.tokens);
         }
-        others.first().map_or(Ok(()), |refused| Err(refused.failure()))
+    }
+
+    async fn add_usage(&self, usage: &[Usage]) -> Result<(), Failure> {
+        let statements = usage.iter().map(|usage| self.fields.add(usage)).collect();
+        let mut added = Ok(());
+        for refused in self.update_each(&self.keys, statements).await?.refused {
+            let Some(usage) = usage.get(refused.index) else { continue };
+            if refused.is_about_the_document() {
+                tracing::warn!(key = %usage.id, code = refused.code, "MongoDB refused to add usage up");
+            } else {
+                self.keep([usage.clone()]);
+                added = Err(refused.failure());
+            }
+        }
+        added
     }
 }
 
 impl Fields {
-    fn increment(&self, usage: &Usage) -> Document {
+    fn add(&self, usage: &Usage) -> Document {
         let more = [(&self.requests_count, usage.requests), (&self.tokens_used, usage.tokens)];
         let more = more.into_iter().filter(|(_, more)| *more > 0);
-        let more: Document = more.map(|(field, more)| (field.clone(), Bson::from(long(more)))).collect();
-        let mut change = doc! { "$currentDate": { &self.last_used_at: true } };
-        if !more.is_empty() {
-            change.insert("$inc", more);
-        }
-        doc! { "q": { "_id": usage.id.as_str() }, "u": change }
-    }
-
-    /// The same for a document with counts of other types. What is no number stays as it is.
-    fn add(&self, usage: &Usage) -> Document {
-        let set = doc! {
-            &self.requests_count: sum(&self.requests_count, usage.requests),
-            &self.tokens_used: sum(&self.tokens_used, usage.tokens),
-            &self.last_used_at: NOW,
-        };
+        let mut set: Document = more.map(|(field, more)| (field.clone(), sum(field, more).into())).collect();
+        set.insert(&self.last_used_at, NOW);
         doc! { "q": { "_id": usage.id.as_str() }, "u": [{ "$set": set }] }
     }
 }
@@ -82,16 +84,10 @@ impl Fields {
 /// count further, is left as it is.
 fn sum(field: &str, more: u64) -> Document {
     let field = path(field);
-    let number =
-        doc! { "$convert": { "input": &field, "to": "long", "onError": Bson::Null, "onNull": 0_i64 } };
+    let more = i64::try_from(more).unwrap_or(i64::MAX);
+    let number = doc! { "$ifNull": [&field, 0_i64] };
     let is_number =
         is_one_of(doc! { "$type": &field }, ["int", "long", "double", "decimal", "missing", "null"]);
-    let is_too_large = doc! { "$gt": ["$$number", i64::MAX - long(more)] };
-    let stays = any([eq("$$number", Bson::Null), is_too_large]);
-    let sum = cond(stays, field, doc! { "$add": ["$$number", long(more)] });
-    doc! { "$let": { "vars": { "number": cond(is_number, number, Bson::Null) }, "in": sum } }
-}
-
-fn long(number: u64) -> i64 {
-    i64::try_from(number).unwrap_or(i64::MAX)
+    let has_room = doc! { "$lte": [&number, i64::MAX - more] };
+    cond(all([is_number, has_room]), doc! { "$add": [number, more] }, field)
 }

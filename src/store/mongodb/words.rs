@@ -13,7 +13,6 @@ use super::{
         replace_with, switch,
     },
     fields::{DISABLED, ERROR, EXHAUSTED, Fields, HEALTHY, KNOWN, RATE_LIMITED, ours},
-    rendered,
     stored::{FOREVER, NEVER, NO_REASON, code},
 };
 use crate::{limit::Rest, store::Born};
@@ -81,24 +80,6 @@ pub(super) fn hash_of(secret: &str) -> Document {
     doc! { "$toHashedIndexKey": path(secret) }
 }
 
-/// Which documents an expression has to do for.
-#[derive(Clone, Copy)]
-pub(super) enum Of {
-    /// Those that are the key object that they were at the last write.
-    SameKey,
-    /// Also those without a word, or with the word of another key object.
-    AnyKey,
-}
-
-impl Of {
-    fn with_word(self, condition: Document) -> Document {
-        match self {
-            Self::SameKey => condition,
-            Self::AnyKey => all([has_word(), condition]),
-        }
-    }
-}
-
 fn says(until: impl Into<Bson>, reason: i32) -> Document {
     doc! { "u": until, "r": reason }
 }
@@ -123,25 +104,18 @@ impl Fields {
     }
 
     /// What status and date say, as `{ u, r }`.
-    fn said(&self, of: Of) -> Document {
-        let (status, own) = match of {
-            Of::SameKey => (path(&self.status), own()),
-            Of::AnyKey => ("$$status".to_owned(), cond(has_word(), own(), says(NEVER, NO_REASON))),
-        };
+    pub(super) fn said(&self) -> Document {
         let said = switch(
             [
-                (eq(&status, HEALTHY), says(NEVER, NO_REASON).into()),
-                (eq(&status, RATE_LIMITED), says(self.limited_until(of), code(Rest::RateLimited)).into()),
-                (eq(&status, EXHAUSTED), says(self.exhausted_until(of), code(Rest::Exhausted)).into()),
-                (eq(&status, ERROR), says(FOREVER, code(Rest::Revoked)).into()),
+                (eq("$$status", HEALTHY), says(NEVER, NO_REASON).into()),
+                (eq("$$status", RATE_LIMITED), says(self.limited_until(), code(Rest::RateLimited)).into()),
+                (eq("$$status", EXHAUSTED), says(self.exhausted_until(), code(Rest::Exhausted)).into()),
+                (eq("$$status", ERROR), says(FOREVER, code(Rest::Revoked)).into()),
             ],
             // A key that is disabled, in whatever word, rests for what it rested for before.
-            own,
+            cond(has_word(), own(), says(NEVER, NO_REASON)),
         );
-        match of {
-            Of::SameKey => said,
-            Of::AnyKey => doc! { "$let": { "vars": { "status": self.status_said() }, "in": said } },
-        }
+        doc! { "$let": { "vars": { "status": self.status_said() }, "in": said } }
     }
 
     /// The status, or the one beneath of a key that an earlier version of this crate disabled.
@@ -152,30 +126,25 @@ impl Fields {
     }
 
     /// A date of another type means nothing, but must not move the deadline with each look.
-    fn limited_until(&self, of: Of) -> Document {
+    fn limited_until(&self) -> Document {
         let date = path(&self.cooldown_until);
-        let has_got_one = of.with_word(eq(REASON, code(Rest::RateLimited)));
+        let has_got_one = all([has_word(), eq(REASON, code(Rest::RateLimited))]);
         let from_now = doc! { "$add": [NOW, WITHOUT_A_DATE] };
         cond(is_date(&date), date, cond(has_got_one, UNTIL, from_now))
     }
 
     /// Other programs write dates of another meaning beside this status: only a date of this crate's ends it.
-    pub(super) fn exhausted_until(&self, of: Of) -> Document {
+    fn exhausted_until(&self) -> Document {
         let date = path(&self.cooldown_until);
-        let is_ours = of.with_word(all([eq(REASON, code(Rest::Exhausted)), eq(UNTIL, &date)]));
-        let is_ours = match of {
-            Of::SameKey => is_ours,
-            Of::AnyKey => {
-                let earlier = path(ours::EXHAUSTED_UNTIL);
-                any([is_ours, all([is_date(&earlier), eq(earlier, &date)])])
-            }
-        };
-        cond(is_ours, date, FOREVER)
+        let is_ours = all([has_word(), eq(REASON, code(Rest::Exhausted)), eq(UNTIL, &date)]);
+        let earlier = path(ours::EXHAUSTED_UNTIL);
+        let was_ours = all([is_date(&earlier), eq(earlier, &date)]);
+        cond(any([is_ours, was_ours]), date, FOREVER)
     }
 
     /// Whether absorbing would change nothing.
     pub(super) fn is_settled(&self) -> Document {
-        let agrees = eq(self.said(Of::SameKey), own());
+        let agrees = eq(self.said(), own());
         all([self.is_same_key(), agrees, not(self.lacks_its_date())])
     }
 
@@ -188,34 +157,22 @@ impl Fields {
         is_one_of(doc! { "$type": path(&self.cooldown_until) }, bson_types)
     }
 
-    /// Takes in what other programs have written since the last write, to a document that is still the same key. A rest
-    /// that is shorter than the word's is a reset, if the word's has not ended. Any other one is of the same generation.
-    fn absorb_same(&self) -> Document {
-        let is_reset = all([is_resting(), doc! { "$lt": ["$$said", own()] }]);
-        let absorbed = doc! { "$let": {
-            "vars": { "is_reset": is_reset },
-            "in": {
-                ours::REST: word(cond("$$is_reset", next_generation(), GENERATION), "$$said.u", "$$said.r"),
-                ours::LIMITS: cond("$$is_reset", Bson::Array(Vec::new()), live()),
-            },
-        } };
-        doc! { "$let": { "vars": { "said": self.said(Of::SameKey) }, "in": absorbed } }
+    /// Takes in what other programs have written since the last write.
+    fn absorb(&self, born: Born) -> [Document; 2] {
+        let absorbed = cond(self.is_same_key(), absorb_same(), self.absorb_new(born));
+        let absorbed = doc! { "$let": { "vars": { "said": self.said() }, "in": absorbed } };
+        [doc! { "$replaceWith": replace_with(absorbed) }, doc! { "$unset": ours::FORMER.to_vec() }]
     }
 
-    /// The same for a document that this crate has not seen before, or that has another secret now.
+    /// Of a document that this crate has not seen before, or that has another secret now.
     fn absorb_new(&self, born: Born) -> Document {
-        doc! { "$let": { "vars": { "said": self.said(Of::AnyKey) }, "in": {
+        doc! {
             ours::REST: word(0_i64, "$$said.u", "$$said.r"),
             ours::BORN: hex(born),
             ours::SECRET_HASH: hash_of(&self.api_key),
             // A backup has rests of scopes, too.
             ours::LIMITS: cond(self.has_same_secret(), live(), Bson::Array(Vec::new())),
-        } } }
-    }
-
-    fn absorb(&self, born: Born) -> [Document; 2] {
-        let absorbed = cond(self.is_same_key(), self.absorb_same(), self.absorb_new(born));
-        [doc! { "$replaceWith": replace_with(absorbed) }, doc! { "$unset": ours::FORMER.to_vec() }]
+        }
     }
 
     /// Absorbs and nothing more. Other programs see no difference, but that a limited key gets the date that it lacks.
@@ -235,12 +192,6 @@ impl Fields {
     /// Absorbs, changes the word, and shows it.
     pub(super) fn write(&self, born: Born, changes: impl IntoIterator<Item = Document>) -> Vec<Document> {
         self.absorb(born).into_iter().chain(changes).chain(self.show()).collect()
-    }
-
-    /// The same for a document that is known to be the same key.
-    pub(super) fn write_same(&self, changes: impl IntoIterator<Item = Document>) -> Vec<Document> {
-        let absorbed = doc! { "$replaceWith": replace_with(self.absorb_same()) };
-        [absorbed].into_iter().chain(changes).chain(self.show()).collect()
     }
 
     /// Whether date and error are this crate's to show. Beside another program's status they have a meaning of its own.
@@ -295,10 +246,19 @@ impl Fields {
         let told = doc! { "$let": { "vars": { "words": self.rendered() }, "in": replace_with(told) } };
         [doc! { "$set": set }, doc! { "$replaceWith": told }]
     }
+}
 
-    fn rendered(&self) -> Document {
-        rendered::expression(is_one_of(path(&self.status), KNOWN))
-    }
+/// A rest that is shorter than the word's is a reset, if the word's has not ended. Any other one is of the same
+/// generation.
+fn absorb_same() -> Document {
+    let is_reset = all([is_resting(), doc! { "$lt": ["$$said", own()] }]);
+    doc! { "$let": {
+        "vars": { "is_reset": is_reset },
+        "in": {
+            ours::REST: word(cond("$$is_reset", next_generation(), GENERATION), "$$said.u", "$$said.r"),
+            ours::LIMITS: cond("$$is_reset", Bson::Array(Vec::new()), live()),
+        },
+    } }
 }
 
 /// A list that is empty is none.
