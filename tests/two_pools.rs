@@ -95,7 +95,7 @@ async fn f36_errors_of_the_inner_layer_keep_their_type() {
     let request = Request::get("https://api.example.com").body(String::new()).unwrap();
     let error = client.oneshot(request).await.unwrap_err();
     assert!(NoKeyAvailable::find(&error).is_none());
-    assert!(matches!(error, Error::Inner(Error::Inner(error)) if error.to_string() == "no route"));
+    assert!(matches!(error.flatten(), Error::Inner(error) if error.to_string() == "no route"));
 }
 
 #[tokio::test]

@@ -43,20 +43,8 @@ where
 
 // ---- the set of available slots ----
 
-#[derive(Clone, Copy, Debug)]
-enum Change {
-    Insert(usize),
-    Remove(usize),
-}
-
-impl Change {
-    fn make(self, set: &AtomicBitSet) {
-        match self {
-            Self::Insert(slot) => set.insert(slot),
-            Self::Remove(slot) => set.remove(slot),
-        }
-    }
-}
+/// What is done to the set, and with which slot.
+type Change = (fn(&AtomicBitSet, usize), usize);
 
 /// Fails where a summary says that there is nothing although there is something.
 fn assert_members(set: &AtomicBitSet, members: &[usize]) {
@@ -76,21 +64,22 @@ fn set_of(members: &[usize]) -> Arc<AtomicBitSet> {
 /// search looks at whatever a summary says.
 #[test]
 fn no_summary_is_lost_between_two_changes() {
-    use Change::{Insert, Remove};
+    let insert = |slot| -> Change { (AtomicBitSet::insert, slot) };
+    let remove = |slot| -> Change { (AtomicBitSet::remove, slot) };
     for (before, one, other, after) in [
-        (&[3][..], Insert(2), Remove(3), &[2][..]),
-        (&[5], Insert(4), Remove(5), &[4]),
-        (&[5], Insert(6), Remove(5), &[6]),
-        (&[3], Insert(6), Remove(3), &[6]),
-        (&[], Insert(4), Insert(5), &[4, 5]),
-        (&[], Insert(4), Insert(6), &[4, 6]),
-        (&[4, 5], Remove(4), Remove(5), &[]),
-        (&[4, 6], Remove(4), Remove(6), &[]),
-        (&[4, 6, 7], Remove(4), Remove(6), &[7]),
+        (&[3][..], insert(2), remove(3), &[2][..]),
+        (&[5], insert(4), remove(5), &[4]),
+        (&[5], insert(6), remove(5), &[6]),
+        (&[3], insert(6), remove(3), &[6]),
+        (&[], insert(4), insert(5), &[4, 5]),
+        (&[], insert(4), insert(6), &[4, 6]),
+        (&[4, 5], remove(4), remove(5), &[]),
+        (&[4, 6], remove(4), remove(6), &[]),
+        (&[4, 6, 7], remove(4), remove(6), &[7]),
     ] {
         model(move || {
             let set = set_of(before);
-            at_once(&set, move |set| one.make(set), move |set| other.make(set));
+            at_once(&set, move |set| one.0(set, one.1), move |set| other.0(set, other.1));
             assert_members(&set, after);
         });
     }

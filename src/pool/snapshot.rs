@@ -299,20 +299,13 @@ mod tests {
     use crate::{
         key::inject::Inject,
         limit::{Rest, Resting, Until, Word},
-        pool::key::{Home, UsableKey},
+        pool::{Engine, key::UsableKey},
     };
-
-    #[derive(Debug)]
-    struct Nowhere;
-
-    impl Home for Nowhere {
-        fn mark(&self, _: &Arc<Key>, _: Rest, _: Option<Duration>, _: u16) {}
-    }
 
     fn snapshot(ids: &[&str]) -> Snapshot {
         let key = |id: &&str| {
             let key = UsableKey::new(KeyId::new(id).unwrap(), &"sk".into(), &Inject::bearer()).unwrap();
-            Arc::new(key.healthy_in(Weak::<Nowhere>::new()))
+            Arc::new(key.healthy_in(Weak::<Engine>::new()))
         };
         Snapshot::new(ids.iter().map(key).collect(), None)
     }

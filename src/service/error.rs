@@ -90,3 +90,14 @@ impl<E: Into<BoxError>> Error<E> {
         }
     }
 }
+
+impl<E> Error<Error<E>> {
+    /// Makes the error of two layers, one inside the other, the error of one.
+    pub fn flatten(self) -> Error<E> {
+        match self {
+            Self::NoKeyAvailable(error) => Error::NoKeyAvailable(error),
+            Self::Inject(error) => Error::Inject(error),
+            Self::Inner(inner) => inner,
+        }
+    }
+}

@@ -1,8 +1,8 @@
 //! An estimate of the server's time.
 //!
 //! Deadlines are dates of the server. A mark that is held up on its way must not get a later one for it, so the client
-//! says the latest date that the mark may have; and what is left of a date is reckoned here, since an answer may be
-//! held up, too. Both need an upper bound of the server's time: one that is too low would end rests early.
+//! says the latest date that the mark may have. What is left of a date is computed here, since an answer may be held up,
+//! too. Both use an upper bound of the server's time, which is too high by at most the time of the fastest command.
 
 use std::{
     sync::{Mutex, PoisonError},
