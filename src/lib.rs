@@ -8,7 +8,7 @@
 //! ```
 //! use http::{Request, Response};
 //! use tower::{Service, ServiceBuilder, ServiceExt, service_fn};
-//! use tower_key_rotation::{KeyPool, KeyRotationLayer, RecoveryHandle};
+//! use tower_key_rotation::{KeyPool, KeyRotationLayer};
 //!
 //! # #[tokio::main(flavor = "current_thread")]
 //! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -16,7 +16,6 @@
 //!     .key("alpha", "sk-1")
 //!     .key("beta", "sk-2")
 //!     .build()?;
-//! let recovery = RecoveryHandle::spawn(&pool);
 //!
 //! // the client: anything that takes an `http::Request`, or a `reqwest::Request`
 //! let client = service_fn(async |request: Request<String>| {
@@ -32,8 +31,6 @@
 //! // alpha rests now, so everything goes to beta
 //! assert_eq!(client.ready().await?.call(request()?).await?.status(), 200);
 //! assert_eq!(client.ready().await?.call(request()?).await?.status(), 200);
-//!
-//! recovery.shutdown().await?;
 //! # Ok(())
 //! # }
 //! ```
@@ -51,18 +48,7 @@
 //!
 //! # Features
 //!
-//! None is on by default.
-//!
-//! | feature | what it adds |
-//! |---|---|
-//! | `encryption` | `DataKeys`: secrets are encrypted in MongoDB; brings `mongodb` |
-//! | `metrics` | `KeyPool::record_metrics`: for the recorder of the `metrics` crate |
-//! | `mongodb` | `MongoStore`: keys and their state shared by many processes |
-//! | `reqwest` | the layer over `reqwest::Request` |
-//! | `reqwest-middleware` | the layer as a middleware of `reqwest-middleware`; brings `reqwest` |
-//! | `serde` | statistics are `Serialize` |
-//! | `toml` | keys in a TOML file |
-//! | `full` | all of these |
+//! None is on by default. The [README](https://docs.rs/crate/tower-key-rotation/latest) lists them.
 
 #![forbid(unsafe_code)]
 #![cfg_attr(not(test), warn(clippy::expect_used, clippy::panic, clippy::unwrap_used))]

@@ -38,10 +38,7 @@ async fn status(client: &ClientWithMiddleware, server: &Server) -> u16 {
 }
 
 fn no_key(error: &Error) -> Option<&NoKeyAvailable> {
-    match error {
-        Error::Middleware(error) => error.downcast_ref(),
-        Error::Reqwest(_) => None,
-    }
+    NoKeyAvailable::find(error)
 }
 
 #[tokio::test]

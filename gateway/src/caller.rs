@@ -11,6 +11,7 @@ use std::{
     time::Duration,
 };
 
+use http::Version;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
@@ -25,24 +26,31 @@ pub(crate) struct Activity(Arc<State>);
 struct State {
     in_flight: AtomicUsize,
     is_unread: AtomicBool,
+    is_http_2: AtomicBool,
     /// How many requests there were.
-    begun: AtomicUsize,
+    requests: AtomicUsize,
 }
 
 impl Activity {
     /// Counts a request as in flight until the guard is dropped.
-    pub(crate) fn begin(&self) -> InFlight {
+    pub(crate) fn begin(&self, version: Version) -> InFlight {
         self.0.in_flight.fetch_add(1, Relaxed);
-        self.0.begun.fetch_add(1, Relaxed);
+        self.0.requests.fetch_add(1, Relaxed);
+        self.0.is_http_2.store(version == Version::HTTP_2, Relaxed);
         InFlight(self.clone())
     }
 
     /// Returns how many requests there were.
-    pub(crate) fn begun(&self) -> usize {
-        self.0.begun.load(Relaxed)
+    pub(crate) fn requests(&self) -> usize {
+        self.0.requests.load(Relaxed)
     }
 
-    /// Whether no request is in flight and the caller has read everything.
+    pub(crate) fn is_http_2(&self) -> bool {
+        self.0.is_http_2.load(Relaxed)
+    }
+
+    /// Whether no request is in flight and no write waits for the caller. In HTTP/2, the end of a response may still wait
+    /// in the connection.
     pub(crate) fn is_idle(&self) -> bool {
         self.0.in_flight.load(Relaxed) == 0 && !self.0.is_unread.load(Relaxed)
     }

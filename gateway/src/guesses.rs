@@ -1,8 +1,9 @@
 //! Wrong tokens: counts and logs them, and stops an address that guesses.
 //!
 //! An address that has sent too many wrong tokens within a minute gets no further look at its tokens until the minute
-//! is over. A right token makes its address an exception: the callers behind one proxy or router share an address, and
-//! one of them with an old token must not lock out the others.
+//! is over. A right token makes its address an exception: the callers behind one router share an address, and one of them
+//! with an old token must not lock out the others. Neither is a loopback address locked out: it may be a proxy's, which
+//! all callers share.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -43,11 +44,8 @@ impl Tokens {
 pub(crate) enum Denied {
     /// None of the tokens is right, or there is none.
     Wrong,
-    /// The tokens were not looked at.
-    TooMany {
-        /// When they will be again.
-        wait: Duration,
-    },
+    /// The tokens were not looked at, and will be after this time.
+    TooMany { wait: Duration },
 }
 
 pub(crate) struct Guesses {
@@ -83,20 +81,23 @@ impl Guesses {
         tokens: impl Iterator<Item = &'t str>,
         is_right: impl Fn(&str) -> bool,
     ) -> Result<(), Denied> {
-        let address =
-            head.extensions.get().map(|ConnectInfo(peer): &ConnectInfo<SocketAddr>| network(peer.ip()));
-        self.check_from(address.unwrap_or(UNKNOWN), tokens, is_right, Instant::now())
+        let peer = head.extensions.get().map(|ConnectInfo(peer): &ConnectInfo<SocketAddr>| peer.ip());
+        self.check_from(peer.unwrap_or(UNKNOWN).to_canonical(), tokens, is_right, Instant::now())
     }
 
     fn check_from<'t>(
         &self,
-        address: IpAddr,
+        peer: IpAddr,
         tokens: impl Iterator<Item = &'t str>,
         is_right: impl Fn(&str) -> bool,
         now: Instant,
     ) -> Result<(), Denied> {
+        let address = network(peer);
         let is_known = self.known.read().unwrap_or_else(PoisonError::into_inner).contains(&address);
-        if !is_known && let Some(wait) = self.wait_of(address, now) {
+        if !is_known
+            && !peer.is_loopback()
+            && let Some(wait) = self.wait_of(address, now)
+        {
             return Err(Denied::TooMany { wait });
         }
         let (mut given, mut has_right) = (0, false);
@@ -105,7 +106,7 @@ impl Guesses {
             has_right |= is_right(token);
         }
         if !has_right {
-            self.note(address, given, now);
+            self.note(peer, given, now);
             return Err(Denied::Wrong);
         }
         if !is_known {
@@ -125,7 +126,7 @@ impl Guesses {
     }
 
     /// Counts wrong tokens. The first one of an address in its window is logged, and the one that is too many.
-    fn note(&self, address: IpAddr, given: usize, now: Instant) {
+    fn note(&self, peer: IpAddr, given: usize, now: Instant) {
         if given == 0 {
             return;
         }
@@ -137,7 +138,7 @@ impl Guesses {
         if addresses.len() >= ADDRESSES {
             addresses.clear();
         }
-        let wrong = addresses.entry(address).or_insert(Wrong { since: now, count: 0 });
+        let wrong = addresses.entry(network(peer)).or_insert(Wrong { since: now, count: 0 });
         if wrong.left(now).is_zero() {
             *wrong = Wrong { since: now, count: 0 };
         }
@@ -146,10 +147,10 @@ impl Guesses {
         let (count, of) = (wrong.count, self.of.name());
         drop(addresses);
         if before == 0 {
-            tracing::warn!(%address, "wrong {of} token");
+            tracing::warn!(address = %peer, "wrong {of} token");
         }
         if before < MOST && count >= MOST {
-            tracing::warn!(%address, count, "too many wrong {of} tokens within a minute");
+            tracing::warn!(address = %peer, count, "too many wrong {of} tokens within a minute");
         }
     }
 }
@@ -182,8 +183,8 @@ mod tests {
         }
 
         fn tries(&self, address: &str, tokens: &[&str]) -> Result<(), Denied> {
-            let address = network(address.parse().unwrap());
-            self.guesses.check_from(address, tokens.iter().copied(), |token| token == "right", self.now)
+            let peer = address.parse().unwrap();
+            self.guesses.check_from(peer, tokens.iter().copied(), |token| token == "right", self.now)
         }
 
         fn guess(&self, address: &str) {
@@ -228,6 +229,15 @@ mod tests {
         assert_eq!(door.tries("10.0.0.1", &["right"]), Ok(()));
         door.guess("10.0.0.1");
         assert_eq!(door.tries("10.0.0.1", &["wrong", "right"]), Ok(()));
+    }
+
+    #[test]
+    fn loopback_addresses_are_never_locked_out() {
+        let door = Door::new();
+        for address in ["127.0.0.1", "::1"] {
+            door.guess(address);
+            assert_eq!(door.tries(address, &["right"]), Ok(()));
+        }
     }
 
     #[test]

@@ -30,7 +30,7 @@ use crate::{
 const HEAD_AT_STOP: Duration = Duration::from_secs(1);
 
 /// How much of a request an HTTP/2 caller may send while the gateway does not read.
-const STREAM_WINDOW: u32 = 512 << 10;
+const STREAM_WINDOW: u32 = 128 << 10;
 
 /// The largest window of a connection, so that only the streams' windows limit a caller: a proxy may send the requests
 /// of many callers over one connection.
@@ -79,13 +79,19 @@ pub(crate) async fn serve(
     let places = Arc::new(Semaphore::new(limits.connections));
     let (stopping, stopped) = watch::channel(());
     let mut stop = pin!(stop);
+    let (mut refused, mut refused_at) = (0, None);
     loop {
         let (connection, from) = tokio::select! {
             accepted = accept(&listener) => accepted,
             () = &mut stop => break,
         };
         let Ok(place) = places.clone().try_acquire_owned() else {
-            tracing::warn!("a connection is refused, because there are {} already", limits.connections);
+            refused += 1;
+            // Not each: refusals must not fill the log.
+            if refused_at.is_none_or(|at: Instant| at.elapsed() >= Duration::from_secs(1)) {
+                tracing::warn!(refused, "connections are refused, because {} are open", limits.connections);
+                (refused, refused_at) = (0, Some(Instant::now()));
+            }
             continue;
         };
         // Without this, Nagle's algorithm would delay the small chunks of an event stream.
@@ -149,9 +155,9 @@ async fn answer(
     let connection = Caller::new(connection, activity.clone(), limits.send);
     let (counted, watched) = (activity.clone(), responses.clone());
     let app = service_fn(move |request: Request<Incoming>| {
-        let in_flight = counted.begin();
-        // In HTTP/1.1, a caller that does not read makes the whole connection wait, which `Caller` sees.
         let version = request.version();
+        let in_flight = counted.begin(version);
+        // In HTTP/1.1, a caller that does not read makes the whole connection wait, which `Caller` sees.
         let responses = (version == Version::HTTP_2).then(|| watched.clone());
         let mut request = request.map(|body| Body::new(Whole::new(body, version)));
         request.extensions_mut().insert(ConnectInfo(from));
@@ -171,18 +177,19 @@ async fn answer(
     });
     let served = http.serve_connection(TokioIo::new(connection), TowerToHyperService::new(app));
     let mut served = pin!(served);
-    tokio::select! {
+    let is_stopping = tokio::select! {
         // An error here concerns only the caller.
         _ = served.as_mut() => return,
-        _ = stopped.changed() => {}
-        () = idle(&activity, &responses, limits) => {}
+        _ = stopped.changed() => true,
+        () = is_to_end(&activity, &responses, limits) => false,
         () = asks_nothing(&activity, limits) => return,
-    }
+    };
     served.as_mut().graceful_shutdown();
     tokio::select! {
         _ = served => {}
         () = idle_at_stop(&activity) => {}
-        () = async { loop { break_off_unread(&responses, limits).await } } => {}
+        // At a stop, the limit of the shutdown applies.
+        () = sleep(limits.send), if !is_stopping => {}
     }
 }
 
@@ -190,42 +197,43 @@ async fn answer(
 /// version, and HTTP/2 has none.
 async fn asks_nothing(activity: &Activity, limits: Limits) {
     sleep(limits.first_request).await;
-    if activity.begun() > 0 {
+    if activity.requests() > 0 {
         std::future::pending().await
     }
 }
 
-/// Completes when no request has been in flight for a while. HTTP/1.1 has a timeout of its own for that, which counts
-/// from the last response to the next request's head.
-async fn idle(activity: &Activity, responses: &Responses, limits: Limits) {
-    let (mut begun, mut idle_since) = (0, Instant::now());
+/// Completes when no request has been in flight for a while, or when a response was broken off that its caller did not
+/// read: hyper tells the caller only when it reads, and the stream counts until then. HTTP/1.1 has an idle timeout of its
+/// own, which counts from the last response to the next request's head.
+async fn is_to_end(activity: &Activity, responses: &Responses, limits: Limits) {
+    let pause = (limits.send.min(limits.next_request) / 4).max(SHORTEST_PAUSE);
+    let (mut requests, mut idle_since) = (0, Instant::now());
     loop {
-        break_off_unread(responses, limits).await;
-        if !activity.is_idle() || activity.begun() != begun {
-            (begun, idle_since) = (activity.begun(), Instant::now());
-        } else if begun > 0 && idle_since.elapsed() >= limits.next_request {
+        sleep(pause).await;
+        let unread = responses.break_off(limits.send);
+        if unread > 0 {
+            tracing::info!(
+                unread,
+                "responses are broken off, because their caller read nothing for {:?}",
+                limits.send
+            );
+            return;
+        }
+        if !activity.is_idle() || activity.requests() != requests {
+            (requests, idle_since) = (activity.requests(), Instant::now());
+        } else if requests > 0 && idle_since.elapsed() >= limits.next_request {
             return;
         }
     }
 }
 
-/// Breaks off responses that are not read, once in a while.
-async fn break_off_unread(responses: &Responses, limits: Limits) {
-    sleep((limits.send.min(limits.next_request) / 4).max(SHORTEST_PAUSE)).await;
-    let unread = responses.break_off(limits.send);
-    if unread > 0 {
-        tracing::info!(
-            "{unread} responses are broken off, because their caller read nothing for {:?}",
-            limits.send
-        );
-    }
-}
-
-/// Completes once a connection has no request in flight after the stop signal. An incomplete head is not waited for.
+/// Completes once a connection has no request in flight after it was told to end. An incomplete head is not waited for.
+///
+/// An HTTP/2 connection ends by itself when the last response has been sent.
 async fn idle_at_stop(activity: &Activity) {
     loop {
         sleep(HEAD_AT_STOP).await;
-        if activity.is_idle() {
+        if activity.is_idle() && !activity.is_http_2() {
             return;
         }
     }

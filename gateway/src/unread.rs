@@ -7,7 +7,7 @@ use std::{
     mem,
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::{Duration, Instant},
 };
 
@@ -21,8 +21,14 @@ use hyper::body::{Frame, SizeHint};
 #[derive(Clone, Default)]
 pub(crate) struct Responses(Arc<Mutex<Vec<Weak<Mutex<State>>>>>);
 
+/// The largest piece of a body that hyper gets at once. It takes the next one when the caller has room for it, so a slow
+/// caller is seen to read, and little waits for a caller that does not.
+const PIECE: usize = 16 << 10;
+
 struct State {
     body: Body,
+    /// What is left of the last data.
+    rest: Bytes,
     /// When hyper last took something of the body. It takes nothing while the caller does not read.
     taken_at: Instant,
     /// Whether the upstream is waited for, and not the caller.
@@ -30,7 +36,8 @@ struct State {
     is_broken_off: bool,
 }
 
-struct Response(Arc<Mutex<State>>);
+/// A response body that is watched.
+struct Watched(Arc<Mutex<State>>);
 
 impl Responses {
     /// Watches a response body.
@@ -38,7 +45,13 @@ impl Responses {
         if body.is_end_stream() {
             return body;
         }
-        let state = State { body, taken_at: Instant::now(), waits_for_upstream: false, is_broken_off: false };
+        let state = State {
+            body,
+            rest: Bytes::new(),
+            taken_at: Instant::now(),
+            waits_for_upstream: false,
+            is_broken_off: false,
+        };
         let state = Arc::new(Mutex::new(state));
         let mut watched = lock(&self.0);
         // Keeps the list as short as twice the number of responses in flight.
@@ -47,7 +60,7 @@ impl Responses {
         }
         watched.push(Arc::downgrade(&state));
         drop(watched);
-        Body::new(Response(state))
+        Body::new(Watched(state))
     }
 
     /// Breaks off the responses of which the caller has read nothing for this long, and returns how many.
@@ -62,10 +75,26 @@ impl State {
         let is_unread = !self.waits_for_upstream && !self.is_broken_off && self.taken_at.elapsed() >= limit;
         if is_unread {
             // The drop frees the upstream's stream.
-            drop(mem::take(&mut self.body));
+            drop((mem::take(&mut self.body), mem::take(&mut self.rest)));
             self.is_broken_off = true;
         }
         is_unread
+    }
+}
+
+impl State {
+    fn next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
+        if self.rest.is_empty() {
+            match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
+                Some(Ok(frame)) => match frame.into_data() {
+                    Ok(data) => self.rest = data,
+                    Err(trailers) => return Poll::Ready(Some(Ok(trailers))),
+                },
+                end => return Poll::Ready(end),
+            }
+        }
+        let piece = self.rest.split_to(self.rest.len().min(PIECE));
+        Poll::Ready(Some(Ok(Frame::data(piece))))
     }
 }
 
@@ -73,7 +102,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl HttpBody for Response {
+impl HttpBody for Watched {
     type Data = Bytes;
     type Error = Error;
 
@@ -82,7 +111,7 @@ impl HttpBody for Response {
         if state.is_broken_off {
             return Poll::Ready(Some(Err(Error::new("the caller read nothing for too long"))));
         }
-        let frame = Pin::new(&mut state.body).poll_frame(cx);
+        let frame = state.next(cx);
         state.taken_at = Instant::now();
         state.waits_for_upstream = frame.is_pending();
         frame
@@ -90,10 +119,46 @@ impl HttpBody for Response {
 
     fn is_end_stream(&self) -> bool {
         let state = lock(&self.0);
-        !state.is_broken_off && state.body.is_end_stream()
+        !state.is_broken_off && state.rest.is_empty() && state.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        lock(&self.0).body.size_hint()
+        let state = lock(&self.0);
+        let (hint, rest) = (state.body.size_hint(), state.rest.len() as u64);
+        let mut with_rest = SizeHint::new();
+        if let Some(upper) = hint.upper() {
+            with_rest.set_upper(upper + rest);
+        }
+        with_rest.set_lower(hint.lower() + rest);
+        with_rest
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http_body_util::BodyExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn data_comes_in_small_pieces() {
+        let mut body = Responses::default().watch(Body::from(vec![7; 40_000]));
+        assert_eq!(body.size_hint().exact(), Some(40_000));
+        let mut pieces = Vec::new();
+        while let Some(frame) = body.frame().await {
+            pieces.push(frame.unwrap().into_data().unwrap().len());
+        }
+        assert_eq!(pieces, [16_384, 16_384, 7_232]);
+        assert!(body.is_end_stream());
+    }
+
+    #[tokio::test]
+    async fn an_unread_response_is_broken_off_once() {
+        let responses = Responses::default();
+        let mut body = responses.watch(Body::from("unread"));
+        assert_eq!(responses.break_off(Duration::from_secs(60)), 0);
+        assert_eq!(responses.break_off(Duration::ZERO), 1);
+        assert_eq!(responses.break_off(Duration::ZERO), 0);
+        assert!(body.frame().await.unwrap().is_err());
     }
 }

@@ -7,7 +7,7 @@ use std::{
     io::ErrorKind,
     net::SocketAddr,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicUsize, Ordering::SeqCst},
     },
     time::Duration,
@@ -128,27 +128,52 @@ async fn s08_busy_http_2_connections_delay_no_request() {
 }
 
 #[tokio::test]
-async fn s08_an_unread_stream_ends_without_its_connection() {
-    let began = Arc::new(AtomicUsize::new(0));
-    let upstream = Server::start({
-        let began = began.clone();
-        move |request| {
-            began.fetch_add(1, SeqCst);
-            let is_large = request.uri().path() == "/large";
-            let body = if is_large { Body::from(vec![0; 20_000_000]) } else { Body::from("fine") };
-            std::future::ready(answer(200, body))
-        }
+async fn s08_an_unread_stream_ends_and_others_finish() {
+    let (sender, body) = stream();
+    let body = Arc::new(Mutex::new(Some(body)));
+    let upstream = Server::start(move |request| {
+        let is_large = request.uri().path() == "/large";
+        let large = || Body::from(vec![0; 20_000_000]);
+        std::future::ready(answer(200, if is_large { large() } else { body.lock().unwrap().take().unwrap() }))
     })
     .await;
     let gateway = Gateway::before(upstream.address(), &["a"], ["--send-timeout", "0.5"]).await;
     let mut connection = http_2(&gateway).await;
+    let other = get_over(&mut connection, &gateway, "/").await;
     let unread = get_over(&mut connection, &gateway, "/large").await;
     eventually("the gateway breaks it off", || gateway.log().contains("responses are broken off")).await;
-    // The connection serves others, before and after.
-    let mut response = get_over(&mut connection, &gateway, "/").await;
-    assert_eq!(in_time(response.body_mut().collect()).await.unwrap().to_bytes(), "fine");
     // What was not sent never comes.
     assert!(in_time(unread.into_body().collect()).await.is_err());
+    let mut sender = sender;
+    sender.send_data("fine".into()).await.unwrap();
+    drop(sender);
+    assert_eq!(in_time(other.into_body().collect()).await.unwrap().to_bytes(), "fine");
+    eventually("the connection ends", || connection.is_closed()).await;
+}
+
+/// Reads slowly, and lets the rest wait in the connection.
+#[tokio::test]
+async fn s08_slow_readers_over_http_2_get_everything() {
+    let upstream = Server::answering(|| answer(200, Body::from(vec![0; 300_000]))).await;
+    let arguments = ["--send-timeout", "2", "--keep-alive", "0.2", "--shutdown-limit", "200"];
+    let mut gateway = Gateway::before(upstream.address(), &["a"], arguments).await;
+    let connection = TokioIo::new(TcpStream::connect(gateway.address()).await.unwrap());
+    let mut http_2 = http2::Builder::new(TokioExecutor::new());
+    http_2.initial_stream_window_size(20_000);
+    let (mut sender, connection) = http_2.handshake(connection).await.unwrap();
+    tokio::spawn(connection);
+    let mut body = get_over(&mut sender, &gateway, "/").await.into_body();
+    let mut read = 0;
+    while let Some(frame) = in_time(body.frame()).await {
+        read += frame.unwrap().into_data().unwrap().len();
+        // Less than the upstream has sent long ago is read when the gateway is told to stop.
+        if read > 100_000 && read < 120_000 {
+            gateway.terminate().await;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(read, 300_000);
+    assert_eq!(gateway.ended().await.code(), Some(0));
 }
 
 #[tokio::test]
@@ -174,7 +199,7 @@ async fn s08_connections_beyond_the_limit_are_closed() {
         Ok(read) => assert_eq!(read, 0),
         Err(error) => assert_eq!(error.kind(), ErrorKind::ConnectionReset),
     }
-    eventually("it is logged", || gateway.log().contains("a connection is refused")).await;
+    eventually("it is logged", || gateway.log().contains("connections are refused")).await;
     idle.pop();
     eventually_asked(&gateway).await;
 }
@@ -196,7 +221,7 @@ async fn eventually_asked(gateway: &Gateway) {
 #[tokio::test]
 async fn s08_requests_beyond_the_limit_get_503() {
     let (sender, body) = stream();
-    let body = Arc::new(std::sync::Mutex::new(Some(body)));
+    let body = Arc::new(Mutex::new(Some(body)));
     let take = move || body.lock().unwrap().take().unwrap_or_else(|| Body::from("fine"));
     let upstream = Server::answering(move || answer(200, take())).await;
     let gateway = Gateway::before(upstream.address(), &["a"], ["--max-requests", "1"]).await;

@@ -95,6 +95,8 @@ impl KeyPoolBuilder {
 
     /// Adds a key.
     pub fn key(mut self, id: impl Into<String>, secret: impl Into<Secret>) -> Self {
+        // First, so that it is wiped whatever the id is.
+        let secret = secret.into();
         self.given.push(Given::Code(KeyId::new(id.into()).map(|id| KeySpec::new(id, secret))));
         self
     }

@@ -51,6 +51,8 @@ impl KeyPool {
     ///
     /// If the id or the secret can't be used, or is another key's, or if the store fails.
     pub async fn insert(&self, id: impl AsRef<str>, secret: impl Into<Secret>) -> Result<(), OperateError> {
+        // First, so that it is wiped whatever the id is.
+        let secret = secret.into();
         let key = KeyId::new(id).map_err(Cause::from).and_then(|id| self.new_key(KeySpec::new(id, secret)));
         self.insert_new(vec![key]).await.into_iter().collect::<Result<_, _>>().map_err(OperateError)
     }

@@ -25,28 +25,18 @@ impl NoKeyAvailable {
     ///
     /// An `Error` around a box is no `std::error::Error`: make a box of it by
     /// [`into_inner`](crate::Error::into_inner) first.
-    ///
-    /// ```
-    /// use http::{Request, Response};
-    /// use tower::{Layer, ServiceExt, service_fn};
-    /// use tower_key_rotation::{KeyPool, KeyRotationLayer, NoKeyAvailable};
-    ///
-    /// # #[tokio::main(flavor = "current_thread")]
-    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// let pool = KeyPool::builder().build()?;
-    /// let client = service_fn(async |_: Request<()>| Ok::<_, std::io::Error>(Response::new(())));
-    /// let client = KeyRotationLayer::new(&pool).layer(client);
-    /// let error = client.oneshot(Request::get("https://api.example.com").body(())?).await.unwrap_err();
-    /// assert!(NoKeyAvailable::find(&error).is_some_and(|no_key| no_key.is_empty_pool()));
-    /// # Ok(())
-    /// # }
-    /// ```
     #[must_use]
     pub fn find<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a Self> {
         let mut next = Some(error);
         while let Some(error) = next {
             if let Some(found) = error.downcast_ref() {
                 return Some(found);
+            }
+            #[cfg(feature = "reqwest-middleware")]
+            if let Some(reqwest_middleware::Error::Middleware(cause)) = error.downcast_ref() {
+                // Its `source` is the one of its cause.
+                next = Some(&**cause);
+                continue;
             }
             next = error.source();
         }

@@ -88,10 +88,7 @@ impl Due {
             Change::Keys(ids) => self.ids.extend(ids),
             Change::Anything => self.all = true,
         }
-        if self.ids.len() > KEYS_AT_ONCE {
-            self.ids.clear();
-            self.all = true;
-        }
+        self.all |= self.ids.len() > KEYS_AT_ONCE;
     }
 
     /// A load in a task of its own: it must not be dropped half-way, and may panic.

@@ -200,7 +200,7 @@ impl RecoveryHandle {
             failures: last.as_ref().map_or(0, |report| report.failures),
             recovered: last.as_ref().map_or(0, |report| report.recovered),
             duration: Duration::ZERO,
-            outcome: Err(PassError(Cause::Stopped)),
+            outcome: Err(PassError(Arc::new(Cause::Stopped))),
         }
     }
 }
@@ -228,12 +228,12 @@ pub struct Report {
 /// If the store failed, the [`StoreError`] is the source.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error(transparent)]
-pub struct PassError(Cause);
+pub struct PassError(Arc<Cause>);
 
-#[derive(Clone, Debug, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 enum Cause {
     #[error("the pass failed")]
-    Store(#[source] Arc<StoreError>),
+    Store(#[source] StoreError),
     /// It continues, and the next pass waits for it.
     #[error("the pass took longer than {0:?}")]
     TookTooLong(Duration),
@@ -340,7 +340,7 @@ impl Recovery {
         clock: &dyn Clock,
         deadline: Duration,
     ) -> (Recovered, Result<(), PassError>) {
-        let too_long = Err(PassError(Cause::TookTooLong(self.config.limit_or_default())));
+        let too_long = Err(PassError(Arc::new(Cause::TookTooLong(self.config.limit_or_default()))));
         if let Some(overdue) = &mut self.overdue {
             let Some(pass) = by(deadline, clock, overdue).await else {
                 return (Recovered::default(), too_long);
@@ -352,9 +352,9 @@ impl Recovery {
         let mut pass = tokio::spawn(write_sweep_reload(self.pool.clone()));
         match by(deadline, clock, &mut pass).await {
             Some(Ok((recovered, done))) => {
-                (recovered, done.map_err(|error| PassError(Cause::Store(Arc::new(error)))))
+                (recovered, done.map_err(|error| PassError(Arc::new(Cause::Store(error)))))
             }
-            Some(Err(_)) => (Recovered::default(), Err(PassError(Cause::Panicked))),
+            Some(Err(_)) => (Recovered::default(), Err(PassError(Arc::new(Cause::Panicked)))),
             None => {
                 self.overdue = Some(pass);
                 (Recovered::default(), too_long)

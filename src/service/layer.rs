@@ -141,11 +141,12 @@ fn reads_only() -> Failover<Once> {
     Failover::attempts(1).clone_with(Once)
 }
 
-impl<S, C, M> Layer<S> for KeyRotationLayer<C, M> {
+impl<S, C: Clone, M: Clone> Layer<S> for KeyRotationLayer<C, M> {
     type Service = KeyRotation<S, C, M>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        KeyRotation::new(inner, self.rotation.clone())
+        // An allocation of its own, so that threads with a service each do not share a reference count.
+        KeyRotation::new(inner, Arc::new((*self.rotation).clone()))
     }
 }
 

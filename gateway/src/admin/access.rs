@@ -17,6 +17,7 @@ use super::refusal::Refusal;
 use crate::{
     callers::Token,
     guesses::{Denied, Guesses, Tokens},
+    proxy::seconds_up,
     settings::Settings,
     this_machine,
 };
@@ -103,7 +104,7 @@ fn refuse(denied: Denied) -> Response {
             ([(WWW_AUTHENTICATE, "Bearer")], refusal).into_response()
         }
         Denied::TooMany { wait } => {
-            let seconds = wait.as_secs() + 1;
+            let seconds = seconds_up(wait);
             let refusal = format!("too many wrong tokens from this address: wait {seconds} s");
             let refusal = Refusal::new(StatusCode::TOO_MANY_REQUESTS, refusal);
             ([(RETRY_AFTER, HeaderValue::from(seconds))], refusal).into_response()

@@ -41,15 +41,13 @@ pub(super) fn read(media_type: &str, body: &[u8]) -> Result<Vec<Line>, Refusal> 
             return Err(Refusal::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, accepted));
         }
     };
-    // Before it is parsed: each line can be a key, and the outcome of each takes more memory than the line.
-    let is_short = || body.iter().filter(|byte| **byte == b'\n').count() <= 4 * MOST;
-    let parse = || KeySpec::parse_all(name, body).map_err(|error| Refusal::bad_request(error.to_string()));
-    let keys = if is_short() { parse()? } else { return Err(too_many()) };
+    let too_many = || Refusal::bad_request(format!("more than {MOST} keys: send them in parts"));
+    // Before it is parsed: each line of text can be a key, and its outcome takes more memory than the line.
+    if name == "import" && body.iter().filter(|byte| **byte == b'\n').count() > 4 * MOST {
+        return Err(too_many());
+    }
+    let keys = KeySpec::parse_all(name, body).map_err(|error| Refusal::bad_request(error.to_string()))?;
     if keys.len() > MOST { Err(too_many()) } else { Ok(keys) }
-}
-
-fn too_many() -> Refusal {
-    Refusal::bad_request(format!("more than {MOST} keys: send them in parts"))
 }
 
 pub(super) async fn add(pool: &KeyPool, keys: Vec<Line>) -> Imported {

@@ -17,8 +17,8 @@ struct AnswerBody {
 /// Wraps a response body.
 ///
 /// - It drops trailers, because the gateway does not search them for a key that the upstream repeats.
-/// - It delays an error until hyper has sent the head and what came of the body. Otherwise hyper would close the
-///   connection without them.
+/// - It delays an error until hyper has sent the head and what came of the body. Otherwise hyper would close an HTTP/1.1
+///   connection without them. In HTTP/2, what waits for the caller's window is lost all the same.
 pub(super) fn body(body: Body) -> Body {
     if body.is_end_stream() {
         return body;

@@ -56,6 +56,7 @@ impl<C> Connections<C> {
     fn begin(&self) -> (&C, InFlight) {
         let load = |connection: &&Connection<C>| connection.in_flight.load(Relaxed);
         let idle = self.0.iter().find(|connection| load(connection) < BUSY);
+        // There is always a least busy one.
         let connection = idle.or_else(|| self.0.iter().min_by_key(load)).unwrap_or(&self.0[0]);
         connection.in_flight.fetch_add(1, Relaxed);
         (&connection.client, InFlight(connection.in_flight.clone()))

@@ -271,6 +271,7 @@ fn whole_seconds(wait: Duration) -> HeaderValue {
     seconds_up(wait).into()
 }
 
-fn seconds_up(wait: Duration) -> u64 {
-    wait.as_secs() + u64::from(wait.subsec_nanos() > 0)
+/// The pool rounds rests up to milliseconds, so less than one is nothing.
+pub(crate) fn seconds_up(wait: Duration) -> u64 {
+    (wait.as_millis() as u64).div_ceil(1_000)
 }

@@ -43,7 +43,7 @@ const RESENDS: u32 = 5;
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 
 /// How much of a response an HTTP/2 upstream may send while its caller does not read.
-const STREAM_WINDOW: u32 = 512 << 10;
+const STREAM_WINDOW: u32 = 128 << 10;
 
 /// The largest window of a connection (RFC 9113 section 6.9.1). Only the streams' windows limit the upstream: a smaller
 /// window would be used up by a few callers that do not read, and everybody else on the connection would wait for them.

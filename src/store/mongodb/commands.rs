@@ -145,7 +145,9 @@ impl Fields {
     pub(super) fn expired(&self) -> Document {
         let has_ended = doc! { "$lte": ["$$said.u", NOW] };
         let has_ended = doc! { "$let": { "vars": { "said": self.said() }, "in": has_ended } };
-        self.with_status([RATE_LIMITED, EXHAUSTED], has_ended)
+        let has_passed = all([doc! { "$lte": [path(&self.cooldown_until), NOW] }, has_ended.clone()]);
+        let dated = self.with_status([RATE_LIMITED, EXHAUSTED], doc! { "$type": "date" }, has_passed);
+        doc! { "$or": [dated, self.with_status([RATE_LIMITED], without_date(), has_ended)] }
     }
 
     pub(super) fn sweep(&self, born: Born) -> Update {
@@ -155,13 +157,15 @@ impl Fields {
     /// A limited key without a date would never be swept: it gets one.
     pub(super) fn date_the_undated(&self, born: Born) -> Update {
         let is_undated = not(is_date(&path(&self.cooldown_until)));
-        let filter = self.with_status([RATE_LIMITED], all([is_undated, not(self.is_settled())]));
+        let more = all([is_undated, not(self.is_settled())]);
+        let filter = self.with_status([RATE_LIMITED], without_date(), more);
         Update { filter, pipeline: self.settle(born) }
     }
 
-    /// The field before the expression is for the index. It also matches arrays, and the expression does not.
-    fn with_status<const N: usize>(&self, statuses: [&str; N], more: Document) -> Document {
-        doc! { &self.status: { "$in": statuses.to_vec() }, "$expr": all([self.is_readable(), more]) }
+    /// The fields before the expression are for the index. They also match arrays, and the expression does not.
+    fn with_status<const N: usize>(&self, statuses: [&str; N], date: Document, more: Document) -> Document {
+        let expression = all([self.is_readable(), more]);
+        doc! { &self.status: { "$in": statuses.to_vec() }, &self.cooldown_until: date, "$expr": expression }
     }
 
     /// The fields that a load reads of each document, or of these.
@@ -263,6 +267,11 @@ fn spec_of(spec: &KeySpec) -> Option<Document> {
     let said: Document =
         fields.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))).collect();
     (!said.is_empty()).then_some(said)
+}
+
+/// An index finds these by everything that is less or more than any date, and so no arrays: a load sees to them.
+fn without_date() -> Document {
+    doc! { "$not": { "$gte": DateTime::MIN } }
 }
 
 #[cfg(test)]

@@ -29,13 +29,18 @@ pub(super) async fn add(inner: &Arc<Inner>, usage: Vec<Usage>) -> Result<(), Fai
     while let Some(part) = parts.next() {
         let (store, sent) = (inner.clone(), part.to_vec());
         let add = async move { store.add_usage(&sent).await };
-        if let Err(failure) = inner.usage.run(inner.limits.operation, add).await {
-            if failure.happened_before_sending() {
-                inner.keep(part.iter().cloned());
+        let failure = match inner.usage.run(inner.limits.operation, add).await {
+            Ok(None) => continue,
+            Ok(Some(refusal)) => refusal,
+            Err(failure) => {
+                if failure.happened_before_sending() {
+                    inner.keep(part.iter().cloned());
+                }
+                failure
             }
-            inner.keep(parts.flatten().cloned());
-            return Err(failure);
-        }
+        };
+        inner.keep(parts.flatten().cloned());
+        return Err(failure);
     }
     Ok(())
 }
@@ -54,19 +59,20 @@ impl Inner {
         }
     }
 
-    async fn add_usage(&self, usage: &[Usage]) -> Result<(), Failure> {
+    /// Returns why the server refused a part, which is kept.
+    async fn add_usage(&self, usage: &[Usage]) -> Result<Option<Failure>, Failure> {
         let statements = usage.iter().map(|usage| self.fields.add(usage)).collect();
-        let mut added = Ok(());
+        let mut refusal = None;
         for refused in self.update_each(&self.keys, statements).await?.refused {
             let Some(usage) = usage.get(refused.index) else { continue };
             if refused.is_about_the_document() {
                 tracing::warn!(key = %usage.id, code = refused.code, "MongoDB refused to add usage up");
             } else {
                 self.keep([usage.clone()]);
-                added = Err(refused.failure());
+                refusal = Some(refused.failure());
             }
         }
-        added
+        Ok(refusal)
     }
 }
 

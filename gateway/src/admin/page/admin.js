@@ -88,7 +88,7 @@ let countdown;
 const CONNECTION = {
   connecting: () => "Connecting",
   live: () => "Live",
-  waiting: () => "Connection lost, reconnecting",
+  waiting: ({ reason }) => (reason ? `Not connected: ${reason}. Next attempt` : "Connection lost, reconnecting"),
   refused: () => "Not signed in",
 };
 
@@ -100,14 +100,14 @@ function connection(state, detail) {
   const isLost = state === "connecting" && document.body.dataset.stale !== undefined;
   if (!isLost) {
     element("connection").dataset.state = state;
-    element("connection-text").textContent = CONNECTION[state]();
+    element("connection-text").textContent = CONNECTION[state](detail);
   }
   if (state === "live") {
     delete document.body.dataset.stale;
     signedIn(true);
   } else if (state === "waiting") {
     document.body.dataset.stale = "";
-    countDown(performance.now() + detail);
+    countDown(performance.now() + detail.wait);
   } else if (state === "refused") {
     refused(detail);
   }

@@ -52,7 +52,7 @@ async function send(path, options) {
  * Follows the event stream until `stop()`.
  *
  * Calls `heard(name, data)` for each event and `state(name, detail)` for each state: "connecting", "live", "waiting"
- * (detail: milliseconds until the next attempt) or "refused" (detail: the error). After "refused", only `start()`
+ * (detail: milliseconds until the next attempt, and the gateway's reason if it gave one) or "refused" (detail: the error). After "refused", only `start()`
  * connects again.
  */
 export class Stream {
@@ -88,22 +88,25 @@ export class Stream {
 
   async #run(abort) {
     this.#state("connecting");
+    let reason;
     try {
       const response = await inTime(send("/events", { signal: abort.signal }), abort);
       await this.#read(response.body, abort);
     } catch (error) {
       if (abort !== this.#abort) return;
       if (error instanceof Refused && error.isFinal) return this.#state("refused", error);
+      // Too many wrong tokens, or too many pages.
+      if (error instanceof Refused && [429, 503].includes(error.status)) reason = error.message;
     }
-    if (abort === this.#abort) this.#again();
+    if (abort === this.#abort) this.#again(reason);
   }
 
-  #again() {
+  #again(reason) {
     // Jitter, so that not all pages reconnect at once.
     const wait = this.#wait * (0.75 + Math.random() / 2);
     this.#wait = Math.min(this.#wait * 2, LONGEST_WAIT);
     this.#timer = setTimeout(() => this.start(), wait);
-    this.#state("waiting", wait);
+    this.#state("waiting", { wait, reason });
   }
 
   async #read(body, abort) {
