@@ -65,7 +65,7 @@ use crate::{
 /// | `cooldownUntil` | date or null | when the key's rest ends |
 /// | `lastError` | string | the last failure, in a few words of this crate's |
 /// | `requestsCount`, `tokensUsed` | number | usage, added up; the usage of the last moments before a crash or an outage may be missing |
-/// | `lastUsedAt` | date | when usage was last added |
+/// | `lastUsedAt` | date | when usage was last added, to ten seconds |
 /// | `createdAt`, `updatedAt` | date | |
 ///
 /// ## What other programs see

@@ -81,7 +81,9 @@ impl Fields {
         let more = [(&self.requests_count, usage.requests), (&self.tokens_used, usage.tokens)];
         let more = more.into_iter().filter(|(_, more)| *more > 0);
         let mut set: Document = more.map(|(field, more)| (field.clone(), sum(field, more).into())).collect();
-        set.insert(&self.last_used_at, NOW);
+        // To ten seconds: a field that stays as it is takes no room in the oplog.
+        let now = doc! { "$dateTrunc": { "date": NOW, "unit": "second", "binSize": 10 } };
+        set.insert(&self.last_used_at, doc! { "$max": [path(&self.last_used_at), now] });
         doc! { "q": { "_id": usage.id.as_str() }, "u": [{ "$set": set }] }
     }
 }
