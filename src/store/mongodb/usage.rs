@@ -14,7 +14,7 @@ use ::mongodb::bson::{Document, doc};
 use super::{
     bulk::AT_ONCE,
     error::Failure,
-    expr::{NOW, all, cond, is_one_of, path},
+    expr::{NOW, all, cond, is_date, is_one_of, path},
     fields::Fields,
     inner::Inner,
 };
@@ -83,7 +83,9 @@ impl Fields {
         let mut set: Document = more.map(|(field, more)| (field.clone(), sum(field, more).into())).collect();
         // To ten seconds: a field that stays as it is takes no room in the oplog.
         let now = doc! { "$dateTrunc": { "date": NOW, "unit": "second", "binSize": 10 } };
-        set.insert(&self.last_used_at, doc! { "$max": [path(&self.last_used_at), now] });
+        let before = path(&self.last_used_at);
+        let later = doc! { "$max": [&before, &now] };
+        set.insert(&self.last_used_at, cond(is_date(&before), later, now));
         doc! { "q": { "_id": usage.id.as_str() }, "u": [{ "$set": set }] }
     }
 }
