@@ -19,7 +19,7 @@ const BEFORE_ANOTHER_TRY: Duration = Duration::from_millis(500);
 
 /// The pause between two commands that read a stream. Without it, each change would be answered with a command of each
 /// process.
-const BETWEEN_BATCHES: Duration = Duration::from_millis(250);
+const BETWEEN_BATCHES: Duration = Duration::from_millis(100);
 
 /// A server that refuses a stream this often has none. Before that, it may be in the middle of an election.
 const REFUSALS: u32 = 4;
