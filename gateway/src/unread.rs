@@ -71,18 +71,6 @@ impl Responses {
 }
 
 impl State {
-    fn break_off(&mut self, limit: Duration) -> bool {
-        let is_unread = !self.waits_for_upstream && !self.is_broken_off && self.taken_at.elapsed() >= limit;
-        if is_unread {
-            // The drop frees the upstream's stream.
-            drop((mem::take(&mut self.body), mem::take(&mut self.rest)));
-            self.is_broken_off = true;
-        }
-        is_unread
-    }
-}
-
-impl State {
     fn next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
         if self.rest.is_empty() {
             match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
@@ -95,6 +83,16 @@ impl State {
         }
         let piece = self.rest.split_to(self.rest.len().min(PIECE));
         Poll::Ready(Some(Ok(Frame::data(piece))))
+    }
+
+    fn break_off(&mut self, limit: Duration) -> bool {
+        let is_unread = !self.waits_for_upstream && !self.is_broken_off && self.taken_at.elapsed() >= limit;
+        if is_unread {
+            // The drop frees the upstream's stream.
+            drop((mem::take(&mut self.body), mem::take(&mut self.rest)));
+            self.is_broken_off = true;
+        }
+        is_unread
     }
 }
 

@@ -43,7 +43,7 @@ pub(super) fn read(media_type: &str, body: &[u8]) -> Result<Vec<Line>, Refusal> 
     };
     let too_many = || Refusal::bad_request(format!("more than {MOST} keys: send them in parts"));
     // Before it is parsed: each line of text can be a key, and its outcome takes more memory than the line.
-    if name == "import" && body.iter().filter(|byte| **byte == b'\n').count() > 4 * MOST {
+    if media_type == "text/plain" && body.iter().filter(|byte| **byte == b'\n').count() > 4 * MOST {
         return Err(too_many());
     }
     let keys = KeySpec::parse_all(name, body).map_err(|error| Refusal::bad_request(error.to_string()))?;
