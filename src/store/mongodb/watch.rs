@@ -14,12 +14,12 @@ use tokio::{
 use super::{document, error::Failure, fields::ours, inner::Inner, rendered};
 use crate::store::Change;
 
-/// The pause before a stream that broke off is opened again.
+/// The pause before another try to open a stream.
 const BEFORE_ANOTHER_TRY: Duration = Duration::from_millis(500);
 
 /// The pause between two commands that read a stream. Without it, each change would be answered with a command of each
-/// process.
-const BETWEEN_BATCHES: Duration = Duration::from_millis(100);
+/// process. A stream that broke off is opened again after the same time.
+const BETWEEN_BATCHES: Duration = Duration::from_millis(250);
 
 /// A server that refuses a stream this often has none. Before that, it may be in the middle of an election.
 const REFUSALS: u32 = 4;
@@ -39,7 +39,7 @@ pub(super) async fn follow(store: Arc<Inner>, changes: mpsc::Sender<Change>) {
                     return;
                 }
                 resume = forward(&store, stream, &changes).await;
-                pause(&changes, BEFORE_ANOTHER_TRY).await;
+                pause(&changes, BETWEEN_BATCHES).await;
             }
             // The server no longer has the place to resume from.
             Err(failure) if failure.is_from_server() && resume.is_some() => resume = None,
