@@ -62,6 +62,7 @@ mod message;
 mod meter;
 mod pool;
 mod replication;
+mod select;
 pub mod service;
 pub mod store;
 mod sync;
@@ -70,15 +71,15 @@ mod sync;
 pub use self::service::redirects::same_origin_redirects;
 pub use self::{
     key::{Credentials, Inject, InjectError, InvalidKeyId, KeyId, KeySpec, Rejected, Secret, UnusableSecret},
-    limit::{Rest, Status},
+    limit::{Quota, Rest, Status, Traits},
     message::Replay,
     pool::{
         BuildError, KeyPool, KeyPoolBuilder, KeyStats, NoKeyAvailable, OperateError, PoolStats, ScopeStats,
     },
     replication::{MarksNotWritten, PassError, RecoveryConfig, RecoveryHandle, Report},
     service::{
-        error::Error, failover::Failover, key_rotation::KeyRotation, layer::KeyRotationLayer,
-        served_by::ServedBy,
+        error::Error, failover::Failover, key_lease::KeyLease, key_rotation::KeyRotation,
+        layer::KeyRotationLayer, served_by::ServedBy,
     },
 };
 

@@ -10,6 +10,7 @@ use std::{
     error::Error as StdError,
     fmt::{Debug, Display},
     fs, future, io,
+    num::NonZeroU32,
     path::{Path, PathBuf},
     process::Command,
     sync::{
@@ -1004,7 +1005,7 @@ fn add_public_names(folder: &Path, file: &str, names: &mut BTreeSet<String>) {
 }
 
 /// They stand in the types of others, or are there for the fuzz targets alone, and nobody ever holds one.
-const NEVER_HELD: [&str; 3] = ["Documents", "Once", "Waiting"];
+const NEVER_HELD: [&str; 4] = ["Documents", "FromExtensions", "Once", "Waiting"];
 
 fn id(name: &str) -> KeyId {
     KeyId::new(name).unwrap()
@@ -1104,7 +1105,7 @@ async fn show_failures_of_operators() {
     show!(pool.insert("", secret("alpha")).await.unwrap_err());
     show!(pool.insert("beta", format!("{}\n", secret("alpha"))).await.unwrap_err());
     let mut unsupported = KeySpec::new(id("beta"), format!("{}-beta", secret("alpha")));
-    unsupported.tier = Some(1);
+    unsupported.weight = NonZeroU32::new(2);
     show!(pool.insert_all([unsupported]).await.remove(0).unwrap_err());
     store.set(Mode::Fails);
     store.operators.set(Mode::Fails);
@@ -1162,6 +1163,8 @@ async fn show_layers() {
     let mut rotation = layer.layer(limited);
     let failing_over = layer.clone().failover(Failover::attempts(3));
     show!(layer, failing_over, Failover::attempts(3), TryClone);
+    show!(Quota::per_minute(60), Traits::new().scope("model").key(id("alpha")));
+    show!(pool.lease(&Traits::new()).unwrap());
     // Services whose own type has `Debug`; that of a function hasn't.
     let reqwest = layer.layer(http());
     show!(reqwest, http(), failing_over.layer(http()));

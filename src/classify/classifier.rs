@@ -4,7 +4,8 @@ use std::{fmt, time::Duration};
 
 use http::{HeaderMap, StatusCode};
 
-use super::hint;
+use super::{hint, remaining};
+use crate::limit::Remaining;
 
 /// The effect of a response on the key that its request carried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,6 +114,16 @@ impl<'a> ResponseHead<'a> {
     #[must_use]
     pub fn wait(&self) -> Option<Duration> {
         self.wait_by_headers().or_else(|| self.body.and_then(hint::from_body))
+    }
+
+    /// The wait that the service asks for in so many words, not by the reset of a window.
+    pub(crate) fn explicit_wait(&self) -> Option<Duration> {
+        hint::explicit(self.headers).or_else(|| self.body.and_then(hint::from_body))
+    }
+
+    /// What is left of the service's budgets.
+    pub(crate) fn remaining(&self) -> Remaining {
+        remaining::remaining(self.headers)
     }
 
     pub(crate) fn wait_by_headers(&self) -> Option<Duration> {

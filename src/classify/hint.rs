@@ -69,13 +69,24 @@ struct Window {
 /// Absolute dates are compared with the response's `Date` header, since the service's clock wins. Without a
 /// usable `Date`, they are compared with the local clock.
 pub(crate) fn from_headers(headers: &HeaderMap) -> Option<Duration> {
+    let now = now(headers);
+    explicit_at(headers, now).or_else(|| from_windows(headers, now))
+}
+
+/// Returns the wait that the headers name, if they name one.
+pub(super) fn explicit(headers: &HeaderMap) -> Option<Duration> {
+    explicit_at(headers, now(headers))
+}
+
+fn explicit_at(headers: &HeaderMap, now: Duration) -> Option<Duration> {
+    WAITS.iter().find_map(|&(name, read)| first(headers, name, |value| read(value, now)))
+}
+
+/// The time of the response, counted from the epoch.
+fn now(headers: &HeaderMap) -> Duration {
     // A local clock before the epoch counts as the epoch: the caller caps the wait.
-    let now = first(headers, "date", http_date)
-        .unwrap_or_else(|| SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default());
-    WAITS
-        .iter()
-        .find_map(|&(name, read)| first(headers, name, |value| read(value, now)))
-        .or_else(|| from_windows(headers, now))
+    first(headers, "date", http_date)
+        .unwrap_or_else(|| SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default())
 }
 
 /// Returns the wait of a `google.rpc.RetryInfo` in a JSON error body (AIP-193).
@@ -142,7 +153,7 @@ fn structured(line: &str) -> Vec<Window> {
     window(value("reset"), value("remaining")).into_iter().collect()
 }
 
-fn item(entry: &ListEntry) -> Option<&Item> {
+pub(super) fn item(entry: &ListEntry) -> Option<&Item> {
     match entry {
         ListEntry::Item(item) => Some(item),
         ListEntry::InnerList(_) => None,
@@ -156,7 +167,7 @@ fn window(reset: Option<&BareItem>, remaining: Option<&BareItem>) -> Option<Wind
     })
 }
 
-fn item_seconds(item: &BareItem) -> Option<Duration> {
+pub(super) fn item_seconds(item: &BareItem) -> Option<Duration> {
     let number = match item {
         // At most 15 digits, which an f64 holds exactly.
         BareItem::Integer(number) => i64::from(*number) as f64,
@@ -167,7 +178,7 @@ fn item_seconds(item: &BareItem) -> Option<Duration> {
 }
 
 /// Returns a header's lines that are UTF-8, trimmed.
-fn values<'a>(headers: &'a HeaderMap, name: &str) -> impl Iterator<Item = &'a str> {
+pub(super) fn values<'a>(headers: &'a HeaderMap, name: &str) -> impl Iterator<Item = &'a str> {
     headers.get_all(name).iter().filter_map(|value| Some(std::str::from_utf8(value.as_bytes()).ok()?.trim()))
 }
 
@@ -228,13 +239,13 @@ fn duration(value: &str) -> Option<Duration> {
 }
 
 /// Reads an HTTP date (RFC 9110 §5.6.7, all three formats), counted from the epoch.
-fn http_date(value: &str) -> Option<Duration> {
+pub(super) fn http_date(value: &str) -> Option<Duration> {
     let date = httpdate::parse_http_date(value).ok()?;
     date.duration_since(UNIX_EPOCH).ok()
 }
 
 /// Reads an RFC 3339 timestamp, counted from the epoch.
-fn rfc3339(value: &str) -> Option<Duration> {
+pub(super) fn rfc3339(value: &str) -> Option<Duration> {
     let timestamp: jiff::Timestamp = value.parse().ok()?;
     timestamp.as_duration().try_into().ok()
 }

@@ -22,8 +22,11 @@
 //! ```
 
 mod classifier;
+mod formats;
 mod hint;
 mod llm_gateway;
+// Nothing reads the budgets yet.
+mod remaining;
 mod too_many_requests;
 
 pub use self::{

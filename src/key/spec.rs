@@ -6,7 +6,7 @@ use super::secret::{KeyId, Secret};
 
 /// A key: its id and secret, and optional settings.
 ///
-/// Except for id and secret, no field has an effect yet. The pool rejects a key that sets one of the others, so that no
+/// `weight`, `max_in_flight` and `endpoint` have no effect yet. The pool rejects a key that sets one of these, so that no
 /// setting is ignored silently: see [`unsupported`](Self::unsupported).
 ///
 /// ```
@@ -15,7 +15,9 @@ use super::secret::{KeyId, Secret};
 /// let mut spec = KeySpec::new(KeyId::new("alpha").unwrap(), "sk-1");
 /// assert_eq!(spec.unsupported(), None);
 /// spec.tier = Some(1);
-/// assert_eq!(spec.unsupported(), Some("tier"));
+/// assert_eq!(spec.unsupported(), None);
+/// spec.weight = std::num::NonZeroU32::new(3);
+/// assert_eq!(spec.unsupported(), Some("weight"));
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -55,8 +57,6 @@ impl KeySpec {
     #[must_use]
     pub fn unsupported(&self) -> Option<&'static str> {
         let used = [
-            ("group", self.group.is_some()),
-            ("tier", self.tier.is_some()),
             ("weight", self.weight.is_some()),
             ("max_in_flight", self.max_in_flight.is_some()),
             ("endpoint", self.endpoint.is_some()),

@@ -1,15 +1,33 @@
 //! What limits a key: whether it rests, why, and for how long.
 
+mod budget;
+mod estimate;
+#[cfg(all(test, schedules = "loom"))]
+mod every_schedule;
+mod found;
+mod left;
+mod limit_of_key;
+mod quota;
 mod rules;
+mod sharing;
 mod status;
+mod taken;
+mod traits;
 mod word;
 mod words;
 
 pub(crate) use self::{
+    left::{Kind, Left, Remaining},
+    limit_of_key::Limit,
     rules::Cooldowns,
+    sharing::Sharing,
+    taken::{Answered, Taken},
+    traits::Named,
     word::{AtomicWord, NEVER, Word, millis, nanos},
 };
 pub use self::{
+    quota::Quota,
     status::{Rest, Status},
+    traits::Traits,
     words::{InvalidScope, Resting, Scope, Until, Words},
 };

@@ -29,6 +29,17 @@ impl Scope {
         Ok(Self(name.into()))
     }
 
+    /// The scope of that name as far as it can be one: its first 128 bytes, with `?` for control characters.
+    pub(crate) fn lossy(name: &str) -> Option<Self> {
+        let is_plain = name.len() <= Self::MAX_BYTES && name.bytes().all(|byte| (0x20..0x7f).contains(&byte));
+        if is_plain {
+            return (!name.is_empty()).then(|| Self(name.into()));
+        }
+        let fits = |end: &usize| name.is_char_boundary(*end);
+        let end = (0..=name.len().min(Self::MAX_BYTES)).rev().find(fits)?;
+        Self::new(name[..end].replace(char::is_control, "?")).ok()
+    }
+
     /// The name.
     #[must_use]
     pub fn as_str(&self) -> &str {

@@ -6,10 +6,13 @@ use http::{
     uri::{PathAndQuery, Scheme},
 };
 
-use crate::key::{
-    InjectError,
-    hosts::{Destination, Transport},
-    query::{self, Parameter},
+use crate::{
+    key::{
+        InjectError,
+        hosts::{Destination, Transport},
+        query::{self, Parameter},
+    },
+    limit::Traits,
 };
 
 /// A request that a key can be put into: `http::Request<B>` of any `B` or, with the feature `reqwest`,
@@ -27,6 +30,8 @@ pub trait KeyedRequest {
     fn is_https(&self) -> bool;
     fn destination(&self) -> Destination<'_>;
     fn headers_mut(&mut self) -> &mut HeaderMap;
+    /// What the request says of itself, in its extensions.
+    fn traits(&self) -> Option<Traits>;
     fn set_query(&mut self, parameters: &[Parameter]) -> Result<(), InjectError>;
 }
 
@@ -60,6 +65,11 @@ impl<B> KeyedRequest for Request<B> {
     #[inline]
     fn headers_mut(&mut self) -> &mut HeaderMap {
         self.headers_mut()
+    }
+
+    #[inline(always)]
+    fn traits(&self) -> Option<Traits> {
+        self.extensions().get().cloned()
     }
 
     fn set_query(&mut self, parameters: &[Parameter]) -> Result<(), InjectError> {

@@ -16,6 +16,7 @@ use crate::{
         hosts::{Destination, Transport},
         query::{self, Parameter},
     },
+    limit::Traits,
 };
 
 impl RequestMessage for Request {}
@@ -34,6 +35,12 @@ impl KeyedRequest for Request {
     #[inline]
     fn headers_mut(&mut self) -> &mut HeaderMap {
         self.headers_mut()
+    }
+
+    /// Its extensions are its own.
+    #[inline(always)]
+    fn traits(&self) -> Option<Traits> {
+        None
     }
 
     fn set_query(&mut self, parameters: &[Parameter]) -> Result<(), InjectError> {

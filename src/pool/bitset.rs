@@ -41,6 +41,11 @@ impl AtomicBitSet {
         }
     }
 
+    #[inline]
+    pub(crate) fn contains(&self, slot: usize) -> bool {
+        self.levels[0].get(slot / BITS).is_some_and(|word| word.load(SeqCst) & bit(slot) != 0)
+    }
+
     pub(crate) fn remove(&self, slot: usize) {
         let mut index = slot;
         for (depth, level) in self.levels.iter().enumerate() {

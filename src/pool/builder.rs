@@ -23,7 +23,7 @@ use crate::{
         rejected::{ParsedKey, Place, Reason},
         source::{self, Unnamed},
     },
-    limit::Cooldowns,
+    limit::{Cooldowns, Quota},
     meter::Meter,
     replication::Link,
     store::{KeyStore, StoreError},
@@ -81,6 +81,8 @@ impl KeyPool {
             hosts: Hosts::default(),
             cooldowns: Cooldowns::default(),
             meter: Arc::new(Meter::of(Cow::Borrowed("default"))),
+            learns: false,
+            quotas: Vec::new(),
         };
         KeyPoolBuilder { given: Vec::new(), strict: false, invalid_host: None, config }
     }
@@ -121,11 +123,10 @@ impl KeyPoolBuilder {
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// let alpha = KeySpec::new(KeyId::new("alpha")?, "sk-1");
     /// let mut beta = KeySpec::new(KeyId::new("beta")?, "sk-2");
-    /// beta.tier = Some(1);
+    /// beta.tier = Some(1); // only while alpha has no room
+    /// beta.group = Some("org-1".to_owned()); // shares its quotas with other keys of this group
     /// let pool = KeyPool::builder().key_spec(alpha).key_spec(beta).build()?;
-    ///
-    /// let rejected = pool.rejected()[0].to_string();
-    /// assert_eq!(rejected, "key 2 in code: key beta: `tier` is not supported yet, remove it");
+    /// assert_eq!(pool.stats().healthy, 2);
     /// # Ok(())
     /// # }
     /// ```
@@ -164,8 +165,8 @@ impl KeyPoolBuilder {
     /// endpoint = "https://eu.api.example.com"  # text
     /// ```
     ///
-    /// `group`, `tier`, `weight`, `max_in_flight` and `endpoint` have [no effect yet](KeySpec::unsupported), so a key
-    /// with one of them is rejected.
+    /// `weight`, `max_in_flight` and `endpoint` have [no effect yet](KeySpec::unsupported), so a key with one of them is
+    /// rejected.
     ///
     /// **JSON**, if the name ends in `.json` or the text begins with `[` or `{`: `["secret"]`, `{"id": "secret"}`, or
     /// objects with the same fields, `[{"id": "…", "secret": "…"}]`. An object with both `id` and `secret` is one key.
@@ -273,6 +274,43 @@ impl KeyPoolBuilder {
         self
     }
 
+    /// Learns from responses what the service still allows, and sends no more than that.
+    ///
+    /// Recommended for every service that says in its responses what is left. The pool keeps a budget for each key, or
+    /// quota group, and each [scope](crate::Traits::scope), and a request takes a key that has room. Where no key has, it
+    /// fails with the time until one does, or waits in order: see
+    /// [`wait_up_to`](crate::KeyRotationLayer::wait_up_to).
+    ///
+    /// - A 429 no longer rests its key for 2 minutes. The key rests in that scope, for as long as the service says, or for
+    ///   a short time that grows with each 429.
+    /// - Headers are believed until they contradict the answers. Where a service says nothing, 429s show the limit.
+    /// - What is learned stays in this process. Processes that share keys share the budget by what each sees of it.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use tower_key_rotation::{Failover, KeyPool, KeyRotationLayer};
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let pool = KeyPool::builder().keys([("alpha", "sk-1"), ("beta", "sk-2")]).paced().build()?;
+    /// let layer = KeyRotationLayer::new(&pool)
+    ///     .failover(Failover::attempts(3))
+    ///     .wait_up_to(Duration::from_secs(60));
+    /// # let _ = layer;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn paced(mut self) -> Self {
+        self.config.learns = true;
+        self
+    }
+
+    /// Limits each key, or quota group, to a [`Quota`] in each [scope](crate::Traits::scope). May be called several times:
+    /// all quotas hold.
+    pub fn quota(mut self, quota: Quota) -> Self {
+        self.config.quotas.push(quota);
+        self
+    }
+
     /// Sets the clock, for tests: see [`clock`](crate::clock).
     pub fn clock(mut self, clock: impl Clock) -> Self {
         self.config.clock = Arc::new(clock);
@@ -374,7 +412,7 @@ impl Given {
 }
 
 fn seeds(keys: &[UsableKey]) -> Vec<KeySpec> {
-    keys.iter().map(|key| KeySpec::new(key.id.clone(), key.secret())).collect()
+    keys.iter().map(UsableKey::spec).collect()
 }
 
 fn over(
@@ -425,7 +463,7 @@ impl Accepted {
         if let Some(field) = spec.unsupported() {
             return Err(Reason::Unsupported(field));
         }
-        Ok(UsableKey::new(spec.id.clone(), &spec.secret, inject)?)
+        Ok(UsableKey::new(spec, inject)?)
     }
 }
 

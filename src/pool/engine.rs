@@ -13,19 +13,21 @@ use arc_swap::{ArcSwap, Guard};
 use tokio::sync::{Notify, futures::Notified};
 
 use super::{
-    key::{Home, Key, Lease, UsableKey},
+    key::{Home, Key, UsableKey},
+    lease::Lease,
+    scoped::Limiting,
     scopes::Scopes,
     snapshot::Snapshot,
 };
 use crate::{
     clock::Clock,
     key::{KeyId, hosts::Hosts, inject::Inject},
-    limit::{Cooldowns, NEVER, Rest, Resting, Scope, Until, Word, Words, millis},
+    limit::{Cooldowns, NEVER, Quota, Rest, Resting, Scope, Until, Word, Words, millis},
     meter::{Counted, Meter},
     store::{Recovered, Standing},
     sync::{
         Mutex,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
 };
 
@@ -37,6 +39,9 @@ pub(crate) struct Config {
     pub(crate) hosts: Hosts,
     pub(crate) cooldowns: Cooldowns,
     pub(crate) meter: Arc<Meter>,
+    /// Learns what the service allows.
+    pub(crate) learns: bool,
+    pub(crate) quotas: Vec<Quota>,
 }
 
 pub(crate) struct Engine {
@@ -44,6 +49,9 @@ pub(crate) struct Engine {
     /// Held while the set of keys is replaced.
     editing: Mutex<()>,
     scopes: Scopes,
+    pub(super) limiting: Arc<Limiting>,
+    /// Whether requests without traits need more than the next key in turn.
+    chooses: AtomicBool,
     pub(crate) config: Config,
     /// Wakes waiters for a key when one comes back before its cooldown ends.
     returned: Notify,
@@ -52,6 +60,13 @@ pub(crate) struct Engine {
     /// The picks of keys that have left the pool.
     gone_picks: AtomicU64,
     this: Weak<Self>,
+}
+
+/// What a new generation ends.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Resets {
+    Key,
+    Scope,
 }
 
 /// A rest that the store does not have yet.
@@ -72,8 +87,17 @@ impl Engine {
     pub(crate) fn new(keys: Vec<UsableKey>, config: Config, has_store: bool) -> Arc<Self> {
         Arc::new_cyclic(|this: &Weak<Self>| {
             let key = |key: UsableKey| Arc::new(key.healthy_in(this.clone()));
+            let snapshot = Snapshot::new(keys.into_iter().map(key).collect(), None);
+            let limiting = Limiting {
+                clock: config.clock.clone(),
+                cooldowns: config.cooldowns,
+                learns: config.learns,
+                quotas: config.quotas.clone(),
+            };
             Self {
-                snapshot: ArcSwap::from_pointee(Snapshot::new(keys.into_iter().map(key).collect(), None)),
+                chooses: AtomicBool::new(limiting.is_on() || snapshot.has_choices()),
+                limiting: Arc::new(limiting),
+                snapshot: ArcSwap::from_pointee(snapshot),
                 editing: Mutex::new(()),
                 scopes: Scopes::default(),
                 config,
@@ -89,7 +113,7 @@ impl Engine {
         self.snapshot.load()
     }
 
-    fn now(&self) -> Duration {
+    pub(super) fn now(&self) -> Duration {
         self.config.clock.now()
     }
 
@@ -99,21 +123,27 @@ impl Engine {
 
     // ---- picks ----
 
+    /// Whether requests without traits need more than [`pick`](Self::pick).
+    #[inline(always)]
+    pub(crate) fn chooses(&self) -> bool {
+        self.chooses.load(Relaxed)
+    }
+
     /// The next key in turn.
     #[inline(always)]
     pub(crate) fn pick(&self) -> Option<Lease> {
         let lease = self.take_turn()?;
-        lease.0.counts.requests.add(1);
+        lease.key.counts.requests.add(1);
         Some(lease)
     }
 
     /// The next key in turn that is none of these. They lose their turn.
-    pub(crate) fn pick_besides(&self, tried: &[Lease]) -> Option<Lease> {
+    pub(crate) fn pick_besides(&self, tried: &[Arc<Key>]) -> Option<Lease> {
         // Each of them can be in the way once, and more often only if other threads pick at the same time.
         for _ in 0..=2 * tried.len() {
             let lease = self.take_turn()?;
-            if !tried.contains(&lease) {
-                lease.0.counts.requests.add(1);
+            if !tried.iter().any(|tried| Arc::ptr_eq(tried, &lease.key)) {
+                lease.key.counts.requests.add(1);
                 return Some(lease);
             }
         }
@@ -126,7 +156,7 @@ impl Engine {
         loop {
             self.return_expired(&snapshot);
             if let Some(key) = snapshot.pick() {
-                return Some(Lease(key.clone()));
+                return Some(Lease::of(key.clone()));
             }
             if snapshot.earliest_for_certain() > self.millis() {
                 return None;
@@ -168,7 +198,7 @@ impl Engine {
     // ---- the end of rests ----
 
     #[inline]
-    fn return_expired(&self, snapshot: &Snapshot) {
+    pub(super) fn return_expired(&self, snapshot: &Snapshot) {
         // While nothing is cooling, no clock is read.
         let earliest = snapshot.earliest();
         if earliest == NEVER {
@@ -262,13 +292,33 @@ impl Engine {
 
     /// Joins the words of the store into a key.
     pub(crate) fn join(&self, key: &Arc<Key>, words: &Words) {
-        self.take_in(key, words, None);
+        self.take_in(key, words, None, Resets::Key);
+    }
+
+    /// Joins the words of a reset that was made here, of the key or of one scope.
+    pub(crate) fn apply_reset(
+        &self,
+        key: &Arc<Key>,
+        words: &Words,
+        disabled: Option<bool>,
+        scope: Option<&Scope>,
+    ) {
+        self.take_in(key, words, disabled, if scope.is_some() { Resets::Scope } else { Resets::Key });
+        self.reset_limits(key, scope);
+    }
+
+    fn reset_limits(&self, key: &Arc<Key>, only: Option<&Scope>) {
+        self.snapshot.load().scopes.each(|scoped| {
+            if only.is_none_or(|scope| scoped.scope() == Some(scope.as_str())) {
+                scoped.reset(key);
+            }
+        });
     }
 
     /// Joins the words of the store, and takes from it whether the key is disabled. Only for what was read or done while
     /// no operator's change was under way, or an older answer could undo that.
     pub(crate) fn apply(&self, key: &Arc<Key>, standing: &Standing) {
-        self.take_in(key, &standing.words, Some(standing.disabled));
+        self.take_in(key, &standing.words, Some(standing.disabled), Resets::Key);
     }
 
     pub(crate) fn set_disabled(&self, key: &Arc<Key>, disabled: bool) {
@@ -287,7 +337,7 @@ impl Engine {
         key.state.load().is_disabled() == standing.disabled
     }
 
-    fn take_in(&self, key: &Arc<Key>, words: &Words, disabled: Option<bool>) {
+    fn take_in(&self, key: &Arc<Key>, words: &Words, disabled: Option<bool>, resets: Resets) {
         let now = self.now();
         let word = Word::new(words.generation, words.key, now);
         let changed = key.state.update(|state| {
@@ -295,8 +345,12 @@ impl Engine {
             disabled.map_or(joined, |disabled| joined.with_disabled(disabled))
         });
         self.scopes.join(key, words, now, || self.snapshot.load().holds(key));
-        if changed.is_some() {
+        if let Some(before) = changed {
             drop_older_pending(key);
+            // After the reset of one scope, the operation itself ends the rest of that scope's limit.
+            if before.generation() < key.state.load().generation() && resets == Resets::Key {
+                self.reset_limits(key, None);
+            }
             self.has_changed(key);
         }
     }
@@ -329,6 +383,7 @@ impl Engine {
         let before = self.snapshot.load_full();
         let Some(keys) = next(&before) else { return };
         let after = Arc::new(Snapshot::new(keys, Some(&before)));
+        self.chooses.store(self.limiting.is_on() || after.has_choices(), Relaxed);
         self.snapshot.store(after.clone());
         // A change that came while the new snapshot was built went into the indexes of the old one.
         after.refresh_all();

@@ -110,14 +110,13 @@ impl KeyPool {
     }
 
     fn new_key(&self, spec: KeySpec) -> Result<NewKey, Cause> {
-        let unsupported = spec.unsupported();
-        let KeySpec { id, secret, .. } = spec;
-        if let Some(field) = unsupported {
-            return Err(Cause::UnsupportedField { id, field });
+        if let Some(field) = spec.unsupported() {
+            return Err(Cause::UnsupportedField { id: spec.id, field });
         }
-        let key = UsableKey::new(id.clone(), &secret, &self.engine().config.inject)
-            .map_err(|reason| Cause::UnusableSecret { id, reason })?;
-        Ok(NewKey { key: self.engine().new_key(key), secret })
+        match UsableKey::new(&spec, &self.engine().config.inject) {
+            Ok(key) => Ok(NewKey { key: self.engine().new_key(key), secret: spec.secret }),
+            Err(reason) => Err(Cause::UnusableSecret { id: spec.id, reason }),
+        }
     }
 }
 
@@ -222,10 +221,10 @@ impl Insertion {
 impl NewKey {
     async fn insert(self, link: &Link) -> Result<Self, Cause> {
         let id = &self.key.id;
-        let spec = KeySpec::new(id.clone(), self.secret.clone());
-        let inserted = link.operate(id, Operation::Insert(spec)).await?;
+        let spec = self.key.spec();
+        let inserted = link.operate(id, Operation::Insert(spec.clone())).await?;
         let standing = inserted.ok_or_else(|| Cause::KeyExists(id.clone()))?;
-        self.key.is(&self.secret, standing.born);
+        self.key.is(&spec, standing.born);
         link.engine.apply(&self.key, &standing);
         Ok(self)
     }

@@ -8,7 +8,7 @@ use std::{
 
 use crate::{
     key::inject::{Inject, Rendered, UnusableSecret},
-    key::{KeyId, Secret},
+    key::{KeyId, KeySpec, Secret},
     limit::{AtomicWord, Rest, Word},
     store::Born,
     sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering::Relaxed},
@@ -25,18 +25,34 @@ pub(crate) trait Home: fmt::Debug + Send + Sync {
 pub(crate) struct UsableKey {
     pub(crate) id: KeyId,
     credentials: Rendered,
+    settings: Option<Box<Settings>>,
+}
+
+/// The settings that few keys have.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Settings {
+    group: Option<Box<str>>,
+    tier: u8,
+}
+
+impl Settings {
+    fn of(spec: &KeySpec) -> Option<Box<Self>> {
+        let settings = Self { group: spec.group.as_deref().map(Into::into), tier: spec.tier.unwrap_or(0) };
+        (settings != Self::default()).then(|| Box::new(settings))
+    }
 }
 
 impl UsableKey {
     /// # Errors
     ///
     /// If no request could carry the secret.
-    pub(crate) fn new(id: KeyId, secret: &Secret, inject: &Inject) -> Result<Self, UnusableSecret> {
-        Ok(Self { id, credentials: inject.render(secret)? })
+    pub(crate) fn new(spec: &KeySpec, inject: &Inject) -> Result<Self, UnusableSecret> {
+        let credentials = inject.render(&spec.secret)?;
+        Ok(Self { id: spec.id.clone(), credentials, settings: Settings::of(spec) })
     }
 
-    pub(crate) fn secret(&self) -> Secret {
-        self.credentials.secret()
+    pub(crate) fn spec(&self) -> KeySpec {
+        spec(&self.id, self.credentials.secret(), self.settings.as_deref())
     }
 
     /// A healthy key of that pool, which the store may not know yet.
@@ -51,8 +67,18 @@ impl UsableKey {
             born: OnceLock::new(),
             home,
             id: self.id,
+            settings: self.settings,
         }
     }
+}
+
+fn spec(id: &KeyId, secret: Secret, settings: Option<&Settings>) -> KeySpec {
+    let mut spec = KeySpec::new(id.clone(), secret);
+    if let Some(Settings { group, tier }) = settings {
+        spec.group = group.as_deref().map(str::to_owned);
+        spec.tier = Some(*tier).filter(|tier| *tier != 0);
+    }
+    spec
 }
 
 /// The fields that each request writes come first, then those that each request reads: so processors pass as few cache
@@ -73,12 +99,26 @@ pub(crate) struct Key {
     born: OnceLock<Born>,
     home: Weak<dyn Home>,
     pub(crate) id: KeyId,
+    settings: Option<Box<Settings>>,
 }
 
 impl Key {
+    pub(crate) fn group(&self) -> Option<&str> {
+        self.settings.as_ref()?.group.as_deref()
+    }
+
+    pub(crate) fn tier(&self) -> u8 {
+        self.settings.as_ref().map_or(0, |settings| settings.tier)
+    }
+
+    pub(crate) fn spec(&self) -> KeySpec {
+        spec(&self.id, self.secret(), self.settings.as_deref())
+    }
+
     /// The same key under another id.
     pub(crate) fn renamed(&self, id: KeyId) -> Self {
-        let same = UsableKey { id, credentials: self.credentials.clone() }.healthy_in(self.home.clone());
+        let (credentials, settings) = (self.credentials.clone(), self.settings.clone());
+        let same = UsableKey { id, credentials, settings }.healthy_in(self.home.clone());
         same.set_last_status(self.last_status.load(Relaxed));
         same.counts.take_over(&self.counts);
         same.state.update(|_| self.state.load());
@@ -86,9 +126,12 @@ impl Key {
         same
     }
 
-    /// Whether this is the key object of that secret and birth. A key whose birth is unknown is born by this.
-    pub(crate) fn is(&self, secret: &Secret, born: Born) -> bool {
-        self.credentials.is_of(secret) && *self.born.get_or_init(|| born) == born
+    /// Whether this is the key object of that secret and birth, and of these settings. A key whose birth is unknown is born
+    /// by this.
+    pub(crate) fn is(&self, spec: &KeySpec, born: Born) -> bool {
+        self.credentials.is_of(&spec.secret)
+            && self.settings == Settings::of(spec)
+            && *self.born.get_or_init(|| born) == born
     }
 
     pub(crate) fn born(&self) -> Option<Born> {
@@ -109,6 +152,13 @@ impl Key {
 
     pub(crate) fn secret(&self) -> Secret {
         self.credentials.secret()
+    }
+
+    /// Applies what a response said of the key, if the pool still exists.
+    pub(crate) fn mark(self: &Arc<Self>, rest: Rest, hint: Option<Duration>, http_status: u16) {
+        if let Some(pool) = self.home.upgrade() {
+            pool.mark(self, rest, hint, http_status);
+        }
     }
 
     /// An ellipsis and the end of the secret.
@@ -168,33 +218,5 @@ impl Count {
     pub(crate) fn take(&self) -> u64 {
         let sum = self.sum();
         sum.wrapping_sub(self.taken.swap(sum, Relaxed))
-    }
-}
-
-/// The key that one request is sent with.
-#[derive(Clone, Debug)]
-pub(crate) struct Lease(pub(crate) Arc<Key>);
-
-impl PartialEq for Lease {
-    /// The same key with the same secret.
-    fn eq(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.0, &other.0)
-    }
-}
-
-impl Lease {
-    pub(crate) fn id(&self) -> &KeyId {
-        &self.0.id
-    }
-
-    pub(crate) fn credentials(&self) -> &Rendered {
-        &self.0.credentials
-    }
-
-    /// Applies what the response said of the key, if the pool still exists.
-    pub(crate) fn mark(&self, rest: Rest, hint: Option<Duration>, http_status: u16) {
-        if let Some(pool) = self.0.home.upgrade() {
-            pool.mark(&self.0, rest, hint, http_status);
-        }
     }
 }

@@ -194,7 +194,7 @@ impl KeyPool {
     #[cold]
     pub(crate) fn no_key(&self) -> NoKeyAvailable {
         let keys = self.engine().snapshot().keys().len();
-        NoKeyAvailable { keys, retry_in: self.next_return() }
+        NoKeyAvailable::resting(keys, self.next_return())
     }
 }
 

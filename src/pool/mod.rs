@@ -16,6 +16,7 @@
 
 mod bitset;
 mod builder;
+mod choose;
 mod deadlines;
 mod engine;
 #[cfg(all(test, schedules = "loom"))]
@@ -23,15 +24,21 @@ mod every_schedule;
 mod insert;
 mod key;
 mod key_pool;
+mod layout;
+mod lease;
 #[cfg(feature = "metrics")]
 mod metrics;
 mod no_key;
 mod operate;
 #[cfg(all(test, schedules = "shuttle"))]
 mod random_schedules;
+mod scoped;
 mod scopes;
+mod scopes_in_use;
 mod snapshot;
 mod stats;
+mod ticket;
+mod waiting;
 
 pub use self::{
     builder::{BuildError, KeyPoolBuilder},
@@ -42,6 +49,7 @@ pub use self::{
 };
 pub(crate) use self::{
     engine::Engine,
-    key::{Key, Lease, UsableKey},
+    key::{Key, UsableKey},
+    lease::Lease,
     snapshot::Snapshot,
 };

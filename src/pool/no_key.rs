@@ -15,11 +15,33 @@ use std::{error::Error, time::Duration};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("no key available: {}", self.reason())]
 pub struct NoKeyAvailable {
-    pub(super) keys: usize,
-    pub(super) retry_in: Option<Duration>,
+    keys: usize,
+    retry_in: Option<Duration>,
+    because: Because,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Because {
+    /// The keys rest, or have no room.
+    Resting,
+    /// The keys have as many requests in flight as they may.
+    Busy,
+    QueueIsFull,
 }
 
 impl NoKeyAvailable {
+    pub(super) fn resting(keys: usize, retry_in: Option<Duration>) -> Self {
+        Self { keys, retry_in, because: Because::Resting }
+    }
+
+    pub(super) fn busy(keys: usize) -> Self {
+        Self { keys, retry_in: None, because: Because::Busy }
+    }
+
+    pub(super) fn queue_is_full(keys: usize) -> Self {
+        Self { keys, retry_in: None, because: Because::QueueIsFull }
+    }
+
     /// Finds it in an error or among its sources: in an [`Error`](crate::Error), in one of several layers, in an error
     /// of `reqwest-middleware`, or in a box.
     ///
@@ -44,7 +66,8 @@ impl NoKeyAvailable {
     }
 
     /// The time until the first key is back, for a `Retry-After` or a wait of one's own. `None` where no
-    /// key comes back by itself: the pool is empty, or its keys are revoked or disabled.
+    /// key comes back by itself: the pool is empty, its keys are revoked or disabled, or they wait for the answers of the
+    /// requests in flight.
     #[must_use]
     pub fn retry_in(&self) -> Option<Duration> {
         self.retry_in
@@ -57,13 +80,17 @@ impl NoKeyAvailable {
     }
 
     fn reason(&self) -> String {
-        match (self.keys, self.retry_in) {
-            (0, _) => "the pool is empty".to_owned(),
-            (keys, Some(time)) => {
+        match (self.keys, self.because, self.retry_in) {
+            (0, _, _) => "the pool is empty".to_owned(),
+            (keys, Because::Busy, _) => {
+                format!("all {keys} rest, or have as many requests in flight as they may")
+            }
+            (_, Because::QueueIsFull, _) => "too many requests wait already".to_owned(),
+            (keys, Because::Resting, Some(time)) => {
                 let seconds = time.as_secs_f64();
                 format!("all {keys} are resting or out of service, the first is back in {seconds:.1} s")
             }
-            (keys, None) => {
+            (keys, Because::Resting, None) => {
                 format!("all {keys} are revoked or disabled, and stay so until reset or enabled")
             }
         }

@@ -160,10 +160,20 @@ impl KeyPool {
         let turn = link.turn().await?;
         // The key may have been replaced meanwhile.
         let key = self.known(id)?;
+        let reset = match &operation {
+            Operation::Reset(scope) => Some(scope.clone()),
+            _ => None,
+        };
         let changed = link.operate(&key.id, operation).await?;
         let standing = changed.ok_or_else(|| Cause::UnknownKey(key.id.to_string()))?;
         if key.born() == Some(standing.born) {
-            self.engine().apply(&key, &standing);
+            match reset {
+                Some(scope) => {
+                    let (words, disabled) = (&standing.words, Some(standing.disabled));
+                    self.engine().apply_reset(&key, words, disabled, scope.as_ref());
+                }
+                None => self.engine().apply(&key, &standing),
+            }
         } else {
             // The store has another key of that id. If it can't be loaded now, the next pass does it.
             let _ = link.load_in(turn, Some(vec![key.id.clone()])).await;
@@ -178,7 +188,7 @@ impl KeyPool {
             Operation::Reset(scope) => {
                 let mut words = engine.words(key);
                 words.reset(scope.as_ref());
-                engine.join(key, &words);
+                engine.apply_reset(key, &words, None, scope.as_ref());
             }
             Operation::Disable => engine.set_disabled(key, true),
             Operation::Enable => engine.set_disabled(key, false),

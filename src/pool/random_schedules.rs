@@ -92,7 +92,7 @@ impl Process {
     }
 
     fn lease(&self, id: &str) -> Lease {
-        Lease(self.pool.engine().snapshot().get(id).unwrap().clone())
+        Lease::of(self.pool.engine().snapshot().get(id).unwrap().clone())
     }
 
     /// A response says that the key is to rest that long.

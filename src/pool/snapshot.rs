@@ -11,7 +11,9 @@ use std::{
 
 use hashbrown::HashTable;
 
-use super::{bitset::AtomicBitSet, deadlines::Deadlines, key::Key};
+use super::{
+    bitset::AtomicBitSet, deadlines::Deadlines, key::Key, layout::Layout, scopes_in_use::ScopesInUse,
+};
 use crate::{
     key::KeyId,
     limit::NEVER,
@@ -26,7 +28,7 @@ const EXPIRED_PER_PICK: usize = 16;
 
 #[derive(Debug)]
 pub(crate) struct Snapshot {
-    keys: Box<[Arc<Key>]>,
+    keys: Arc<[Arc<Key>]>,
     by_id: SlotsById,
     available: AtomicBitSet,
     cooling: Deadlines,
@@ -35,6 +37,8 @@ pub(crate) struct Snapshot {
     /// How many refreshes of slots have begun, and have ended.
     begun: AtomicU64,
     ended: AtomicU64,
+    layout: Arc<Layout>,
+    pub(super) scopes: ScopesInUse,
 }
 
 /// Every pick writes the cursor, so nothing that every pick reads may be on its cache line, nor on the one that
@@ -45,8 +49,16 @@ struct Cursor(AtomicUsize);
 
 impl Snapshot {
     /// Continues the turn of `before`: keys that stay must be in the same order as there, and new ones behind them.
-    pub(crate) fn new(keys: Vec<Arc<Key>>, before: Option<&Self>) -> Self {
+    pub(crate) fn new(mut keys: Vec<Arc<Key>>, before: Option<&Self>) -> Self {
+        keys.sort_by_key(|key| key.tier());
+        for (slot, key) in keys.iter().enumerate() {
+            key.set_slot(slot);
+        }
+        let keys: Arc<[Arc<Key>]> = keys.into();
+        let layout = Arc::new(Layout::new(&keys));
         let snapshot = Self {
+            scopes: ScopesInUse::new(keys.clone(), layout.clone(), before.map(|before| &before.scopes)),
+            layout,
             by_id: SlotsById::new(&keys),
             available: AtomicBitSet::new(keys.len()),
             cooling: Deadlines::new(keys.len()),
@@ -54,18 +66,20 @@ impl Snapshot {
             cursor: Cursor(AtomicUsize::new(0)),
             begun: AtomicU64::new(0),
             ended: AtomicU64::new(0),
-            keys: keys.into(),
+            keys,
         };
         if let Some(before) = before {
             let had_their_turn = before.keys.iter().take(before.cursor.0.load(Relaxed));
             let stay = had_their_turn.filter(|key| snapshot.slot(&key.id).is_some()).count();
             snapshot.cursor.0.store(stay, Relaxed);
         }
-        for (slot, key) in snapshot.keys.iter().enumerate() {
-            key.set_slot(slot);
-        }
         snapshot.refresh_all();
         snapshot
+    }
+
+    /// Whether keys differ in what they may serve: they have tiers or quota groups.
+    pub(crate) fn has_choices(&self) -> bool {
+        self.layout.tiers().len() > 1 || self.layout.groups() > 0
     }
 
     pub(crate) fn keys(&self) -> &[Arc<Key>] {
@@ -230,6 +244,7 @@ impl Snapshot {
             }
         }
         self.ended.fetch_add(1, SeqCst);
+        self.scopes.each(|scoped| scoped.refresh_key(slot));
     }
 
     /// Takes the next key in these slots that has a pending mark.
@@ -297,14 +312,15 @@ mod tests {
 
     use super::*;
     use crate::{
-        key::inject::Inject,
+        key::{KeySpec, inject::Inject},
         limit::{Rest, Resting, Until, Word},
         pool::{Engine, key::UsableKey},
     };
 
     fn snapshot(ids: &[&str]) -> Snapshot {
         let key = |id: &&str| {
-            let key = UsableKey::new(KeyId::new(id).unwrap(), &"sk".into(), &Inject::bearer()).unwrap();
+            let spec = KeySpec::new(KeyId::new(id).unwrap(), "sk");
+            let key = UsableKey::new(&spec, &Inject::bearer()).unwrap();
             Arc::new(key.healthy_in(Weak::<Engine>::new()))
         };
         Snapshot::new(ids.iter().map(key).collect(), None)

@@ -91,7 +91,7 @@ impl Link {
                 }
                 let slot = before.slot(&spec.id);
                 let known = slot.map(|slot| &before.keys()[slot]).filter(|_| spec.unsupported().is_none());
-                if let Some(key) = known.filter(|key| key.is(&spec.secret, standing.born)) {
+                if let Some(key) = known.filter(|key| key.is(&spec, standing.born)) {
                     self.engine.apply(key, &standing);
                     continue;
                 }
@@ -121,9 +121,9 @@ impl Link {
         if let Some(field) = spec.unsupported() {
             return Err(format!("the field `{field}` is not supported yet"));
         }
-        let usable = UsableKey::new(spec.id.clone(), &spec.secret, &self.engine.config.inject);
+        let usable = UsableKey::new(spec, &self.engine.config.inject);
         let key = self.engine.new_key(usable.map_err(|reason| reason.to_string())?);
-        key.is(&spec.secret, standing.born);
+        key.is(spec, standing.born);
         self.engine.apply(&key, standing);
         Ok(key)
     }

@@ -6,8 +6,9 @@ use super::{error::Error, failover::Resend, gate::Pass, judge::Outcome, mode::At
 use crate::{
     classify::ClassifyResponse,
     clock::Sleep,
+    limit::Traits,
     message::RequestMessage,
-    pool::{Lease, NoKeyAvailable},
+    pool::{Key, Lease, NoKeyAvailable},
 };
 
 /// A client that is asked whether it is ready before each attempt.
@@ -26,8 +27,12 @@ where
     rotation: Arc<Rotation<C, M>>,
     client: S,
     kept: Option<M::Kept>,
+    /// What the request is, if its key depends on that. It then waits in the queue of its scope, not at the gate.
+    traits: Option<Traits>,
+    /// The key of the next attempt of such a request.
+    lease: Option<Lease>,
     /// The keys that it was limited on and must not be sent with again.
-    tried: Vec<Lease>,
+    tried: Vec<Arc<Key>>,
     sent: u32,
     waited: Duration,
     /// Returned with the answer of an attempt that had to wait for its turn.
@@ -44,11 +49,13 @@ where
     M: Attempt<Req, R>,
     Req: RequestMessage,
 {
-    pub(crate) fn new(rotation: Arc<Rotation<C, M>>, client: S) -> Self {
+    pub(crate) fn new(rotation: Arc<Rotation<C, M>>, client: S, traits: Option<Traits>) -> Self {
         Self {
             rotation,
             client,
             kept: None,
+            traits,
+            lease: None,
             tried: Vec::new(),
             sent: 0,
             waited: Duration::ZERO,
@@ -63,7 +70,10 @@ where
         S: Client<Req, R, E>,
         E: 'static,
     {
-        if self.rotation.has_queue() {
+        if self.traits.is_some() {
+            let acquired = self.acquire().await;
+            acquired.map_err(|error| self.rotation.refuse_without_key(error).into_error())?;
+        } else if self.rotation.has_queue(None) {
             self.wait().await.map_err(Error::NoKeyAvailable)?;
         }
         self.kept = self.rotation.mode.keep(&request);
@@ -74,7 +84,7 @@ where
     pub(crate) async fn go_on<E>(
         mut self,
         kept: Option<M::Kept>,
-        lease: Lease,
+        mut lease: Lease,
         answer: Answer<M::Response, E>,
         outcome: Option<Outcome>,
     ) -> Answer<M::Response, E>
@@ -85,7 +95,7 @@ where
         self.kept = kept;
         let (answer, outcome) = match outcome {
             Some(outcome) => (answer, outcome),
-            None => self.settle(&lease, answer).await,
+            None => self.settle(&mut lease, answer).await,
         };
         match self.after(lease, answer, outcome).await {
             Next::Settled(answer) => answer,
@@ -99,9 +109,13 @@ where
         E: 'static,
     {
         loop {
-            self.client.ready().await.map_err(Error::Inner)?;
-            let lease = self.rotation.pool.engine().pick_besides(&self.tried);
-            let lease = match self.rotation.insert_key(lease, &mut request) {
+            if let Err(error) = self.client.ready().await {
+                self.lease.take().into_iter().for_each(Lease::put_back);
+                return Err(Error::Inner(error));
+            }
+            let lease = self.lease.take().or_else(|| self.rotation.pool.engine().pick_besides(&self.tried));
+            let lease = lease.ok_or_else(|| self.rotation.no_key());
+            let mut lease = match lease.and_then(|lease| self.rotation.insert_key(lease, &mut request)) {
                 Ok(lease) => lease,
                 Err(refused) => {
                     self.client.release();
@@ -114,7 +128,7 @@ where
             };
             let answer = self.client.send(request).await;
             let answer = answer.map(M::untouched).map_err(Error::Inner);
-            let (answer, outcome) = self.settle(&lease, answer).await;
+            let (answer, outcome) = self.settle(&mut lease, answer).await;
             match self.after(lease, answer, outcome).await {
                 Next::Settled(answer) => return answer,
                 Next::Again(again) => request = again,
@@ -125,7 +139,7 @@ where
     /// Judges an answer, after reading its body if the classifier wants to see it.
     async fn settle<E: 'static>(
         &mut self,
-        lease: &Lease,
+        lease: &mut Lease,
         mut answer: Answer<M::Response, E>,
     ) -> (Answer<M::Response, E>, Outcome) {
         let mut beginning = None;
@@ -165,11 +179,15 @@ where
         let Some(when) = self.when_again(lease, resend) else { return Next::Settled(Ok(response)) };
         let (response, _) = M::read(response, resend.drain, self.time_for_a_body()).await;
         if when == When::AfterWaiting {
-            let has_turn = self.wait().await.is_ok();
+            let has_turn =
+                if self.traits.is_some() { self.acquire().await.is_ok() } else { self.wait().await.is_ok() };
             // The body may have been consumed meanwhile.
             match rotation.mode.again(&kept).filter(|_| has_turn) {
                 Some(again) => request = again,
-                None => return Next::Settled(Ok(response)),
+                None => {
+                    self.lease.take().into_iter().for_each(Lease::put_back);
+                    return Next::Settled(Ok(response));
+                }
             }
         }
         rotation.pool.meter().failed_over();
@@ -181,13 +199,14 @@ where
     /// When a refused request is sent again, if it is.
     fn when_again(&mut self, refused_with: Lease, resend: &Resend) -> Option<When> {
         let rotation = &self.rotation;
-        self.tried.push(refused_with);
+        self.tried.push(refused_with.key);
         self.sent += 1;
         if self.sent >= resend.attempts {
             return None;
         }
-        let at_once = !rotation.has_queue() && rotation.pool.engine().has_available();
-        if !at_once && !rotation.can_wait(self.waited) {
+        let at_once =
+            self.traits.is_none() && !rotation.has_queue(None) && rotation.pool.engine().has_available();
+        if self.traits.is_none() && !at_once && !rotation.can_wait(self.waited) {
             return None;
         }
         if !resend.withdraw() {
@@ -196,6 +215,22 @@ where
             return None;
         }
         Some(if at_once { When::AtOnce } else { When::AfterWaiting })
+    }
+
+    /// Gets a key that has room in the request's scope, at once or after a wait.
+    async fn acquire(&mut self) -> Result<(), NoKeyAvailable> {
+        let Some(traits) = &self.traits else { return Ok(()) };
+        let pool = &self.rotation.pool;
+        let before = pool.clock().now();
+        let limit = self.rotation.wait.saturating_sub(self.waited);
+        let acquired = pool.engine().acquire(traits, limit, self.sent > 0).await;
+        let waited = pool.clock().now().saturating_sub(before);
+        if !waited.is_zero() {
+            self.waited += waited;
+            pool.meter().waited(waited);
+        }
+        self.lease = Some(acquired?);
+        Ok(())
     }
 
     /// Waits for a turn, for as long as is left of the request's limit.

@@ -20,6 +20,7 @@ use super::{
 };
 use crate::{
     classify::ClassifyResponse,
+    limit::Traits,
     message::{RequestMessage, ResponseMessage},
     pool::Lease,
 };
@@ -108,6 +109,7 @@ pin_project! {
         // None where the request has no key.
         lease: Option<Lease>,
         kept: Option<M::Kept>,
+        traits: Option<Traits>,
         client: S,
         rotation: Arc<Rotation<C, M>>,
         // Boxed: only a limited request, or one that waits, comes here.
@@ -125,10 +127,11 @@ where
         first: S::Future,
         lease: Option<Lease>,
         kept: Option<M::Kept>,
+        traits: Option<Traits>,
         client: S,
         rotation: Arc<Rotation<C, M>>,
     ) -> Self {
-        Self { first: Some(first), lease, kept, client, rotation, going_on: None }
+        Self { first: Some(first), lease, kept, traits, client, rotation, going_on: None }
     }
 
     #[cold]
@@ -141,7 +144,15 @@ where
     }
 
     fn going_on(going_on: Boxed<Answer<M, Req, S>>, client: S, rotation: Arc<Rotation<C, M>>) -> Self {
-        Self { first: None, lease: None, kept: None, client, rotation, going_on: Some(going_on) }
+        Self {
+            first: None,
+            lease: None,
+            kept: None,
+            traits: None,
+            client,
+            rotation,
+            going_on: Some(going_on),
+        }
     }
 }
 
@@ -156,8 +167,13 @@ where
     Req: RequestMessage + Send + 'static,
 {
     #[cold]
-    pub(crate) fn in_turn(request: Req, client: S, rotation: Arc<Rotation<C, M>>) -> Self {
-        let attempts = Attempts::new(rotation.clone(), WhenReady(client.clone()));
+    pub(crate) fn in_turn(
+        request: Req,
+        traits: Option<Traits>,
+        client: S,
+        rotation: Arc<Rotation<C, M>>,
+    ) -> Self {
+        let attempts = Attempts::new(rotation.clone(), WhenReady(client.clone()), traits);
         Self::going_on(Box::pin(attempts.run(request)), client, rotation)
     }
 }
@@ -204,8 +220,10 @@ where
             if has_ended {
                 return Poll::Ready(result.map(M::untouched));
             }
-            let attempts = Attempts::new(this.rotation.clone(), WhenReady(this.client.clone()));
-            let (kept, lease) = (this.kept.take(), lease.clone());
+            let Some(lease) = this.lease.take() else { return Poll::Ready(result.map(M::untouched)) };
+            let client = WhenReady(this.client.clone());
+            let attempts = Attempts::new(this.rotation.clone(), client, this.traits.take());
+            let kept = this.kept.take();
             let going_on = attempts.go_on(kept, lease, result.map(M::untouched), outcome);
             this.first.set(None);
             *this.going_on = Some(Box::pin(going_on));

@@ -40,7 +40,7 @@ impl<C: ClassifyResponse> Judge<C> {
     #[inline]
     pub(crate) fn settle<R, E>(
         &self,
-        lease: &Lease,
+        lease: &mut Lease,
         result: &mut Result<R, Error<E>>,
         body: Option<&[u8]>,
     ) -> Outcome
@@ -53,8 +53,20 @@ impl<C: ClassifyResponse> Judge<C> {
                 let head = ResponseHead::new(response.status(), response.headers());
                 let head = body.map_or(head, |body| head.with_body(body));
                 let outcome = match self.classifier.classify(&head) {
-                    Verdict::Nothing => Outcome::Answered,
-                    verdict => mark(lease, verdict, response),
+                    Verdict::Nothing => {
+                        if lease.ticket.is_some() {
+                            apply(lease, Verdict::Nothing, &head);
+                        }
+                        Outcome::Answered
+                    }
+                    _ if is_attributed(response) => {
+                        apply(lease, Verdict::Nothing, &head);
+                        Outcome::Answered
+                    }
+                    verdict => {
+                        apply(lease, verdict, &head);
+                        attribute(response)
+                    }
                 };
                 if self.expose_key {
                     served_by::expose(lease, response);
@@ -87,18 +99,45 @@ fn is_attributed<R: JudgedResponse>(response: &R) -> bool {
     response.extensions().get::<Attributed>().is_some()
 }
 
+/// Ends a request at its key and at the key's limit, as its response was judged.
 #[cold]
-fn mark<R: JudgedResponse>(lease: &Lease, verdict: Verdict, response: &mut R) -> Outcome {
+pub(super) fn apply(lease: &mut Lease, verdict: Verdict, head: &ResponseHead<'_>) {
     let (rest, wait) = match verdict {
-        Verdict::Nothing => return Outcome::Answered,
+        Verdict::Nothing => {
+            if lease.ticket.is_some() {
+                lease.settle(false, None, &head.remaining());
+            }
+            return;
+        }
         Verdict::RateLimited { wait } => (Rest::RateLimited, wait),
         Verdict::Exhausted { wait } => (Rest::Exhausted, wait),
         Verdict::Revoked => (Rest::Revoked, None),
     };
-    if is_attributed(response) {
-        return Outcome::Answered;
+    let status = head.status().as_u16();
+    let rests_apart = rest == Rest::RateLimited && lease.rests_apart();
+    match rest {
+        Rest::RateLimited if lease.ticket.is_some() => {
+            let said = head.remaining();
+            // A window's reset is when all of it is back; one request has room earlier.
+            lease.settle(
+                true,
+                if said.is_known() && rests_apart { head.explicit_wait() } else { wait },
+                &said,
+            );
+        }
+        // Nobody knows whether the service counted the request.
+        _ => lease.ticket = None,
     }
-    lease.mark(rest, wait, response.status().as_u16());
+    if rests_apart {
+        lease.count_limited(status);
+    } else {
+        lease.mark(rest, wait, status);
+    }
+}
+
+/// Notes that a response rested its key.
+#[cold]
+fn attribute<R: JudgedResponse>(response: &mut R) -> Outcome {
     response.extensions_mut().insert(Attributed);
     if is_error(response.status()) { Outcome::Refused } else { Outcome::KeyRested }
 }

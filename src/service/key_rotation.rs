@@ -8,31 +8,39 @@ use std::{
 
 use tower_service::Service;
 
-use super::{error::Error, mode::Once, rotation::Rotation, send::SendBy};
+use super::{
+    describe::{Describe, FromExtensions},
+    error::Error,
+    mode::Once,
+    rotation::Rotation,
+    send::SendBy,
+};
 use crate::classify::TooManyRequests;
 
 /// A client that sends each request with a key: see the [module](crate::service).
-pub struct KeyRotation<S, C = TooManyRequests, M = Once> {
+pub struct KeyRotation<S, C = TooManyRequests, M = Once, D = FromExtensions> {
     inner: S,
     rotation: Arc<Rotation<C, M>>,
+    describe: D,
 }
 
-impl<S, C, M> KeyRotation<S, C, M> {
-    pub(crate) fn new(inner: S, rotation: Arc<Rotation<C, M>>) -> Self {
-        Self { inner, rotation }
+impl<S, C, M, D> KeyRotation<S, C, M, D> {
+    pub(crate) fn new(inner: S, rotation: Arc<Rotation<C, M>>, describe: D) -> Self {
+        Self { inner, rotation, describe }
     }
 }
 
-impl<S: Clone, C, M> Clone for KeyRotation<S, C, M> {
+impl<S: Clone, C, M, D: Clone> Clone for KeyRotation<S, C, M, D> {
     fn clone(&self) -> Self {
-        Self { inner: self.inner.clone(), rotation: self.rotation.clone() }
+        Self { inner: self.inner.clone(), rotation: self.rotation.clone(), describe: self.describe.clone() }
     }
 }
 
-impl<S, C, M, Req> Service<Req> for KeyRotation<S, C, M>
+impl<S, C, M, D, Req> Service<Req> for KeyRotation<S, C, M, D>
 where
     S: Service<Req>,
     Req: SendBy<S, C, M>,
+    D: Describe<Req>,
 {
     type Response = Req::Response;
     type Error = Error<S::Error>;
@@ -44,11 +52,12 @@ where
     }
 
     fn call(&mut self, request: Req) -> Self::Future {
-        request.send(&mut self.inner, &self.rotation)
+        let traits = |request: &Req| self.rotation.needed(self.describe.describe(request));
+        request.send(&mut self.inner, &self.rotation, traits)
     }
 }
 
-impl<S: fmt::Debug, C, M> fmt::Debug for KeyRotation<S, C, M> {
+impl<S: fmt::Debug, C, M, D> fmt::Debug for KeyRotation<S, C, M, D> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("KeyRotation").field("inner", &self.inner).field("rotation", &self.rotation).finish()
     }

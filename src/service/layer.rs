@@ -5,6 +5,7 @@ use std::{fmt, sync::Arc, time::Duration};
 use tower_layer::Layer;
 
 use super::{
+    describe::FromExtensions,
     failover::Failover,
     key_rotation::KeyRotation,
     mode::{Once, Waiting},
@@ -12,6 +13,7 @@ use super::{
 };
 use crate::{
     classify::{ClassifyResponse, TooManyRequests},
+    limit::Traits,
     pool::KeyPool,
 };
 
@@ -37,22 +39,23 @@ use crate::{
 /// ```
 #[derive(Clone)]
 #[must_use]
-pub struct KeyRotationLayer<C = TooManyRequests, M = Once> {
+pub struct KeyRotationLayer<C = TooManyRequests, M = Once, D = FromExtensions> {
     pub(super) rotation: Arc<Rotation<C, M>>,
+    pub(super) describe: D,
 }
 
 impl KeyRotationLayer {
     /// Takes keys from that pool.
     pub fn new(pool: &KeyPool) -> Self {
-        Self { rotation: Arc::new(Rotation::new(pool, Once)) }
+        Self { rotation: Arc::new(Rotation::new(pool, Once)), describe: FromExtensions }
     }
 }
 
-impl<C: Clone, M: Clone> KeyRotationLayer<C, M> {
+impl<C: Clone, M: Clone, D> KeyRotationLayer<C, M, D> {
     /// Another classifier: it decides which responses speak against their key, see [`classify`](crate::classify).
     ///
     /// A classifier is cloned for each request: keep large state behind an `Arc`.
-    pub fn classify<D: ClassifyResponse>(self, classifier: D) -> KeyRotationLayer<D, M> {
+    pub fn classify<E: ClassifyResponse>(self, classifier: E) -> KeyRotationLayer<E, M, D> {
         self.map(|rotation| rotation.classify(classifier))
     }
 
@@ -64,7 +67,7 @@ impl<C: Clone, M: Clone> KeyRotationLayer<C, M> {
     ///
     /// - A request is never sent again with a key that it was refused with, unless it has waited meanwhile.
     /// - Where no other key is available, the caller gets the refused response.
-    pub fn failover<K>(self, failover: Failover<K>) -> KeyRotationLayer<C, Failover<K>> {
+    pub fn failover<K>(self, failover: Failover<K>) -> KeyRotationLayer<C, Failover<K>, D> {
         let failover = failover.with_budget_of(&self.rotation.pool);
         self.map(|rotation| rotation.map_mode(|_| failover))
     }
@@ -78,20 +81,43 @@ impl<C: Clone, M: Clone> KeyRotationLayer<C, M> {
         })
     }
 
-    fn waiting<N>(self, limit: Duration, mode: impl FnOnce(M) -> N) -> KeyRotationLayer<C, N> {
+    /// Says what each request is, by a closure over the client's requests: its scope, its session, its cost. By default,
+    /// [`Traits`](crate::Traits) come from the extensions of an `http::Request`, or of a `reqwest-middleware` request.
+    ///
+    /// ```
+    /// use http::Request;
+    /// use tower_key_rotation::{KeyPool, KeyRotationLayer, Traits};
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let pool = KeyPool::builder().key("alpha", "sk-1").paced().build()?;
+    /// let layer = KeyRotationLayer::new(&pool)
+    ///     .describe(|request: &Request<String>| Traits::new().scope(request.uri().path()));
+    /// # let _ = layer;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn describe<Req, F>(self, describe: F) -> KeyRotationLayer<C, M, F>
+    where
+        F: Fn(&Req) -> Traits + Clone,
+    {
+        KeyRotationLayer { rotation: self.rotation, describe }
+    }
+
+    fn waiting<N>(self, limit: Duration, mode: impl FnOnce(M) -> N) -> KeyRotationLayer<C, N, D> {
         self.map(|rotation| Rotation { wait: limit, ..rotation.map_mode(mode) })
     }
 
-    fn reading<N>(self, most: usize, mode: impl FnOnce(M) -> N) -> KeyRotationLayer<C, N> {
+    fn reading<N>(self, most: usize, mode: impl FnOnce(M) -> N) -> KeyRotationLayer<C, N, D> {
         self.map(|rotation| Rotation { error_bodies: Some(most), ..rotation.map_mode(mode) })
     }
 
-    fn map<D, N>(self, map: impl FnOnce(Rotation<C, M>) -> Rotation<D, N>) -> KeyRotationLayer<D, N> {
-        KeyRotationLayer { rotation: Arc::new(map(Arc::unwrap_or_clone(self.rotation))) }
+    fn map<E, N>(self, map: impl FnOnce(Rotation<C, M>) -> Rotation<E, N>) -> KeyRotationLayer<E, N, D> {
+        let rotation = Arc::new(map(Arc::unwrap_or_clone(self.rotation)));
+        KeyRotationLayer { rotation, describe: self.describe }
     }
 }
 
-impl<C: Clone> KeyRotationLayer<C, Once> {
+impl<C: Clone, D> KeyRotationLayer<C, Once, D> {
     /// Lets a request wait for a key where none is available, for that long in all. Without this option, and where the
     /// first key is known to be back later, it fails at once.
     ///
@@ -103,7 +129,7 @@ impl<C: Clone> KeyRotationLayer<C, Once> {
     /// succeed.
     ///
     /// The client has to be `Clone`. Without [`failover`](Self::failover), the response type stays the client's.
-    pub fn wait_up_to(self, limit: Duration) -> KeyRotationLayer<C, Waiting> {
+    pub fn wait_up_to(self, limit: Duration) -> KeyRotationLayer<C, Waiting, D> {
         self.waiting(limit, |_| Waiting)
     }
 
@@ -112,19 +138,19 @@ impl<C: Clone> KeyRotationLayer<C, Once> {
     ///
     /// The response type becomes an `http::Response<Replay<B>>`, see [`Replay`](crate::Replay); a `reqwest::Response`
     /// stays one. The client has to be `Clone`.
-    pub fn read_error_bodies(self, most: usize) -> KeyRotationLayer<C, Failover<Once>> {
+    pub fn read_error_bodies(self, most: usize) -> KeyRotationLayer<C, Failover<Once>, D> {
         self.reading(most, |_| reads_only())
     }
 }
 
-impl<C: Clone> KeyRotationLayer<C, Waiting> {
+impl<C: Clone, D> KeyRotationLayer<C, Waiting, D> {
     /// Lets the classifier see the body of an error: as without a wait.
-    pub fn read_error_bodies(self, most: usize) -> KeyRotationLayer<C, Failover<Once>> {
+    pub fn read_error_bodies(self, most: usize) -> KeyRotationLayer<C, Failover<Once>, D> {
         self.reading(most, |_| reads_only())
     }
 }
 
-impl<C: Clone, K: Clone> KeyRotationLayer<C, Failover<K>> {
+impl<C: Clone, K: Clone, D> KeyRotationLayer<C, Failover<K>, D> {
     /// Lets a request wait for a key: as without failover, and between its attempts as well.
     pub fn wait_up_to(self, limit: Duration) -> Self {
         self.waiting(limit, |mode| mode)
@@ -141,16 +167,16 @@ fn reads_only() -> Failover<Once> {
     Failover::attempts(1).clone_with(Once)
 }
 
-impl<S, C: Clone, M: Clone> Layer<S> for KeyRotationLayer<C, M> {
-    type Service = KeyRotation<S, C, M>;
+impl<S, C: Clone, M: Clone, D: Clone> Layer<S> for KeyRotationLayer<C, M, D> {
+    type Service = KeyRotation<S, C, M, D>;
 
     fn layer(&self, inner: S) -> Self::Service {
         // An allocation of its own, so that threads with a service each do not share a reference count.
-        KeyRotation::new(inner, Arc::new((*self.rotation).clone()))
+        KeyRotation::new(inner, Arc::new((*self.rotation).clone()), self.describe.clone())
     }
 }
 
-impl<C, M> fmt::Debug for KeyRotationLayer<C, M> {
+impl<C, M, D> fmt::Debug for KeyRotationLayer<C, M, D> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("KeyRotationLayer").field(&self.rotation).finish()
     }

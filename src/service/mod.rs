@@ -93,11 +93,13 @@
 mod attempts;
 mod budget;
 mod clone;
+mod describe;
 pub(crate) mod error;
 pub(crate) mod failover;
 mod future;
 mod gate;
 mod judge;
+pub(crate) mod key_lease;
 pub(crate) mod key_rotation;
 pub(crate) mod layer;
 mod mode;
@@ -112,5 +114,6 @@ pub(crate) mod served_by;
 
 pub use self::{
     clone::TryClone,
+    describe::{Describe, FromExtensions},
     mode::{Once, Waiting},
 };

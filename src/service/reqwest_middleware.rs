@@ -8,6 +8,7 @@ use reqwest_middleware::{Error as ClientError, Middleware, Next, Result};
 
 use super::{
     attempts::{Attempts, Client},
+    describe::Describe,
     error::Error,
     layer::KeyRotationLayer,
     mode::Attempt,
@@ -50,8 +51,9 @@ impl Client<Request, Response, ClientError> for Behind<'_> {
 /// # }
 /// ```
 #[async_trait::async_trait]
-impl<C, M> Middleware for KeyRotationLayer<C, M>
+impl<C, M, D> Middleware for KeyRotationLayer<C, M, D>
 where
+    D: Describe<Request> + Send + Sync + 'static,
     C: ClassifyResponse + Send + Sync + 'static,
     M: Attempt<Request, Response, Response = Response> + Send + Sync + 'static,
 {
@@ -63,7 +65,9 @@ where
     ) -> Result<Response> {
         let sent = match self.rotation.wants_key(&request) {
             Ok(true) => {
-                let attempts = Attempts::new(self.rotation.clone(), Behind { extensions, next });
+                let traits = self.describe.describe(&request).or_else(|| extensions.get().cloned());
+                let traits = self.rotation.needed(traits);
+                let attempts = Attempts::new(self.rotation.clone(), Behind { extensions, next }, traits);
                 attempts.run(request).await
             }
             Ok(false) => next.run(request, extensions).await.map_err(Error::Inner),

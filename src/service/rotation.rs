@@ -9,8 +9,9 @@ use crate::{
         InjectError,
         hosts::{NoKeyBecause, Ruling},
     },
+    limit::Traits,
     message::RequestMessage,
-    pool::{KeyPool, Lease},
+    pool::{KeyPool, Lease, NoKeyAvailable},
 };
 
 /// A layer's pool and options.
@@ -68,29 +69,58 @@ impl<C, M> Rotation<C, M> {
         }
     }
 
-    /// Puts the key that was picked, if any, into a request that wants one.
+    /// Picks a key for a request.
     ///
     /// The refusal is boxed to keep the usual result small.
     #[inline(always)]
+    pub(crate) fn pick(&self) -> Result<Lease, Box<Refused>> {
+        self.pool.engine().pick().ok_or_else(|| self.no_key())
+    }
+
+    /// Picks a key for a request that is served by some keys only.
+    pub(crate) fn pick_for(&self, traits: &Traits) -> Result<Lease, Box<Refused>> {
+        let engine = self.pool.engine();
+        engine.pick_for(traits).map_err(|until| self.refuse_without_key(engine.no_room(until)))
+    }
+
+    /// Puts a key into a request that wants one.
+    #[inline(always)]
     pub(crate) fn insert_key<Req: RequestMessage>(
         &self,
-        lease: Option<Lease>,
+        lease: Lease,
         request: &mut Req,
     ) -> Result<Lease, Box<Refused>> {
-        let Some(lease) = lease else { return Err(self.no_key()) };
         let credentials = lease.credentials();
         credentials.insert_into(request.headers_mut());
         let parameters = credentials.query_parameters();
-        if !parameters.is_empty() {
-            request.set_query(parameters).map_err(refuse)?;
+        if !parameters.is_empty()
+            && let Err(error) = request.set_query(parameters)
+        {
+            lease.put_back();
+            return Err(refuse(error));
         }
         Ok(lease)
     }
 
     /// Whether a request has to queue for a key.
     #[inline]
-    pub(crate) fn has_queue(&self) -> bool {
-        !self.wait.is_zero() && self.gate.is_closed(&self.pool)
+    pub(crate) fn has_queue(&self, traits: Option<&Traits>) -> bool {
+        !self.wait.is_zero()
+            && match traits {
+                None => self.gate.is_closed(&self.pool),
+                Some(traits) => self.pool.engine().has_waiting(traits),
+            }
+    }
+
+    /// Whether a request that got no key may wait for one.
+    pub(crate) fn may_queue(&self, traits: Option<&Traits>) -> bool {
+        if traits.is_some() { !self.wait.is_zero() } else { self.has_queue(None) }
+    }
+
+    /// The traits of a request whose key depends on what the request is.
+    #[inline(always)]
+    pub(crate) fn needed(&self, traits: Option<Traits>) -> Option<Traits> {
+        traits.or_else(|| self.pool.engine().chooses().then(Traits::new))
     }
 
     /// Whether a key is back before a request that has waited that long gives up.
@@ -100,9 +130,14 @@ impl<C, M> Rotation<C, M> {
     }
 
     #[cold]
-    fn no_key(&self) -> Box<Refused> {
+    pub(crate) fn no_key(&self) -> Box<Refused> {
+        self.refuse_without_key(self.pool.no_key())
+    }
+
+    #[cold]
+    pub(crate) fn refuse_without_key(&self, error: NoKeyAvailable) -> Box<Refused> {
         self.pool.meter().no_key();
-        Box::new(Refused::NoKeyAvailable(self.pool.no_key()))
+        Box::new(Refused::NoKeyAvailable(error))
     }
 
     #[cold]

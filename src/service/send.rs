@@ -6,7 +6,7 @@ use tower_service::Service;
 
 use super::{
     clone::CloneRequest,
-    error::Error,
+    error::{Error, Refused},
     failover::Failover,
     future::{FailoverFuture, ResponseFuture},
     mode::{Attempt, Once, Waiting},
@@ -14,7 +14,9 @@ use super::{
 };
 use crate::{
     classify::ClassifyResponse,
+    limit::Traits,
     message::{ReadableResponse, RequestMessage, ResponseMessage},
+    pool::Lease,
 };
 
 /// A request that a client of this type can send in this mode.
@@ -29,7 +31,15 @@ where
     type Response;
     type Future: Future<Output = Result<Self::Response, Error<S::Error>>>;
 
-    fn send(self, client: &mut S, rotation: &Arc<Rotation<C, M>>) -> Self::Future;
+    /// Sends a request by the key that its traits lead to, or by the next one in turn.
+    ///
+    /// The traits are asked for here, not by the caller: a request is large, and would be moved once more.
+    fn send(
+        self,
+        client: &mut S,
+        rotation: &Arc<Rotation<C, M>>,
+        traits: impl FnOnce(&Self) -> Option<Traits>,
+    ) -> Self::Future;
 }
 
 impl<Req, S, C> SendBy<S, C, Once> for Req
@@ -44,17 +54,35 @@ where
     type Future = ResponseFuture<S::Future, C>;
 
     #[inline]
-    fn send(mut self, client: &mut S, rotation: &Arc<Rotation<C, Once>>) -> Self::Future {
-        match rotation.wants_key(&self) {
-            Ok(true) => {}
-            Ok(false) => return ResponseFuture::keyless(client.call(self)),
-            Err(refused) => return ResponseFuture::refused(refused),
-        }
-        match rotation.insert_key(rotation.pool.engine().pick(), &mut self) {
-            Ok(lease) => ResponseFuture::keyed(client.call(self), rotation.judge.clone(), lease),
+    fn send(
+        mut self,
+        client: &mut S,
+        rotation: &Arc<Rotation<C, Once>>,
+        traits: impl FnOnce(&Self) -> Option<Traits>,
+    ) -> Self::Future {
+        let pick = |request: &Self| match traits(request) {
+            None => rotation.pick(),
+            Some(traits) => rotation.pick_for(&traits),
+        };
+        match prepare(rotation, &mut self, pick) {
+            Ok(Some(lease)) => ResponseFuture::keyed(client.call(self), rotation.judge.clone(), lease),
+            Ok(None) => ResponseFuture::keyless(client.call(self)),
             Err(refused) => ResponseFuture::refused(refused),
         }
     }
+}
+
+/// Puts a key into a request that wants one.
+#[inline(always)]
+fn prepare<C, Req: RequestMessage>(
+    rotation: &Rotation<C, Once>,
+    request: &mut Req,
+    pick: impl FnOnce(&Req) -> Result<Lease, Box<Refused>>,
+) -> Result<Option<Lease>, Box<Refused>> {
+    if !rotation.wants_key(request)? {
+        return Ok(None);
+    }
+    pick(request).and_then(|lease| rotation.insert_key(lease, request)).map(Some)
 }
 
 impl<Req, S, C> SendBy<S, C, Waiting> for Req
@@ -67,8 +95,13 @@ where
     type Response = S::Response;
     type Future = FailoverFuture<S, C, Waiting, Req>;
 
-    fn send(self, client: &mut S, rotation: &Arc<Rotation<C, Waiting>>) -> Self::Future {
-        send_more_than_once(client, rotation, self)
+    fn send(
+        self,
+        client: &mut S,
+        rotation: &Arc<Rotation<C, Waiting>>,
+        traits: impl FnOnce(&Self) -> Option<Traits>,
+    ) -> Self::Future {
+        send_more_than_once(client, rotation, self, traits)
     }
 }
 
@@ -84,16 +117,22 @@ where
     type Future = FailoverFuture<S, C, Failover<K>, Req>;
 
     #[inline]
-    fn send(self, client: &mut S, rotation: &Arc<Rotation<C, Failover<K>>>) -> Self::Future {
-        send_more_than_once(client, rotation, self)
+    fn send(
+        self,
+        client: &mut S,
+        rotation: &Arc<Rotation<C, Failover<K>>>,
+        traits: impl FnOnce(&Self) -> Option<Traits>,
+    ) -> Self::Future {
+        send_more_than_once(client, rotation, self, traits)
     }
 }
 
-#[inline]
+#[inline(always)]
 fn send_more_than_once<S, C, M, Req>(
     client: &mut S,
     rotation: &Arc<Rotation<C, M>>,
     mut request: Req,
+    traits: impl FnOnce(&Req) -> Option<Traits>,
 ) -> FailoverFuture<S, C, M, Req>
 where
     Req: RequestMessage + Send + 'static,
@@ -106,22 +145,27 @@ where
         Ok(true) => {}
         Ok(false) => {
             let response = client.call(request);
-            return FailoverFuture::first(response, None, None, client.clone(), rotation.clone());
+            return FailoverFuture::first(response, None, None, None, client.clone(), rotation.clone());
         }
         Err(refused) => return FailoverFuture::refused(*refused, client.clone(), rotation.clone()),
     }
-    if rotation.has_queue() {
-        return send_in_turn(client, rotation, request);
+    let traits = traits(&request);
+    if rotation.has_queue(traits.as_ref()) {
+        return send_in_turn(client, rotation, request, traits);
     }
     let kept = rotation.mode.keep(&request);
-    match rotation.insert_key(rotation.pool.engine().pick(), &mut request) {
+    let lease = match &traits {
+        None => rotation.pick(),
+        Some(traits) => rotation.pick_for(traits),
+    };
+    match lease.and_then(|lease| rotation.insert_key(lease, &mut request)) {
         Ok(lease) => {
             let response = client.call(request);
-            FailoverFuture::first(response, Some(lease), kept, client.clone(), rotation.clone())
+            FailoverFuture::first(response, Some(lease), kept, traits, client.clone(), rotation.clone())
         }
-        // Another request took the last key since.
-        Err(refused) if refused.is_no_key() && rotation.has_queue() => {
-            send_in_turn(client, rotation, request)
+        // Another request took the last key since, or no key has room.
+        Err(refused) if refused.is_no_key() && rotation.may_queue(traits.as_ref()) => {
+            send_in_turn(client, rotation, request, traits)
         }
         Err(refused) => FailoverFuture::refused(*refused, client.clone(), rotation.clone()),
     }
@@ -132,6 +176,7 @@ fn send_in_turn<S, C, M, Req>(
     client: &mut S,
     rotation: &Arc<Rotation<C, M>>,
     request: Req,
+    traits: Option<Traits>,
 ) -> FailoverFuture<S, C, M, Req>
 where
     Req: RequestMessage + Send + 'static,
@@ -143,5 +188,5 @@ where
     // The service that was made ready may hold a permit. It is given back while the request waits: a request before it
     // may need that permit.
     *client = client.clone();
-    FailoverFuture::in_turn(request, client.clone(), rotation.clone())
+    FailoverFuture::in_turn(request, traits, client.clone(), rotation.clone())
 }

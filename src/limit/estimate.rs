@@ -1,0 +1,340 @@
+//! Learns one budget from what responses say is left of it.
+//!
+//! The rate of a bucket is an interval that each answer narrows. The level is this process's own count, unless the answer
+//! proves it wrong: setting the level from each header would count requests in flight twice or not at all, and whole
+//! seconds would move it by a minute's worth of requests.
+
+use std::time::Duration;
+
+use super::{
+    budget::Budget,
+    left::{Kind, Left},
+    sharing::{Alike, Sharing},
+};
+
+/// An answer, as one budget sees it. Times are seconds of the pool's clock.
+pub(crate) struct Answer {
+    pub(crate) left: Left,
+    pub(crate) cost: f64,
+    /// The request's number: what was taken up to it.
+    pub(crate) sequence: u64,
+    pub(crate) sent_at: f64,
+    pub(crate) now: f64,
+    pub(crate) is_limited: bool,
+    /// How long a refusal says to wait.
+    pub(crate) wait: Option<f64>,
+    /// Whether the refusal may be another budget's.
+    pub(crate) may_be_other: bool,
+    /// Requests without an answer, of a budget of requests.
+    pub(crate) in_flight: f64,
+    /// What a unit is in requests: 1, or the tokens of this request.
+    pub(crate) per_request: f64,
+    /// How many limits share a scope's traffic.
+    pub(crate) keys: f64,
+    /// Whether this is the budget of requests.
+    pub(crate) is_requests: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Observed {
+    at: f64,
+    level: f64,
+    sequence: u64,
+    refused: f64,
+    was_full: bool,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Estimate {
+    /// The rate lies in between, in units per second; 0 if nothing is known.
+    low: f64,
+    high: f64,
+    limit: f64,
+    /// The newest request with an answer: older ones say nothing new.
+    seen: u64,
+    /// All that was refused: the service did not count it.
+    refused: f64,
+    last: Option<Observed>,
+    foreign: f64,
+    /// Above 1: the reset stands still while less is left, so this is a window.
+    votes: i8,
+    voted_reset: f64,
+    voted_remaining: f64,
+    window_end: f64,
+    period: f64,
+    /// How often more came back than the rate allows.
+    too_slow: u8,
+    /// The rate comes from levels, because the resets are wrong.
+    by_levels: bool,
+}
+
+impl Estimate {
+    /// The level that an answer proved, at its time of sending, and how fast it rises.
+    pub(crate) fn last_level(&self) -> Option<(f64, f64, f64)> {
+        self.last.map(|last| (last.level, last.at, self.rate()))
+    }
+
+    pub(crate) fn observe(&mut self, budget: &Budget, answer: &Answer, sharing: &mut Sharing) {
+        if answer.is_limited {
+            self.refused += answer.cost;
+        }
+        if answer.sequence < self.seen {
+            return;
+        }
+        self.seen = answer.sequence;
+        if (answer.left.limit - self.limit).abs() > 1e-9 {
+            *self = Self {
+                limit: answer.left.limit,
+                seen: self.seen,
+                refused: self.refused,
+                foreign: self.foreign,
+                votes: self.votes,
+                ..Self::default()
+            };
+        }
+        if self.is_window(answer) {
+            self.observe_window(budget, answer, sharing);
+        } else {
+            self.observe_bucket(budget, answer, sharing);
+        }
+    }
+
+    /// A bucket's reset moves away with each request; a window's stands still.
+    fn is_window(&mut self, answer: &Answer) -> bool {
+        let Left { remaining, reset, resolution, kind, .. } = answer.left;
+        if let Some(kind) = kind {
+            return kind == Kind::Window;
+        }
+        let reset_at = answer.sent_at + reset.as_secs_f64();
+        let fell = remaining < self.voted_remaining - 0.5;
+        if self.voted_reset > 0.0 && answer.sent_at < self.voted_reset && fell {
+            let tolerance = resolution.as_secs_f64().max(0.05) + 0.02 * reset.as_secs_f64();
+            let stands = (reset_at - self.voted_reset).abs() < tolerance;
+            self.votes = (self.votes + if stands { 1 } else { -1 }).clamp(-4, 4);
+        }
+        if self.voted_reset == 0.0 || fell || answer.sent_at > self.voted_reset {
+            self.voted_reset = reset_at;
+            self.voted_remaining = remaining;
+        }
+        self.votes > 1
+    }
+
+    fn observe_window(&mut self, budget: &Budget, answer: &Answer, sharing: &mut Sharing) {
+        let Left { limit, remaining, reset, .. } = answer.left;
+        let end = answer.sent_at + reset.as_secs_f64();
+        let moved = end - self.window_end;
+        if self.window_end > 0.0 && moved > 0.5 {
+            self.period = if self.period == 0.0 { moved } else { self.period.min(moved) };
+        }
+        let is_same = moved.abs() < 2.0;
+        self.window_end = end;
+        let usual = [60.0, 3_600.0, 86_400.0].into_iter().find(|period| reset.as_secs_f64() <= period * 1.01);
+        let period = if self.period > 0.0 { self.period } else { usual.unwrap_or(reset.as_secs_f64()) };
+        if let Some(last) = self.last.filter(|_| is_same) {
+            let own = (answer.sequence as f64 - last.sequence as f64) - (self.refused - last.refused);
+            let foreign = last.level - own - remaining;
+            sharing.used(own / answer.per_request, foreign / answer.per_request, answer.now);
+        }
+        let not_counted = if answer.is_limited { answer.cost } else { 0.0 };
+        let now = (answer.now * 1e9) as u64;
+        let end = (end * 1e9) as u64;
+        budget.set_window(limit, end, Duration::from_secs_f64(period.max(0.001)), now, |own| {
+            let after = budget.sent().saturating_sub(answer.sequence) as f64;
+            let most = remaining - (after - not_counted).max(0.0);
+            let left = match own.filter(|_| is_same) {
+                Some(own) => own.max(remaining - after.max(answer.in_flight)).min(most),
+                None => most,
+            };
+            if sharing.is_shared() { left.min(sharing.part_of_window(remaining - after)) } else { left }
+        });
+        self.last = Some(Observed {
+            at: answer.sent_at,
+            level: remaining,
+            sequence: answer.sequence,
+            refused: self.refused,
+            was_full: true,
+        });
+    }
+
+    fn observe_bucket(&mut self, budget: &Budget, answer: &Answer, sharing: &mut Sharing) {
+        self.narrow_rate(answer, sharing);
+        let rate = self.rate();
+        if rate == 0.0 {
+            // Full, and never used: the level is known, the rate is not.
+            return;
+        }
+        let limit = answer.left.limit;
+        let (low, high) = self.level_at_service(answer, rate);
+        let level = 0.5 * (low + high);
+        let is_full = level > limit - 1.0 - 1e-9 && limit > 1.5;
+        self.compare_with_last(answer, rate, level, is_full, sharing);
+        self.last = Some(Observed {
+            at: answer.sent_at,
+            level,
+            sequence: answer.sequence,
+            refused: self.refused,
+            was_full: is_full,
+        });
+        self.adjust_guard(answer, rate, level, sharing);
+        if sharing.is_shared() {
+            sharing.adjust(level / answer.per_request, limit / answer.per_request, answer.keys, answer.now);
+        }
+        let now = (answer.now * 1e9) as u64;
+        let since = answer.now - answer.sent_at - sharing.guard;
+        let share = sharing.share();
+        budget.set_bucket(rate * share, limit, now, |own| {
+            let after = budget.sent().saturating_sub(answer.sequence) as f64;
+            let unanswered = after.max(answer.in_flight);
+            if sharing.is_shared() {
+                let reserve = (2.0 * answer.per_request).min(0.2 * limit) * (1.0 - share);
+                let at_most = high - after - reserve + rate * share * since;
+                let at_least = share * (low - unanswered - reserve).max(0.0);
+                return own.unwrap_or(at_least).max(at_least).min(at_most).min(limit);
+            }
+            let at_most = high + rate * since - after;
+            let at_least = low + rate * since - unanswered;
+            own.unwrap_or(at_least).max(at_least).min(at_most).min(limit)
+        });
+    }
+
+    /// Between `(used - 1) / reset` and `used / reset`, in each answer.
+    fn narrow_rate(&mut self, answer: &Answer, sharing: &mut Sharing) {
+        let limit = answer.left.limit;
+        let (reset, resolution) = (answer.left.reset.as_secs_f64(), answer.left.resolution.as_secs_f64());
+        let used = limit - answer.left.remaining;
+        if reset > 0.0 && used > 0.0 && !self.by_levels {
+            let high = used / (reset - resolution).max(reset * 0.5);
+            let low = (used - 1.0).max(0.0) / reset;
+            let contradicts = low > self.high * 1.05 || high < self.low * 0.95;
+            if self.high == 0.0 || contradicts {
+                (self.low, self.high) = (low, high);
+            } else {
+                self.high = self.high.min(high);
+                self.low = self.low.max(low).min(self.high);
+            }
+        }
+        // A refusal says when there is one, and when there are all: that is the rate.
+        if let Some(wait) = answer.wait.filter(|_| answer.is_limited)
+            && !self.by_levels
+            && resolution < 0.1
+            && !answer.may_be_other
+            && reset > wait + 0.5
+            && limit > answer.cost
+        {
+            let exact = (limit - answer.cost) / (reset - wait);
+            if exact > self.low * 0.97 && exact < self.high * 1.03 {
+                (self.low, self.high) = (exact * 0.9999, exact * 1.0001);
+            }
+        }
+        if answer.is_requests && self.high > 0.0 && !self.by_levels {
+            self.learn_from_others(sharing);
+        }
+        if answer.is_limited && answer.is_requests && self.low > 0.0 && !sharing.is_shared() {
+            self.high = self.low.max(self.high - 0.25 * (self.high - self.low));
+            if self.by_levels {
+                self.high *= 0.97;
+                self.low = self.high;
+            }
+        }
+    }
+
+    fn learn_from_others(&mut self, sharing: &mut Sharing) {
+        let known = sharing.alike;
+        let mine = Alike { limit: self.limit, low: self.low, high: self.high };
+        match known {
+            Some(other) if other.limit == self.limit && other.low < self.high && other.high > self.low => {
+                if other.high - other.low > self.high - self.low {
+                    sharing.alike = Some(mine);
+                } else {
+                    (self.low, self.high) = (self.low.max(other.low), self.high.min(other.high));
+                }
+            }
+            None => sharing.alike = Some(mine),
+            Some(other) if other.limit != self.limit && self.low > 0.8 * self.high => {
+                sharing.alike = Some(mine)
+            }
+            Some(_) => {}
+        }
+    }
+
+    fn rate(&self) -> f64 {
+        if self.high == 0.0 {
+            0.0
+        } else if self.low > 0.6 * self.high {
+            0.5 * (self.low + self.high)
+        } else {
+            self.high.min(self.low.max(self.high * 0.75))
+        }
+    }
+
+    /// What was left at the service when it answered: between the number that it said, rounded down, and the one above; and
+    /// by the reset, to its resolution.
+    fn level_at_service(&self, answer: &Answer, rate: f64) -> (f64, f64) {
+        let Left { limit, remaining, reset, resolution, .. } = answer.left;
+        let (reset, resolution) = (reset.as_secs_f64(), resolution.as_secs_f64());
+        let is_known = self.high < self.low * 1.1 && !self.by_levels;
+        let (mut low, mut high) = if is_known {
+            let within = |level: f64| level.clamp(remaining, remaining + 0.999);
+            (within(limit - reset * rate), within(limit - (reset - resolution).max(0.0) * rate))
+        } else {
+            (remaining, remaining + 0.999)
+        };
+        if let Some(wait) = answer.wait.filter(|_| answer.is_limited && !answer.may_be_other) {
+            let cost = answer.cost.min(limit);
+            low = (cost - wait * rate).clamp(0.0, cost);
+            high = (low + resolution * rate).min(cost);
+        }
+        if high - low < 0.02 { (low, low) } else { (low, high) }
+    }
+
+    /// What others used since the last answer, and whether the rate fits.
+    fn compare_with_last(
+        &mut self,
+        answer: &Answer,
+        rate: f64,
+        level: f64,
+        is_full: bool,
+        sharing: &mut Sharing,
+    ) {
+        let last = match self.last {
+            Some(last) if !last.was_full && !is_full => last,
+            _ => {
+                if is_full {
+                    self.foreign *= 0.9;
+                }
+                return;
+            }
+        };
+        let passed = answer.sent_at - last.at;
+        if passed <= 0.02 {
+            return;
+        }
+        let own = (answer.sequence as f64 - last.sequence as f64) - (self.refused - last.refused);
+        let used_by_others = last.level + rate * passed - own - level;
+        let bound = 3.0 * own.max(1.0) + rate * passed;
+        let unit = answer.per_request;
+        sharing.used_of_bucket(own / unit, used_by_others.clamp(-bound, bound) / unit, answer.now);
+        let foreign = (used_by_others / passed).clamp(-rate, rate * 2.0);
+        self.too_slow =
+            if foreign < -0.2 * rate { self.too_slow + 1 } else { self.too_slow.saturating_sub(1) };
+        if self.too_slow > 6 {
+            self.high = rate - self.foreign.min(0.0);
+            self.low = self.high;
+            self.too_slow = 0;
+            self.by_levels = true;
+        }
+        self.foreign += (1.0 - (-passed / 10.0).exp()) * (foreign - self.foreign);
+    }
+
+    /// A refusal that came a moment too early shows how much later the service counts.
+    fn adjust_guard(&self, answer: &Answer, rate: f64, level: f64, sharing: &mut Sharing) {
+        if !(answer.is_limited && answer.is_requests) {
+            sharing.guard *= 0.9995;
+            return;
+        }
+        let early = (1.0 - level) / rate;
+        if early < 0.1 && self.foreign < 0.05 * rate {
+            sharing.guard = (sharing.guard + early.max(0.002)).min(0.1);
+        }
+    }
+}

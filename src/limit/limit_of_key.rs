@@ -1,0 +1,300 @@
+//! One limit: of a key, or of the keys of a quota group, in one scope.
+
+use std::sync::PoisonError;
+
+use super::{
+    budget::Budget,
+    estimate::{self, Estimate},
+    found::{FIRST_IN_FLIGHT, Found},
+    left::Remaining,
+    quota::Quota,
+    sharing::Sharing,
+    taken::{Answered, Taken, seconds, wait_nanos},
+    word::NEVER,
+};
+use crate::sync::{
+    Mutex,
+    atomic::{
+        AtomicU32, AtomicU64,
+        Ordering::{Relaxed, SeqCst},
+    },
+};
+
+/// What picks read and write comes first; what only answers need is behind the lock.
+#[derive(Debug)]
+#[repr(C)]
+pub(crate) struct Limit {
+    /// Closed until then, in ns of the pool's clock, whatever the budgets say.
+    rest: AtomicU64,
+    in_flight: AtomicU32,
+    /// At most so many requests without an answer; 0 for any number.
+    cap: AtomicU32,
+    /// What the service allows, as it was learned.
+    requests: Budget,
+    tokens: Budget,
+    /// What the user configured.
+    quotas: Box<[(Quota, Budget)]>,
+    learned: Mutex<Learned>,
+}
+
+#[derive(Debug, Default)]
+struct Learned {
+    requests: Estimate,
+    tokens: Option<Box<Estimate>>,
+    found: Found,
+    /// The headers of this scope are ignored.
+    ignores_headers: bool,
+}
+
+impl Limit {
+    /// A limit of a pool that learns, or one of quotas alone.
+    pub(crate) fn new(quotas: &[Quota], learns: bool, now: u64) -> Self {
+        Self {
+            rest: AtomicU64::new(0),
+            in_flight: AtomicU32::new(0),
+            cap: AtomicU32::new(if learns && quotas.is_empty() { FIRST_IN_FLIGHT } else { 0 }),
+            requests: Budget::default(),
+            tokens: Budget::default(),
+            quotas: quotas.iter().map(|quota| (*quota, quota.full(now))).collect(),
+            learned: Mutex::default(),
+        }
+    }
+
+    /// Takes what a request costs from each budget. Returns what it took, or when there is room, in ns; [`NEVER`] if that is
+    /// when another request has its answer.
+    #[inline]
+    pub(crate) fn take(&self, tokens: u64, now: u64) -> Result<Taken, u64> {
+        let rest = self.rest.load(SeqCst);
+        if rest > now {
+            return Err(rest);
+        }
+        let in_flight = self.in_flight.fetch_add(1, SeqCst);
+        let cap = self.cap.load(Relaxed);
+        if cap != 0 && in_flight >= cap {
+            self.in_flight.fetch_sub(1, SeqCst);
+            return Err(NEVER);
+        }
+        self.take_from_budgets(tokens, now).inspect_err(|_| {
+            self.in_flight.fetch_sub(1, SeqCst);
+        })
+    }
+
+    #[inline]
+    fn take_from_budgets(&self, tokens: u64, now: u64) -> Result<Taken, u64> {
+        let sequence = self.requests.take(1, now)?;
+        let mut token_sequence = 0;
+        if tokens != 0 {
+            token_sequence =
+                self.tokens.take(tokens, now).inspect_err(|_| self.requests.put_back(1, now, now))?;
+        }
+        for (taken, (quota, budget)) in self.quotas.iter().enumerate() {
+            if let Err(when) = budget.take(quota.cost(tokens), now) {
+                for (quota, budget) in &self.quotas[..taken] {
+                    budget.put_back(quota.cost(tokens), now, now);
+                }
+                self.requests.put_back(1, now, now);
+                if tokens != 0 {
+                    self.tokens.put_back(tokens, now, now);
+                }
+                return Err(when);
+            }
+        }
+        Ok(Taken { at: now, tokens, sequence, token_sequence, is_probe: false })
+    }
+
+    /// Counts a request that is sent although there is no room for it.
+    pub(crate) fn probe(&self, tokens: u64, now: u64) -> Taken {
+        self.in_flight.fetch_add(1, SeqCst);
+        for (quota, budget) in &self.quotas {
+            budget.take_anyway(quota.cost(tokens), now);
+        }
+        Taken {
+            at: now,
+            tokens,
+            sequence: self.requests.take_anyway(1, now),
+            token_sequence: self.tokens.take_anyway(tokens, now),
+            is_probe: true,
+        }
+    }
+
+    /// Gives back what a request took that was not sent.
+    pub(crate) fn put_back(&self, taken: &Taken, now: u64) {
+        self.requests.put_back(1, taken.at, now);
+        if taken.tokens != 0 {
+            self.tokens.put_back(taken.tokens, taken.at, now);
+        }
+        for (quota, budget) in &self.quotas {
+            budget.put_back(quota.cost(taken.tokens), taken.at, now);
+        }
+        self.in_flight.fetch_sub(1, SeqCst);
+    }
+
+    /// Ends a request of which nobody knows whether the service counted it: its tokens are given back.
+    pub(crate) fn failed(&self, taken: &Taken, now: u64) {
+        self.correct_tokens(taken, 0, now);
+        self.in_flight.fetch_sub(1, SeqCst);
+    }
+
+    /// Replaces the tokens that a request reserved by those that it used.
+    pub(crate) fn correct_tokens(&self, taken: &Taken, used: u64, now: u64) {
+        let by = taken.tokens as f64 - used as f64;
+        self.tokens.add(by, taken.at, now);
+        for (_, budget) in self.quotas.iter().filter(|(quota, _)| quota.is_of_tokens()) {
+            budget.add(by, taken.at, now);
+        }
+    }
+
+    /// When the limit has room for a request of that many tokens, in ns; 0 if it has.
+    #[inline]
+    pub(crate) fn closed_until(&self, tokens: u64, now: u64) -> u64 {
+        let cap = self.cap.load(Relaxed);
+        if cap != 0 && self.in_flight.load(SeqCst) >= cap {
+            return NEVER;
+        }
+        let mut until = self.rest.load(SeqCst).max(self.requests.when(1, now));
+        if tokens != 0 {
+            until = until.max(self.tokens.when(tokens, now));
+        }
+        for (quota, budget) in &self.quotas {
+            until = until.max(budget.when(quota.cost(tokens), now));
+        }
+        if until > now { until } else { 0 }
+    }
+
+    /// Closes the limit until then, or longer.
+    pub(crate) fn rest_until(&self, until: u64) {
+        self.rest.fetch_max(until, SeqCst);
+    }
+
+    /// Ends the rest.
+    pub(crate) fn reset(&self) {
+        self.rest.store(0, SeqCst);
+    }
+
+    pub(crate) fn in_flight(&self) -> u32 {
+        self.in_flight.load(SeqCst)
+    }
+
+    /// Whether an answer proved that there is no room for a request now. A quota, and a rest that the service asked for, are
+    /// never doubted.
+    pub(crate) fn is_doubtful(&self, tokens: u64, now: u64) -> bool {
+        let is_certain = self.rest.load(SeqCst) > now
+            || self.quotas.iter().any(|(quota, budget)| budget.when(quota.cost(tokens), now) > now);
+        if is_certain {
+            return false;
+        }
+        let learned = self.learned.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_short = |estimate: &Estimate, cost: f64| {
+            estimate
+                .last_level()
+                .is_some_and(|(level, at, rate)| level + rate * (seconds(now) + 0.1 - at) < 0.75 * cost)
+        };
+        is_short(&learned.requests, 1.0)
+            || learned.tokens.as_ref().is_some_and(|estimate| is_short(estimate, tokens as f64))
+    }
+
+    /// Ends a request, without learning from its answer. A refused request was not counted by the service.
+    pub(crate) fn ended(&self, taken: &Taken, is_limited: bool, now: u64) {
+        self.in_flight.fetch_sub(1, SeqCst);
+        if is_limited {
+            for (quota, budget) in &self.quotas {
+                budget.add(quota.cost(taken.tokens) as f64, taken.at, now);
+            }
+        }
+    }
+
+    /// Ends a request, and learns from its answer. Returns whether the headers of the scope are ignored from now on.
+    pub(crate) fn learn(
+        &self,
+        taken: &Taken,
+        said: &Remaining,
+        answered: Answered,
+        sharing: &mut Sharing,
+    ) -> bool {
+        let Answered { is_limited, wait, now: now_nanos, .. } = answered;
+        let (now, sent_at) = (seconds(now_nanos), seconds(taken.at));
+        let wait = wait.map(|wait| wait.as_secs_f64());
+        self.ended(taken, is_limited, now_nanos);
+        let mut learned = self.learned.lock().unwrap_or_else(PoisonError::into_inner);
+        let learned = &mut *learned;
+        let caught = sharing.judge(said, taken, answered);
+        if sharing.is_lying() && !learned.ignores_headers {
+            self.ignore_headers(learned);
+        }
+        let has_headers = said.is_known() && !sharing.is_lying();
+        learned.found.count(is_limited, now);
+        if has_headers {
+            self.observe(learned, taken, said, answered, sharing);
+        }
+        if is_limited {
+            let rest = wait.or_else(|| (!has_headers).then(|| learned.found.rest(sent_at)));
+            if let Some(rest) = rest {
+                self.rest_until(now_nanos.saturating_add(wait_nanos(rest)));
+            }
+        }
+        let cap = self.cap.load(SeqCst);
+        if has_headers || self.requests.is_known() || self.tokens.is_known() {
+            self.cap.store(0, SeqCst);
+        } else if cap != 0 {
+            self.cap.store(learned.found.cap(cap, is_limited, wait, sent_at), SeqCst);
+        }
+        if !has_headers {
+            learned.found.adjust(&self.requests, is_limited, wait, sent_at, now);
+        }
+        caught
+    }
+
+    fn observe(
+        &self,
+        learned: &mut Learned,
+        taken: &Taken,
+        said: &Remaining,
+        answered: Answered,
+        sharing: &mut Sharing,
+    ) {
+        let tokens = taken.tokens as f64;
+        let is_out = |left: Option<super::left::Left>, cost: f64| {
+            left.is_some_and(|left| left.remaining < 2.0 * cost.max(1.0))
+        };
+        let answer = |left, cost, sequence, may_be_other, is_requests| estimate::Answer {
+            left,
+            cost,
+            sequence,
+            sent_at: seconds(taken.at),
+            now: seconds(answered.now),
+            is_limited: answered.is_limited,
+            wait: answered.wait.map(|wait| wait.as_secs_f64()),
+            may_be_other,
+            in_flight: if is_requests { f64::from(self.in_flight()) } else { 0.0 },
+            per_request: if is_requests { 1.0 } else { tokens.max(1.0) },
+            keys: answered.keys.max(1) as f64,
+            is_requests,
+        };
+        if let Some(left) = said.requests {
+            let answer = answer(left, 1.0, taken.sequence, is_out(said.tokens, tokens), true);
+            learned.requests.observe(&self.requests, &answer, sharing);
+        }
+        if let Some(left) = said.tokens.filter(|_| taken.tokens != 0) {
+            let answer = answer(left, tokens, taken.token_sequence, is_out(said.requests, 1.0), false);
+            learned.tokens.get_or_insert_default().observe(&self.tokens, &answer, sharing);
+        }
+    }
+
+    fn ignore_headers(&self, learned: &mut Learned) {
+        learned.ignores_headers = true;
+        learned.found.forget();
+        self.requests.forget();
+        self.tokens.forget();
+        if self.cap.load(SeqCst) == 0 {
+            self.cap.store(FIRST_IN_FLIGHT, SeqCst);
+        }
+    }
+
+    /// Ignores what was learned from headers, after another limit of the scope has caught them lying.
+    pub(crate) fn distrust(&self) {
+        let mut learned = self.learned.lock().unwrap_or_else(PoisonError::into_inner);
+        if !learned.ignores_headers {
+            self.ignore_headers(&mut learned);
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! Whether other processes use the same limits, and whether the service's headers can be believed: for all keys of a scope.
+//!
+//! Processes without a common store see each other only in what the service says is left. Each keeps to a share of the
+//! rate, which it lowers while little is left, and raises while much is left.
+
+use std::time::Duration;
+
+use super::{
+    left::{Left, Remaining},
+    taken::{Answered, Taken, seconds},
+};
+
+/// How fast the memory of what was used fades, in seconds.
+const FADES_IN: f64 = 20.0;
+
+/// The guard of a scope of which nothing is known, in seconds.
+const FIRST_GUARD: f64 = 0.02;
+
+/// From this much distrust on, headers are ignored.
+const TOO_MUCH: f64 = 3.5;
+
+/// "Nothing left" this often, each time full at the same distance to the millisecond, is suspicious.
+const SAME_RESETS: u32 = 9;
+
+#[derive(Debug)]
+pub(crate) struct Sharing {
+    /// Requests of this process, and of others, that faded.
+    own: f64,
+    foreign: f64,
+    at: f64,
+    /// This process's share of each rate; 1 while others use nothing.
+    share: f64,
+    is_shared: bool,
+    moved_at: f64,
+    distrust: f64,
+    same_resets: u32,
+    same_since: f64,
+    last_reset: Duration,
+    is_lying: bool,
+    /// How much later than at the moment of sending the service counts a request, at most, in seconds.
+    pub(crate) guard: f64,
+    /// The size and the rate of a budget whose rate is known best: the keys of one scope are mostly alike.
+    pub(crate) alike: Option<Alike>,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Alike {
+    pub(crate) limit: f64,
+    pub(crate) low: f64,
+    pub(crate) high: f64,
+}
+
+impl Default for Sharing {
+    fn default() -> Self {
+        Self {
+            own: 0.0,
+            foreign: 0.0,
+            at: 0.0,
+            share: 1.0,
+            is_shared: false,
+            moved_at: 0.0,
+            distrust: 0.0,
+            same_resets: 0,
+            same_since: 0.0,
+            last_reset: Duration::ZERO,
+            is_lying: false,
+            guard: FIRST_GUARD,
+            alike: None,
+        }
+    }
+}
+
+impl Sharing {
+    pub(crate) fn is_shared(&self) -> bool {
+        self.is_shared
+    }
+
+    pub(crate) fn share(&self) -> f64 {
+        self.share
+    }
+
+    pub(crate) fn is_lying(&self) -> bool {
+        self.is_lying
+    }
+
+    /// Weighs whether the headers of an answer fit what became of the request. Returns whether they are ignored from now on.
+    pub(crate) fn judge(&mut self, said: &Remaining, taken: &Taken, answered: Answered) -> bool {
+        if self.is_lying || !said.is_known() {
+            return false;
+        }
+        let has_room =
+            |left: Option<Left>, cost: f64| left.is_none_or(|left| left.remaining >= 2.0 * cost.max(1.0));
+        let has_room = has_room(said.requests, 1.0) && has_room(said.tokens, taken.tokens as f64);
+        let is_limited = answered.is_limited;
+        self.distrust += match (is_limited, taken.is_probe) {
+            // Refused although there was room, or served although there was none.
+            (true, _) if has_room => 1.0,
+            (false, true) => 1.5,
+            (true, _) => -1.0,
+            (false, false) => -0.01,
+        };
+        self.distrust = self.distrust.max(0.0);
+        if let Some(left) = said.requests.filter(|_| !is_limited) {
+            self.note_reset(left, answered);
+        }
+        self.is_lying |= self.distrust > TOO_MUCH;
+        self.is_lying
+    }
+
+    /// A bucket with nothing left that serves more than comes back is full later and later. Keys that wait for each unit say
+    /// the same each time, but not faster than the units come.
+    fn note_reset(&mut self, left: Left, answered: Answered) {
+        let now = seconds(answered.now);
+        if left.remaining >= 1.0 || left.reset != self.last_reset {
+            (self.last_reset, self.same_since, self.same_resets) = (left.reset, now, 0);
+            return;
+        }
+        self.same_resets += 1;
+        let unit = left.reset.as_secs_f64() / left.limit;
+        let units = f64::from(self.same_resets) / answered.keys.max(1) as f64 - 1.0;
+        // Where others take as well, what is left changes.
+        let is_impossible = self.is_shared || now - self.same_since < 0.5 * units * unit;
+        let is_precise = left.resolution < Duration::from_millis(500);
+        self.is_lying |= is_precise && self.same_resets >= SAME_RESETS && is_impossible;
+    }
+
+    /// Counts what this process and others used of a bucket between two answers.
+    pub(crate) fn used_of_bucket(&mut self, own: f64, foreign: f64, now: f64) {
+        let was_shared = self.is_shared;
+        self.used(own, foreign, now);
+        match (was_shared, self.is_shared) {
+            (false, true) => self.share = 0.5,
+            (_, false) => self.share = 1.0,
+            _ => {}
+        }
+    }
+
+    /// Counts what this process and others used between two answers.
+    pub(crate) fn used(&mut self, own: f64, foreign: f64, now: f64) {
+        let keep = (-(now - self.at).max(0.0) / FADES_IN).exp();
+        self.at = now;
+        self.own = self.own * keep + own.max(0.0);
+        self.foreign = self.foreign * keep + foreign;
+        self.is_shared = if self.is_shared {
+            self.foreign > 0.02 * self.own
+        } else {
+            self.foreign > 0.05 * self.own + 3.0
+        };
+    }
+
+    /// Moves this process's share by what an answer shows of a bucket of that size, one of so many keys.
+    pub(crate) fn adjust(&mut self, level: f64, size: f64, keys: f64, now: f64) {
+        let lower = (0.5 / keys).min(0.2);
+        let raise = (0.025 / keys).min(0.05);
+        if level < (0.2 * size).min(1.0) {
+            self.share = (self.share * (1.0 - lower)).max(0.02);
+        } else if level > (0.4 * size).min(2.0) {
+            let missed = ((now - self.moved_at) * keys * 0.1).min(20.0);
+            self.share = (self.share + raise.max(raise * missed)).min(1.0);
+        }
+        self.moved_at = now;
+    }
+
+    /// What this process may take of what is left of a window.
+    pub(crate) fn part_of_window(&self, left: f64) -> f64 {
+        if !self.is_shared {
+            return left;
+        }
+        let part = (self.own / (self.own + self.foreign).max(1.0)).clamp(0.05, 1.0);
+        // Rounded at random, so that several processes do not all round the same way.
+        (left.max(0.0) * part + fastrand::f64()).floor()
+    }
+}

@@ -1,0 +1,151 @@
+//! The key of a request that has traits, or of a pool with limits: the scope's next key that has room, now or after a wait.
+
+use std::{sync::Arc, time::Duration};
+
+use super::{
+    engine::Engine,
+    lease::Lease,
+    no_key::NoKeyAvailable,
+    scoped::{Common, Demand, Picked, Scoped},
+    ticket::Ticket,
+    waiting::Place,
+};
+use crate::limit::{NEVER, Named, Traits, nanos};
+
+/// The most requests that wait in one scope.
+const MOST_WAITING: usize = 10_000;
+
+/// How often the first waiter looks if no key opens by itself.
+const NO_KEY_IN_SIGHT: u64 = 1_000_000_000;
+
+impl Engine {
+    /// The next key that has room for a request.
+    ///
+    /// # Errors
+    ///
+    /// When the first key has room, in ns of the pool's clock; [`NEVER`] if none has by itself.
+    pub(crate) fn pick_for(&self, traits: &Traits) -> Result<Lease, u64> {
+        self.in_scope(traits, |scoped| {
+            scoped.pick(&demand(traits), nanos(self.now())).map(|picked| lease(scoped, picked))
+        })
+    }
+
+    /// Whether requests of a scope wait already.
+    pub(crate) fn has_waiting(&self, traits: &Traits) -> bool {
+        self.in_scope(traits, |scoped| scoped.common.waiting.has_any())
+    }
+
+    /// The error of a request that got no key.
+    #[cold]
+    pub(crate) fn no_room(&self, until: u64) -> NoKeyAvailable {
+        let keys = self.snapshot().keys().len();
+        if until == NEVER && self.snapshot().has_available() {
+            return NoKeyAvailable::busy(keys);
+        }
+        NoKeyAvailable::resting(keys, (until != NEVER).then(|| self.time_to(until)))
+    }
+
+    fn time_to(&self, until: u64) -> Duration {
+        Duration::from_nanos(until).saturating_sub(self.now())
+    }
+
+    /// A key for a request, after it has waited for its turn if need be. A refused request goes before all that were not
+    /// sent yet.
+    ///
+    /// # Errors
+    ///
+    /// If no key has room within `limit`, or too many requests wait.
+    pub(crate) async fn acquire(
+        &self,
+        traits: &Traits,
+        limit: Duration,
+        was_refused: bool,
+    ) -> Result<Lease, NoKeyAvailable> {
+        let mut until = NEVER;
+        if was_refused || !self.has_waiting(traits) {
+            match self.pick_for(traits) {
+                Ok(lease) => return Ok(lease),
+                Err(full) => until = full,
+            }
+        }
+        let give_up = self.now().saturating_add(limit);
+        if limit.is_zero() || !self.limiting.learns && until != NEVER && until > nanos(give_up) {
+            return Err(self.no_room(until));
+        }
+        let common = self.in_scope(traits, |scoped| scoped.common.clone());
+        let Some(place) = common.waiting.join(MOST_WAITING) else {
+            return Err(NoKeyAvailable::queue_is_full(self.snapshot().keys().len()));
+        };
+        let time_over = self.config.clock.sleep_until(give_up);
+        tokio::select! {
+            biased;
+            lease = self.in_turn(traits, &common, &place, was_refused) => Ok(lease),
+            () = time_over => Err(match self.pick_for(traits) {
+                Ok(_) => NoKeyAvailable::queue_is_full(self.snapshot().keys().len()),
+                Err(until) => self.no_room(until),
+            }),
+        }
+    }
+
+    async fn in_turn(
+        &self,
+        traits: &Traits,
+        common: &Arc<Common>,
+        place: &Place<'_>,
+        was_refused: bool,
+    ) -> Lease {
+        let _first = place.first(was_refused).await;
+        loop {
+            // Subscribed before the pick, so that no event after it is missed.
+            let changed = common.waiting.changed();
+            let returned = self.returned();
+            let until = match self.pick_for(traits) {
+                Ok(lease) => return lease,
+                Err(until) => until,
+            };
+            let now = nanos(self.now());
+            let probe_at = match self.probe(traits, now) {
+                Ok(lease) => return lease,
+                Err(next) => next,
+            };
+            let look_again =
+                until.min(probe_at).min(now + NO_KEY_IN_SIGHT * if until == NEVER { 1 } else { 3_600 });
+            tokio::select! {
+                () = self.config.clock.sleep_until(Duration::from_nanos(look_again)) => {}
+                () = changed => {}
+                () = returned => {}
+            }
+        }
+    }
+
+    /// A misread header must not block traffic: now and then, one request is sent although nothing should be left.
+    fn probe(&self, traits: &Traits, now: u64) -> Result<Lease, u64> {
+        if !self.limiting.learns {
+            return Err(NEVER);
+        }
+        self.in_scope(traits, |scoped| {
+            if let Some(next) = scoped.lock_probing().not_before(now) {
+                return Err(next);
+            }
+            let picked = scoped.probe(&demand(traits), now).ok_or(NEVER)?;
+            Ok(lease(scoped, picked))
+        })
+    }
+
+    fn in_scope<T>(&self, traits: &Traits, then: impl FnOnce(&Arc<Scoped>) -> T) -> T {
+        let snapshot = self.snapshot();
+        self.return_expired(&snapshot);
+        snapshot.scopes.with(traits.named().scope.as_ref(), &self.limiting, then)
+    }
+}
+
+fn demand(traits: &Traits) -> Demand<'_> {
+    let Named { tokens, session, key, avoid, .. } = traits.named();
+    Demand { tokens: *tokens, session: *session, only: key.as_ref(), avoid }
+}
+
+fn lease(scoped: &Arc<Scoped>, picked: Picked) -> Lease {
+    let key = scoped.key(picked.slot).clone();
+    key.counts.requests.add(1);
+    Lease { key, ticket: Some(Box::new(Ticket::new(scoped.clone(), picked))) }
+}

@@ -1,0 +1,65 @@
+//! The key of one request.
+
+use std::{sync::Arc, time::Duration};
+
+use super::{key::Key, ticket::Ticket};
+use crate::{
+    key::{KeyId, inject::Rendered},
+    limit::{Remaining, Rest},
+    sync::atomic::Ordering::Relaxed,
+};
+
+/// The key that one request is sent with, and what the request took of the key's limit.
+#[derive(Debug)]
+pub(crate) struct Lease {
+    pub(crate) key: Arc<Key>,
+    /// `None` where the pool looks at rests of whole keys only. Boxed, so that such requests do not move it.
+    pub(crate) ticket: Option<Box<Ticket>>,
+}
+
+impl Lease {
+    /// Of a key without limits.
+    #[inline(always)]
+    pub(crate) fn of(key: Arc<Key>) -> Self {
+        Self { key, ticket: None }
+    }
+
+    pub(crate) fn id(&self) -> &KeyId {
+        &self.key.id
+    }
+
+    pub(crate) fn credentials(&self) -> &Rendered {
+        &self.key.credentials
+    }
+
+    /// Applies what the response said of the key, if the pool still exists.
+    pub(crate) fn mark(&self, rest: Rest, hint: Option<Duration>, http_status: u16) {
+        self.key.mark(rest, hint, http_status);
+    }
+
+    /// Ends the request at its limit. `said` and `wait` come from the response, which refused it or did not.
+    pub(crate) fn settle(&mut self, is_limited: bool, wait: Option<Duration>, said: &Remaining) {
+        if let Some(ticket) = self.ticket.take() {
+            ticket.answered(is_limited, wait, said);
+        }
+    }
+
+    /// Whether a refusal rests the key's limit in the scope of the request, not the whole key.
+    pub(crate) fn rests_apart(&self) -> bool {
+        self.ticket.as_ref().is_some_and(|ticket| ticket.rests_apart())
+    }
+
+    /// The request was not sent.
+    #[cold]
+    pub(crate) fn put_back(mut self) {
+        if let Some(ticket) = self.ticket.take() {
+            ticket.put_back();
+        }
+    }
+
+    /// Counts a refusal of which the limit rests, not the whole key.
+    pub(crate) fn count_limited(&self, http_status: u16) {
+        self.key.counts.limited.fetch_add(1, Relaxed);
+        self.key.set_last_status(http_status);
+    }
+}

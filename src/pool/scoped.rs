@@ -1,0 +1,556 @@
+//! The keys of a snapshot as the requests of one scope see them.
+//!
+//! A key is open to them while it does not rest, and while its limit in the scope has room. As in a snapshot, an index says
+//! where to look, and key and limit are the truth: each change is followed by [`Scoped::refresh_limit`] or [`Scoped::refresh_key`].
+
+use std::{
+    ops::Range,
+    sync::{Arc, OnceLock, PoisonError, Weak},
+    time::Duration,
+};
+
+use super::{bitset::AtomicBitSet, deadlines::Deadlines, key::Key, layout::Layout, waiting::Waiting};
+use crate::{
+    clock::Clock,
+    key::KeyId,
+    limit::{Cooldowns, Limit, NEVER, Quota, Rest, Scope, Sharing, Taken, nanos},
+    sync::{
+        Mutex, MutexGuard,
+        atomic::{
+            AtomicBool, AtomicU64, AtomicUsize,
+            Ordering::{Relaxed, SeqCst},
+        },
+    },
+};
+
+/// The most keys that one pick opens: bounds the time a single request can spend on it.
+const OPENED_PER_PICK: usize = 16;
+
+/// The most keys that have room, but not enough for this request, that one pick tries.
+const TOO_SMALL_PER_PICK: usize = 64;
+
+/// What a request demands of a key.
+#[derive(Debug, Default)]
+pub(crate) struct Demand<'a> {
+    pub(crate) tokens: u64,
+    pub(crate) session: Option<u64>,
+    pub(crate) only: Option<&'a KeyId>,
+    pub(crate) avoid: &'a [KeyId],
+}
+
+/// How the limits of a pool are made.
+#[derive(Debug)]
+pub(crate) struct Limiting {
+    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) cooldowns: Cooldowns,
+    /// Learns what the service allows.
+    pub(crate) learns: bool,
+    pub(crate) quotas: Vec<Quota>,
+}
+
+impl Limiting {
+    pub(crate) fn is_on(&self) -> bool {
+        self.learns || !self.quotas.is_empty()
+    }
+}
+
+/// What outlives a snapshot: the queue of a scope, and what is known of all its limits.
+#[derive(Debug, Default)]
+pub(crate) struct Common {
+    scope: Option<Scope>,
+    pub(crate) waiting: Waiting,
+    pub(crate) sharing: Mutex<Sharing>,
+    pub(crate) probing: Mutex<Probing>,
+    /// The scope in the newest snapshot, once one has been replaced.
+    newest: Mutex<Weak<Scoped>>,
+    /// The tokens of a usual request: a key with less left is closed.
+    usual_tokens: AtomicU64,
+    /// In seconds of the pool's clock.
+    last_used: AtomicU64,
+}
+
+impl Common {
+    pub(crate) fn of(scope: Option<Scope>) -> Self {
+        Self { scope, ..Self::default() }
+    }
+}
+
+/// When a request may be sent although nothing should be left.
+#[derive(Debug)]
+pub(crate) struct Probing {
+    /// In ns; 0 before the first request waited.
+    next: u64,
+    /// In seconds. It doubles with each refusal, and halves with each success.
+    interval: f64,
+}
+
+impl Probing {
+    /// When the next probe may be sent, if not now.
+    pub(crate) fn not_before(&mut self, now: u64) -> Option<u64> {
+        if self.next == 0 {
+            self.next = now + seconds(self.interval);
+        }
+        if now < self.next {
+            return Some(self.next);
+        }
+        self.next = now + seconds(self.interval.max(2.0));
+        None
+    }
+
+    /// A probe has its answer.
+    pub(crate) fn answered(&mut self, was_refused: bool, now: u64) {
+        self.interval =
+            if was_refused { (self.interval * 2.0).min(120.0) } else { (self.interval * 0.5).max(0.5) };
+        self.next = now + seconds(self.interval);
+    }
+}
+
+fn seconds(seconds: f64) -> u64 {
+    (seconds * 1e9) as u64
+}
+
+impl Default for Probing {
+    fn default() -> Self {
+        Self { next: 0, interval: 2.0 }
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct Scoped {
+    keys: Arc<[Arc<Key>]>,
+    layout: Arc<Layout>,
+    open: AtomicBitSet,
+    /// When a closed key is to be looked at again, in ns.
+    due: Deadlines,
+    /// Those of a quota group belong to its first key.
+    limits: Box<[OnceLock<Arc<Limit>>]>,
+    /// One for each tier.
+    cursors: Box<[Cursor]>,
+    /// Whose turn it is in each quota group.
+    members: Box<[AtomicUsize]>,
+    pub(crate) common: Arc<Common>,
+    limiting: Arc<Limiting>,
+    /// How many refreshes have begun, and have ended.
+    begun: AtomicU64,
+    ended: AtomicU64,
+    /// Whether another snapshot has replaced this one's.
+    is_replaced: AtomicBool,
+}
+
+#[derive(Debug, Default)]
+#[repr(align(128))]
+struct Cursor(AtomicUsize);
+
+impl Scoped {
+    pub(crate) fn new(
+        keys: Arc<[Arc<Key>]>,
+        layout: Arc<Layout>,
+        common: Arc<Common>,
+        limiting: Arc<Limiting>,
+    ) -> Self {
+        let now = nanos(limiting.clock.now());
+        let scoped = Self {
+            open: AtomicBitSet::new(keys.len()),
+            due: Deadlines::new(keys.len()),
+            limits: keys.iter().map(|_| OnceLock::new()).collect(),
+            cursors: layout.tiers().iter().map(|tier| Cursor(AtomicUsize::new(tier.start))).collect(),
+            members: (0..layout.groups()).map(|_| AtomicUsize::new(0)).collect(),
+            begun: AtomicU64::new(0),
+            ended: AtomicU64::new(0),
+            is_replaced: AtomicBool::new(false),
+            keys,
+            layout,
+            common,
+            limiting,
+        };
+        (0..scoped.keys.len()).for_each(|slot| scoped.refresh_slot(slot, now));
+        scoped
+    }
+
+    /// The same scope over the next snapshot's keys. Keys that stay keep their limits.
+    pub(crate) fn moved_to(&self, keys: Arc<[Arc<Key>]>, layout: Arc<Layout>) -> Arc<Self> {
+        let now = self.now();
+        let next = Self::new(keys, layout, self.common.clone(), self.limiting.clone());
+        for (slot, key) in self.keys.iter().enumerate() {
+            let Some(limit) = self.limits[self.layout.leader(slot)].get() else { continue };
+            let Some(there) = next.slot_of(key) else { continue };
+            let _ = next.limits[next.layout.leader(there)].set(limit.clone());
+        }
+        for (cursor, before) in next.cursors.iter().zip(&self.cursors) {
+            let stay =
+                self.keys.iter().take(before.0.load(Relaxed)).filter(|key| next.slot_of(key).is_some());
+            cursor.0.store(stay.count(), Relaxed);
+        }
+        (0..next.keys.len()).for_each(|slot| next.refresh_slot(slot, now));
+        let next = Arc::new(next);
+        *self.common.newest.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(&next);
+        self.is_replaced.store(true, SeqCst);
+        next
+    }
+
+    /// Calls `then` with the same scope in the newest snapshot.
+    pub(crate) fn in_newest<T>(&self, then: impl FnOnce(&Self) -> T) -> T {
+        if !self.is_replaced.load(SeqCst) {
+            return then(self);
+        }
+        let newest = self.common.newest.lock().unwrap_or_else(PoisonError::into_inner).upgrade();
+        then(newest.as_deref().unwrap_or(self))
+    }
+
+    pub(crate) fn key(&self, slot: usize) -> &Arc<Key> {
+        &self.keys[slot]
+    }
+
+    pub(crate) fn slot_of(&self, key: &Arc<Key>) -> Option<usize> {
+        let holds = |slot: &usize| self.keys.get(*slot).is_some_and(|held| Arc::ptr_eq(held, key));
+        Some(key.slot()).filter(holds).or_else(|| self.keys.iter().position(|held| Arc::ptr_eq(held, key)))
+    }
+
+    /// A key of that limit, if there is one.
+    pub(crate) fn slot_of_limit(&self, limit: &Arc<Limit>) -> Option<usize> {
+        let is_it = |slot: &usize| self.known_limit(*slot).is_some_and(|known| Arc::ptr_eq(known, limit));
+        (0..self.keys.len()).find(is_it)
+    }
+
+    /// The longest wait that a service may ask for.
+    pub(crate) fn longest_wait(&self) -> Duration {
+        self.limiting.cooldowns.longest_hint
+    }
+
+    /// The limit of a key, made on first use.
+    pub(crate) fn limit(&self, slot: usize, now: u64) -> &Arc<Limit> {
+        let new = || Arc::new(Limit::new(&self.limiting.quotas, self.limiting.learns, now));
+        self.limits[self.layout.leader(slot)].get_or_init(new)
+    }
+
+    /// The limit of a key, if there is one.
+    pub(crate) fn known_limit(&self, slot: usize) -> Option<&Arc<Limit>> {
+        self.limits[self.layout.leader(slot)].get()
+    }
+
+    /// How many limits share the traffic.
+    pub(crate) fn count_limits(&self) -> usize {
+        self.layout.count_limits(self.keys.len())
+    }
+
+    pub(crate) fn learns(&self) -> bool {
+        self.limiting.learns
+    }
+
+    pub(crate) fn now(&self) -> u64 {
+        nanos(self.limiting.clock.now())
+    }
+
+    pub(crate) fn scope(&self) -> Option<&str> {
+        self.common.scope.as_ref().map(Scope::as_str)
+    }
+
+    /// How long a limit rests after a refusal, in a pool that does not learn.
+    pub(crate) fn cooldown(&self, wait: Option<Duration>) -> Option<Duration> {
+        self.limiting.cooldowns.how_long(Rest::RateLimited, wait)
+    }
+
+    /// Whether no request used the scope since then, in seconds, and none is waiting or in flight.
+    pub(crate) fn is_idle(&self, since: u64) -> bool {
+        let in_flight = || {
+            (0..self.keys.len()).filter_map(|slot| self.known_limit(slot)).any(|limit| limit.in_flight() > 0)
+        };
+        self.common.last_used.load(Relaxed) < since && !self.common.waiting.has_any() && !in_flight()
+    }
+
+    // ---- picks ----
+
+    /// The next key in turn that has room, or when the first one has, in ns; [`NEVER`] if no key opens by itself.
+    pub(crate) fn pick(&self, demand: &Demand<'_>, now: u64) -> Result<Picked, u64> {
+        self.note_use(now);
+        if let Some(id) = demand.only {
+            let slot = self.keys.iter().position(|key| key.id == *id).ok_or(NEVER)?;
+            return self.take(slot, demand, now).map_err(|full| full.until);
+        }
+        if let Some(picked) = demand.session.and_then(|session| self.pick_for_session(session, demand, now)) {
+            return Ok(picked);
+        }
+        let mut earliest = NEVER;
+        for (tier, slots) in self.layout.tiers().iter().enumerate() {
+            match self.pick_of_tier(tier, slots, demand, now) {
+                Ok(picked) => return Ok(picked),
+                Err(until) => earliest = earliest.min(until),
+            }
+        }
+        if demand.avoid.is_empty() {
+            return Err(earliest.min(self.earliest_for_certain(now)));
+        }
+        let may_serve = |slot: &usize| !demand.avoid.contains(&self.keys[*slot].id);
+        let until = |slot| self.closed_until(slot, now).max(now + 1);
+        Err(earliest.min((0..self.keys.len()).filter(may_serve).map(until).min().unwrap_or(NEVER)))
+    }
+
+    fn pick_of_tier(
+        &self,
+        tier: usize,
+        slots: &Range<usize>,
+        demand: &Demand<'_>,
+        now: u64,
+    ) -> Result<Picked, u64> {
+        self.open_due(tier, slots, now);
+        let mut too_small = NEVER;
+        let mut tries = 0;
+        while tries < TOO_SMALL_PER_PICK.min(slots.len()) {
+            let cursor = self.cursors[tier].0.load(Relaxed);
+            let from = if slots.contains(&cursor) { cursor } else { slots.start };
+            let Some(slot) = self.next_open(from, slots) else { break };
+            let taken = self.cursors[tier].0.compare_exchange(cursor, slot + 1, Relaxed, Relaxed);
+            if taken.is_err() {
+                continue;
+            }
+            let slot = self.turn_in_group(slot, slots);
+            if demand.avoid.contains(&self.keys[slot].id) {
+                tries += 1;
+                continue;
+            }
+            match self.take(slot, demand, now) {
+                Ok(picked) => return Ok(picked),
+                Err(full) if full.is_closed => {}
+                Err(full) => {
+                    too_small = too_small.min(full.until);
+                    tries += 1;
+                }
+            }
+        }
+        Err(too_small)
+    }
+
+    #[inline]
+    fn next_open(&self, from: usize, slots: &Range<usize>) -> Option<usize> {
+        let within = |slot: &usize| *slot < slots.end;
+        self.open
+            .next_close_by(from)
+            .filter(within)
+            .or_else(|| self.open.next_from(from).filter(within))
+            .or_else(|| self.open.next_from(slots.start).filter(within))
+    }
+
+    fn pick_for_session(&self, session: u64, demand: &Demand<'_>, now: u64) -> Option<Picked> {
+        let mut tiers = self.layout.tiers().iter().enumerate();
+        let (_, best) = tiers.find(|(tier, slots)| {
+            self.open_due(*tier, slots, now);
+            self.next_open(slots.start, slots).is_some()
+        })?;
+        let ring = self.layout.ring(&self.keys);
+        let suits = |slot: &usize| {
+            best.contains(slot) && self.open.contains(*slot) && !demand.avoid.contains(&self.keys[*slot].id)
+        };
+        ring.candidates(session).filter(suits).find_map(|slot| self.take(slot, demand, now).ok())
+    }
+
+    /// The members of a quota group take turns, or the first one would serve all that its group may.
+    fn turn_in_group(&self, slot: usize, tier: &Range<usize>) -> usize {
+        let Some((group, members)) = self.layout.group_of(slot) else { return slot };
+        let turn = self.members[group].fetch_add(1, Relaxed);
+        let in_turn = (0..members.len()).map(|next| members[(turn + next) % members.len()] as usize);
+        let is_open = |member: &usize| tier.contains(member) && self.open.contains(*member);
+        in_turn.into_iter().find(is_open).unwrap_or(slot)
+    }
+
+    #[inline]
+    fn take(&self, slot: usize, demand: &Demand<'_>, now: u64) -> Result<Picked, Full> {
+        let key = &self.keys[slot];
+        if !key.state.load().is_available() {
+            self.refresh_slot(slot, now);
+            let limit = self.known_limit(slot).map_or(0, |limit| limit.closed_until(demand.tokens, now));
+            return Err(Full { until: key_until(key, now).max(limit), is_closed: true });
+        }
+        let limit = if self.limiting.is_on() { Some(self.limit(slot, now)) } else { self.known_limit(slot) };
+        let Some(limit) = limit else { return Ok(Picked { slot, taken: None }) };
+        let taken = limit.take(demand.tokens, now).map_err(|until| {
+            self.refresh_limit(slot, now);
+            // Another budget may take longer.
+            let until = until.max(limit.closed_until(demand.tokens, now));
+            Full { until, is_closed: !self.open.contains(slot) }
+        })?;
+        if demand.tokens != 0 {
+            self.note_tokens(demand.tokens);
+        }
+        if limit.closed_until(self.usual_tokens(), now) != 0 {
+            self.refresh_limit(slot, now);
+        }
+        Ok(Picked { slot, taken: Some(taken) })
+    }
+
+    fn usual_tokens(&self) -> u64 {
+        self.common.usual_tokens.load(Relaxed)
+    }
+
+    #[inline]
+    fn note_use(&self, now: u64) {
+        let second = now / 1_000_000_000;
+        if self.common.last_used.load(Relaxed) != second {
+            self.common.last_used.store(second, Relaxed);
+        }
+    }
+
+    fn note_tokens(&self, tokens: u64) {
+        let usual = self.usual_tokens();
+        let next = if usual == 0 { tokens } else { (usual * 15 + tokens) / 16 };
+        if next != usual {
+            self.common.usual_tokens.store(next, Relaxed);
+        }
+    }
+
+    /// A key that has no room as far as is known, for a request that finds out whether that is so.
+    pub(crate) fn probe(&self, demand: &Demand<'_>, now: u64) -> Option<Picked> {
+        let far = now + 300_000_000;
+        let slot = (0..8).map(|_| fastrand::usize(0..self.keys.len().max(1))).find(|slot| {
+            let Some(limit) = self.limits.get(self.layout.leader(*slot)).and_then(OnceLock::get) else {
+                return false;
+            };
+            let key = &self.keys[*slot];
+            let until = limit.closed_until(demand.tokens, now);
+            let is_allowed = demand.only.is_none_or(|id| key.id == *id) && !demand.avoid.contains(&key.id);
+            is_allowed
+                && key.state.load().is_available()
+                && until > far
+                && until != NEVER
+                && limit.is_doubtful(demand.tokens, now)
+        })?;
+        let limit = self.limit(slot, now);
+        let taken = limit.probe(demand.tokens, now);
+        self.refresh_limit(slot, now);
+        Some(Picked { slot, taken: Some(taken) })
+    }
+
+    // ---- the indexes ----
+
+    #[inline]
+    fn open_due(&self, tier: usize, slots: &Range<usize>, now: u64) {
+        if self.due.earliest() > now {
+            return;
+        }
+        let cursor = self.cursors[tier].0.load(Relaxed);
+        let within = |slot: &usize| slots.contains(slot);
+        for _ in 0..OPENED_PER_PICK {
+            let due = self.due.next_due(cursor.max(slots.start), now).filter(within);
+            match due.or_else(|| self.due.next_due(slots.start, now).filter(within)) {
+                Some(slot) => self.refresh_slot(slot, now),
+                None => return self.due.correct_first_path(now),
+            }
+        }
+    }
+
+    /// Brings the index in line with all keys of a limit.
+    pub(crate) fn refresh_limit(&self, slot: usize, now: u64) {
+        match self.layout.group_of(slot) {
+            Some((_, members)) => members.iter().for_each(|member| self.refresh_slot(*member as usize, now)),
+            None => self.refresh_slot(slot, now),
+        }
+    }
+
+    /// Ends the rest of a key's limit: an operator has reset the key, or this scope of it.
+    pub(crate) fn reset(&self, key: &Arc<Key>) {
+        let Some(slot) = self.slot_of(key) else { return };
+        if let Some(limit) = self.known_limit(slot) {
+            limit.reset();
+            self.refresh_limit(slot, self.now());
+            self.common.waiting.look_again();
+        }
+    }
+
+    /// Brings the index in line with a key whose rest has changed.
+    pub(crate) fn refresh_key(&self, slot: usize) {
+        self.refresh_slot(slot, self.now());
+        self.common.waiting.look_again();
+    }
+
+    fn refresh_slot(&self, slot: usize, now: u64) {
+        // The usual case after an answer. Whoever is just closing the key looks again.
+        if self.open.contains(slot) && self.closed_until(slot, now) == 0 {
+            return;
+        }
+        self.begun.fetch_add(1, SeqCst);
+        loop {
+            let until = self.closed_until(slot, now);
+            // For a moment a key is in both rather than in neither: a pick that finds it nowhere gives up.
+            if until == 0 {
+                if !self.open.contains(slot) {
+                    self.open.insert(slot);
+                }
+                self.due.set(slot, NEVER);
+            } else {
+                self.due.set(slot, until);
+                if self.open.contains(slot) {
+                    self.open.remove(slot);
+                }
+            }
+            // Two refreshes of one slot may overlap; the one that wrote last must look again.
+            if self.closed_until(slot, now) == until {
+                break;
+            }
+        }
+        self.ended.fetch_add(1, SeqCst);
+    }
+
+    /// When a key has room for a usual request, in ns; 0 if it has.
+    fn closed_until(&self, slot: usize, now: u64) -> u64 {
+        let limit = self.known_limit(slot).map_or(0, |limit| limit.closed_until(self.usual_tokens(), now));
+        key_until(&self.keys[slot], now).max(limit)
+    }
+
+    /// The earliest time at which a key opens, before a caller gives up.
+    ///
+    /// While another thread refreshes a slot, this looks at every key: the caller's next look must not depend on a thread
+    /// that may be descheduled.
+    fn earliest_for_certain(&self, now: u64) -> u64 {
+        let ended = self.ended.load(SeqCst);
+        let earliest = self.due.earliest_for_certain();
+        if self.begun.load(SeqCst) == ended {
+            return earliest;
+        }
+        (0..self.keys.len()).map(|slot| self.closed_until(slot, now).max(now + 1)).min().unwrap_or(NEVER)
+    }
+
+    /// Ignores the headers of the whole scope.
+    pub(crate) fn distrust(&self, now: u64) {
+        for slot in 0..self.keys.len() {
+            if let Some(limit) = self.known_limit(slot) {
+                limit.distrust();
+                self.refresh_slot(slot, now);
+            }
+        }
+    }
+
+    pub(crate) fn lock_sharing(&self) -> MutexGuard<'_, Sharing> {
+        self.common.sharing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn lock_probing(&self) -> MutexGuard<'_, Probing> {
+        self.common.probing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A key for a request.
+#[derive(Debug)]
+pub(crate) struct Picked {
+    pub(crate) slot: usize,
+    /// What the request takes of the key's limit; `None` if the key has none yet.
+    pub(crate) taken: Option<Taken>,
+}
+
+/// Why a key that seemed open serves no request.
+struct Full {
+    until: u64,
+    /// Whether it is closed for usual requests, too.
+    is_closed: bool,
+}
+
+/// When a key comes back by itself, in ns; 0 if it does not rest.
+fn key_until(key: &Key, now: u64) -> u64 {
+    let state = key.state.load();
+    if state.is_available() {
+        return 0;
+    }
+    match state.deadline() {
+        NEVER => NEVER,
+        // The engine ends the rest before the pick; until then, the key is due.
+        deadline => (deadline * 1_000_000).max(now + 1),
+    }
+}

@@ -1,0 +1,67 @@
+//! The queue of the requests of one scope that wait for a key.
+//!
+//! The first of them sleeps until the next key has room, and no other one watches the pool. The locks are fair, so requests
+//! go in the order in which they came, and a request that is dropped leaves its place. A refused request goes before all
+//! that have not been sent yet.
+
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+
+use tokio::sync::{Mutex, MutexGuard, Notify, futures::Notified};
+
+#[derive(Debug, Default)]
+pub(crate) struct Waiting {
+    line: Mutex<()>,
+    /// Taken by the first of the line, and by refused requests: each waits behind one request of the line at most.
+    front: Mutex<()>,
+    count: AtomicUsize,
+    changed: Notify,
+}
+
+/// A place in the queue.
+pub(crate) struct Place<'a>(&'a Waiting);
+
+/// The first place.
+pub(crate) struct First<'a> {
+    _line: Option<MutexGuard<'a, ()>>,
+    _front: MutexGuard<'a, ()>,
+}
+
+impl Waiting {
+    /// Whether a new request has to queue.
+    #[inline]
+    pub(crate) fn has_any(&self) -> bool {
+        self.count.load(SeqCst) > 0
+    }
+
+    /// Joins the queue, unless that many are in it.
+    pub(crate) fn join(&self, most: usize) -> Option<Place<'_>> {
+        let joined = self.count.fetch_update(SeqCst, SeqCst, |count| (count < most).then_some(count + 1));
+        joined.ok().map(|_| Place(self))
+    }
+
+    /// Something may have room earlier than the first request knows.
+    pub(crate) fn look_again(&self) {
+        if self.has_any() {
+            self.changed.notify_one();
+        }
+    }
+
+    /// Completes after a [`look_again`](Self::look_again) since the last one.
+    pub(crate) fn changed(&self) -> Notified<'_> {
+        self.changed.notified()
+    }
+}
+
+impl<'a> Place<'a> {
+    /// Waits for the turn.
+    pub(crate) async fn first(&self, was_refused: bool) -> First<'a> {
+        let line = if was_refused { None } else { Some(self.0.line.lock().await) };
+        First { _line: line, _front: self.0.front.lock().await }
+    }
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.0.count.fetch_sub(1, SeqCst);
+    }
+}
