@@ -1,0 +1,75 @@
+//! The command line: which cases to run.
+
+use clap::{Parser, ValueEnum};
+
+use crate::{Row, Scenario, clients::ClientKind, plot, service::ServiceKind};
+
+#[derive(Debug, Parser)]
+#[command(about = "Goodput near the quota, in virtual time")]
+pub(crate) struct Arguments {
+    /// The services, by default all of them
+    #[arg(long, value_enum, value_delimiter = ',')]
+    services: Vec<ServiceKind>,
+    /// The clients, by default all of them for `openai`, and this crate for the others
+    #[arg(long, value_enum, value_delimiter = ',')]
+    clients: Vec<ClientKind>,
+    /// The numbers of processes that share the keys
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 3])]
+    processes: Vec<usize>,
+    /// Loads as shares of what the service allows
+    #[arg(long, value_delimiter = ',', default_values_t = [0.8, 0.95, 1.1])]
+    loads: Vec<f64>,
+    /// The number of seeds
+    #[arg(long, default_value_t = 3)]
+    seeds: u64,
+    /// The virtual time during which requests arrive
+    #[arg(long, default_value_t = 300.0)]
+    seconds: f64,
+    /// Print one JSON object per line
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Draw failed requests by load to this file, an SVG, instead of printing a table
+    #[arg(long, conflicts_with_all = ["services", "clients", "processes", "loads", "json"])]
+    pub(crate) plot: Option<String>,
+    /// Passed by Cargo
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+impl Arguments {
+    pub(crate) fn scenarios(&self) -> Vec<Scenario> {
+        if self.plot.is_some() {
+            return plot::loads().map(|load| self.scenario(plot::SERVICE, load)).collect();
+        }
+        let services = if self.services.is_empty() { ServiceKind::value_variants() } else { &self.services };
+        let of_service = |service: &ServiceKind| {
+            let service = *service;
+            self.loads.iter().map(move |load| self.scenario(service, *load))
+        };
+        services.iter().flat_map(of_service).collect()
+    }
+
+    fn scenario(&self, service: ServiceKind, load: f64) -> Scenario {
+        Scenario { service, load, seeds: self.seeds, seconds: self.seconds }
+    }
+
+    pub(crate) fn rows(&self, scenario: &Scenario) -> Vec<Row> {
+        if self.plot.is_some() {
+            return scenario.rows(&plot::clients(), &[1]);
+        }
+        scenario.rows(self.clients_of(scenario.service), &self.processes)
+    }
+
+    fn clients_of(&self, service: ServiceKind) -> &[ClientKind] {
+        match &self.clients[..] {
+            [] if service == ServiceKind::OpenAi => ClientKind::value_variants(),
+            [] => &[ClientKind::Paced, ClientKind::Today],
+            clients => clients,
+        }
+    }
+}
+
+/// Returns the name on the command line and in the table.
+pub(crate) fn name(value: impl ValueEnum) -> String {
+    value.to_possible_value().expect("a value that can be chosen").get_name().to_owned()
+}

@@ -1,0 +1,81 @@
+//! A run: the requests of several processes to one service, in virtual time.
+
+use std::time::Duration;
+
+use http::{Request, StatusCode};
+use http_body_util::BodyExt;
+use tokio::{
+    runtime::Builder,
+    time::{Instant, sleep, sleep_until, timeout},
+};
+use tower::ServiceExt;
+
+use crate::{
+    arrivals::Job,
+    clients::{Client, ClientKind},
+    service::ServiceKind,
+    upstream::{SentAt, Upstream},
+};
+
+/// A request that was not served within this time has failed.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
+
+const URL: &str = "https://api.example.com/v1/chat/completions";
+
+/// What became of the requests of a run.
+pub(crate) struct Outcome {
+    /// The share of the requests that failed.
+    pub(crate) failed: f64,
+    /// The 429s per 100 served requests.
+    pub(crate) limited_per_100: f64,
+    /// How long each served request waited until it was sent for the last time.
+    pub(crate) waits: Vec<f64>,
+}
+
+/// Runs in a runtime of its own, with a paused clock.
+pub(crate) fn run(
+    client: ClientKind,
+    service: ServiceKind,
+    processes: usize,
+    jobs: &[Job],
+    seed: u64,
+) -> Outcome {
+    // The generator of the thread: the crate and some clients use it.
+    fastrand::seed(seed);
+    let runtime = Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+    runtime.block_on(async {
+        let start = Instant::now();
+        let upstream = Upstream::start(service, seed);
+        let clients: Vec<_> = (0..processes).map(|_| client.start(&upstream, processes)).collect();
+        let mut requests = Vec::with_capacity(jobs.len());
+        for job in jobs {
+            sleep_until(start + Duration::from_secs_f64(job.arrives)).await;
+            let client = clients[job.lot % processes].clone();
+            requests.push(tokio::spawn(send(client, *job)));
+        }
+        let mut waits = Vec::new();
+        for request in requests {
+            waits.extend(request.await.unwrap());
+        }
+        let counts = upstream.counts();
+        Outcome {
+            failed: 1.0 - waits.len() as f64 / jobs.len() as f64,
+            limited_per_100: 100.0 * counts.limited as f64 / counts.served as f64,
+            waits,
+        }
+    })
+}
+
+/// Returns how long the request waited, or `None` if it failed.
+async fn send(client: Client, job: Job) -> Option<f64> {
+    let mut request = Request::post(URL).body(Default::default()).unwrap();
+    request.extensions_mut().insert(job);
+    let response = timeout(PATIENCE, client.oneshot(request)).await.ok()?.ok()?;
+    if response.status() != StatusCode::OK {
+        return None;
+    }
+    let SentAt(sent) = *response.extensions().get().expect("an extension of the service");
+    sleep(Duration::from_secs_f64(job.body())).await;
+    response.into_body().collect().await.ok()?;
+    Some((sent - job.arrives).max(0.0))
+}

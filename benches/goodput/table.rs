@@ -1,0 +1,88 @@
+//! Rows: medians over the seeds, printed as a table or as JSON.
+
+use serde::Serialize;
+
+use crate::run::Outcome;
+
+/// A row. Waits are in seconds; those of clients are waits of served requests.
+#[derive(Debug, Serialize)]
+pub(crate) struct Row {
+    pub(crate) client: String,
+    pub(crate) service: String,
+    pub(crate) processes: usize,
+    pub(crate) load: f64,
+    #[serde(flatten)]
+    pub(crate) figures: Figures,
+}
+
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(crate) struct Figures {
+    /// The share of the requests that failed: from 0 to 1.
+    pub(crate) failed: f64,
+    limited_per_100: f64,
+    p50_wait: f64,
+    p99_wait: f64,
+    oracle_p50: f64,
+    oracle_p99: f64,
+}
+
+impl Figures {
+    pub(crate) fn new(outcome: Outcome, oracle: &[f64]) -> Self {
+        let (waits, oracle) = (sorted(outcome.waits), sorted(oracle.to_vec()));
+        Self {
+            failed: outcome.failed,
+            limited_per_100: outcome.limited_per_100,
+            p50_wait: percentile(&waits, 0.5),
+            p99_wait: percentile(&waits, 0.99),
+            oracle_p50: percentile(&oracle, 0.5),
+            oracle_p99: percentile(&oracle, 0.99),
+        }
+    }
+
+    /// Returns the median of each figure.
+    pub(crate) fn medians(of: &[Self]) -> Self {
+        let median = |figure: fn(&Self) -> f64| percentile(&sorted(of.iter().map(figure).collect()), 0.5);
+        Self {
+            failed: median(|figures| figures.failed),
+            limited_per_100: median(|figures| figures.limited_per_100),
+            p50_wait: median(|figures| figures.p50_wait),
+            p99_wait: median(|figures| figures.p99_wait),
+            oracle_p50: median(|figures| figures.oracle_p50),
+            oracle_p99: median(|figures| figures.oracle_p99),
+        }
+    }
+}
+
+impl Row {
+    pub(crate) fn print_head() {
+        println!(
+            "| service | load | processes | client | failed | 429s per 100 served | wait p50 | p99 \
+             | the oracle's p50 | p99 |\n|---|---|---|---|---|---|---|---|---|---|"
+        );
+    }
+
+    pub(crate) fn print(&self) {
+        let Self { client, service, processes, load, figures } = self;
+        let Figures { failed, limited_per_100, p50_wait, p99_wait, oracle_p50, oracle_p99 } = figures;
+        println!(
+            "| `{service}` | {load:.2} | {processes} | `{client}` | {:.1} % | {limited_per_100:.1} \
+             | {p50_wait:.2} s | {p99_wait:.2} s | {oracle_p50:.2} s | {oracle_p99:.2} s |",
+            100.0 * failed
+        );
+    }
+
+    pub(crate) fn print_json(&self) {
+        println!("{}", serde_json::to_string(self).unwrap());
+    }
+}
+
+fn sorted(mut figures: Vec<f64>) -> Vec<f64> {
+    figures.sort_by(f64::total_cmp);
+    figures
+}
+
+/// Returns NaN if there are no figures.
+fn percentile(sorted: &[f64], share: f64) -> f64 {
+    let last = sorted.len().saturating_sub(1);
+    sorted.get(((sorted.len() as f64 * share) as usize).min(last)).copied().unwrap_or(f64::NAN)
+}
