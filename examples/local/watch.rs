@@ -3,7 +3,7 @@
 //! The ledger belongs to the program that includes this file: `crate::ledger::Ledger`.
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     hash::{DefaultHasher, Hash, Hasher},
     pin::Pin,
     sync::Arc,
@@ -44,13 +44,21 @@ pub(crate) enum Witness {
     Client,
 }
 
-/// A limited response: of which key, and when it was answered.
-type Limited = (KeyId, Duration);
+/// A limited response.
+struct Limited {
+    key: KeyId,
+    answered_at: Duration,
+    /// The wait that it asks for.
+    asked: Option<Duration>,
+}
 
 thread_local! {
     /// Limited responses that have just come out of [`InsideRotation`]. The rotation marks their keys in the same poll,
     /// at the end of which [`AroundRotation`] looks here.
     static LIMITED: RefCell<Vec<Limited>> = const { RefCell::new(Vec::new()) };
+
+    /// When the poll of [`AroundRotation`] began that this thread is in.
+    static POLL_BEGAN: Cell<Option<Duration>> = const { Cell::new(None) };
 }
 
 /// Around the rotation: it knows by when a key has been marked.
@@ -65,8 +73,9 @@ pub(crate) struct InsideRotation<S> {
     inner: S,
     ledger: Arc<Ledger>,
     witness: Witness,
-    /// The rotation picks a key between the moment when it finds the service inside ready and its call.
-    ready_at: Duration,
+    /// A time before the pick. The rotation asks whether the service inside is ready before it picks a key, or, with a
+    /// paced pool, after that in the same poll.
+    before_pick: Option<Duration>,
 }
 
 impl<S> AroundRotation<S> {
@@ -77,7 +86,7 @@ impl<S> AroundRotation<S> {
 
 impl<S> InsideRotation<S> {
     pub(crate) fn new(inner: S, ledger: Arc<Ledger>, witness: Witness) -> Self {
-        Self { inner, ledger, witness, ready_at: Duration::ZERO }
+        Self { inner, ledger, witness, before_pick: None }
     }
 }
 
@@ -106,9 +115,11 @@ where
         let ledger = self.ledger.clone();
         let mut response = Box::pin(self.inner.call(request));
         Box::pin(std::future::poll_fn(move |cx| {
+            POLL_BEGAN.set(Some(ledger.now()));
             let polled = response.as_mut().poll(cx);
-            for (key, answered_at) in LIMITED.take() {
-                ledger.limited(&key, answered_at, ledger.now());
+            POLL_BEGAN.set(None);
+            for Limited { key, answered_at, asked } in LIMITED.take() {
+                ledger.limited(&key, answered_at, ledger.now(), asked);
             }
             polled
         }))
@@ -125,13 +136,12 @@ where
     type Future = ResponseFuture<S::Error>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
-        let ready = self.inner.poll_ready(cx);
-        self.ready_at = self.ledger.now();
-        ready
+        self.before_pick.get_or_insert_with(|| POLL_BEGAN.get().unwrap_or_else(|| self.ledger.now()));
+        self.inner.poll_ready(cx)
     }
 
     fn call(&mut self, mut request: Request) -> Self::Future {
-        let (ledger, before_pick) = (self.ledger.clone(), self.ready_at);
+        let (ledger, before_pick) = (self.ledger.clone(), self.before_pick.take().unwrap_or_default());
         if self.witness == Witness::Service {
             request.headers_mut().insert(BEFORE_PICK, stamp(before_pick));
             let response = self.inner.call(request);
@@ -149,15 +159,25 @@ where
         Box::pin(async move {
             let response = response.await?;
             let key = key.filter(|_| response.status() == StatusCode::TOO_MANY_REQUESTS);
-            LIMITED.with_borrow_mut(|limited| limited.extend(key.map(|key| (key, ledger.now()))));
+            let limited =
+                key.map(|key| Limited { key, answered_at: ledger.now(), asked: asked(response.headers()) });
+            LIMITED.with_borrow_mut(|all| all.extend(limited));
             Ok(response)
         })
     }
 }
 
 fn limited_by_service(response: &Response) -> Option<Limited> {
-    let key = KeyId::new(response.headers().get(KEY)?.to_str().ok()?).ok()?;
-    Some((key, stamped(response.headers(), &ANSWERED)?))
+    let headers = response.headers();
+    let key = KeyId::new(headers.get(KEY)?.to_str().ok()?).ok()?;
+    Some(Limited { key, answered_at: stamped(headers, &ANSWERED)?, asked: asked(headers) })
+}
+
+/// The wait that a response names in milliseconds or seconds; not one that is a date.
+fn asked(headers: &HeaderMap) -> Option<Duration> {
+    let number = |name: &str| headers.get(name)?.to_str().ok()?.parse::<f64>().ok();
+    let seconds = number("retry-after-ms").map(|millis| millis / 1000.0).or_else(|| number("retry-after"))?;
+    Duration::try_from_secs_f64(seconds).ok()
 }
 
 /// A real service does not say which key a request came with: a hash of all that may hold the key stands for it.

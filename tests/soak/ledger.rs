@@ -250,7 +250,15 @@ impl Ledger {
     }
 
     /// The layer has marked the key by now.
-    pub(crate) fn limited(&self, key: &KeyId, answered_at: Duration, marked_by: Duration) {
+    ///
+    /// What the response asked for plays no part: [`told`](Self::told) has the rest.
+    pub(crate) fn limited(
+        &self,
+        key: &KeyId,
+        answered_at: Duration,
+        marked_by: Duration,
+        _asked: Option<Duration>,
+    ) {
         self.books.marks.fetch_add(1, Relaxed);
         let mut pages = self.books.pages();
         let limits = pages.get_mut(key).into_iter().flat_map(|page| &mut page.limits[self.pool]);

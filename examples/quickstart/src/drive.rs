@@ -9,7 +9,7 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering::Relaxed},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use futures_util::FutureExt;
@@ -26,6 +26,8 @@ pub(crate) struct Outcome {
     pub(crate) succeeded: usize,
     /// How often each status or error was the end of a request. No secret is in them.
     pub(crate) failed: BTreeMap<String, usize>,
+    /// How long the slowest of them took, with all its attempts.
+    pub(crate) longest: Duration,
     /// Whether it was stopped by Ctrl-C.
     pub(crate) interrupted: bool,
 }
@@ -75,15 +77,20 @@ pub(crate) async fn drive(client: Client, target: Target, pool: &KeyPool, option
 /// How a request ended: with a status, or with what went wrong.
 type End = Result<StatusCode, String>;
 
+/// An end, and how long it took.
+type Ended = (End, Duration);
+
 async fn send_while_any_is_left(
     mut client: Client,
     target: Arc<Target>,
     left: Arc<AtomicUsize>,
-    ends: mpsc::UnboundedSender<End>,
+    ends: mpsc::UnboundedSender<Ended>,
 ) {
     let take = || left.fetch_update(Relaxed, Relaxed, |left| left.checked_sub(1)).is_ok();
     while take() {
-        if ends.send(send(&mut client, &target).await).is_err() {
+        let began = Instant::now();
+        let end = send(&mut client, &target).await;
+        if ends.send((end, began.elapsed())).is_err() {
             return;
         }
     }
@@ -110,7 +117,8 @@ async fn send(client: &mut Client, target: &Target) -> End {
 }
 
 impl Outcome {
-    fn count(&mut self, end: End) {
+    fn count(&mut self, (end, took): Ended) {
+        self.longest = self.longest.max(took);
         let failure = match end {
             Ok(status) if status.is_success() => return self.succeeded += 1,
             Ok(status) => status.to_string(),

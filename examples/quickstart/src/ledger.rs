@@ -9,11 +9,14 @@
 //! ```
 //!
 //! - Where r <= k, the mark was made before the pick began, and binds it. Otherwise the request was under way.
-//! - A pick that honours the rest has p >= m + cooldown, and since s <= m and p <= a, also a >= s + cooldown.
+//! - A pick that honours the rest has p >= m + rest, and since s <= m and p <= a, also a >= s + rest.
 //!
-//! So a request is a hit exactly if there is a 429 of its key with r <= k and a < s + cooldown. All four times
-//! are read from one monotonic clock, and a rest that the service asked to be longer only makes the judgement
-//! milder. With a real service, s is when the head of the 429 is here, and a when the request leaves.
+//! So a request is a hit exactly if there is a 429 of its key with r <= k and a < s + rest. All four times are
+//! read from one monotonic clock. With a real service, s is when the head of the 429 is here, and a when the
+//! request leaves.
+//!
+//! With rotation alone the rest is the cooldown, and a rest that the service asked to be longer only makes the
+//! judgement milder. In a paced pool it is the wait that the 429 itself names, or nothing where it names none.
 
 use std::{
     collections::HashMap,
@@ -26,7 +29,17 @@ use tower_key_rotation::KeyId;
 /// All 429s and all arrivals of a run. Times are counted from its start.
 pub(crate) struct Ledger {
     start: Instant,
+    rests: Rests,
     pages: Mutex<HashMap<KeyId, Page>>,
+}
+
+/// How long keys rest after a 429.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Rests {
+    /// That long.
+    For(Duration),
+    /// For as long as the 429 asks.
+    AsAsked,
 }
 
 /// What happened to one key.
@@ -42,6 +55,7 @@ struct Limit {
     answered_at: Duration,
     /// r: from when on it is certain that the layer had marked the key.
     marked_by: Duration,
+    rest: Duration,
 }
 
 /// A request, as the service sees it.
@@ -53,16 +67,26 @@ struct Arrival {
 }
 
 impl Ledger {
-    pub(crate) fn start() -> Self {
-        Self { start: Instant::now(), pages: Mutex::default() }
+    pub(crate) fn start(rests: Rests) -> Self {
+        Self { start: Instant::now(), rests, pages: Mutex::default() }
     }
 
     pub(crate) fn now(&self) -> Duration {
         self.start.elapsed()
     }
 
-    pub(crate) fn limited(&self, key: &KeyId, answered_at: Duration, marked_by: Duration) {
-        self.pages().entry(key.clone()).or_default().limits.push(Limit { answered_at, marked_by });
+    pub(crate) fn limited(
+        &self,
+        key: &KeyId,
+        answered_at: Duration,
+        marked_by: Duration,
+        asked: Option<Duration>,
+    ) {
+        let rest = match self.rests {
+            Rests::For(cooldown) => cooldown,
+            Rests::AsAsked => asked.unwrap_or_default(),
+        };
+        self.pages().entry(key.clone()).or_default().limits.push(Limit { answered_at, marked_by, rest });
     }
 
     pub(crate) fn arrived(&self, key: &KeyId, before_pick: Duration, arrived_at: Duration) {
@@ -70,8 +94,8 @@ impl Ledger {
     }
 
     /// How many requests came on a key that should have rested.
-    pub(crate) fn hits_while_resting(&self, cooldown: Duration) -> usize {
-        self.pages().values().map(|page| page.hits(cooldown)).sum()
+    pub(crate) fn hits_while_resting(&self) -> usize {
+        self.pages().values().map(Page::hits).sum()
     }
 
     fn pages(&self) -> MutexGuard<'_, HashMap<KeyId, Page>> {
@@ -80,10 +104,10 @@ impl Ledger {
 }
 
 impl Page {
-    fn hits(&self, cooldown: Duration) -> usize {
+    fn hits(&self) -> usize {
         let binds = |limit: &Limit, arrival: &Arrival| {
             limit.marked_by <= arrival.before_pick
-                && arrival.arrived_at < limit.answered_at.saturating_add(cooldown)
+                && arrival.arrived_at < limit.answered_at.saturating_add(limit.rest)
         };
         self.arrivals.iter().filter(|arrival| self.limits.iter().any(|limit| binds(limit, arrival))).count()
     }
@@ -93,15 +117,20 @@ impl Page {
 mod tests {
     use super::*;
 
-    const COOLDOWN: Duration = Duration::from_secs(2);
+    const COOLDOWN: Rests = Rests::For(Duration::from_secs(2));
 
-    /// The hits of one 429, sent at 100 ms and known from 110 ms on, and one request on the same key.
-    fn hits(before_pick_ms: u64, arrived_at_ms: u64) -> usize {
-        let (ledger, key) = (Ledger::start(), KeyId::new("a").unwrap());
+    /// The hits of one 429, sent at 100 ms and known from 110 ms on, which asks for 50 ms, and one request on the
+    /// same key.
+    fn hits_with(rests: Rests, before_pick_ms: u64, arrived_at_ms: u64) -> usize {
+        let (ledger, key) = (Ledger::start(rests), KeyId::new("a").unwrap());
         let millis = Duration::from_millis;
-        ledger.limited(&key, millis(100), millis(110));
+        ledger.limited(&key, millis(100), millis(110), Some(millis(50)));
         ledger.arrived(&key, millis(before_pick_ms), millis(arrived_at_ms));
-        ledger.hits_while_resting(COOLDOWN)
+        ledger.hits_while_resting()
+    }
+
+    fn hits(before_pick_ms: u64, arrived_at_ms: u64) -> usize {
+        hits_with(COOLDOWN, before_pick_ms, arrived_at_ms)
     }
 
     #[test]
@@ -118,14 +147,24 @@ mod tests {
     }
 
     #[test]
+    fn paced_keys_rest_for_as_long_as_asked() {
+        let hits = |before_pick_ms, arrived_at_ms| hits_with(Rests::AsAsked, before_pick_ms, arrived_at_ms);
+        assert_eq!([hits(120, 149), hits(120, 150), hits(109, 120)], [1, 0, 0]);
+        let (ledger, key) = (Ledger::start(Rests::AsAsked), KeyId::new("a").unwrap());
+        ledger.limited(&key, Duration::ZERO, Duration::ZERO, None);
+        ledger.arrived(&key, Duration::ZERO, Duration::ZERO);
+        assert_eq!(ledger.hits_while_resting(), 0);
+    }
+
+    #[test]
     fn each_request_counts_once_against_its_keys_429s() {
-        let (ledger, [a, b]) = (Ledger::start(), ["a", "b"].map(|id| KeyId::new(id).unwrap()));
+        let (ledger, [a, b]) = (Ledger::start(COOLDOWN), ["a", "b"].map(|id| KeyId::new(id).unwrap()));
         let millis = Duration::from_millis;
-        ledger.limited(&a, millis(100), millis(110));
-        ledger.limited(&a, millis(1_000), millis(1_010));
+        ledger.limited(&a, millis(100), millis(110), None);
+        ledger.limited(&a, millis(1_000), millis(1_010), None);
         ledger.arrived(&a, millis(1_500), millis(1_501));
         ledger.arrived(&a, millis(2_500), millis(2_501));
         ledger.arrived(&b, millis(1_500), millis(1_501));
-        assert_eq!(ledger.hits_while_resting(COOLDOWN), 2);
+        assert_eq!(ledger.hits_while_resting(), 2);
     }
 }

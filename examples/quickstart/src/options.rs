@@ -7,7 +7,7 @@ use reqwest::{
     Method, Url,
     header::{HeaderName, HeaderValue},
 };
-use tower_key_rotation::{BuildError, Inject, KeyPool};
+use tower_key_rotation::{BuildError, Inject, KeyPool, KeyPoolBuilder};
 
 use crate::service;
 
@@ -17,12 +17,13 @@ pub(crate) const USUAL_COOLDOWN: Duration = Duration::from_secs(120);
 /// The same for the local service, so that one sees it end.
 const SHORT_COOLDOWN: Duration = Duration::from_secs(2);
 
-/// Sends requests with several keys, to a local service that limits each of them or to a real one.
+/// Sends requests with several keys: to a local service that limits each of them, or to a real one.
 ///
-/// Exits with 0 where all requests succeeded and none was sent on a key that was resting.
+/// The local service gets them twice, from a pool that rotates its keys and from one that is paced as well. Exits with 0
+/// where all requests succeeded and none was sent on a key that was resting.
 #[derive(Debug, Parser)]
 pub(crate) struct Options {
-    /// Print the summary as one JSON object, and nothing else on stdout
+    /// Print {"runs": […]}, with a summary for each run, and nothing else on stdout
     #[arg(long)]
     pub(crate) json: bool,
 
@@ -34,7 +35,7 @@ pub(crate) struct Options {
     #[arg(long, value_name = "N")]
     concurrency: Option<NonZeroUsize>,
 
-    /// How long a key rests after a 429, at least [default: 2, or 120 with --upstream]
+    /// How long a key of a pool that is not paced rests after a 429 [default: 2, or 120 with --upstream]
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     cooldown: Option<Duration>,
 
@@ -53,6 +54,10 @@ pub(crate) struct Options {
     /// Send to this service rather than to a local one
     #[arg(long, value_name = "URL", value_parser = web_url, requires = "keys")]
     pub(crate) upstream: Option<Url>,
+
+    /// Pace the requests to it, rather than rotate its keys alone
+    #[arg(long, requires = "upstream")]
+    paced: bool,
 
     /// Its keys: one `id|secret` or bare secret a line, or JSON
     #[arg(long, value_name = "FILE", requires = "upstream")]
@@ -83,7 +88,33 @@ pub(crate) struct Options {
     pub(crate) allow_cleartext: bool,
 }
 
+/// How the pool of a run keeps to the limits of its keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// It rests a key after a 429.
+    Rotation,
+    /// It also learns what each key may send, and sends no more.
+    Paced,
+}
+
+impl Mode {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Rotation => "rotation alone",
+            Self::Paced => "paced",
+        }
+    }
+}
+
 impl Options {
+    pub(crate) fn runs(&self) -> &'static [Mode] {
+        match (&self.upstream, self.paced) {
+            (None, _) => &[Mode::Rotation, Mode::Paced],
+            (Some(_), false) => &[Mode::Rotation],
+            (Some(_), true) => &[Mode::Paced],
+        }
+    }
+
     pub(crate) fn concurrency(&self) -> usize {
         let usual = if self.upstream.is_some() { 16 } else { usize::MAX };
         self.concurrency.map_or(usual, NonZeroUsize::get).min(self.requests.get())
@@ -100,19 +131,23 @@ impl Options {
     }
 
     /// They go to the upstream's host and to no other.
-    pub(crate) fn keys_of_the_upstream(&self, url: &Url) -> Result<KeyPool, BuildError> {
-        let mut builder = KeyPool::builder()
-            .inject(self.inject.clone())
-            .cooldown(self.cooldown())
-            .allowed_hosts(url.host_str());
+    pub(crate) fn keys_of_the_upstream(&self, url: &Url, mode: Mode) -> Result<KeyPool, BuildError> {
+        let mut builder = self.pool(mode).inject(self.inject.clone()).allowed_hosts(url.host_str());
         if self.allow_cleartext {
             builder = builder.allow_cleartext_to(url.host_str());
         }
         self.keys.iter().fold(builder, |builder, file| builder.keys_from_file(file)).build()
     }
 
-    pub(crate) fn keys_of_the_service(&self) -> Result<KeyPool, BuildError> {
-        KeyPool::builder().keys(service::KEYS).cooldown(self.cooldown()).build()
+    pub(crate) fn keys_of_the_service(&self, mode: Mode) -> Result<KeyPool, BuildError> {
+        self.pool(mode).keys(service::KEYS).build()
+    }
+
+    fn pool(&self, mode: Mode) -> KeyPoolBuilder {
+        match mode {
+            Mode::Rotation => KeyPool::builder().cooldown(self.cooldown()),
+            Mode::Paced => KeyPool::builder().paced(),
+        }
     }
 }
 

@@ -45,6 +45,7 @@ const TIME_TO_ANSWER: Duration = Duration::from_millis(50);
 const LIMIT: &str = "x-ratelimit-limit-requests";
 const REMAINING: &str = "x-ratelimit-remaining-requests";
 const RESET: &str = "x-ratelimit-reset-requests";
+const RETRY_AFTER_MS: HeaderName = HeaderName::from_static("retry-after-ms");
 
 struct Service {
     accounts: HashMap<String, Account>,
@@ -56,7 +57,7 @@ struct Account {
     bucket: Mutex<TokenBucket>,
 }
 
-/// Starts it on a free port of this machine.
+/// Starts it on a free port of this machine, with full buckets.
 pub(crate) async fn start(ledger: &Arc<Ledger>) -> io::Result<Target> {
     let accounts = KEYS.iter().map(|(id, secret)| Account::new(id, secret)).collect::<Result<_, _>>();
     let service = Service { accounts: accounts.map_err(io::Error::other)?, ledger: ledger.clone() };
@@ -87,7 +88,7 @@ async fn answer(State(service): State<Arc<Service>>, headers: HeaderMap, _body: 
         tokio::time::sleep(TIME_TO_ANSWER).await;
         completion()
     } else {
-        limited(&account.id, service.ledger.now())
+        limited(&account.id, service.ledger.now(), taken.wait)
     };
     response.headers_mut().extend(describe(&taken));
     response
@@ -99,7 +100,7 @@ fn completion() -> Response {
         .into_response()
 }
 
-fn limited(key: &KeyId, answered_at: Duration) -> Response {
+fn limited(key: &KeyId, answered_at: Duration, wait: Duration) -> Response {
     let error = json!({
         "message": "Rate limit reached for requests",
         "type": "requests",
@@ -107,6 +108,7 @@ fn limited(key: &KeyId, answered_at: Duration) -> Response {
         "code": "rate_limit_exceeded",
     });
     let mut response = (StatusCode::TOO_MANY_REQUESTS, Json(json!({ "error": error }))).into_response();
+    response.headers_mut().insert(RETRY_AFTER_MS, HeaderValue::from(in_millis(wait)));
     response.headers_mut().insert(watch::ANSWERED, watch::stamp(answered_at));
     response.headers_mut().extend(HeaderValue::try_from(key.as_str()).map(|key| (watch::KEY, key)));
     response
@@ -122,8 +124,7 @@ fn unknown_key() -> Response {
     (StatusCode::UNAUTHORIZED, Json(json!({ "error": error }))).into_response()
 }
 
-/// As OpenAI does it, with every response. A `Retry-After` is not always among them, and is not here: the
-/// layer reads the reset.
+/// The headers of every response, as OpenAI sends them: the state of the bucket when the request came.
 fn describe(taken: &Taken) -> impl Iterator<Item = (HeaderName, HeaderValue)> {
     let reset = HeaderValue::try_from(as_go_prints(taken.reset)).ok();
     let numbers =
@@ -136,8 +137,13 @@ fn describe(taken: &Taken) -> impl Iterator<Item = (HeaderName, HeaderValue)> {
 
 /// `120ms` or `1.5s`, as OpenAI's headers have it; rounded up, and less than a minute here.
 fn as_go_prints(time: Duration) -> String {
-    match time.as_micros().div_ceil(1000) {
+    match in_millis(time) {
         millis @ 0..1000 => format!("{millis}ms"),
         millis => format!("{}s", millis as f64 / 1000.0),
     }
+}
+
+/// Rounded up: a client that comes back then is not too early.
+fn in_millis(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos().div_ceil(1_000_000)).unwrap_or(u64::MAX)
 }

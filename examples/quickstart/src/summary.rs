@@ -1,4 +1,4 @@
-//! What came of it.
+//! What came of a run, and of two in comparison.
 
 use std::{process::ExitCode, time::Duration};
 
@@ -6,9 +6,13 @@ use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
 use serde_json::json;
 use tower_key_rotation::{KeyPool, KeyStats, Status};
 
-use crate::{drive::Outcome, options::Options};
+use crate::{
+    drive::Outcome,
+    options::{Mode, Options},
+};
 
 pub(crate) struct Summary {
+    mode: Mode,
     requests: usize,
     outcome: Outcome,
     keys: Vec<KeyStats>,
@@ -20,12 +24,14 @@ pub(crate) struct Summary {
 impl Summary {
     pub(crate) fn new(
         options: &Options,
+        mode: Mode,
         outcome: Outcome,
         pool: &KeyPool,
         hits_while_resting: usize,
         took: Duration,
     ) -> Self {
         Self {
+            mode,
             requests: options.requests.get(),
             outcome,
             keys: pool.stats().keys,
@@ -35,9 +41,13 @@ impl Summary {
         }
     }
 
-    pub(crate) fn exit_code(&self) -> ExitCode {
+    fn is_good(&self) -> bool {
         let all_succeeded = self.outcome.succeeded == self.requests && !self.outcome.interrupted;
-        if all_succeeded && self.hits_while_resting == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        all_succeeded && self.hits_while_resting == 0
+    }
+
+    pub(crate) fn was_interrupted(&self) -> bool {
+        self.outcome.interrupted
     }
 
     pub(crate) fn print(&self, as_json: bool) {
@@ -47,10 +57,8 @@ impl Summary {
         if self.outcome.interrupted {
             eprintln!("stopped by Ctrl-C");
         }
-        if as_json {
-            println!("{}", self.json());
-        } else {
-            println!("{}\n{}", self.table(), self.conclusion());
+        if !as_json {
+            println!("{}\n{}\n", self.table(), self.conclusion());
         }
     }
 
@@ -71,20 +79,9 @@ impl Summary {
     }
 
     fn table(&self) -> Table {
-        let mut table = Table::new();
-        table.load_preset(UTF8_FULL_CONDENSED).set_header([
-            "key",
-            "requests",
-            "429s",
-            "cooldowns",
-            "recoveries",
-        ]);
-        for key in &self.keys {
-            table.add_row(row(key.id.as_str(), |count| count(key)));
-        }
-        table.add_row(row("all", |count| self.total(count)));
-        table.column_iter_mut().skip(1).for_each(|column| column.set_cell_alignment(CellAlignment::Right));
-        table
+        let mut rows: Vec<_> = self.keys.iter().map(|key| row(key.id.as_str(), |count| count(key))).collect();
+        rows.push(row("all", |count| self.total(count)));
+        aligned(["key", "requests", "429s", "cooldowns", "recoveries"], rows)
     }
 
     fn conclusion(&self) -> String {
@@ -104,6 +101,38 @@ impl Summary {
     fn total(&self, count: fn(&KeyStats) -> u64) -> u64 {
         self.keys.iter().map(count).sum()
     }
+}
+
+/// 0 where each run is without fault.
+pub(crate) fn exit_code(runs: &[Summary]) -> ExitCode {
+    if runs.iter().all(Summary::is_good) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Prints what all runs have in common, after each has printed its own part.
+pub(crate) fn print_all(runs: &[Summary], as_json: bool) {
+    if as_json {
+        let runs: Vec<_> = runs.iter().map(Summary::json).collect();
+        println!("{}", json!({ "runs": runs }));
+    } else if runs.len() > 1 {
+        println!("{}", comparison(runs));
+    }
+}
+
+fn comparison(runs: &[Summary]) -> Table {
+    let seconds = |time: Duration| format!("{:.1} s", time.as_secs_f64());
+    let row = |run: &Summary| {
+        let limited = run.total(|key| key.limited);
+        [run.mode.name().to_owned(), limited.to_string(), seconds(run.took), seconds(run.outcome.longest)]
+    };
+    aligned(["", "429s", "time", "longest wait"], runs.iter().map(row))
+}
+
+/// A table whose first column is text and all others are numbers.
+fn aligned<const N: usize>(header: [&str; N], rows: impl IntoIterator<Item = [String; N]>) -> Table {
+    let mut table = Table::new();
+    table.load_preset(UTF8_FULL_CONDENSED).set_header(header).add_rows(rows);
+    table.column_iter_mut().skip(1).for_each(|column| column.set_cell_alignment(CellAlignment::Right));
+    table
 }
 
 fn row(name: &str, value: impl Fn(fn(&KeyStats) -> u64) -> u64) -> [String; 5] {
