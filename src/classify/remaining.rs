@@ -14,6 +14,7 @@ use super::{
 };
 use crate::limit::{Kind, Left, Remaining};
 
+const LONGEST_RESET: Duration = Duration::from_secs(400 * 24 * 60 * 60);
 const SECOND: Duration = Duration::from_secs(1);
 const MILLISECOND: Duration = Duration::from_millis(1);
 
@@ -171,7 +172,9 @@ fn left(limit: Duration, remaining: Duration, reset: Reset, kind: Option<Kind>) 
     let Reset { wait, resolution, is_date } = reset;
     let kind = kind.or(is_date.then_some(Kind::Window));
     let (size, rest) = (limit.as_secs_f64(), remaining.as_secs_f64());
-    let is_possible = !limit.is_zero() && remaining <= limit;
+    // No service has a larger budget, or one that lasts longer; such numbers would overflow.
+    let is_possible =
+        limit >= SECOND && limit.as_secs() <= 1 << 40 && remaining <= limit && wait <= LONGEST_RESET;
     is_possible.then_some(Left { limit: size, remaining: rest, reset: wait, resolution, kind })
 }
 

@@ -21,6 +21,9 @@ const UNKNOWN: u64 = 0;
 /// `unit` of a window.
 const WINDOW: u64 = u64::MAX;
 
+/// 18 years in ns: nothing takes longer to come back.
+const LATEST: u64 = 1 << 59;
+
 /// Units of a bucket are kept in 1/256 ns.
 const FRACTION: u32 = 8;
 
@@ -42,9 +45,13 @@ impl Budget {
     /// A request that costs more than the budget ever holds goes when the budget is full.
     #[inline]
     pub(crate) fn take(&self, cost: u64, now: u64) -> Result<u64, u64> {
+        let unit = self.unit.load(Relaxed);
+        if unit != UNKNOWN {
+            // A take that fails must not be counted, not even for a moment: others would get higher numbers.
+            after_taking(unit, self.span.load(Relaxed), self.word.load(SeqCst), cost, now)?;
+        }
         // Counted first: a learner that runs in between takes the request for one without an answer, and leaves less.
         let sequence = self.sent.fetch_add(cost, SeqCst) + cost;
-        let unit = self.unit.load(Relaxed);
         if unit == UNKNOWN {
             return Ok(sequence);
         }
@@ -93,7 +100,7 @@ impl Budget {
                 }
                 packed(end, (left as f64 + units).clamp(0.0, lower(span) as f64) as u64)
             } else {
-                (word.max(now) as f64 - units * in_ns(unit)).max(0.0) as u64
+                (word.max(now) as f64 - units * in_ns(unit)).clamp(0.0, 4.0 * LATEST as f64) as u64
             }
         });
     }
@@ -137,7 +144,7 @@ impl Budget {
     ///
     /// Of concurrent takes, none is lost: `level` is asked again.
     pub(crate) fn set_bucket(&self, rate: f64, size: f64, now: u64, level_of: impl Fn(Option<f64>) -> f64) {
-        let unit = 1e9 / rate;
+        let unit = (1e9 / rate).min(LATEST as f64 / size.max(1.0));
         let span = (size.max(1.0) * unit) as u64;
         let fixed = ((unit * f64::from(1 << FRACTION)) as u64).clamp(1, WINDOW - 1);
         let (unit_before, span_before) = (self.unit.load(Relaxed), self.span.load(Relaxed));
@@ -149,7 +156,7 @@ impl Budget {
                 UNKNOWN | WINDOW => None,
                 unit => Some(level(unit, span_before, word, now)),
             };
-            (now as f64 + span as f64 - level_of(before) * unit).max(0.0) as u64
+            (now as f64 + span as f64 - level_of(before) * unit).clamp(0.0, 4.0 * LATEST as f64) as u64
         });
         self.span.store(span, SeqCst);
         self.unit.store(fixed, SeqCst);
@@ -172,7 +179,7 @@ impl Budget {
         if unit_before != WINDOW {
             self.forget();
         }
-        let end = (end + (1 << TICK) - 1) >> TICK;
+        let end = end.min(4 * LATEST).div_ceil(1 << TICK);
         self.replace(|word| {
             let before = (unit_before == WINDOW).then(|| window_at(word, span_before, now).1 as f64);
             packed(end, left_of(before).clamp(0.0, limit) as u64)
@@ -197,7 +204,7 @@ fn after_taking(unit: u64, span: u64, word: u64, cost: u64, now: u64) -> Result<
         }
         return Ok(packed(end, left.saturating_sub(cost)));
     }
-    let taken = ((u128::from(unit) * u128::from(cost)) >> FRACTION) as u64;
+    let taken = ((u128::from(unit) * u128::from(cost)) >> FRACTION).min(u128::from(LATEST)) as u64;
     let base = word.max(now);
     let needed = taken.min(span);
     if base + needed > now + span { Err(base + needed - span) } else { Ok(base + taken) }
@@ -227,7 +234,7 @@ fn window_at(word: u64, span: u64, now: u64) -> (u64, u64) {
 }
 
 fn packed(upper: u64, lower: u64) -> u64 {
-    upper << 32 | lower.min(u64::from(u32::MAX))
+    upper.min(u64::from(u32::MAX)) << 32 | lower.min(u64::from(u32::MAX))
 }
 
 fn lower(word: u64) -> u64 {

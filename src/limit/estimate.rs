@@ -55,6 +55,7 @@ pub(crate) struct Estimate {
     /// All that was refused: the service did not count it.
     refused: f64,
     last: Option<Observed>,
+    /// What other processes use, in units per second; below 0 if more came back than expected.
     foreign: f64,
     /// Above 1: the reset stands still while less is left, so this is a window.
     votes: i8,
@@ -123,8 +124,10 @@ impl Estimate {
         let Left { limit, remaining, reset, .. } = answer.left;
         let end = answer.sent_at + reset.as_secs_f64();
         let moved = end - self.window_end;
-        if self.window_end > 0.0 && moved > 0.5 {
-            self.period = if self.period == 0.0 { moved } else { self.period.min(moved) };
+        // Only an answer after its end shows the next window. A window is no shorter than what is left of it.
+        if self.window_end > 0.0 && moved > 0.5 && answer.sent_at + 0.5 >= self.window_end {
+            let shortest = if self.period == 0.0 { moved } else { self.period.min(moved) };
+            self.period = shortest.max(reset.as_secs_f64());
         }
         let is_same = moved.abs() < 2.0;
         self.window_end = end;

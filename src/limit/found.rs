@@ -24,8 +24,9 @@ pub(crate) struct Found {
     refused_rate: f64,
     refused_at: f64,
     served: Served,
-    /// What was served since the last refusal that named a wait of a second or more, and up to that refusal.
+    /// Served since the last refusal that named a wait of a second or more.
     in_window: f64,
+    /// Served in the window before that refusal.
     window: f64,
     window_end: f64,
     backoff: f64,
@@ -41,13 +42,23 @@ struct Served {
 
 impl Served {
     fn count(&mut self, more: f64, now: f64) {
+        if self.since == 0.0 {
+            self.since = now;
+        }
         self.count += more;
         let passed = now - self.since;
         if passed > 2.0 {
             let rate = self.count / passed;
-            self.rate = if self.since == 0.0 { rate } else { 0.5 * (self.rate + rate) };
+            self.rate = if self.rate == 0.0 { rate } else { 0.5 * (self.rate + rate) };
             (self.since, self.count) = (now, 0.0);
         }
+    }
+}
+
+impl Served {
+    /// The rate, or what is known of it before two seconds have passed.
+    fn so_far(&self, now: f64) -> f64 {
+        if self.rate > 0.0 { self.rate } else { self.count / (now - self.since).max(0.5) }
     }
 }
 
@@ -107,7 +118,7 @@ impl Found {
                 // One cut for all requests that were on their way.
                 return;
             }
-            let served = self.served.rate;
+            let served = self.served.so_far(now);
             self.refused_rate =
                 if before == 0.0 { served.max(0.2) } else { before.min(served.max(before * 0.5) * 1.5) };
             self.rate = (self.refused_rate * CUT).max(0.02);

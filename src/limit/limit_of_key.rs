@@ -238,7 +238,8 @@ impl Limit {
         } else if cap != 0 {
             self.cap.store(learned.found.cap(cap, is_limited, wait, sent_at), SeqCst);
         }
-        if !has_headers {
+        // A 429 of a load balancer says nothing of what the service's headers said.
+        if !has_headers && (learned.ignores_headers || learned.requests.last_level().is_none()) {
             learned.found.adjust(&self.requests, is_limited, wait, sent_at, now);
         }
         caught

@@ -19,7 +19,8 @@ const FIRST_GUARD: f64 = 0.02;
 /// From this much distrust on, headers are ignored.
 const TOO_MUCH: f64 = 3.5;
 
-/// "Nothing left" this often, each time full at the same distance to the millisecond, is suspicious.
+/// "Nothing left" so often in a row, each time with the same reset to the millisecond, is suspicious: the service may not
+/// count these requests.
 const SAME_RESETS: u32 = 9;
 
 #[derive(Debug)]

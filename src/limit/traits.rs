@@ -71,9 +71,10 @@ impl Traits {
         self
     }
 
-    /// An estimate of the tokens that the service will count, of input and output. The response's headers correct it.
+    /// An estimate of the tokens that the service will count, of input and output. The response's headers correct it. More
+    /// than 4,294,967,295 count as so many.
     pub fn tokens(mut self, tokens: u64) -> Self {
-        self.named_mut().tokens = tokens;
+        self.named_mut().tokens = tokens.min(u64::from(u32::MAX));
         self
     }
 

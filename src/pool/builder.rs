@@ -283,7 +283,7 @@ impl KeyPoolBuilder {
     ///
     /// - A 429 no longer rests its key for 2 minutes. The key rests in that scope, for as long as the service says, or for
     ///   a short time that grows with each 429.
-    /// - Headers are believed until they contradict the answers. Where a service says nothing, 429s show the limit.
+    /// - Headers are believed until they contradict the answers, and then ignored for the life of the pool. Where a service says nothing, 429s show the limit.
     /// - What is learned stays in this process. Processes that share keys share the budget by what each sees of it.
     ///
     /// ```

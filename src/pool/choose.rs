@@ -25,6 +25,11 @@ impl Engine {
     ///
     /// When the first key has room, in ns of the pool's clock; [`NEVER`] if none has by itself.
     pub(crate) fn pick_for(&self, traits: &Traits) -> Result<Lease, u64> {
+        // A misread header must not block requests that do not wait, either.
+        self.pick_now(traits).or_else(|until| self.probe(traits, nanos(self.now())).map_err(|_| until))
+    }
+
+    fn pick_now(&self, traits: &Traits) -> Result<Lease, u64> {
         self.in_scope(traits, |scoped| {
             scoped.pick(&demand(traits), nanos(self.now())).map(|picked| lease(scoped, picked))
         })
@@ -61,29 +66,26 @@ impl Engine {
         limit: Duration,
         was_refused: bool,
     ) -> Result<Lease, NoKeyAvailable> {
-        let mut until = NEVER;
-        if was_refused || !self.has_waiting(traits) {
-            match self.pick_for(traits) {
+        let give_up = self.now().saturating_add(limit);
+        if was_refused || limit.is_zero() || !self.has_waiting(traits) {
+            match self.pick_now(traits) {
                 Ok(lease) => return Ok(lease),
-                Err(full) => until = full,
+                Err(until) if limit.is_zero() => return Err(self.no_room(until)),
+                Err(until) if !self.limiting.learns && until > nanos(give_up) => {
+                    return Err(self.no_room(until));
+                }
+                Err(_) => {}
             }
         }
-        let give_up = self.now().saturating_add(limit);
-        if limit.is_zero() || !self.limiting.learns && until != NEVER && until > nanos(give_up) {
-            return Err(self.no_room(until));
-        }
         let common = self.in_scope(traits, |scoped| scoped.common.clone());
-        let Some(place) = common.waiting.join(MOST_WAITING) else {
+        let Some(place) = common.waiting.join(MOST_WAITING, demand(traits).is_picky()) else {
             return Err(NoKeyAvailable::queue_is_full(self.snapshot().keys().len()));
         };
         let time_over = self.config.clock.sleep_until(give_up);
         tokio::select! {
             biased;
             lease = self.in_turn(traits, &common, &place, was_refused) => Ok(lease),
-            () = time_over => Err(match self.pick_for(traits) {
-                Ok(_) => NoKeyAvailable::queue_is_full(self.snapshot().keys().len()),
-                Err(until) => self.no_room(until),
-            }),
+            () = time_over => self.pick_now(traits).map_err(|until| self.no_room(until)),
         }
     }
 
@@ -94,12 +96,14 @@ impl Engine {
         place: &Place<'_>,
         was_refused: bool,
     ) -> Lease {
-        let _first = place.first(was_refused).await;
+        // A request that only some keys may serve would hold up all others.
+        let is_picky = demand(traits).is_picky();
+        let _first = if is_picky { None } else { Some(place.first(was_refused).await) };
         loop {
             // Subscribed before the pick, so that no event after it is missed.
             let changed = common.waiting.changed();
             let returned = self.returned();
-            let until = match self.pick_for(traits) {
+            let until = match self.pick_now(traits) {
                 Ok(lease) => return lease,
                 Err(until) => until,
             };
@@ -127,8 +131,10 @@ impl Engine {
             if let Some(next) = scoped.lock_probing().not_before(now) {
                 return Err(next);
             }
-            let picked = scoped.probe(&demand(traits), now).ok_or(NEVER)?;
-            Ok(lease(scoped, picked))
+            match scoped.probe(&demand(traits), now) {
+                Some(picked) => Ok(lease(scoped, picked)),
+                None => Err(scoped.lock_probing().next()),
+            }
         })
     }
 

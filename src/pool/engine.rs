@@ -310,7 +310,7 @@ impl Engine {
     fn reset_limits(&self, key: &Arc<Key>, only: Option<&Scope>) {
         self.snapshot.load().scopes.each(|scoped| {
             if only.is_none_or(|scope| scoped.scope() == Some(scope.as_str())) {
-                scoped.reset(key);
+                scoped.in_newest(|newest| newest.reset(key));
             }
         });
     }

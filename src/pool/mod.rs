@@ -5,7 +5,7 @@
 //!
 //! # The order of locks
 //!
-//! No request takes any of these. Whoever holds one may take those below it.
+//! No request of a pool without limits takes any of these. Whoever holds one may take those below it.
 //!
 //! | lock | held while |
 //! |---|---|
@@ -13,6 +13,8 @@
 //! | `Link::round` | a round of marks is written; beside `turn`, never with it |
 //! | `Engine::editing` | the set of keys is replaced |
 //! | `Scopes`, `Complaints`, `Link::gone` | their own map is read or changed; each alone |
+//! | `Common::sharing`, then `Limit::learned` | an answer is learned from |
+//! | `ScopesInUse::adding`, `Common::newest`, `Common::probing` | a scope is made; the newest snapshot's scope is looked up; a probe is planned; each alone |
 
 mod bitset;
 mod builder;

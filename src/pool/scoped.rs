@@ -38,6 +38,13 @@ pub(crate) struct Demand<'a> {
     pub(crate) avoid: &'a [KeyId],
 }
 
+impl Demand<'_> {
+    /// Whether only some of the keys may serve the request.
+    pub(crate) fn is_picky(&self) -> bool {
+        self.only.is_some() || !self.avoid.is_empty()
+    }
+}
+
 /// How the limits of a pool are made.
 #[derive(Debug)]
 pub(crate) struct Limiting {
@@ -95,6 +102,10 @@ impl Probing {
         }
         self.next = now + seconds(self.interval.max(2.0));
         None
+    }
+
+    pub(crate) fn next(&self) -> u64 {
+        self.next
     }
 
     /// A probe has its answer.
@@ -280,9 +291,15 @@ impl Scoped {
         if demand.avoid.is_empty() {
             return Err(earliest.min(self.earliest_for_certain(now)));
         }
+        // The tries may have gone to keys that are avoided.
         let may_serve = |slot: &usize| !demand.avoid.contains(&self.keys[*slot].id);
-        let until = |slot| self.closed_until(slot, now).max(now + 1);
-        Err(earliest.min((0..self.keys.len()).filter(may_serve).map(until).min().unwrap_or(NEVER)))
+        for slot in (0..self.keys.len()).filter(may_serve) {
+            match self.take(slot, demand, now) {
+                Ok(picked) => return Ok(picked),
+                Err(full) => earliest = earliest.min(full.until),
+            }
+        }
+        Err(earliest)
     }
 
     fn pick_of_tier(
@@ -443,6 +460,11 @@ impl Scoped {
             Some((_, members)) => members.iter().for_each(|member| self.refresh_slot(*member as usize, now)),
             None => self.refresh_slot(slot, now),
         }
+    }
+
+    /// Brings the index in line with all keys.
+    pub(crate) fn refresh_all(&self) {
+        (0..self.keys.len()).for_each(|slot| self.refresh_slot(slot, self.now()));
     }
 
     /// Ends the rest of a key's limit: an operator has reset the key, or this scope of it.

@@ -12,7 +12,13 @@ use super::{
     layout::Layout,
     scoped::{Common, Limiting, Scoped},
 };
-use crate::{limit::Scope, sync::Mutex};
+use crate::{
+    limit::Scope,
+    sync::{
+        Mutex,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+};
 
 /// The most scopes of a pool. Requests of further ones count as requests without a scope.
 const MOST: usize = 1_024;
@@ -28,6 +34,8 @@ pub(crate) struct ScopesInUse {
     none: OnceLock<Arc<Scoped>>,
     named: ArcSwap<HashMap<Scope, Arc<Scoped>>>,
     adding: Mutex<()>,
+    /// The minute, and one, in which there were too many scopes.
+    full_at: AtomicU64,
 }
 
 impl ScopesInUse {
@@ -41,7 +49,8 @@ impl ScopesInUse {
             }
             named.extend(before.named.load().iter().map(|(scope, scoped)| (scope.clone(), moved(scoped))));
         }
-        Self { keys, layout, none, named: ArcSwap::from_pointee(named), adding: Mutex::new(()) }
+        let named = ArcSwap::from_pointee(named);
+        Self { keys, layout, none, named, adding: Mutex::new(()), full_at: AtomicU64::new(0) }
     }
 
     /// Calls `then` with a scope, which is made on first use.
@@ -53,7 +62,10 @@ impl ScopesInUse {
         then: impl FnOnce(&Arc<Scoped>) -> T,
     ) -> T {
         match scope {
-            None => then(self.none.get_or_init(|| self.scoped(None, limiting))),
+            None => then(match self.none.get() {
+                Some(scoped) => scoped,
+                None => self.add_none(limiting),
+            }),
             Some(scope) => match self.named.load().get(scope) {
                 Some(scoped) => then(scoped),
                 None => then(&self.add(scope, limiting)),
@@ -69,23 +81,38 @@ impl ScopesInUse {
     }
 
     #[cold]
+    fn add_none(&self, limiting: &Arc<Limiting>) -> &Arc<Scoped> {
+        let scoped = self.none.get_or_init(|| self.scoped(None, limiting));
+        // A key may have changed before others could see this scope.
+        scoped.refresh_all();
+        scoped
+    }
+
+    #[cold]
     fn add(&self, scope: &Scope, limiting: &Arc<Limiting>) -> Arc<Scoped> {
+        let now = limiting.clock.now().as_secs();
+        if self.full_at.load(Relaxed) == now / 60 + 1 {
+            // Not again within a minute: whoever names the scopes could keep the pool busy.
+            return self.none.get().unwrap_or_else(|| self.add_none(limiting)).clone();
+        }
         let _one_at_a_time = self.adding.lock().unwrap_or_else(PoisonError::into_inner);
         let mut named = HashMap::clone(&self.named.load());
         if let Some(scoped) = named.get(scope) {
             return scoped.clone();
         }
         if named.len() >= MOST {
-            let now = limiting.clock.now().as_secs();
             named.retain(|_, scoped| !scoped.is_idle(now.saturating_sub(IDLE)));
         }
         if named.len() >= MOST {
             tracing::warn!(%scope, "too many scopes in use: this one's requests count as requests without a scope");
-            return self.none.get_or_init(|| self.scoped(None, limiting)).clone();
+            self.full_at.store(now / 60 + 1, Relaxed);
+            return self.add_none(limiting).clone();
         }
         let scoped = self.scoped(Some(scope.clone()), limiting);
         named.insert(scope.clone(), scoped.clone());
         self.named.store(Arc::new(named));
+        // A key may have changed before others could see this scope.
+        scoped.refresh_all();
         scoped
     }
 

@@ -13,12 +13,18 @@ pub(crate) struct Waiting {
     line: Mutex<()>,
     /// Taken by the first of the line, and by refused requests: each waits behind one request of the line at most.
     front: Mutex<()>,
+    /// Requests in the queue.
+    queued: AtomicUsize,
+    /// Requests that wait, those included that wait beside the queue.
     count: AtomicUsize,
     changed: Notify,
 }
 
-/// A place in the queue.
-pub(crate) struct Place<'a>(&'a Waiting);
+/// A place in the queue, or beside it.
+pub(crate) struct Place<'a> {
+    waiting: &'a Waiting,
+    is_beside: bool,
+}
 
 /// The first place.
 pub(crate) struct First<'a> {
@@ -30,23 +36,25 @@ impl Waiting {
     /// Whether a new request has to queue.
     #[inline]
     pub(crate) fn has_any(&self) -> bool {
-        self.count.load(SeqCst) > 0
+        self.queued.load(SeqCst) > 0
     }
 
-    /// Joins the queue, unless that many are in it.
-    pub(crate) fn join(&self, most: usize) -> Option<Place<'_>> {
+    /// Joins the queue, or those beside it, unless that many wait already.
+    pub(crate) fn join(&self, most: usize, beside: bool) -> Option<Place<'_>> {
         let joined = self.count.fetch_update(SeqCst, SeqCst, |count| (count < most).then_some(count + 1));
-        joined.ok().map(|_| Place(self))
+        joined.ok()?;
+        self.queued.fetch_add(usize::from(!beside), SeqCst);
+        Some(Place { waiting: self, is_beside: beside })
     }
 
     /// Something may have room earlier than the first request knows.
     pub(crate) fn look_again(&self) {
-        if self.has_any() {
-            self.changed.notify_one();
+        if self.count.load(SeqCst) > 0 {
+            self.changed.notify_waiters();
         }
     }
 
-    /// Completes after a [`look_again`](Self::look_again) since the last one.
+    /// Completes after a [`look_again`](Self::look_again) since this call.
     pub(crate) fn changed(&self) -> Notified<'_> {
         self.changed.notified()
     }
@@ -55,13 +63,14 @@ impl Waiting {
 impl<'a> Place<'a> {
     /// Waits for the turn.
     pub(crate) async fn first(&self, was_refused: bool) -> First<'a> {
-        let line = if was_refused { None } else { Some(self.0.line.lock().await) };
-        First { _line: line, _front: self.0.front.lock().await }
+        let line = if was_refused { None } else { Some(self.waiting.line.lock().await) };
+        First { _line: line, _front: self.waiting.front.lock().await }
     }
 }
 
 impl Drop for Place<'_> {
     fn drop(&mut self) {
-        self.0.count.fetch_sub(1, SeqCst);
+        self.waiting.queued.fetch_sub(usize::from(!self.is_beside), SeqCst);
+        self.waiting.count.fetch_sub(1, SeqCst);
     }
 }

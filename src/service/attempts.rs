@@ -221,6 +221,13 @@ where
     async fn acquire(&mut self) -> Result<(), NoKeyAvailable> {
         let Some(traits) = &self.traits else { return Ok(()) };
         let pool = &self.rotation.pool;
+        // Another key first: the one that refused the request may seem to have room.
+        if let Some(last) = self.tried.last()
+            && let Ok(lease) = pool.engine().pick_for(&traits.clone().avoid(last.id.clone()))
+        {
+            self.lease = Some(lease);
+            return Ok(());
+        }
         let before = pool.clock().now();
         let limit = self.rotation.wait.saturating_sub(self.waited);
         let acquired = pool.engine().acquire(traits, limit, self.sent > 0).await;

@@ -6,7 +6,7 @@ use super::{error::Error, redact, served_by};
 use crate::{
     classify::{ClassifyResponse, ResponseHead, Verdict},
     key::query::Parameter,
-    limit::Rest,
+    limit::{Remaining, Rest},
     message::JudgedResponse,
     pool::Lease,
 };
@@ -60,7 +60,7 @@ impl<C: ClassifyResponse> Judge<C> {
                         Outcome::Answered
                     }
                     _ if is_attributed(response) => {
-                        apply(lease, Verdict::Nothing, &head);
+                        lease.settle(false, None, &Remaining::default());
                         Outcome::Answered
                     }
                     verdict => {
@@ -118,7 +118,7 @@ pub(super) fn apply(lease: &mut Lease, verdict: Verdict, head: &ResponseHead<'_>
     match rest {
         Rest::RateLimited if lease.ticket.is_some() => {
             let said = head.remaining();
-            // A window's reset is when all of it is back; one request has room earlier.
+            // A bucket's reset is when all of it is back; room for one request comes earlier.
             lease.settle(
                 true,
                 if said.is_known() && rests_apart { head.explicit_wait() } else { wait },

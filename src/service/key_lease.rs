@@ -13,7 +13,8 @@ use crate::{
 /// A key for one request of a client that takes a key and no layer: an SDK, `ureq`, a command.
 ///
 /// Tell it the answer by [`answered`](Self::answered): then the pool learns from it, and rests the key after a 429.
-/// Dropped without an answer, it gives back what the request took of the key's limits.
+/// Dropped without an answer, it gives back its tokens and its place among the requests in flight. The request itself
+/// stays counted: the service may have counted it.
 ///
 /// ```
 /// use http::{HeaderMap, StatusCode};

@@ -52,7 +52,7 @@ where
     }
 
     fn call(&mut self, request: Req) -> Self::Future {
-        let traits = |request: &Req| self.rotation.needed(self.describe.describe(request));
+        let traits = |request: &Req| self.describe.describe(request);
         request.send(&mut self.inner, &self.rotation, traits)
     }
 }

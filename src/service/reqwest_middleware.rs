@@ -66,7 +66,7 @@ where
         let sent = match self.rotation.wants_key(&request) {
             Ok(true) => {
                 let traits = self.describe.describe(&request).or_else(|| extensions.get().cloned());
-                let traits = self.rotation.needed(traits);
+                let traits = self.rotation.needed(traits, &request);
                 let attempts = Attempts::new(self.rotation.clone(), Behind { extensions, next }, traits);
                 attempts.run(request).await
             }

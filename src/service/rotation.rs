@@ -117,9 +117,14 @@ impl<C, M> Rotation<C, M> {
         if traits.is_some() { !self.wait.is_zero() } else { self.has_queue(None) }
     }
 
-    /// The traits of a request whose key depends on what the request is.
+    /// The traits of a request whose key depends on what the request is: those that describe it, or those in its extensions.
     #[inline(always)]
-    pub(crate) fn needed(&self, traits: Option<Traits>) -> Option<Traits> {
+    pub(crate) fn needed<Req: RequestMessage>(
+        &self,
+        described: Option<Traits>,
+        request: &Req,
+    ) -> Option<Traits> {
+        let traits = described.or_else(|| request.traits());
         traits.or_else(|| self.pool.engine().chooses().then(Traits::new))
     }
 

@@ -60,7 +60,7 @@ where
         rotation: &Arc<Rotation<C, Once>>,
         traits: impl FnOnce(&Self) -> Option<Traits>,
     ) -> Self::Future {
-        let pick = |request: &Self| match traits(request) {
+        let pick = |request: &Self| match rotation.needed(traits(request), request) {
             None => rotation.pick(),
             Some(traits) => rotation.pick_for(&traits),
         };
@@ -149,7 +149,7 @@ where
         }
         Err(refused) => return FailoverFuture::refused(*refused, client.clone(), rotation.clone()),
     }
-    let traits = traits(&request);
+    let traits = rotation.needed(traits(&request), &request);
     if rotation.has_queue(traits.as_ref()) {
         return send_in_turn(client, rotation, request, traits);
     }
