@@ -665,3 +665,85 @@ async fn bursts_fail_no_request_and_little_is_refused() {
     assert_eq!(succeeded(&results), results.len());
     assert!(service.refused() < 80, "{} of {}", service.refused(), results.len());
 }
+
+#[tokio::test(start_paused = true)]
+async fn f40_requests_for_one_key_hold_up_no_other() {
+    let service = Upstream::new(1_000.0, 1_000.0);
+    let pool = keys(2).quota(Quota::per_minute(60).burst(2)).build().unwrap();
+    let client = client(&pool, &service, MINUTE);
+    let alpha = || Traits::new().scope("/a").key(KeyId::new("k0").unwrap());
+    for _ in 0..2 {
+        send(&client, request("/a", alpha())).await.unwrap();
+    }
+    let picky: Vec<_> = (0..30).map(|_| spawn(&client, request("/a", alpha()))).collect();
+    sleep(Duration::from_millis(10)).await;
+    let began = Instant::now();
+    assert_eq!(send(&client, scoped("/a")).await.unwrap(), 200);
+    assert!(began.elapsed() < SECOND, "{:?}", began.elapsed());
+    for picky in picky {
+        assert_eq!(picky.await.unwrap().unwrap(), 200);
+    }
+}
+
+/// A client of a service that sends these headers with each response.
+fn client_of_headers(pool: &KeyPool, headers: &'static [(&str, &str)]) -> Client {
+    let inner = service_fn(move |_: Request<String>| {
+        let response = Response::builder().header("date", "Mon, 23 Nov 2026 20:41:00 GMT");
+        let response =
+            headers.iter().fold(response, |response, (name, value)| response.header(*name, *value));
+        async move { Ok::<_, std::io::Error>(response.body(String::new()).unwrap()) }
+    });
+    let client = tower::ServiceBuilder::new().layer(KeyRotationLayer::new(pool)).service(inner);
+    tower::util::BoxCloneService::new(
+        client.map_response(|response| response.status().as_u16()).map_err(Error::into_inner),
+    )
+}
+
+#[tokio::test(start_paused = true)]
+async fn f39_hostile_limits_neither_panic_nor_close_keys() {
+    const HOSTILE: [&[(&str, &str)]; 6] = [
+        &[
+            ("ratelimit-limit", "100"),
+            ("ratelimit-remaining", "50"),
+            ("ratelimit-reset", "5124095576030431h"),
+        ],
+        &[
+            ("x-ratelimit-limit-requests", "60"),
+            ("x-ratelimit-remaining-requests", "59"),
+            ("x-ratelimit-reset-requests", "99999999999999s"),
+        ],
+        &[("ratelimit", "limit=100, remaining=50, reset=999999999999999")],
+        &[("ratelimit-limit", "100"), ("ratelimit-remaining", "99"), ("ratelimit-reset", "999999999")],
+        &[
+            ("x-ratelimit-limit-requests", "18446744073709551615"),
+            ("x-ratelimit-remaining-requests", "1"),
+            ("x-ratelimit-reset-requests", "1ms"),
+        ],
+        &[
+            ("x-ratelimit-limit-requests", "0.000001"),
+            ("x-ratelimit-remaining-requests", "0"),
+            ("x-ratelimit-reset-requests", "9999999s"),
+        ],
+    ];
+    for headers in HOSTILE {
+        let client = client_of_headers(&keys(1).paced().build().unwrap(), headers);
+        for number in 0..20 {
+            let sent = send(&client, request("/", Traits::new().tokens(u64::MAX))).await;
+            assert!(sent.is_ok(), "{headers:?}, request {number}: {sent:?}");
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn f39_a_misread_header_blocks_no_request_that_never_waits() {
+    // Milliseconds, read as seconds.
+    const MISREAD: &[(&str, &str)] =
+        &[("x-ratelimit-limit", "10"), ("x-ratelimit-remaining", "0"), ("x-ratelimit-reset", "60000")];
+    let client = client_of_headers(&keys(3).paced().build().unwrap(), MISREAD);
+    let mut served = 0;
+    for _ in 0..600 {
+        served += usize::from(send(&client, scoped("/a")).await.is_ok());
+        sleep(Duration::from_millis(100)).await;
+    }
+    assert!(served > 400, "{served} of 600");
+}
