@@ -16,7 +16,9 @@ use std::{
 use http::{Request, Response, header::AUTHORIZATION};
 use serde_json::Value;
 use tower::{Layer, ServiceExt, service_fn};
-use tower_key_rotation::{KeyId, KeyPool, KeyPoolBuilder, KeyRotationLayer, KeySpec, Rejected, ServedBy};
+use tower_key_rotation::{
+    KeyId, KeyPool, KeyPoolBuilder, KeyRotationLayer, KeySpec, Rejected, ServedBy, Traits,
+};
 
 use crate::{can_be_sent, now};
 
@@ -133,7 +135,8 @@ fn text(value: &Value) -> Option<String> {
 fn of_value(value: &Value) -> (Option<String>, Option<String>) {
     let Some(fields) = value.as_object() else { return (None, text(value)) };
     let is_good = fields.iter().all(|(name, value)| match name.as_str() {
-        "id" | "secret" | "note" => value.is_string(),
+        "id" | "secret" | "note" | "group" => value.is_string(),
+        "tier" => value.as_u64().is_some_and(|tier| u8::try_from(tier).is_ok()),
         _ => false,
     });
     let field = |name| fields.get(name).and_then(text);
@@ -219,7 +222,8 @@ fn check_keys(builder: impl Fn() -> KeyPoolBuilder, entries: &[Entry]) {
 
     let keys = sent_by(&pool);
     assert_eq!(keys.len() + rejected.len(), entries.len());
-    let (mut keys, mut rejected) = (keys.into_iter(), rejected.iter().peekable());
+    // A pool orders its keys by tiers, so a key is looked for wherever it is.
+    let (mut keys, mut rejected) = (keys, rejected.iter().peekable());
     let mut before = Vec::new();
     for (number, entry) in (1..).zip(entries) {
         let meanings = entry
@@ -234,12 +238,11 @@ fn check_keys(builder: impl Fn() -> KeyPoolBuilder, entries: &[Entry]) {
             );
             assert_hidden(rejected, &before);
         } else {
-            let key = keys.next().unwrap();
-            assert!(
-                meanings.clone().any(|(id, secret)| id == key.0.as_str() && secret == Some(&key.1)),
-                "{}",
-                key.0
-            );
+            let is_meant = |key: &(KeyId, String)| {
+                meanings.clone().any(|(id, secret)| id == key.0.as_str() && secret == Some(&key.1))
+            };
+            let found = keys.iter().position(is_meant);
+            let key = keys.remove(found.unwrap_or_else(|| panic!("{} is missing", entry.place)));
             before.push(key);
         }
     }
@@ -248,7 +251,7 @@ fn check_keys(builder: impl Fn() -> KeyPoolBuilder, entries: &[Entry]) {
     assert_eq!((ids.len(), secrets.len()), (before.len(), before.len()));
 }
 
-/// Each key of a pool in its turn, as a request has it.
+/// Each key of a pool, as a request has it.
 fn sent_by(pool: &KeyPool) -> Vec<(KeyId, String)> {
     let client = service_fn(|request: Request<()>| ready(Ok::<_, Infallible>(Response::new(request))));
     let client = KeyRotationLayer::new(pool).expose_key().layer(client);
@@ -257,7 +260,9 @@ fn sent_by(pool: &KeyPool) -> Vec<(KeyId, String)> {
         .keys
         .iter()
         .map(|key| {
-            let request = Request::get("https://api.example.com").body(()).unwrap();
+            // By name: a key of a later tier has no turn while others have room.
+            let traits = Traits::new().key(key.id.clone());
+            let request = Request::get("https://api.example.com").extension(traits).body(()).unwrap();
             let response = now(client.clone().oneshot(request)).unwrap();
             let ServedBy(id) = response.extensions().get().unwrap();
             assert_eq!(id, &key.id);
