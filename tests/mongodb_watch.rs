@@ -10,7 +10,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use mongodb::bson::{Document, doc};
+use mongodb::{
+    bson::{Document, doc},
+    options::{Acknowledgment, WriteConcern},
+};
 use support::{mongo::*, *};
 use tokio::{sync::mpsc, time::sleep};
 use tower_key_rotation::{
@@ -74,9 +77,11 @@ struct Process {
 
 impl Process {
     async fn over(store: MongoStore) -> Self {
-        let loads = Arc::default();
-        let pool =
-            KeyPool::builder().open(Counting { inner: store, loads: Arc::clone(&loads) }).await.unwrap();
+        let (pool, loads) = opened(store).await;
+        Self::following(pool, loads)
+    }
+
+    fn following(pool: KeyPool, loads: Arc<AtomicUsize>) -> Self {
         Self {
             recovery: RecoveryHandle::spawn_with(&pool, passes_by_hand()),
             client: rotating(&pool),
@@ -102,6 +107,13 @@ impl Process {
         mongo.keys().delete_one(doc! { "_id": "probe" }).await.unwrap();
         sees(LIMIT, "the probe goes", || self.status("probe").is_none()).await;
     }
+}
+
+/// A pool that does not follow yet, and how often it has read its keys.
+async fn opened(store: MongoStore) -> (KeyPool, Arc<AtomicUsize>) {
+    let loads = Arc::default();
+    let store = Counting { inner: store, loads: Arc::clone(&loads) };
+    (KeyPool::builder().open(store).await.unwrap(), loads)
 }
 
 /// Waits until something is seen, and says how long it took.
@@ -219,8 +231,11 @@ async fn usage_writes_trigger_no_reload_in_other_processes() {
     let (mongo, here, there) = two_processes(&["alpha", "beta"]).await;
     let server = Server::limiting([]).await;
     // What follows the probe's end may still be on its way.
-    sleep(300 * MILLISECOND).await;
-    let before = there.loads();
+    let mut before = 0;
+    while before != there.loads() {
+        before = there.loads();
+        sleep(SECOND).await;
+    }
     for _ in 0..5 {
         assert_eq!(status(&here.client, &server.url()).await, 200);
         assert_eq!(status(&here.client, &server.url()).await, 200);
@@ -275,6 +290,27 @@ async fn assert_seen_after_outages(options: &str, outage_lasts: Duration) {
         };
         sees(SOON, "what changed after it", all_undone).await;
     }
+}
+
+#[tokio::test]
+async fn changes_not_yet_acknowledged_by_a_majority_are_seen() {
+    let mongod = own(Kind::ReplicaSet).await;
+    let mongo = Mongo::at(&mongod.uri()).await;
+    mongo.insert("alpha").await;
+    let (pool, loads) = opened(mongo.store().await).await;
+    let admin = mongod.admin().await.unwrap();
+    let majority_lags = |mode| doc! { "configureFailPoint": "disableSnapshotting", "mode": mode };
+    admin.run_command(majority_lags("alwaysOn")).await.unwrap();
+    for key in ["beta", "gamma"] {
+        let one = WriteConcern::builder().w(Acknowledgment::Nodes(1)).build();
+        mongo.keys().insert_one(healthy(key)).write_concern(one).await.unwrap();
+    }
+    let there = Process::following(pool, loads);
+    sees(10 * SOON, "the load after the stream has begun", || there.loads() >= 2).await;
+    assert_eq!(there.status("beta"), None);
+    admin.run_command(majority_lags("off")).await.unwrap();
+    let both = || there.status("beta").is_some() && there.status("gamma").is_some();
+    sees(SOON, "what a majority has acknowledged since", both).await;
 }
 
 #[tokio::test]

@@ -3,7 +3,8 @@
 use std::{future::poll_fn, pin::pin, sync::Arc, task::Poll, time::Duration};
 
 use ::mongodb::{
-    bson::{RawDocument, RawDocumentBuf},
+    action::Action,
+    bson::{RawDocument, RawDocumentBuf, Timestamp, doc},
     change_stream::{ChangeStream, event::ResumeToken},
 };
 use tokio::{
@@ -11,7 +12,13 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-use super::{document, error::Failure, fields::ours, inner::Inner, rendered};
+use super::{
+    document,
+    error::Failure,
+    fields::ours,
+    inner::{Inner, primary},
+    rendered,
+};
 use crate::store::Change;
 
 /// The pause before another try to open a stream.
@@ -69,9 +76,29 @@ async fn open(store: &Inner, resume: Option<ResumeToken>) -> Result<Stream, Fail
     let watch = store.keys.watch().pipeline(store.fields.changes());
     let stream = match resume {
         Some(token) => watch.resume_after(token).await?,
-        None => watch.await?,
+        None => {
+            watch
+                .optional(last_acknowledged(store).await?, |watch, time| watch.start_at_operation_time(time))
+                .await?
+        }
     };
     Ok(stream.with_type())
+}
+
+/// The last operation that a majority has acknowledged; `None` if the deployment has no change streams.
+///
+/// Left to itself, a stream begins after the last operation that the primary has applied. A load shows what a majority has
+/// acknowledged, and so lacks what the primary has applied just before: that would be seen in neither.
+async fn last_acknowledged(store: &Inner) -> Result<Option<Timestamp>, Failure> {
+    let read = doc! {
+        "find": store.keys.name(),
+        "projection": { "_id": 1 },
+        "limit": 1,
+        "singleBatch": true,
+        "readConcern": { "level": "majority" },
+    };
+    let answer = store.database.run_command(read).selection_criteria(primary()).await?;
+    Ok(answer.get_timestamp("operationTime").ok())
 }
 
 /// Passes a stream on until it breaks off. Returns the place to resume it at.
@@ -129,7 +156,7 @@ fn change_in(event: &RawDocument, server_time: Option<Duration>) -> Option<Chang
 
 #[cfg(test)]
 mod tests {
-    use ::mongodb::bson::{Document, doc};
+    use ::mongodb::bson::Document;
 
     use super::*;
     use crate::{
