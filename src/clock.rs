@@ -21,20 +21,32 @@
 //! # }
 //! ```
 
-use std::{fmt, future::Future, pin::Pin, time::Duration};
+use std::{
+    fmt,
+    future::Future,
+    pin::Pin,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use tokio::{sync::watch, time::Instant};
 
 /// The future that [`Clock::sleep_until`] returns.
 pub type Sleep = Pin<Box<dyn Future<Output = ()> + Send + Sync>>;
 
-/// A monotonic clock.
+/// A monotonic clock, and the wall clock beside it.
 pub trait Clock: fmt::Debug + Send + Sync + 'static {
     /// Returns the time since an arbitrary, fixed start. Never decreases.
     fn now(&self) -> Duration;
 
     /// Completes as soon as [`now`](Clock::now) reaches `deadline`, or at once if `deadline` has passed.
     fn sleep_until(&self, deadline: Duration) -> Sleep;
+
+    /// Returns the wall clock's time, which somebody may set forward or back.
+    ///
+    /// Only quotas that [reset at a time of day](crate::Quota::resets_at) use it. By default it is the machine's.
+    fn wall(&self) -> SystemTime {
+        SystemTime::now()
+    }
 }
 
 /// The machine's monotonic clock, read through `tokio::time`.
@@ -43,13 +55,15 @@ pub trait Clock: fmt::Debug + Send + Sync + 'static {
 #[derive(Clone, Copy, Debug)]
 pub struct SystemClock {
     start: Instant,
+    /// The same moment on the machine's clock, which never pauses.
+    machine_start: std::time::Instant,
 }
 
 impl SystemClock {
     /// Creates a clock that starts now, at zero.
     #[must_use]
     pub fn new() -> Self {
-        Self { start: Instant::now() }
+        Self { start: Instant::now(), machine_start: std::time::Instant::now() }
     }
 }
 
@@ -67,14 +81,27 @@ impl Clock for SystemClock {
     fn sleep_until(&self, deadline: Duration) -> Sleep {
         Box::pin(tokio::time::sleep(deadline.saturating_sub(self.now())))
     }
+
+    fn wall(&self) -> SystemTime {
+        let (wall, ours, machine) = (SystemTime::now(), self.now(), self.machine_start.elapsed());
+        // They differ under a paused clock only.
+        let moved = wall.checked_add(ours.saturating_sub(machine));
+        moved.and_then(|wall| wall.checked_sub(machine.saturating_sub(ours))).unwrap_or(wall)
+    }
 }
 
 /// A clock that moves only by [`advance`](ManualClock::advance).
 ///
-/// All clones show the same time.
+/// All clones show the same time. Its wall clock shows 1970-01-01T00:00:00Z at first, and moves along.
 #[derive(Clone, Debug, Default)]
 pub struct ManualClock {
-    now: watch::Sender<Duration>,
+    time: watch::Sender<Time>,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Time {
+    now: Duration,
+    since_1970: Duration,
 }
 
 impl ManualClock {
@@ -86,20 +113,34 @@ impl ManualClock {
 
     /// Advances the clock and wakes every sleeper whose deadline has passed.
     pub fn advance(&self, by: Duration) {
-        self.now.send_modify(|now| *now = now.saturating_add(by));
+        self.time.send_modify(|time| {
+            time.now = time.now.saturating_add(by);
+            time.since_1970 = time.since_1970.saturating_add(by);
+        });
+    }
+
+    /// Sets the wall clock alone. A time before 1970 counts as 1970.
+    pub fn set_wall(&self, wall: SystemTime) {
+        let since_1970 = wall.duration_since(UNIX_EPOCH).unwrap_or_default();
+        self.time.send_modify(|time| time.since_1970 = since_1970);
     }
 }
 
 impl Clock for ManualClock {
     fn now(&self) -> Duration {
-        *self.now.borrow()
+        self.time.borrow().now
     }
 
     fn sleep_until(&self, deadline: Duration) -> Sleep {
         // The sleeper owns a sender, so the channel cannot close while it sleeps.
-        let clock = self.now.clone();
+        let clock = self.time.clone();
         Box::pin(async move {
-            let _ = clock.subscribe().wait_for(|now| *now >= deadline).await;
+            let _ = clock.subscribe().wait_for(|time| time.now >= deadline).await;
         })
+    }
+
+    fn wall(&self) -> SystemTime {
+        let since_1970 = self.time.borrow().since_1970;
+        UNIX_EPOCH.checked_add(since_1970).unwrap_or(UNIX_EPOCH)
     }
 }

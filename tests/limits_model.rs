@@ -217,7 +217,7 @@ impl Limits {
             Period::Minute => Quota::per_minute(self.units),
             Period::Hour => Quota::per_hour(self.units),
         };
-        let quota = self.burst.map_or(quota, |burst| quota.burst(burst));
+        let quota = self.burst.map_or(quota.clone(), |burst| quota.burst(burst));
         let quota = if self.is_window { quota.window() } else { quota };
         if self.is_of_tokens { quota.tokens() } else { quota }
     }
@@ -912,7 +912,7 @@ fn pool_of(places: &[Place], quotas: &[Quota]) -> (KeyPool, ManualClock, Client)
         spec
     });
     let builder =
-        quotas.iter().copied().fold(specs.fold(builder, KeyPoolBuilder::key_spec), KeyPoolBuilder::quota);
+        quotas.iter().cloned().fold(specs.fold(builder, KeyPoolBuilder::key_spec), KeyPoolBuilder::quota);
     let pool = builder.build().expect("a pool");
     let client = Client::new(&pool);
     (pool, clock, client)

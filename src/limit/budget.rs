@@ -188,6 +188,35 @@ impl Budget {
         self.unit.store(WINDOW, SeqCst);
     }
 
+    /// A count of ticks as a time.
+    pub(crate) fn tick(count: u64) -> u64 {
+        count << TICK
+    }
+
+    /// The ticks of a time.
+    pub(crate) fn ticks(time: u64) -> u64 {
+        time >> TICK
+    }
+
+    /// When the window began, and when it ends, in ticks.
+    #[inline]
+    pub(crate) fn window(&self) -> (u64, u64) {
+        let end = self.word.load(SeqCst) >> 32;
+        (end.saturating_sub(self.span.load(Relaxed) >> 32), end)
+    }
+
+    /// Replaces the window that ends at `before` by one that ends at `end`, in ticks, unless another thread has. The next
+    /// window is full, or has what is left of this one.
+    pub(crate) fn roll(&self, before: u64, end: u64, period: u64, is_full: bool) {
+        let limit = lower(self.span.load(Relaxed));
+        let next = |word: u64| packed(end, if is_full { limit } else { lower(word) });
+        let is_it = |word: u64| word >> 32 == before;
+        let rolled = self.word.fetch_update(SeqCst, SeqCst, |word| is_it(word).then(|| next(word)));
+        if rolled.is_ok() {
+            self.span.store(packed(period, limit), SeqCst);
+        }
+    }
+
     fn replace(&self, next: impl Fn(u64) -> u64) {
         let _ = self.word.fetch_update(SeqCst, SeqCst, |word| Some(next(word)));
     }

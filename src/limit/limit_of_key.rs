@@ -55,7 +55,7 @@ impl Limit {
             cap: AtomicU32::new(if learns && quotas.is_empty() { FIRST_IN_FLIGHT } else { 0 }),
             requests: Budget::default(),
             tokens: Budget::default(),
-            quotas: quotas.iter().map(|quota| (*quota, quota.full(now))).collect(),
+            quotas: quotas.iter().map(|quota| (quota.clone(), quota.full(now))).collect(),
             learned: Mutex::default(),
         }
     }
@@ -88,9 +88,9 @@ impl Limit {
                 self.tokens.take(tokens, now).inspect_err(|_| self.requests.put_back(1, now, now))?;
         }
         for (taken, (quota, budget)) in self.quotas.iter().enumerate() {
-            if let Err(when) = budget.take(quota.cost(tokens), now) {
+            if let Err(when) = quota.take(budget, tokens, now) {
                 for (quota, budget) in &self.quotas[..taken] {
-                    budget.put_back(quota.cost(tokens), now, now);
+                    quota.put_back(budget, tokens, now, now);
                 }
                 self.requests.put_back(1, now, now);
                 if tokens != 0 {
@@ -106,7 +106,7 @@ impl Limit {
     pub(crate) fn probe(&self, tokens: u64, now: u64) -> Taken {
         self.in_flight.fetch_add(1, SeqCst);
         for (quota, budget) in &self.quotas {
-            budget.take_anyway(quota.cost(tokens), now);
+            quota.take_anyway(budget, tokens, now);
         }
         Taken {
             at: now,
@@ -124,7 +124,7 @@ impl Limit {
             self.tokens.put_back(taken.tokens, taken.at, now);
         }
         for (quota, budget) in &self.quotas {
-            budget.put_back(quota.cost(taken.tokens), taken.at, now);
+            quota.put_back(budget, taken.tokens, taken.at, now);
         }
         self.in_flight.fetch_sub(1, SeqCst);
     }
@@ -139,8 +139,8 @@ impl Limit {
     pub(crate) fn correct_tokens(&self, taken: &Taken, used: u64, now: u64) {
         let by = taken.tokens as f64 - used as f64;
         self.tokens.add(by, taken.at, now);
-        for (_, budget) in self.quotas.iter().filter(|(quota, _)| quota.is_of_tokens()) {
-            budget.add(by, taken.at, now);
+        for (quota, budget) in self.quotas.iter().filter(|(quota, _)| quota.is_of_tokens()) {
+            quota.add(budget, by, taken.at, now);
         }
     }
 
@@ -156,7 +156,7 @@ impl Limit {
             until = until.max(self.tokens.when(tokens, now));
         }
         for (quota, budget) in &self.quotas {
-            until = until.max(budget.when(quota.cost(tokens), now));
+            until = until.max(quota.when(budget, tokens, now));
         }
         if until > now { until } else { 0 }
     }
@@ -179,7 +179,7 @@ impl Limit {
     /// never doubted.
     pub(crate) fn is_doubtful(&self, tokens: u64, now: u64) -> bool {
         let is_certain = self.rest.load(SeqCst) > now
-            || self.quotas.iter().any(|(quota, budget)| budget.when(quota.cost(tokens), now) > now);
+            || self.quotas.iter().any(|(quota, budget)| quota.when(budget, tokens, now) > now);
         if is_certain {
             return false;
         }
@@ -198,7 +198,7 @@ impl Limit {
         self.in_flight.fetch_sub(1, SeqCst);
         if is_limited {
             for (quota, budget) in &self.quotas {
-                budget.add(quota.cost(taken.tokens) as f64, taken.at, now);
+                quota.add(budget, quota.cost(taken.tokens) as f64, taken.at, now);
             }
         }
     }

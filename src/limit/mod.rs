@@ -1,6 +1,7 @@
 //! What limits a key: whether it rests, why, and for how long.
 
 mod budget;
+mod civil;
 mod estimate;
 #[cfg(all(test, schedules = "loom"))]
 mod every_schedule;
@@ -17,6 +18,7 @@ mod word;
 mod words;
 
 pub(crate) use self::{
+    civil::InvalidReset,
     left::{Kind, Left, Remaining},
     limit_of_key::Limit,
     rules::Cooldowns,

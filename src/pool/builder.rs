@@ -23,7 +23,7 @@ use crate::{
         rejected::{ParsedKey, Place, Reason},
         source::{self, Unnamed},
     },
-    limit::{Cooldowns, Quota},
+    limit::{Cooldowns, InvalidReset, Quota},
     meter::Meter,
     replication::Link,
     store::{KeyStore, StoreError},
@@ -327,8 +327,8 @@ impl KeyPoolBuilder {
     ///
     /// # Errors
     ///
-    /// A file or variable can't be read; with [`strict`](Self::strict), also a key that can't be used.
-    pub fn build(self) -> Result<KeyPool, BuildError> {
+    /// A file or variable can't be read, or a [quota](Self::quota) resets at what is no time of day; with [`strict`](Self::strict), also a key that can't be used.
+    pub fn build(mut self) -> Result<KeyPool, BuildError> {
         let (keys, rejected) = self.read()?;
         Ok(KeyPool::new(Engine::new(keys, self.config, false), None, rejected))
     }
@@ -340,7 +340,7 @@ impl KeyPoolBuilder {
     /// # Errors
     ///
     /// Those of [`build`](Self::build), and [a failure of the store](BuildError::store_error).
-    pub async fn open(self, store: impl KeyStore) -> Result<KeyPool, BuildError> {
+    pub async fn open(mut self, store: impl KeyStore) -> Result<KeyPool, BuildError> {
         let (keys, rejected) = self.read()?;
         let seeds = seeds(&keys);
         let pool = over(store, Vec::new(), seeds, self.config, rejected);
@@ -358,13 +358,15 @@ impl KeyPoolBuilder {
     /// # Errors
     ///
     /// Those of [`build`](Self::build).
-    pub fn open_when_ready(self, store: impl KeyStore) -> Result<KeyPool, BuildError> {
+    pub fn open_when_ready(mut self, store: impl KeyStore) -> Result<KeyPool, BuildError> {
         let (keys, rejected) = self.read()?;
         let seeds = seeds(&keys);
         Ok(over(store, keys, seeds, self.config, rejected))
     }
 
-    fn read(&self) -> Result<(Vec<UsableKey>, Vec<Rejected>), BuildError> {
+    fn read(&mut self) -> Result<(Vec<UsableKey>, Vec<Rejected>), BuildError> {
+        let quotas = self.config.quotas.iter().map(Quota::of_a_pool).collect::<Result<_, _>>();
+        self.config.quotas = quotas.map_err(Problem::Quota)?;
         if let Some(name) = self.config.inject.invalid_header() {
             return Err(Problem::HeaderName(name.to_owned()).into());
         }
@@ -508,6 +510,8 @@ enum Problem {
     HeaderName(String),
     #[error(transparent)]
     Host(InvalidHost),
+    #[error(transparent)]
+    Quota(InvalidReset),
     #[error("{} could not be used as keys:{}", .0.len(), listed(.0))]
     Rejected(Vec<Rejected>),
     #[error(transparent)]

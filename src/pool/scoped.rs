@@ -6,7 +6,7 @@
 use std::{
     ops::Range,
     sync::{Arc, OnceLock, PoisonError, Weak},
-    time::Duration,
+    time::{Duration, UNIX_EPOCH},
 };
 
 use super::{bitset::AtomicBitSet, deadlines::Deadlines, key::Key, layout::Layout, waiting::Waiting};
@@ -58,6 +58,18 @@ pub(crate) struct Limiting {
 impl Limiting {
     pub(crate) fn is_on(&self) -> bool {
         self.learns || !self.quotas.is_empty()
+    }
+
+    /// Notes the wall clock for the quotas that depend on it. Returns how far it is ahead of the pool's clock, in ns modulo
+    /// 2^64; 0 if no quota does.
+    pub(crate) fn read_wall(&self) -> u64 {
+        if !self.quotas.iter().any(Quota::is_civil) {
+            return 0;
+        }
+        // In this order: a thread that is descheduled in between must not begin a day early.
+        let (wall, now) = (self.clock.wall(), nanos(self.clock.now()));
+        self.quotas.iter().for_each(|quota| quota.set_wall(wall, now));
+        nanos(wall.duration_since(UNIX_EPOCH).unwrap_or_default()).wrapping_sub(now)
     }
 }
 
@@ -146,6 +158,8 @@ pub(crate) struct Scoped {
     ended: AtomicU64,
     /// Whether another snapshot has replaced this one's.
     is_replaced: AtomicBool,
+    /// How far the wall clock was ahead when the index was last brought in line with it.
+    wall_ahead: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -169,6 +183,7 @@ impl Scoped {
             begun: AtomicU64::new(0),
             ended: AtomicU64::new(0),
             is_replaced: AtomicBool::new(false),
+            wall_ahead: AtomicU64::new(limiting.read_wall()),
             keys,
             layout,
             common,
@@ -403,6 +418,18 @@ impl Scoped {
         let second = now / 1_000_000_000;
         if self.common.last_used.load(Relaxed) != second {
             self.common.last_used.store(second, Relaxed);
+            self.follow_wall_clock();
+        }
+    }
+
+    /// The index knows when a day ends by the pool's clock. If the wall clock was set, or runs faster, that is another time.
+    fn follow_wall_clock(&self) {
+        let (before, ahead) = (self.wall_ahead.load(Relaxed), self.limiting.read_wall());
+        let moved = ahead.wrapping_sub(before) as i64;
+        if moved.unsigned_abs() >= 1_000_000_000 {
+            self.wall_ahead.store(ahead, Relaxed);
+            self.refresh_all();
+            self.common.waiting.look_again();
         }
     }
 
