@@ -657,7 +657,7 @@ async fn f05_a_truncated_response_leaves_the_keys_unchanged() {
 /// How much a reload has to do is not known beforehand, so only its parts have a limit: it takes each as it comes.
 #[tokio::test]
 async fn f29_operation_limit_bounds_each_batch_not_the_load() {
-    const PAUSE: Duration = Duration::from_millis(800);
+    const PAUSE: Duration = Duration::from_secs(2);
     let server = own(Kind::Standalone).await;
     let mongo = Mongo::at(&server.uri()).await;
     // The server gives at most 16 MB at once.
@@ -669,7 +669,8 @@ async fn f29_operation_limit_bounds_each_batch_not_the_load() {
     for from in (0..4_000).step_by(500) {
         mongo.keys().insert_many((from..from + 500).map(large)).await.unwrap();
     }
-    let limit = 3 * PAUSE;
+    // Three pauses come together to more than this, and each batch has three seconds beside its pause.
+    let limit = 5 * SECOND;
     let store = connect(&mongo, limit, &mongo.uri).await;
     fail_command(&server, "alwaysOn", held_up(&["getMore"], PAUSE)).await;
     let began = Instant::now();
@@ -702,7 +703,7 @@ async fn f14_a_new_pool_honours_stored_cooldowns() {
 
 #[tokio::test]
 async fn f14_a_stored_cooldown_ends_on_time_without_sweeps() {
-    const LEFT: Duration = Duration::from_millis(700);
+    const LEFT: Duration = Duration::from_secs(4);
     let mongo = Mongo::standalone().await;
     mongo.insert("alpha").await;
     let server = Server::limiting([]).await;
@@ -714,7 +715,7 @@ async fn f14_a_stored_cooldown_ends_on_time_without_sweeps() {
     let client = rotating(&pool);
     let error = get(&client, &server.url()).await.unwrap_err();
     assert!(NoKeyAvailable::find(&error).and_then(|error| error.retry_in()).is_some_and(|left| left <= LEFT));
-    eventually_within(5 * SECOND, "alpha is back", || async { get(&client, &server.url()).await.is_ok() })
+    eventually_within(30 * SECOND, "alpha is back", || async { get(&client, &server.url()).await.is_ok() })
         .await;
     assert!(began.elapsed() >= LEFT, "{:?}", began.elapsed());
     assert_eq!(mongo.status("alpha").await, "rate_limited");

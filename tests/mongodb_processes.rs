@@ -17,13 +17,14 @@ use serde_json::Value;
 use support::{mongo::*, *};
 use tokio::time::sleep;
 
-/// How long until what one process learnt is honoured by all others, with change streams.
-const PROPAGATION: Duration = SECOND;
+/// How long until what one process learnt is honoured by all others, with change streams: a second, and longer on a machine
+/// that is four times overloaded.
+const PROPAGATION: Duration = Duration::from_secs(3);
 /// A request that was on its way when the 429 was, and what two clocks and a loaded machine differ by.
-const TOLERANCE: Duration = Duration::from_millis(250);
-const COOLDOWN: Duration = Duration::from_millis(2_500);
+const TOLERANCE: Duration = Duration::from_millis(500);
+const COOLDOWN: Duration = Duration::from_secs(5);
 /// So long that what has to be honoured sooner is not so by a pass.
-const INTERVAL: Duration = Duration::from_secs(3);
+const INTERVAL: Duration = Duration::from_secs(4);
 
 fn program() -> &'static PathBuf {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
@@ -207,7 +208,7 @@ fn hits_while_resting(seen: &[Seen], outage: Option<(Instant, Instant)>) -> Vec<
 
 async fn all_healthy(mongo: &Mongo) {
     let rested = || async { mongo.count(doc! { "status": { "$ne": "healthy" } }).await == 0 };
-    eventually_within(20 * SECOND, "every key is healthy again", rested).await;
+    eventually_within(60 * SECOND, "every key is healthy again", rested).await;
 }
 
 /// Limits the keys one after the other.
