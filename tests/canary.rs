@@ -1105,7 +1105,7 @@ async fn show_failures_of_operators() {
     show!(pool.insert("", secret("alpha")).await.unwrap_err());
     show!(pool.insert("beta", format!("{}\n", secret("alpha"))).await.unwrap_err());
     let mut unsupported = KeySpec::new(id("beta"), format!("{}-beta", secret("alpha")));
-    unsupported.weight = NonZeroU32::new(2);
+    unsupported.endpoint = Some("https://eu.example.com".to_owned());
     show!(pool.insert_all([unsupported]).await.remove(0).unwrap_err());
     store.set(Mode::Fails);
     store.operators.set(Mode::Fails);

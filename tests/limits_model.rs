@@ -8,6 +8,7 @@ mod support;
 use std::{
     collections::BTreeMap,
     io,
+    num::NonZeroU32,
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -57,6 +58,7 @@ struct Setup {
 struct Place {
     tier: u8,
     group: Option<u8>,
+    weight: NonZeroU32,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -119,7 +121,8 @@ enum Step {
 fn place() -> impl Strategy<Value = Place> {
     let tier = prop_oneof![4 => Just(0), 1 => Just(1), 1 => Just(2)];
     let group = prop_oneof![3 => Just(None), 1 => (0u8..2).prop_map(Some)];
-    (tier, group).prop_map(|(tier, group)| Place { tier, group })
+    let weight = prop_oneof![2 => Just(NonZeroU32::MIN), 1 => any::<u8>().prop_map(|weight| NonZeroU32::MIN.saturating_add(weight.into()))];
+    (tier, group, weight).prop_map(|(tier, group, weight)| Place { tier, group, weight })
 }
 
 fn limits() -> impl Strategy<Value = Limits> {
@@ -140,7 +143,7 @@ fn setup(keys: impl Strategy<Value = usize>) -> impl Strategy<Value = Setup> {
         2 => (1u64..150).prop_map(|cost| (cost, cost)),
         1 => Just((0, 200)),
     ];
-    let plain = Just(Place { tier: 0, group: None });
+    let plain = Just(ALONE);
     let places = prop_oneof![plain.boxed(), place().boxed()];
     let keys = keys.prop_flat_map(move |count| prop::collection::vec(places.clone(), count));
     (keys, prop::collection::vec(limits(), 0..4), costs).prop_map(|(keys, quotas, costs)| Setup {
@@ -460,6 +463,7 @@ impl Model {
         let id = format!("key-{:03}", self.secrets);
         let mut spec = KeySpec::new(key_id(&id), secret(self.secrets));
         spec.tier = Some(place.tier);
+        spec.weight = Some(place.weight);
         spec.group = place.group.map(|group| format!("group-{group}"));
         self.keys.push(Key { id, secret: self.secrets, place, condition: Condition::default() });
         spec
@@ -899,7 +903,7 @@ proptest! {
 
 const FINE: Reply = Reply::Answer(Answer { status: 200, retry_after: None });
 const LIMITED: Reply = Reply::Answer(Answer { status: 429, retry_after: None });
-const ALONE: Place = Place { tier: 0, group: None };
+const ALONE: Place = Place { tier: 0, group: None, weight: NonZeroU32::MIN };
 
 /// A pool whose first key is called `key-1`.
 fn pool_of(places: &[Place], quotas: &[Quota]) -> (KeyPool, ManualClock, Client) {
@@ -908,6 +912,7 @@ fn pool_of(places: &[Place], quotas: &[Quota]) -> (KeyPool, ManualClock, Client)
     let specs = (1..).zip(places).map(|(number, place)| {
         let mut spec = KeySpec::new(key_id(&format!("key-{number}")), secret(number));
         spec.tier = Some(place.tier);
+        spec.weight = Some(place.weight);
         spec.group = place.group.map(|group| format!("group-{group}"));
         spec
     });
@@ -941,7 +946,7 @@ fn an_error_names_no_time_of_an_avoided_key() {
 
 #[test]
 fn quota_groups_do_not_lead_to_later_tiers() {
-    let (first, later) = (Place { tier: 0, group: Some(0) }, Place { tier: 1, group: Some(0) });
+    let (first, later) = (Place { group: Some(0), ..ALONE }, Place { tier: 1, group: Some(0), ..ALONE });
     let (_, _, mut client) = pool_of(&[first, later], &[]);
     for _ in 0..4 {
         assert_eq!(client.send(scoped()).unwrap().secret, 1);
@@ -996,7 +1001,7 @@ fn windows_are_as_long_as_they_should_be() {
 #[test]
 fn of_many_keys_the_first_tier_returns_first() {
     let mut places = vec![ALONE; 2];
-    places.extend([Place { tier: 1, group: None }; 20]);
+    places.extend([Place { tier: 1, ..ALONE }; 20]);
     let (_, clock, mut client) = pool_of(&places, &[Quota::per_minute(1)]);
     (0..22).for_each(|_| client.send(scoped()).unwrap().reply(FINE));
     clock.advance(Duration::from_secs(61));
@@ -1005,7 +1010,7 @@ fn of_many_keys_the_first_tier_returns_first() {
 
 #[test]
 fn a_removed_key_gives_its_tokens_back_to_its_group() {
-    let member = Place { tier: 0, group: Some(0) };
+    let member = Place { group: Some(0), ..ALONE };
     let (pool, _, mut client) = pool_of(&[member, member], &[Quota::per_minute(60).burst(60).tokens()]);
     let pending = client.send(scoped().tokens(60)).unwrap();
     assert!(client.send(scoped().tokens(60)).is_err());

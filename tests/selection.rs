@@ -2,12 +2,17 @@
 
 mod support;
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::{
+    collections::BTreeMap,
+    num::NonZeroU32,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use http::{HeaderMap, StatusCode};
 use support::SECOND;
 use tower_key_rotation::{
-    KeyPool, NoKeyAvailable, Quota, Traits, classify::ResponseHead, clock::ManualClock,
+    KeyId, KeyPool, KeyPoolBuilder, KeySpec, NoKeyAvailable, Quota, Traits, classify::ResponseHead,
+    clock::ManualClock,
 };
 
 const HOUR: Duration = Duration::from_secs(60 * 60);
@@ -28,6 +33,136 @@ fn drain(pool: &KeyPool) -> (usize, Option<Duration>) {
         }
     }
     unreachable!()
+}
+
+/// A pool of keys with these settings, `k0` first, on a clock that stands still.
+fn pool_of(specs: impl IntoIterator<Item = fn(&mut KeySpec)>) -> KeyPoolBuilder {
+    let specs = (0..).zip(specs).map(|(number, set)| {
+        let mut spec = KeySpec::new(KeyId::new(format!("k{number}")).unwrap(), format!("sk-{number}"));
+        set(&mut spec);
+        spec
+    });
+    specs.fold(KeyPool::builder().clock(ManualClock::new()), KeyPoolBuilder::key_spec)
+}
+
+fn weighing<const WEIGHT: u32>(spec: &mut KeySpec) {
+    spec.weight = NonZeroU32::new(WEIGHT);
+}
+
+/// How many of so many requests each key serves.
+fn served(pool: &KeyPool, requests: usize) -> BTreeMap<String, usize> {
+    let mut served = BTreeMap::new();
+    for _ in 0..requests {
+        *served.entry(send(pool, &Traits::new()).unwrap()).or_default() += 1;
+    }
+    served
+}
+
+fn counts<const KEYS: usize>(counts: [(&str, usize); KEYS]) -> BTreeMap<String, usize> {
+    counts.into_iter().map(|(id, count)| (id.to_owned(), count)).collect()
+}
+
+// ---- weights ----
+
+const WEIGHTS: [fn(&mut KeySpec); 3] = [weighing::<3>, weighing::<1>, weighing::<2>];
+const WEIGHT_OF: [f64; 3] = [3.0, 1.0, 2.0];
+
+#[test]
+fn keys_serve_requests_by_their_weights() {
+    let quota = Quota::per_second(1_000_000).burst(1_000_000);
+    for pool in [pool_of(WEIGHTS), pool_of(WEIGHTS).paced(), pool_of(WEIGHTS).quota(quota)] {
+        let pool = pool.build().unwrap();
+        // In each round, not just in the end.
+        for _ in 0..100 {
+            assert_eq!(served(&pool, 6), counts([("k0", 3), ("k1", 1), ("k2", 2)]));
+        }
+    }
+}
+
+#[test]
+fn heavy_keys_are_not_used_in_a_row() {
+    let pool = pool_of([weighing::<4>, weighing::<1>, weighing::<1>, weighing::<1>, weighing::<1>]);
+    let pool = pool.build().unwrap();
+    let ids: Vec<_> = (0..80).map(|_| send(&pool, &Traits::new()).unwrap()).collect();
+    assert!(ids.windows(2).all(|two| two[0] != two[1]), "{ids:?}");
+}
+
+#[tokio::test]
+async fn weights_hold_whatever_rests_in_between() {
+    for pool in [pool_of(WEIGHTS), pool_of(WEIGHTS).paced()] {
+        let pool = pool.build().unwrap();
+        let mut served_in_all = [0.0; 3];
+        let mut requests_in_phases = [0.0; 3];
+        for phase in 0..300 {
+            let resting = format!("k{}", phase % 3);
+            pool.disable(&resting).await.unwrap();
+            let requests = 50 + phase * 37 % 101;
+            requests_in_phases[phase % 3] += requests as f64;
+            for (id, count) in served(&pool, requests) {
+                assert_ne!(id, resting);
+                served_in_all[id[1..].parse::<usize>().unwrap()] += count as f64;
+            }
+            pool.enable(&resting).await.unwrap();
+        }
+        for (key, weight) in WEIGHT_OF.into_iter().enumerate() {
+            let share =
+                |resting: usize| if resting == key { 0.0 } else { weight / (6.0 - WEIGHT_OF[resting]) };
+            let fair: f64 = (0..3).map(|resting| requests_in_phases[resting] * share(resting)).sum();
+            let ratio = served_in_all[key] / fair;
+            assert!((0.99..1.01).contains(&ratio), "k{key}: {} of {fair}", served_in_all[key]);
+        }
+    }
+}
+
+#[test]
+fn weights_count_within_a_tier_and_within_a_group() {
+    let spare = |spec: &mut KeySpec| {
+        weighing::<9>(spec);
+        spec.tier = Some(1);
+    };
+    let member = |spec: &mut KeySpec| {
+        weighing::<3>(spec);
+        spec.group = Some("org".to_owned());
+    };
+    let light_member = |spec: &mut KeySpec| spec.group = Some("org".to_owned());
+    let pool = pool_of([weighing::<2>, spare, member, light_member]).build().unwrap();
+    assert_eq!(served(&pool, 600), counts([("k0", 200), ("k2", 300), ("k3", 100)]));
+}
+
+#[test]
+fn threads_share_by_weights() {
+    let pool = pool_of(WEIGHTS).build().unwrap();
+    let served_by_thread = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..4).map(|_| scope.spawn(|| served(&pool, 15_000))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
+    });
+    let sum = |id: &str| served_by_thread.iter().filter_map(|served| served.get(id)).sum::<usize>();
+    assert_eq!([sum("k0"), sum("k1"), sum("k2")], [30_000, 10_000, 20_000]);
+}
+
+#[tokio::test]
+async fn weights_hold_while_keys_come_and_go() {
+    let pool = pool_of(WEIGHTS).build().unwrap();
+    let mut sums = BTreeMap::<String, usize>::new();
+    for _ in 0..2_000 {
+        pool.insert("new", "sk-new").await.unwrap();
+        served(&pool, 3).into_iter().for_each(|(id, count)| *sums.entry(id).or_default() += count);
+        pool.remove("new").await.unwrap();
+        served(&pool, 4).into_iter().for_each(|(id, count)| *sums.entry(id).or_default() += count);
+    }
+    // 3 of 7 turns, and 4 of 6: the cursor stays where it was in the round, give or take a turn.
+    let ratio = sums["k0"] as f64 / sums["k1"] as f64;
+    assert!((2.7..3.3).contains(&ratio), "{sums:?}");
+}
+
+#[test]
+fn heavy_keys_get_more_sessions() {
+    let specs = (0..40).map(|number| if number < 20 { weighing::<3> } else { weighing::<1> });
+    let pool = pool_of(specs).build().unwrap();
+    let is_heavy = |id: &str| id[1..].parse::<u32>().unwrap() < 20;
+    let heavy = (0..4_000).filter(|session| is_heavy(&send(&pool, &Traits::new().session(session)).unwrap()));
+    let heavy = heavy.count();
+    assert!((2_700..3_300).contains(&heavy), "{heavy} of 4,000, not 3,000");
 }
 
 // ---- days ----

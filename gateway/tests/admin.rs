@@ -679,7 +679,7 @@ async fn json_entries_are_added_or_refused_individually() {
 async fn toml_key_tables_are_imported_by_line() {
     let admin = Admin::with(&["omega"]).await;
     let text = "# ours\n[[key]]\nid = \"alpha\"\nsecret = \"sk-1\"\nnote = \"paid\"\n[[key]]\nid = \"beta\"\n\
-                secret = \"sk-2\"\nweight = 2\n[[key]]\nid = \"gamma\"\nsecret = \"sk-3\"\ntire = 1\n";
+                secret = \"sk-2\"\nendpoint = \"https://eu.example.com\"\n[[key]]\nid = \"gamma\"\nsecret = \"sk-3\"\ntire = 1\n";
     for (media_type, added) in [("application/toml", 1), ("text/plain", 0)] {
         let (status, report) = admin.import(media_type, text).await;
         assert_eq!((status, &report["added"]), (200, &json!(added)), "{report}");
@@ -687,7 +687,7 @@ async fn toml_key_tables_are_imported_by_line() {
         let line =
             |at: usize| (lines[at]["line"].as_u64().unwrap(), lines[at]["error"].as_str().unwrap_or("-"));
         assert_eq!(lines[0]["id"], "alpha");
-        assert_eq!(line(1), (6, "key beta: `weight` is not supported yet, remove it"));
+        assert_eq!(line(1), (6, "key beta: `endpoint` is not supported yet, remove it"));
         assert!(line(2).0 == 10 && line(2).1.starts_with("unknown field `tire`: "), "{report}");
     }
     let (status, said) = admin.import("application/toml", "[[key]]\nid = canary\n").await;
@@ -703,9 +703,7 @@ async fn toml_key_tables_are_imported_by_line() {
 #[tokio::test]
 async fn a_field_without_effect_is_refused_by_name() {
     let admin = Admin::with(&["omega"]).await;
-    for (field, value) in
-        [("weight", json!(2)), ("max_in_flight", json!(8)), ("endpoint", json!("https://eu.example.com"))]
-    {
+    for (field, value) in [("max_in_flight", json!(8)), ("endpoint", json!("https://eu.example.com"))] {
         let key = json!({ "id": "alpha", "secret": "sk-1", field: value });
         assert_valid(&named("NewKey"), &key);
         let (status, said) = admin.change(Method::POST, "/keys", "/keys", key.clone()).await;
@@ -726,7 +724,7 @@ async fn a_field_without_effect_is_refused_by_name() {
             "{said}"
         );
     }
-    let key = json!({ "id": "alpha", "secret": "sk-1", "note": "paid" });
+    let key = json!({ "id": "alpha", "secret": "sk-1", "note": "paid", "weight": 3 });
     assert_eq!(admin.change(Method::POST, "/keys", "/keys", key).await.0, 201);
 }
 

@@ -6,8 +6,8 @@ use super::secret::{KeyId, Secret};
 
 /// A key: its id and secret, and optional settings.
 ///
-/// `weight`, `max_in_flight` and `endpoint` have no effect yet. The pool rejects a key that sets one of these, so that no
-/// setting is ignored silently: see [`unsupported`](Self::unsupported).
+/// `max_in_flight` and `endpoint` have no effect yet. The pool rejects a key that sets one of these, so that no setting is
+/// ignored silently: see [`unsupported`](Self::unsupported).
 ///
 /// ```
 /// use tower_key_rotation::{KeyId, KeySpec};
@@ -15,9 +15,10 @@ use super::secret::{KeyId, Secret};
 /// let mut spec = KeySpec::new(KeyId::new("alpha").unwrap(), "sk-1");
 /// assert_eq!(spec.unsupported(), None);
 /// spec.tier = Some(1);
-/// assert_eq!(spec.unsupported(), None);
 /// spec.weight = std::num::NonZeroU32::new(3);
-/// assert_eq!(spec.unsupported(), Some("weight"));
+/// assert_eq!(spec.unsupported(), None);
+/// spec.endpoint = Some("https://eu.api.example.com".to_owned());
+/// assert_eq!(spec.unsupported(), Some("endpoint"));
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -30,7 +31,11 @@ pub struct KeySpec {
     pub group: Option<String>,
     /// The tier. The pool prefers keys of a lower tier.
     pub tier: Option<u8>,
-    /// The weight in the rotation, relative to a key of weight 1.
+    /// The weight in the rotation; 1 if it is not set. While both have room, a key of weight 3 serves three times as many
+    /// requests as a key of weight 1 in the same tier, evenly spread, and three times as many sessions.
+    ///
+    /// Weights are exact while those of a tier, divided by what they have in common, add up to 65,536 at most, or to 16 for
+    /// each key; beyond that they are rounded.
     pub weight: Option<NonZeroU32>,
     /// The limit of requests in flight.
     pub max_in_flight: Option<NonZeroU32>,
@@ -56,11 +61,7 @@ impl KeySpec {
     /// Returns the first field that is set but has no effect yet. The pool rejects a key with such a field.
     #[must_use]
     pub fn unsupported(&self) -> Option<&'static str> {
-        let used = [
-            ("weight", self.weight.is_some()),
-            ("max_in_flight", self.max_in_flight.is_some()),
-            ("endpoint", self.endpoint.is_some()),
-        ];
+        let used = [("max_in_flight", self.max_in_flight.is_some()), ("endpoint", self.endpoint.is_some())];
         used.into_iter().find(|(_, is_used)| *is_used).map(|(field, _)| field)
     }
 }

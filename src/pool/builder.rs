@@ -160,13 +160,12 @@ impl KeyPoolBuilder {
     /// secret = "sk-2"
     /// group = "org-1"                          # text
     /// tier = 1                                 # 0 to 255
-    /// weight = 3                               # from 1
+    /// weight = 3                               # from 1: three times the requests of a key of weight 1
     /// max_in_flight = 8                        # from 1
     /// endpoint = "https://eu.api.example.com"  # text
     /// ```
     ///
-    /// `weight`, `max_in_flight` and `endpoint` have [no effect yet](KeySpec::unsupported), so a key with one of them is
-    /// rejected.
+    /// `max_in_flight` and `endpoint` have [no effect yet](KeySpec::unsupported), so a key with one of them is rejected.
     ///
     /// **JSON**, if the name ends in `.json` or the text begins with `[` or `{`: `["secret"]`, `{"id": "secret"}`, or
     /// objects with the same fields, `[{"id": "…", "secret": "…"}]`. An object with both `id` and `secret` is one key.

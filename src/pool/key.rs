@@ -2,6 +2,7 @@
 
 use std::{
     fmt,
+    num::NonZeroU32,
     sync::{Arc, OnceLock, Weak},
     time::Duration,
 };
@@ -29,15 +30,26 @@ pub(crate) struct UsableKey {
 }
 
 /// The settings that few keys have.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 struct Settings {
     group: Option<Box<str>>,
     tier: u8,
+    weight: NonZeroU32,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { group: None, tier: 0, weight: NonZeroU32::MIN }
+    }
 }
 
 impl Settings {
     fn of(spec: &KeySpec) -> Option<Box<Self>> {
-        let settings = Self { group: spec.group.as_deref().map(Into::into), tier: spec.tier.unwrap_or(0) };
+        let settings = Self {
+            group: spec.group.as_deref().map(Into::into),
+            tier: spec.tier.unwrap_or(0),
+            weight: spec.weight.unwrap_or(NonZeroU32::MIN),
+        };
         (settings != Self::default()).then(|| Box::new(settings))
     }
 }
@@ -74,9 +86,10 @@ impl UsableKey {
 
 fn spec(id: &KeyId, secret: Secret, settings: Option<&Settings>) -> KeySpec {
     let mut spec = KeySpec::new(id.clone(), secret);
-    if let Some(Settings { group, tier }) = settings {
+    if let Some(Settings { group, tier, weight }) = settings {
         spec.group = group.as_deref().map(str::to_owned);
         spec.tier = Some(*tier).filter(|tier| *tier != 0);
+        spec.weight = Some(*weight).filter(|weight| *weight != NonZeroU32::MIN);
     }
     spec
 }
@@ -109,6 +122,10 @@ impl Key {
 
     pub(crate) fn tier(&self) -> u8 {
         self.settings.as_ref().map_or(0, |settings| settings.tier)
+    }
+
+    pub(crate) fn weight(&self) -> u32 {
+        self.settings.as_ref().map_or(1, |settings| settings.weight.get())
     }
 
     pub(crate) fn spec(&self) -> KeySpec {

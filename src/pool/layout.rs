@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::key::Key;
-use crate::select::Ring;
+use crate::select::{Ring, round_of};
 
 /// `group` of a key that has none.
 const ALONE: u32 = u32::MAX;
@@ -18,13 +18,30 @@ pub(crate) struct Layout {
     /// The slots of each tier, the preferred one first. There is one tier at least.
     tiers: Box<[Range<usize>]>,
     groups: Option<Groups>,
+    /// `None` if the keys of each tier have one weight: then a key has one turn, which is its slot.
+    turns: Option<Turns>,
     ring: OnceLock<Ring>,
+}
+
+/// The turns of a round, tier by tier.
+#[derive(Debug)]
+struct Turns {
+    /// The slot of each turn.
+    slots: Box<[u32]>,
+    /// The turns of each tier.
+    tiers: Box<[Range<usize>]>,
+    /// The turns of each slot, one slot after the other.
+    of_slots: Box<[u32]>,
+    /// Where those of each slot begin; and behind the last one.
+    first: Box<[u32]>,
 }
 
 #[derive(Debug)]
 struct Groups {
     of: Box<[u32]>,
     members: Vec<Vec<u32>>,
+    /// The order in which the members take turns, where their weights differ.
+    rounds: Vec<Option<Vec<u32>>>,
 }
 
 impl Layout {
@@ -39,11 +56,57 @@ impl Layout {
         if tiers.is_empty() {
             tiers.push(0..0);
         }
-        Self { tiers: tiers.into(), groups: Groups::new(keys), ring: OnceLock::new() }
+        let turns = Turns::new(keys, &tiers);
+        Self { tiers: tiers.into(), groups: Groups::new(keys), turns, ring: OnceLock::new() }
     }
 
     pub(crate) fn tiers(&self) -> &[Range<usize>] {
         &self.tiers
+    }
+
+    /// Whether keys of a tier have different weights.
+    pub(crate) fn has_weights(&self) -> bool {
+        self.turns.is_some()
+    }
+
+    /// How many turns a round of so many keys has.
+    pub(crate) fn count_turns(&self, keys: usize) -> usize {
+        self.turns.as_ref().map_or(keys, |turns| turns.slots.len())
+    }
+
+    /// The turns of a tier.
+    #[inline]
+    pub(crate) fn turns_of_tier(&self, tier: usize) -> &Range<usize> {
+        self.turns.as_ref().map_or(&self.tiers[tier], |turns| &turns.tiers[tier])
+    }
+
+    /// Whose turn it is.
+    #[inline]
+    pub(crate) fn slot_of_turn(&self, turn: usize) -> usize {
+        self.turns.as_ref().map_or(turn, |turns| turns.slots[turn] as usize)
+    }
+
+    /// The turns of a key.
+    #[inline]
+    pub(crate) fn turns_of(&self, slot: usize) -> impl Iterator<Item = usize> {
+        let (alone, several) = match &self.turns {
+            None => (Some(slot), &[][..]),
+            Some(turns) => (None, turns.of(slot)),
+        };
+        alone.into_iter().chain(several.iter().map(|turn| *turn as usize))
+    }
+
+    /// One of the turns of a key.
+    #[inline]
+    pub(crate) fn a_turn_of(&self, slot: usize) -> usize {
+        self.turns.as_ref().map_or(slot, |turns| turns.of(slot)[0] as usize)
+    }
+
+    /// The members of a quota group, as often and in the order in which they take turns.
+    pub(crate) fn round_of_group(&self, group: usize) -> &[u32] {
+        self.groups
+            .as_ref()
+            .map_or(&[], |groups| groups.rounds[group].as_deref().unwrap_or(&groups.members[group]))
     }
 
     /// How many quota groups there are.
@@ -76,7 +139,7 @@ impl Layout {
             Ring::new(keys.iter().map(|key| {
                 let mut hasher = DefaultHasher::new();
                 key.id.as_str().hash(&mut hasher);
-                hasher.finish()
+                (hasher.finish(), key.weight())
             }))
         })
     }
@@ -96,6 +159,46 @@ impl Groups {
             group
         });
         let of = of.collect();
-        (!members.is_empty()).then_some(Self { of, members })
+        let round = |members: &Vec<u32>| {
+            let weights: Vec<_> = members.iter().map(|slot| keys[*slot as usize].weight()).collect();
+            Some(round_of(&weights)?.into_iter().map(|member| members[member as usize]).collect())
+        };
+        let rounds = members.iter().map(round).collect();
+        (!members.is_empty()).then_some(Self { of, members, rounds })
+    }
+}
+
+impl Turns {
+    /// `None` if the keys of each tier have one weight.
+    fn new(keys: &[Arc<Key>], tiers: &[Range<usize>]) -> Option<Self> {
+        let round = |tier: &Range<usize>| {
+            let weights: Vec<_> = keys[tier.clone()].iter().map(|key| key.weight()).collect();
+            round_of(&weights)
+        };
+        let rounds: Vec<_> = tiers.iter().map(round).collect();
+        if rounds.iter().all(Option::is_none) {
+            return None;
+        }
+        let mut slots = Vec::new();
+        let mut turns_of_tiers = Vec::new();
+        for (tier, round) in tiers.iter().zip(rounds) {
+            let begin = slots.len();
+            match round {
+                Some(round) => slots.extend(round.into_iter().map(|place| tier.start as u32 + place)),
+                None => slots.extend(tier.clone().map(|slot| slot as u32)),
+            }
+            turns_of_tiers.push(begin..slots.len());
+        }
+        let mut of_slots: Vec<u32> = (0..slots.len() as u32).collect();
+        of_slots.sort_by_key(|turn| slots[*turn as usize]);
+        let first = (0..=keys.len() as u32)
+            .map(|slot| of_slots.partition_point(|turn| slots[*turn as usize] < slot) as u32);
+        let first = first.collect();
+        Some(Self { slots: slots.into(), tiers: turns_of_tiers.into(), of_slots: of_slots.into(), first })
+    }
+
+    #[inline]
+    fn of(&self, slot: usize) -> &[u32] {
+        &self.of_slots[self.first[slot] as usize..self.first[slot + 1] as usize]
     }
 }

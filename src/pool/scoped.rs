@@ -142,12 +142,13 @@ impl Default for Probing {
 pub(crate) struct Scoped {
     keys: Arc<[Arc<Key>]>,
     layout: Arc<Layout>,
+    /// The turns of keys that are open.
     open: AtomicBitSet,
     /// When a closed key is to be looked at again, in ns.
     due: Deadlines,
     /// Those of a quota group belong to its first key.
     limits: Box<[OnceLock<Arc<Limit>>]>,
-    /// One for each tier.
+    /// One for each tier, among its turns.
     cursors: Box<[Cursor]>,
     /// Whose turn it is in each quota group.
     members: Box<[AtomicUsize]>,
@@ -175,10 +176,12 @@ impl Scoped {
     ) -> Self {
         let now = nanos(limiting.clock.now());
         let scoped = Self {
-            open: AtomicBitSet::new(keys.len()),
+            open: AtomicBitSet::new(layout.count_turns(keys.len())),
             due: Deadlines::new(keys.len()),
             limits: keys.iter().map(|_| OnceLock::new()).collect(),
-            cursors: layout.tiers().iter().map(|tier| Cursor(AtomicUsize::new(tier.start))).collect(),
+            cursors: (0..layout.tiers().len())
+                .map(|tier| Cursor(AtomicUsize::new(layout.turns_of_tier(tier).start)))
+                .collect(),
             members: (0..layout.groups()).map(|_| AtomicUsize::new(0)).collect(),
             begun: AtomicU64::new(0),
             ended: AtomicU64::new(0),
@@ -202,9 +205,17 @@ impl Scoped {
             let Some(there) = next.slot_of(key) else { continue };
             let _ = next.limits[next.layout.leader(there)].set(limit.clone());
         }
-        for (cursor, before) in next.cursors.iter().zip(&self.cursors) {
-            let stay =
-                self.keys.iter().take(before.0.load(Relaxed)).filter(|key| next.slot_of(key).is_some());
+        for (tier, (cursor, before)) in next.cursors.iter().zip(&self.cursors).enumerate() {
+            let before = before.0.load(Relaxed);
+            if self.layout.has_weights() || next.layout.has_weights() {
+                // As far in the round as before; rounded at random, or some keys would lose a turn each time.
+                let (turns, next_turns) = (self.layout.turns_of_tier(tier), next.layout.turns_of_tier(tier));
+                let passed = before.saturating_sub(turns.start) as f64 / turns.len().max(1) as f64;
+                let passed = (passed * next_turns.len() as f64 + fastrand::f64()) as usize;
+                cursor.0.store(next_turns.start + passed, Relaxed);
+                continue;
+            }
+            let stay = self.keys.iter().take(before).filter(|key| next.slot_of(key).is_some());
             cursor.0.store(stay.count(), Relaxed);
         }
         (0..next.keys.len()).for_each(|slot| next.refresh_slot(slot, now));
@@ -327,15 +338,16 @@ impl Scoped {
         self.open_due(tier, slots, now);
         let mut too_small = NEVER;
         let mut tries = 0;
-        while tries < TOO_SMALL_PER_PICK.min(slots.len()) {
+        let turns = self.layout.turns_of_tier(tier);
+        while tries < TOO_SMALL_PER_PICK.min(turns.len()) {
             let cursor = self.cursors[tier].0.load(Relaxed);
-            let from = if slots.contains(&cursor) { cursor } else { slots.start };
-            let Some(slot) = self.next_open(from, slots) else { break };
-            let taken = self.cursors[tier].0.compare_exchange(cursor, slot + 1, Relaxed, Relaxed);
+            let from = if turns.contains(&cursor) { cursor } else { turns.start };
+            let Some(turn) = self.next_open(from, turns) else { break };
+            let taken = self.cursors[tier].0.compare_exchange(cursor, turn + 1, Relaxed, Relaxed);
             if taken.is_err() {
                 continue;
             }
-            let slot = self.turn_in_group(slot, slots);
+            let slot = self.turn_in_group(self.layout.slot_of_turn(turn), slots);
             if demand.avoid.contains(&self.keys[slot].id) {
                 tries += 1;
                 continue;
@@ -349,38 +361,50 @@ impl Scoped {
                 }
             }
         }
+        if tries > 0 && self.layout.has_weights() {
+            // All the turns may have been those of one heavy key.
+            let others = slots.clone().filter(|slot| !demand.avoid.contains(&self.keys[*slot].id));
+            for slot in others.take(TOO_SMALL_PER_PICK) {
+                match self.take(slot, demand, now) {
+                    Ok(picked) => return Ok(picked),
+                    Err(full) => too_small = too_small.min(full.until),
+                }
+            }
+        }
         Err(too_small)
     }
 
     #[inline]
-    fn next_open(&self, from: usize, slots: &Range<usize>) -> Option<usize> {
-        let within = |slot: &usize| *slot < slots.end;
+    fn next_open(&self, from: usize, turns: &Range<usize>) -> Option<usize> {
+        let within = |turn: &usize| *turn < turns.end;
         self.open
             .next_close_by(from)
             .filter(within)
             .or_else(|| self.open.next_from(from).filter(within))
-            .or_else(|| self.open.next_from(slots.start).filter(within))
+            .or_else(|| self.open.next_from(turns.start).filter(within))
     }
 
     fn pick_for_session(&self, session: u64, demand: &Demand<'_>, now: u64) -> Option<Picked> {
         let mut tiers = self.layout.tiers().iter().enumerate();
         let (_, best) = tiers.find(|(tier, slots)| {
             self.open_due(*tier, slots, now);
-            self.next_open(slots.start, slots).is_some()
+            let turns = self.layout.turns_of_tier(*tier);
+            self.next_open(turns.start, turns).is_some()
         })?;
         let ring = self.layout.ring(&self.keys);
         let suits = |slot: &usize| {
-            best.contains(slot) && self.open.contains(*slot) && !demand.avoid.contains(&self.keys[*slot].id)
+            best.contains(slot) && self.is_open(*slot) && !demand.avoid.contains(&self.keys[*slot].id)
         };
         ring.candidates(session).filter(suits).find_map(|slot| self.take(slot, demand, now).ok())
     }
 
     /// The members of a quota group take turns, or the first one would serve all that its group may.
     fn turn_in_group(&self, slot: usize, tier: &Range<usize>) -> usize {
-        let Some((group, members)) = self.layout.group_of(slot) else { return slot };
+        let Some((group, _)) = self.layout.group_of(slot) else { return slot };
+        let members = self.layout.round_of_group(group);
         let turn = self.members[group].fetch_add(1, Relaxed);
         let in_turn = (0..members.len()).map(|next| members[(turn + next) % members.len()] as usize);
-        let is_open = |member: &usize| tier.contains(member) && self.open.contains(*member);
+        let is_open = |member: &usize| tier.contains(member) && self.is_open(*member);
         in_turn.into_iter().find(is_open).unwrap_or(slot)
     }
 
@@ -398,7 +422,7 @@ impl Scoped {
             self.refresh_limit(slot, now);
             // Another budget may take longer.
             let until = until.max(limit.closed_until(demand.tokens, now));
-            Full { until, is_closed: !self.open.contains(slot) }
+            Full { until, is_closed: !self.is_open(slot) }
         })?;
         if demand.tokens != 0 {
             self.note_tokens(demand.tokens);
@@ -471,9 +495,11 @@ impl Scoped {
             return;
         }
         let cursor = self.cursors[tier].0.load(Relaxed);
+        let is_turn = self.layout.turns_of_tier(tier).contains(&cursor);
+        let cursor = if is_turn { self.layout.slot_of_turn(cursor) } else { slots.start };
         let within = |slot: &usize| slots.contains(slot);
         for _ in 0..OPENED_PER_PICK {
-            let due = self.due.next_due(cursor.max(slots.start), now).filter(within);
+            let due = self.due.next_due(cursor, now).filter(within);
             match due.or_else(|| self.due.next_due(slots.start, now).filter(within)) {
                 Some(slot) => self.refresh_slot(slot, now),
                 None => return self.due.correct_first_path(now),
@@ -512,7 +538,7 @@ impl Scoped {
 
     fn refresh_slot(&self, slot: usize, now: u64) {
         // The usual case after an answer. Whoever is just closing the key looks again.
-        if self.open.contains(slot) && self.closed_until(slot, now) == 0 {
+        if self.is_open(slot) && self.closed_until(slot, now) == 0 {
             return;
         }
         self.begun.fetch_add(1, SeqCst);
@@ -520,15 +546,13 @@ impl Scoped {
             let until = self.closed_until(slot, now);
             // For a moment a key is in both rather than in neither: a pick that finds it nowhere gives up.
             if until == 0 {
-                if !self.open.contains(slot) {
-                    self.open.insert(slot);
-                }
+                let closed = self.layout.turns_of(slot).filter(|turn| !self.open.contains(*turn));
+                closed.for_each(|turn| self.open.insert(turn));
                 self.due.set(slot, NEVER);
             } else {
                 self.due.set(slot, until);
-                if self.open.contains(slot) {
-                    self.open.remove(slot);
-                }
+                let open = self.layout.turns_of(slot).filter(|turn| self.open.contains(*turn));
+                open.for_each(|turn| self.open.remove(turn));
             }
             // Two refreshes of one slot may overlap; the one that wrote last must look again.
             if self.closed_until(slot, now) == until {
@@ -536,6 +560,10 @@ impl Scoped {
             }
         }
         self.ended.fetch_add(1, SeqCst);
+    }
+
+    fn is_open(&self, slot: usize) -> bool {
+        self.open.contains(self.layout.a_turn_of(slot))
     }
 
     /// When a key has room for a usual request, in ns; 0 if it has.

@@ -77,9 +77,9 @@ impl Snapshot {
         snapshot
     }
 
-    /// Whether keys differ in what they may serve: they have tiers or quota groups.
+    /// Whether keys differ in what they may serve: they have tiers, quota groups or weights.
     pub(crate) fn has_choices(&self) -> bool {
-        self.layout.tiers().len() > 1 || self.layout.groups() > 0
+        self.layout.tiers().len() > 1 || self.layout.groups() > 0 || self.layout.has_weights()
     }
 
     pub(crate) fn keys(&self) -> &[Arc<Key>] {
@@ -324,6 +324,20 @@ mod tests {
             Arc::new(key.healthy_in(Weak::<Engine>::new()))
         };
         Snapshot::new(ids.iter().map(key).collect(), None)
+    }
+
+    #[test]
+    fn keys_of_one_weight_leave_no_choice() {
+        let has_choices = |weights: &[u32]| {
+            let key = |(number, weight): (usize, &u32)| {
+                let mut spec = KeySpec::new(KeyId::new(format!("key-{number}")).unwrap(), "sk");
+                spec.weight = std::num::NonZeroU32::new(*weight);
+                let key = UsableKey::new(&spec, &Inject::bearer()).unwrap();
+                Arc::new(key.healthy_in(Weak::<Engine>::new()))
+            };
+            Snapshot::new(weights.iter().enumerate().map(key).collect(), None).has_choices()
+        };
+        assert!(!has_choices(&[1, 1, 1]) && !has_choices(&[3, 3]) && has_choices(&[3, 1]));
     }
 
     fn resting() -> Word {

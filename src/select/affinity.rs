@@ -6,7 +6,7 @@
 /// How many keys a session tries before it takes whoever is next.
 const CANDIDATES: u64 = 8;
 
-/// How often each key stands on the ring: the arcs become more even.
+/// How often a key of mean weight stands on the ring: the arcs become more even.
 const POINTS: u64 = 8;
 
 #[derive(Debug)]
@@ -19,10 +19,15 @@ pub(crate) struct Ring {
 }
 
 impl Ring {
-    /// A ring of keys with these hashes.
-    pub(crate) fn new(hashes: impl Iterator<Item = u64>) -> Self {
-        let points_of = |(slot, hash): (u32, u64)| (1..=POINTS).map(move |point| (mixed(hash, point), slot));
-        let mut points: Vec<_> = (0..).zip(hashes).flat_map(points_of).collect();
+    /// A ring of keys with these hashes and weights.
+    pub(crate) fn new(keys: impl Iterator<Item = (u64, u32)> + Clone) -> Self {
+        let weights = keys.clone().map(|(_, weight)| f64::from(weight));
+        let (count, sum) = weights.fold((0.0, 0.0), |(count, sum), weight| (count + 1.0, sum + weight));
+        let points_of = |(slot, (hash, weight)): (u32, (u64, u32))| {
+            let points = (POINTS as f64 * f64::from(weight) * count / sum).round().max(1.0) as u64;
+            (1..=points).map(move |point| (mixed(hash, point), slot))
+        };
+        let mut points: Vec<_> = (0..).zip(keys).flat_map(points_of).collect();
         points.sort_unstable();
         let bits = (usize::BITS - points.len().leading_zeros()).max(1);
         let shift = u64::BITS - bits;
@@ -68,7 +73,7 @@ mod tests {
     use super::*;
 
     fn ring(keys: u64) -> Ring {
-        Ring::new((0..keys).map(|key| mixed(key, 77)))
+        Ring::new((0..keys).map(|key| (mixed(key, 77), 1)))
     }
 
     #[test]
@@ -94,6 +99,17 @@ mod tests {
         }
         // The arcs of 8 points a key differ; the spread of the sessions of a closed key does not show them.
         assert!(sessions.iter().all(|count| (4_000..20_000).contains(count)), "{sessions:?}");
+    }
+
+    #[test]
+    fn heavy_keys_get_more_sessions() {
+        let ring = Ring::new((0..40).map(|key| (mixed(key, 77), if key % 2 == 0 { 3 } else { 1 })));
+        let heavy = (0..100_000).filter(|session| {
+            let first = ring.candidates(mixed(*session, 3)).next().unwrap();
+            first.is_multiple_of(2)
+        });
+        let ratio = heavy.count() as f64 / 100_000.0;
+        assert!((0.70..0.80).contains(&ratio), "{ratio}");
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Which of the keys that have room serves a request.
 
 mod affinity;
+mod turns;
 
-pub(crate) use self::affinity::Ring;
+pub(crate) use self::{affinity::Ring, turns::round_of};
