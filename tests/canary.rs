@@ -10,7 +10,6 @@ use std::{
     error::Error as StdError,
     fmt::{Debug, Display},
     fs, future, io,
-    num::NonZeroU32,
     path::{Path, PathBuf},
     process::Command,
     sync::{

@@ -59,6 +59,8 @@ struct Place {
     tier: u8,
     group: Option<u8>,
     weight: NonZeroU32,
+    /// The most requests in flight.
+    cap: Option<NonZeroU32>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -122,7 +124,8 @@ fn place() -> impl Strategy<Value = Place> {
     let tier = prop_oneof![4 => Just(0), 1 => Just(1), 1 => Just(2)];
     let group = prop_oneof![3 => Just(None), 1 => (0u8..2).prop_map(Some)];
     let weight = prop_oneof![2 => Just(NonZeroU32::MIN), 1 => any::<u8>().prop_map(|weight| NonZeroU32::MIN.saturating_add(weight.into()))];
-    (tier, group, weight).prop_map(|(tier, group, weight)| Place { tier, group, weight })
+    let cap = prop_oneof![3 => Just(None), 1 => (1u32..4).prop_map(NonZeroU32::new)];
+    (tier, group, weight, cap).prop_map(|(tier, group, weight, cap)| Place { tier, group, weight, cap })
 }
 
 fn limits() -> impl Strategy<Value = Limits> {
@@ -324,11 +327,16 @@ struct Key {
     secret: SecretNumber,
     place: Place,
     condition: Condition,
+    in_flight: u32,
 }
 
 impl Key {
     fn owner(&self) -> Owner {
         self.place.group.map_or(Owner::Key(self.secret), Owner::Group)
+    }
+
+    fn is_full(&self) -> bool {
+        self.place.cap.is_some_and(|cap| self.in_flight >= cap.get())
     }
 }
 
@@ -385,6 +393,9 @@ impl Model {
         if key.condition.disabled || !is_wished || demand.avoid.contains(&key.id) {
             return Window::NEVER;
         }
+        if key.is_full() {
+            return Window::NEVER;
+        }
         let mut window = Window::ALWAYS;
         if let Some(rest) = key.condition.rest(self.now) {
             let until = rest.until.map_or(f64::INFINITY, seconds);
@@ -423,6 +434,13 @@ impl Model {
         let most = self.most_tokens.entry(demand.scope).or_default();
         *most = demand.tokens.max(*most);
         limit
+    }
+
+    /// Counts a request in or out.
+    fn count(&mut self, secret: SecretNumber, change: i32) {
+        if let Some(key) = self.keys.iter_mut().find(|key| key.secret == secret) {
+            key.in_flight = key.in_flight.checked_add_signed(change).expect("no more than began");
+        }
     }
 
     /// Gives back what a request took: all of it, or its tokens alone.
@@ -464,8 +482,15 @@ impl Model {
         let mut spec = KeySpec::new(key_id(&id), secret(self.secrets));
         spec.tier = Some(place.tier);
         spec.weight = Some(place.weight);
+        spec.max_in_flight = place.cap;
         spec.group = place.group.map(|group| format!("group-{group}"));
-        self.keys.push(Key { id, secret: self.secrets, place, condition: Condition::default() });
+        self.keys.push(Key {
+            id,
+            secret: self.secrets,
+            place,
+            condition: Condition::default(),
+            in_flight: 0,
+        });
         spec
     }
 
@@ -616,6 +641,7 @@ impl Pair {
         }
         let owner = key.owner();
         let limit = self.model.serve(owner, &demand);
+        self.model.count(pending.secret, 1);
         Ok(Some(Flight { pending, limit, tokens: demand.tokens, at: self.model.now }))
     }
 
@@ -631,7 +657,10 @@ impl Pair {
         self.retry_in = error.retry_in();
         let said = error.retry_in().map_or(f64::INFINITY, |time| now + seconds(time));
         // A key with less room than usual requests need is closed until it has that much, whatever this one costs.
-        let is_exact = self.costs.0 == self.costs.1 && next.must.is_finite() == next.may.is_finite();
+        // And when a key has room that is full, nobody knows: until then, the time of its limit is named.
+        let is_exact = self.costs.0 == self.costs.1
+            && next.must.is_finite() == next.may.is_finite()
+            && !self.model.keys.iter().any(Key::is_full);
         let earliest = if is_exact { next.may } else { now };
         prop_assert!(
             said >= earliest - PRECISION && said <= next.must + PRECISION,
@@ -642,6 +671,7 @@ impl Pair {
     }
 
     fn finish(&mut self, flight: Flight, reply: Reply) {
+        self.model.count(flight.pending.secret, -1);
         self.model.finish(&flight, reply);
         flight.pending.reply(reply);
     }
@@ -684,6 +714,7 @@ impl Pair {
             }
             Step::Drop(which) => {
                 if let Some(flight) = self.some_flight(which) {
+                    self.model.count(flight.pending.secret, -1);
                     self.model.give_back(&flight, false);
                 }
             }
@@ -903,7 +934,7 @@ proptest! {
 
 const FINE: Reply = Reply::Answer(Answer { status: 200, retry_after: None });
 const LIMITED: Reply = Reply::Answer(Answer { status: 429, retry_after: None });
-const ALONE: Place = Place { tier: 0, group: None, weight: NonZeroU32::MIN };
+const ALONE: Place = Place { tier: 0, group: None, weight: NonZeroU32::MIN, cap: None };
 
 /// A pool whose first key is called `key-1`.
 fn pool_of(places: &[Place], quotas: &[Quota]) -> (KeyPool, ManualClock, Client) {
@@ -913,6 +944,7 @@ fn pool_of(places: &[Place], quotas: &[Quota]) -> (KeyPool, ManualClock, Client)
         let mut spec = KeySpec::new(key_id(&format!("key-{number}")), secret(number));
         spec.tier = Some(place.tier);
         spec.weight = Some(place.weight);
+        spec.max_in_flight = place.cap;
         spec.group = place.group.map(|group| format!("group-{group}"));
         spec
     });

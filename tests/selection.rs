@@ -5,13 +5,14 @@ mod support;
 use std::{
     collections::BTreeMap,
     num::NonZeroU32,
+    sync::atomic::{AtomicUsize, Ordering::SeqCst},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use http::{HeaderMap, StatusCode};
 use support::SECOND;
 use tower_key_rotation::{
-    KeyId, KeyPool, KeyPoolBuilder, KeySpec, NoKeyAvailable, Quota, Traits, classify::ResponseHead,
+    KeyId, KeyLease, KeyPool, KeyPoolBuilder, KeySpec, NoKeyAvailable, Quota, Traits, classify::ResponseHead,
     clock::ManualClock,
 };
 
@@ -36,7 +37,7 @@ fn drain(pool: &KeyPool) -> (usize, Option<Duration>) {
 }
 
 /// A pool of keys with these settings, `k0` first, on a clock that stands still.
-fn pool_of(specs: impl IntoIterator<Item = fn(&mut KeySpec)>) -> KeyPoolBuilder {
+fn pool_of(specs: &[fn(&mut KeySpec)]) -> KeyPoolBuilder {
     let specs = (0..).zip(specs).map(|(number, set)| {
         let mut spec = KeySpec::new(KeyId::new(format!("k{number}")).unwrap(), format!("sk-{number}"));
         set(&mut spec);
@@ -70,7 +71,7 @@ const WEIGHT_OF: [f64; 3] = [3.0, 1.0, 2.0];
 #[test]
 fn keys_serve_requests_by_their_weights() {
     let quota = Quota::per_second(1_000_000).burst(1_000_000);
-    for pool in [pool_of(WEIGHTS), pool_of(WEIGHTS).paced(), pool_of(WEIGHTS).quota(quota)] {
+    for pool in [pool_of(&WEIGHTS), pool_of(&WEIGHTS).paced(), pool_of(&WEIGHTS).quota(quota)] {
         let pool = pool.build().unwrap();
         // In each round, not just in the end.
         for _ in 0..100 {
@@ -81,7 +82,7 @@ fn keys_serve_requests_by_their_weights() {
 
 #[test]
 fn heavy_keys_are_not_used_in_a_row() {
-    let pool = pool_of([weighing::<4>, weighing::<1>, weighing::<1>, weighing::<1>, weighing::<1>]);
+    let pool = pool_of(&[weighing::<4>, weighing::<1>, weighing::<1>, weighing::<1>, weighing::<1>]);
     let pool = pool.build().unwrap();
     let ids: Vec<_> = (0..80).map(|_| send(&pool, &Traits::new()).unwrap()).collect();
     assert!(ids.windows(2).all(|two| two[0] != two[1]), "{ids:?}");
@@ -89,7 +90,7 @@ fn heavy_keys_are_not_used_in_a_row() {
 
 #[tokio::test]
 async fn weights_hold_whatever_rests_in_between() {
-    for pool in [pool_of(WEIGHTS), pool_of(WEIGHTS).paced()] {
+    for pool in [pool_of(&WEIGHTS), pool_of(&WEIGHTS).paced()] {
         let pool = pool.build().unwrap();
         let mut served_in_all = [0.0; 3];
         let mut requests_in_phases = [0.0; 3];
@@ -125,13 +126,13 @@ fn weights_count_within_a_tier_and_within_a_group() {
         spec.group = Some("org".to_owned());
     };
     let light_member = |spec: &mut KeySpec| spec.group = Some("org".to_owned());
-    let pool = pool_of([weighing::<2>, spare, member, light_member]).build().unwrap();
+    let pool = pool_of(&[weighing::<2>, spare, member, light_member]).build().unwrap();
     assert_eq!(served(&pool, 600), counts([("k0", 200), ("k2", 300), ("k3", 100)]));
 }
 
 #[test]
 fn threads_share_by_weights() {
-    let pool = pool_of(WEIGHTS).build().unwrap();
+    let pool = pool_of(&WEIGHTS).build().unwrap();
     let served_by_thread = std::thread::scope(|scope| {
         let threads: Vec<_> = (0..4).map(|_| scope.spawn(|| served(&pool, 15_000))).collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
@@ -142,7 +143,7 @@ fn threads_share_by_weights() {
 
 #[tokio::test]
 async fn weights_hold_while_keys_come_and_go() {
-    let pool = pool_of(WEIGHTS).build().unwrap();
+    let pool = pool_of(&WEIGHTS).build().unwrap();
     let mut sums = BTreeMap::<String, usize>::new();
     for _ in 0..2_000 {
         pool.insert("new", "sk-new").await.unwrap();
@@ -157,12 +158,160 @@ async fn weights_hold_while_keys_come_and_go() {
 
 #[test]
 fn heavy_keys_get_more_sessions() {
-    let specs = (0..40).map(|number| if number < 20 { weighing::<3> } else { weighing::<1> });
-    let pool = pool_of(specs).build().unwrap();
+    let specs: [fn(&mut KeySpec); 2] = [weighing::<3>, weighing::<1>];
+    let specs: Vec<_> = (0..40).map(|number| specs[number / 20]).collect();
+    let pool = pool_of(&specs).build().unwrap();
     let is_heavy = |id: &str| id[1..].parse::<u32>().unwrap() < 20;
     let heavy = (0..4_000).filter(|session| is_heavy(&send(&pool, &Traits::new().session(session)).unwrap()));
     let heavy = heavy.count();
     assert!((2_700..3_300).contains(&heavy), "{heavy} of 4,000, not 3,000");
+}
+
+// ---- requests in flight ----
+
+fn at_most<const REQUESTS: u32>(spec: &mut KeySpec) {
+    spec.max_in_flight = NonZeroU32::new(REQUESTS);
+}
+
+fn unlimited(_: &mut KeySpec) {}
+
+fn scoped(scope: &str) -> Traits {
+    Traits::new().scope(scope)
+}
+
+fn answer(key: KeyLease) {
+    key.answered(&ResponseHead::new(StatusCode::OK, &HeaderMap::new()));
+}
+
+fn capped_pools(specs: &[fn(&mut KeySpec)]) -> [KeyPool; 3] {
+    let pool = || pool_of(specs);
+    let quota = Quota::per_second(1_000).burst(1_000);
+    [pool(), pool().paced(), pool().quota(quota)].map(|pool| pool.build().unwrap())
+}
+
+#[test]
+fn keys_carry_no_more_than_their_limit_in_all_scopes() {
+    for pool in capped_pools(&[at_most::<2>, at_most::<1>]) {
+        let mut held: Vec<_> = ["a", "b", "c"].map(|scope| pool.lease(&scoped(scope)).unwrap()).into();
+        let ids: Vec<_> = held.iter().map(|key| key.id().to_string()).collect();
+        assert_eq!(ids.iter().filter(|id| *id == "k0").count(), 2, "{ids:?}");
+        for traits in [Traits::new(), scoped("a"), scoped("new").key(KeyId::new("k1").unwrap())] {
+            let error = pool.lease(&traits).unwrap_err();
+            assert_eq!(error.retry_in(), None);
+            assert!(error.to_string().contains("as many requests in flight as they may"), "{error}");
+        }
+        // Answered or dropped, it makes room in every scope.
+        for answered in [true, false] {
+            let ended = held.remove(0);
+            let id = ended.id().clone();
+            if answered {
+                answer(ended)
+            } else {
+                drop(ended)
+            }
+            held.push(pool.lease(&scoped("c")).unwrap());
+            assert_eq!(*held[2].id(), id);
+            assert!(pool.lease(&Traits::new()).is_err());
+        }
+    }
+}
+
+#[test]
+fn a_key_without_a_limit_carries_the_rest() {
+    let pool = pool_of(&[at_most::<1>, unlimited]).build().unwrap();
+    let held: Vec<_> = (0..10).map(|_| pool.lease(&Traits::new()).unwrap()).collect();
+    assert_eq!(held.iter().filter(|key| key.id().as_str() == "k0").count(), 1);
+}
+
+#[test]
+fn a_refused_request_makes_room_when_its_rest_ends() {
+    for pool in capped_pools(&[at_most::<1>]) {
+        let refused = pool.lease(&Traits::new()).unwrap();
+        refused.answered(&ResponseHead::new(StatusCode::TOO_MANY_REQUESTS, &HeaderMap::new()));
+        // The rest is why there is no key now, not the limit.
+        assert!(pool.lease(&Traits::new()).unwrap_err().retry_in().is_some());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn waiters_of_every_scope_get_a_place_at_once() {
+    let builders = [KeyPool::builder(), KeyPool::builder().paced()];
+    for builder in builders {
+        let pool = builder.key_spec(capped()).build().unwrap();
+        let began = tokio::time::Instant::now();
+        let mut held = pool.lease(&scoped("a")).unwrap();
+        for round in 0..20_u32 {
+            let traits = match round % 3 {
+                0 => scoped("a"),
+                1 => scoped("b"),
+                _ => scoped("a").key(KeyId::new("alpha").unwrap()),
+            };
+            let waiting = tokio::spawn({
+                let pool = pool.clone();
+                async move { pool.lease_within(&traits, 60 * SECOND).await }
+            });
+            // Not a whole second: whoever waits looks again each second.
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            assert!(!waiting.is_finished());
+            drop(held);
+            held = waiting.await.unwrap().unwrap();
+        }
+        assert_eq!(began.elapsed(), Duration::from_millis(6_000));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn waiting_for_a_place_ends_at_its_limit() {
+    let pool = KeyPool::builder().key_spec(capped()).build().unwrap();
+    let _held = pool.lease(&Traits::new()).unwrap();
+    let began = tokio::time::Instant::now();
+    assert!(pool.lease_within(&Traits::new(), 5 * SECOND).await.is_err());
+    assert_eq!(began.elapsed(), 5 * SECOND);
+}
+
+fn capped() -> KeySpec {
+    let mut spec = KeySpec::new(KeyId::new("alpha").unwrap(), "sk-1");
+    spec.max_in_flight = NonZeroU32::new(1);
+    spec
+}
+
+#[tokio::test]
+async fn places_outlive_changes_of_the_keys() {
+    let pool = pool_of(&[at_most::<1>]).build().unwrap();
+    let held = pool.lease(&Traits::new()).unwrap();
+    pool.insert("other", "sk-other").await.unwrap();
+    pool.remove("other").await.unwrap();
+    assert!(pool.lease(&Traits::new()).is_err());
+    drop(held);
+    assert!(pool.lease(&Traits::new()).is_ok());
+}
+
+#[test]
+fn threads_never_exceed_a_limit() {
+    let pool = pool_of(&[at_most::<3>, at_most::<2>]).build().unwrap();
+    let in_flight = [AtomicUsize::new(0), AtomicUsize::new(0)];
+    let served = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for thread in 0..8 {
+            let (pool, in_flight, served) = (&pool, &in_flight, &served);
+            scope.spawn(move || {
+                for request in 0..2_000 {
+                    let Ok(key) = pool.lease(&scoped(["a", "b"][(thread + request) % 2])) else { continue };
+                    let number = usize::from(key.id().as_str() == "k1");
+                    let now = in_flight[number].fetch_add(1, SeqCst) + 1;
+                    assert!(now <= 3 - number, "{now} requests in flight with {}", key.id());
+                    in_flight[number].fetch_sub(1, SeqCst);
+                    served.fetch_add(1, SeqCst);
+                    answer(key);
+                }
+            });
+        }
+    });
+    assert!(served.load(SeqCst) > 5);
+    // Nothing stays taken, and every scope sees it.
+    for scope in ["a", "b", "new"] {
+        assert_eq!((0..).map_while(|_| pool.lease(&scoped(scope)).ok()).collect::<Vec<_>>().len(), 5);
+    }
 }
 
 // ---- days ----

@@ -6,8 +6,8 @@ use super::secret::{KeyId, Secret};
 
 /// A key: its id and secret, and optional settings.
 ///
-/// `max_in_flight` and `endpoint` have no effect yet. The pool rejects a key that sets one of these, so that no setting is
-/// ignored silently: see [`unsupported`](Self::unsupported).
+/// `endpoint` has no effect yet. The pool rejects a key that sets it, so that no setting is ignored silently: see
+/// [`unsupported`](Self::unsupported).
 ///
 /// ```
 /// use tower_key_rotation::{KeyId, KeySpec};
@@ -37,7 +37,8 @@ pub struct KeySpec {
     /// Weights are exact while those of a tier, divided by what they have in common, add up to 65,536 at most, or to 16 for
     /// each key; beyond that they are rounded.
     pub weight: Option<NonZeroU32>,
-    /// The limit of requests in flight.
+    /// The limit of requests in flight with this key, in all scopes together, from the choice of the key until the answer.
+    /// Further requests go to other keys, or wait. Each process counts its own.
     pub max_in_flight: Option<NonZeroU32>,
     /// The base URL for requests with this key.
     pub endpoint: Option<String>,
@@ -61,7 +62,6 @@ impl KeySpec {
     /// Returns the first field that is set but has no effect yet. The pool rejects a key with such a field.
     #[must_use]
     pub fn unsupported(&self) -> Option<&'static str> {
-        let used = [("max_in_flight", self.max_in_flight.is_some()), ("endpoint", self.endpoint.is_some())];
-        used.into_iter().find(|(_, is_used)| *is_used).map(|(field, _)| field)
+        self.endpoint.is_some().then_some("endpoint")
     }
 }

@@ -1,6 +1,7 @@
 //! What limits a key: whether it rests, why, and for how long.
 
 mod budget;
+mod cap;
 mod civil;
 mod estimate;
 #[cfg(all(test, schedules = "loom"))]
@@ -18,6 +19,7 @@ mod word;
 mod words;
 
 pub(crate) use self::{
+    cap::Cap,
     civil::InvalidReset,
     left::{Kind, Left, Remaining},
     limit_of_key::Limit,

@@ -161,11 +161,11 @@ impl KeyPoolBuilder {
     /// group = "org-1"                          # text
     /// tier = 1                                 # 0 to 255
     /// weight = 3                               # from 1: three times the requests of a key of weight 1
-    /// max_in_flight = 8                        # from 1
+    /// max_in_flight = 8                        # from 1: requests that wait for their answers
     /// endpoint = "https://eu.api.example.com"  # text
     /// ```
     ///
-    /// `max_in_flight` and `endpoint` have [no effect yet](KeySpec::unsupported), so a key with one of them is rejected.
+    /// `endpoint` has [no effect yet](KeySpec::unsupported), so a key with it is rejected.
     ///
     /// **JSON**, if the name ends in `.json` or the text begins with `[` or `{`: `["secret"]`, `{"id": "secret"}`, or
     /// objects with the same fields, `[{"id": "…", "secret": "…"}]`. An object with both `id` and `secret` is one key.

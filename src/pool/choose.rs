@@ -50,6 +50,13 @@ impl Engine {
         NoKeyAvailable::resting(keys, (until != NEVER).then(|| self.time_to(until)))
     }
 
+    /// Whether no key has room before that time, for certain.
+    fn is_in_vain(&self, until: u64, give_up: Duration) -> bool {
+        // What is learned may be wrong, and nobody knows when a request in flight ends.
+        let may_be_earlier = self.limiting.learns || (until == NEVER && self.snapshot().has_caps());
+        !may_be_earlier && until > nanos(give_up)
+    }
+
     fn time_to(&self, until: u64) -> Duration {
         Duration::from_nanos(until).saturating_sub(self.now())
     }
@@ -71,9 +78,7 @@ impl Engine {
             match self.pick_now(traits) {
                 Ok(lease) => return Ok(lease),
                 Err(until) if limit.is_zero() => return Err(self.no_room(until)),
-                Err(until) if !self.limiting.learns && until > nanos(give_up) => {
-                    return Err(self.no_room(until));
-                }
+                Err(until) if self.is_in_vain(until, give_up) => return Err(self.no_room(until)),
                 Err(_) => {}
             }
         }

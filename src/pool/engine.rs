@@ -457,6 +457,16 @@ impl Home for Engine {
             tracing::debug!(key = %key.id, cooldown_ms, ?reason, http_status, "key rests longer");
         }
     }
+
+    fn has_room(&self, key: &Arc<Key>) {
+        loop {
+            let snapshot = self.snapshot.load();
+            snapshot.refresh_in_scopes(key);
+            if Arc::ptr_eq(&snapshot, &self.snapshot.load()) {
+                return;
+            }
+        }
+    }
 }
 
 impl fmt::Debug for Engine {

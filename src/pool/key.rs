@@ -10,7 +10,7 @@ use std::{
 use crate::{
     key::inject::{Inject, Rendered, UnusableSecret},
     key::{KeyId, KeySpec, Secret},
-    limit::{AtomicWord, Rest, Word},
+    limit::{AtomicWord, Cap, Rest, Word},
     store::Born,
     sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering::Relaxed},
 };
@@ -19,6 +19,9 @@ use crate::{
 pub(crate) trait Home: fmt::Debug + Send + Sync {
     /// Applies what a response said of the key that it was sent with.
     fn mark(&self, key: &Arc<Key>, rest: Rest, hint: Option<Duration>, http_status: u16);
+
+    /// A request in flight of a key that had as many as it may has ended.
+    fn has_room(&self, key: &Arc<Key>);
 }
 
 /// An id, and what requests carry for it.
@@ -35,11 +38,12 @@ struct Settings {
     group: Option<Box<str>>,
     tier: u8,
     weight: NonZeroU32,
+    cap: Option<Arc<Cap>>,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { group: None, tier: 0, weight: NonZeroU32::MIN }
+        Self { group: None, tier: 0, weight: NonZeroU32::MIN, cap: None }
     }
 }
 
@@ -49,6 +53,7 @@ impl Settings {
             group: spec.group.as_deref().map(Into::into),
             tier: spec.tier.unwrap_or(0),
             weight: spec.weight.unwrap_or(NonZeroU32::MIN),
+            cap: spec.max_in_flight.map(|most| Arc::new(Cap::new(most))),
         };
         (settings != Self::default()).then(|| Box::new(settings))
     }
@@ -86,10 +91,11 @@ impl UsableKey {
 
 fn spec(id: &KeyId, secret: Secret, settings: Option<&Settings>) -> KeySpec {
     let mut spec = KeySpec::new(id.clone(), secret);
-    if let Some(Settings { group, tier, weight }) = settings {
+    if let Some(Settings { group, tier, weight, cap }) = settings {
         spec.group = group.as_deref().map(str::to_owned);
         spec.tier = Some(*tier).filter(|tier| *tier != 0);
         spec.weight = Some(*weight).filter(|weight| *weight != NonZeroU32::MIN);
+        spec.max_in_flight = cap.as_ref().map(|cap| cap.most());
     }
     spec
 }
@@ -126,6 +132,17 @@ impl Key {
 
     pub(crate) fn weight(&self) -> u32 {
         self.settings.as_ref().map_or(1, |settings| settings.weight.get())
+    }
+
+    pub(super) fn cap(&self) -> Option<&Cap> {
+        self.settings.as_ref()?.cap.as_deref()
+    }
+
+    /// Tells the pool, if it still exists, that the key has room for another request in flight.
+    pub(super) fn has_room(self: &Arc<Self>) {
+        if let Some(pool) = self.home.upgrade() {
+            pool.has_room(self);
+        }
     }
 
     pub(crate) fn spec(&self) -> KeySpec {

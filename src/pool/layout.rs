@@ -20,6 +20,8 @@ pub(crate) struct Layout {
     groups: Option<Groups>,
     /// `None` if the keys of each tier have one weight: then a key has one turn, which is its slot.
     turns: Option<Turns>,
+    /// Whether any key has a limit of requests in flight.
+    has_caps: bool,
     ring: OnceLock<Ring>,
 }
 
@@ -57,7 +59,8 @@ impl Layout {
             tiers.push(0..0);
         }
         let turns = Turns::new(keys, &tiers);
-        Self { tiers: tiers.into(), groups: Groups::new(keys), turns, ring: OnceLock::new() }
+        let has_caps = keys.iter().any(|key| key.cap().is_some());
+        Self { tiers: tiers.into(), groups: Groups::new(keys), turns, has_caps, ring: OnceLock::new() }
     }
 
     pub(crate) fn tiers(&self) -> &[Range<usize>] {
@@ -67,6 +70,12 @@ impl Layout {
     /// Whether keys of a tier have different weights.
     pub(crate) fn has_weights(&self) -> bool {
         self.turns.is_some()
+    }
+
+    /// Whether any key has a limit of requests in flight.
+    #[inline]
+    pub(crate) fn has_caps(&self) -> bool {
+        self.has_caps
     }
 
     /// How many turns a round of so many keys has.

@@ -23,6 +23,7 @@ mod deadlines;
 mod engine;
 #[cfg(all(test, schedules = "loom"))]
 mod every_schedule;
+mod in_flight;
 mod insert;
 mod key;
 mod key_pool;

@@ -9,11 +9,14 @@ use std::{
     time::{Duration, UNIX_EPOCH},
 };
 
-use super::{bitset::AtomicBitSet, deadlines::Deadlines, key::Key, layout::Layout, waiting::Waiting};
+use super::{
+    bitset::AtomicBitSet, deadlines::Deadlines, in_flight::InFlight, key::Key, layout::Layout,
+    waiting::Waiting,
+};
 use crate::{
     clock::Clock,
     key::KeyId,
-    limit::{Cooldowns, Limit, NEVER, Quota, Rest, Scope, Sharing, Taken, nanos},
+    limit::{Cap, Cooldowns, Limit, NEVER, Quota, Rest, Scope, Sharing, Taken, nanos},
     sync::{
         Mutex, MutexGuard,
         atomic::{
@@ -411,18 +414,28 @@ impl Scoped {
     #[inline]
     fn take(&self, slot: usize, demand: &Demand<'_>, now: u64) -> Result<Picked, Full> {
         let key = &self.keys[slot];
-        if !key.state.load().is_available() {
+        if !key.state.load().is_available() || self.is_full(slot) {
             self.refresh_slot(slot, now);
             let limit = self.known_limit(slot).map_or(0, |limit| limit.closed_until(demand.tokens, now));
-            return Err(Full { until: key_until(key, now).max(limit), is_closed: true });
+            return Err(Full { until: self.key_closed_until(slot, now).max(limit), is_closed: true });
         }
         let limit = if self.limiting.is_on() { Some(self.limit(slot, now)) } else { self.known_limit(slot) };
-        let Some(limit) = limit else { return Ok(Picked { slot, taken: None }) };
+        let Some(limit) = limit else {
+            let place = self.enter(slot, now)?;
+            return Ok(Picked { slot, taken: None, place });
+        };
         let taken = limit.take(demand.tokens, now).map_err(|until| {
             self.refresh_limit(slot, now);
             // Another budget may take longer.
             let until = until.max(limit.closed_until(demand.tokens, now));
             Full { until, is_closed: !self.is_open(slot) }
+        })?;
+        // Last: a place that is given up wakes others.
+        let place = self.enter(slot, now).inspect_err(|_| {
+            limit.put_back(&taken, now);
+            // Another pick may have found the limit closed in between.
+            self.refresh_limit(slot, now);
+            self.common.waiting.look_again();
         })?;
         if demand.tokens != 0 {
             self.note_tokens(demand.tokens);
@@ -430,7 +443,27 @@ impl Scoped {
         if limit.closed_until(self.usual_tokens(), now) != 0 {
             self.refresh_limit(slot, now);
         }
-        Ok(Picked { slot, taken: Some(taken) })
+        Ok(Picked { slot, taken: Some(taken), place })
+    }
+
+    /// Counts a request among those in flight with its key, if that has a limit of them.
+    #[inline]
+    fn enter(&self, slot: usize, now: u64) -> Result<Option<InFlight>, Full> {
+        let key = &self.keys[slot];
+        if !self.layout.has_caps() || key.cap().is_none() {
+            return Ok(None);
+        }
+        let place = InFlight::enter(key);
+        if self.is_full(slot) {
+            self.refresh_slot(slot, now);
+        }
+        place.map(Some).ok_or(Full { until: NEVER, is_closed: true })
+    }
+
+    /// Whether a key has as many requests in flight as it may.
+    #[inline]
+    fn is_full(&self, slot: usize) -> bool {
+        self.layout.has_caps() && self.keys[slot].cap().is_some_and(Cap::is_full)
     }
 
     fn usual_tokens(&self) -> u64 {
@@ -477,14 +510,16 @@ impl Scoped {
             let is_allowed = demand.only.is_none_or(|id| key.id == *id) && !demand.avoid.contains(&key.id);
             is_allowed
                 && key.state.load().is_available()
+                && !self.is_full(*slot)
                 && until > far
                 && until != NEVER
                 && limit.is_doubtful(demand.tokens, now)
         })?;
+        let place = self.enter(slot, now).ok()?;
         let limit = self.limit(slot, now);
         let taken = limit.probe(demand.tokens, now);
         self.refresh_limit(slot, now);
-        Some(Picked { slot, taken: Some(taken) })
+        Some(Picked { slot, taken: Some(taken), place })
     }
 
     // ---- the indexes ----
@@ -569,7 +604,12 @@ impl Scoped {
     /// When a key has room for a usual request, in ns; 0 if it has.
     fn closed_until(&self, slot: usize, now: u64) -> u64 {
         let limit = self.known_limit(slot).map_or(0, |limit| limit.closed_until(self.usual_tokens(), now));
-        key_until(&self.keys[slot], now).max(limit)
+        self.key_closed_until(slot, now).max(limit)
+    }
+
+    /// When a key has room, whatever its limit says, in ns; 0 if it has.
+    fn key_closed_until(&self, slot: usize, now: u64) -> u64 {
+        if self.is_full(slot) { NEVER } else { key_until(&self.keys[slot], now) }
     }
 
     /// The earliest time at which a key opens, before a caller gives up.
@@ -610,6 +650,8 @@ pub(crate) struct Picked {
     pub(crate) slot: usize,
     /// What the request takes of the key's limit; `None` if the key has none yet.
     pub(crate) taken: Option<Taken>,
+    /// Its place among the requests in flight, if the key has a limit of them.
+    pub(crate) place: Option<InFlight>,
 }
 
 /// Why a key that seemed open serves no request.

@@ -77,9 +77,25 @@ impl Snapshot {
         snapshot
     }
 
-    /// Whether keys differ in what they may serve: they have tiers, quota groups or weights.
+    /// Whether keys differ in what they may serve: they have tiers, quota groups, weights or limits of
+    /// requests in flight.
     pub(crate) fn has_choices(&self) -> bool {
-        self.layout.tiers().len() > 1 || self.layout.groups() > 0 || self.layout.has_weights()
+        let layout = &self.layout;
+        layout.tiers().len() > 1 || layout.groups() > 0 || layout.has_weights() || layout.has_caps()
+    }
+
+    /// Whether any key has a limit of requests in flight.
+    pub(crate) fn has_caps(&self) -> bool {
+        self.layout.has_caps()
+    }
+
+    /// Brings the indexes of all scopes in line with a key that has room for another request in flight.
+    pub(crate) fn refresh_in_scopes(&self, key: &Arc<Key>) {
+        match self.slot_of(key) {
+            Some(slot) => self.scopes.each(|scoped| scoped.refresh_key(slot)),
+            // It was renamed: another object shares its limit.
+            None => self.scopes.each(|scoped| scoped.refresh_all()),
+        }
     }
 
     pub(crate) fn keys(&self) -> &[Arc<Key>] {

@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use super::{
+    in_flight::InFlight,
     key::Key,
     scoped::{Picked, Scoped},
 };
@@ -15,11 +16,13 @@ pub(crate) struct Ticket {
     slot: u32,
     /// `None` if the key had no limit in its scope when it was picked, and once the request has ended.
     taken: Option<Taken>,
+    /// Held until the request has ended.
+    _place: Option<InFlight>,
 }
 
 impl Ticket {
-    pub(crate) fn new(scoped: Arc<Scoped>, Picked { slot, taken }: Picked) -> Self {
-        Self { scoped, slot: slot as u32, taken }
+    pub(crate) fn new(scoped: Arc<Scoped>, Picked { slot, taken, place }: Picked) -> Self {
+        Self { scoped, slot: slot as u32, taken, _place: place }
     }
 
     pub(crate) fn key(&self) -> &Arc<Key> {
