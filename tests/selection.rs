@@ -314,6 +314,55 @@ fn threads_never_exceed_a_limit() {
     }
 }
 
+// ---- the first key first ----
+
+#[test]
+fn the_first_key_with_room_serves() {
+    let clock = ManualClock::new();
+    let pool = pool_of(&[unlimited, weighing::<9>, unlimited]).clock(clock.clone()).fill_first();
+    let pool = pool.quota(Quota::per_minute(3).window()).build().unwrap();
+    let ids = |requests| (0..requests).map(|_| send(&pool, &scoped("a")).unwrap()).collect::<Vec<_>>();
+    assert_eq!(ids(7), ["k0", "k0", "k0", "k1", "k1", "k1", "k2"]);
+    // Each scope has its own limits.
+    assert_eq!(send(&pool, &scoped("b")).unwrap(), "k0");
+    // The first key's window ends, and it serves before the third one.
+    clock.advance(61 * SECOND);
+    assert_eq!(ids(4), ["k0", "k0", "k0", "k1"]);
+}
+
+#[test]
+fn without_limits_one_key_serves_until_it_rests() {
+    let pool = pool_of(&[unlimited, unlimited, unlimited]).fill_first().build().unwrap();
+    for expected in ["k0", "k1", "k2"] {
+        assert_eq!(served(&pool, 50), counts([(expected, 50)]));
+        let refused = pool.lease(&Traits::new()).unwrap();
+        refused.answered(&ResponseHead::new(StatusCode::TOO_MANY_REQUESTS, &HeaderMap::new()));
+    }
+    assert!(send(&pool, &Traits::new()).is_err());
+}
+
+#[test]
+fn the_first_key_is_passed_over_when_it_must_be() {
+    let first = KeyId::new("k0").unwrap();
+    let spare = |spec: &mut KeySpec| spec.tier = Some(1);
+    let pool = pool_of(&[at_most::<1>, unlimited, spare]).fill_first().paced().build().unwrap();
+    // Of 100 keys that a request avoids, too.
+    let avoid = (0..100).fold(Traits::new(), |traits, _| traits.avoid(first.clone()));
+    assert_eq!(send(&pool, &avoid).unwrap(), "k1");
+    let _held = pool.lease(&Traits::new()).unwrap();
+    assert_eq!(send(&pool, &Traits::new()).unwrap(), "k1");
+}
+
+#[test]
+fn a_large_request_passes_over_keys_with_too_little() {
+    let pool = pool_of(&[unlimited, unlimited, unlimited])
+        .fill_first()
+        .quota(Quota::per_minute(100).window().tokens());
+    let pool = pool.build().unwrap();
+    let ids = [10, 10, 10, 80, 10, 80, 10].map(|tokens| send(&pool, &Traits::new().tokens(tokens)).unwrap());
+    assert_eq!(ids, ["k0", "k0", "k0", "k1", "k0", "k2", "k0"]);
+}
+
 // ---- days ----
 
 fn wall(time: &str) -> SystemTime {

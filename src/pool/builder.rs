@@ -83,6 +83,7 @@ impl KeyPool {
             meter: Arc::new(Meter::of(Cow::Borrowed("default"))),
             learns: false,
             quotas: Vec::new(),
+            fills_first: false,
         };
         KeyPoolBuilder { given: Vec::new(), strict: false, invalid_host: None, config }
     }
@@ -307,6 +308,33 @@ impl KeyPoolBuilder {
     /// all quotas hold.
     pub fn quota(mut self, quota: Quota) -> Self {
         self.config.quotas.push(quota);
+        self
+    }
+
+    /// Uses the keys of a tier one after the other: the first one that has room serves all requests, instead of each key in
+    /// its turn.
+    ///
+    /// For services whose windows begin with their first request: so the windows of the keys do not all begin, and end, at
+    /// the same time. The keys stand in the order in which they were added; a key that has room again serves before those
+    /// behind it. [Weights](KeySpec::weight) then decide nothing but the share of sessions: a request with a
+    /// [session](crate::Traits::session) still prefers the session's keys.
+    ///
+    /// ```
+    /// use tower_key_rotation::{KeyPool, Quota, Traits};
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let pool = KeyPool::builder()
+    ///     .keys([("alpha", "sk-1"), ("beta", "sk-2")])
+    ///     .quota(Quota::per_hour(2).window())
+    ///     .fill_first()
+    ///     .build()?;
+    /// let ids = [(); 3].map(|()| pool.lease(&Traits::new()).map(|key| key.id().to_string()));
+    /// assert_eq!(ids.map(Result::unwrap), ["alpha", "alpha", "beta"]);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn fill_first(mut self) -> Self {
+        self.config.fills_first = true;
         self
     }
 

@@ -42,6 +42,8 @@ pub(crate) struct Config {
     /// Learns what the service allows.
     pub(crate) learns: bool,
     pub(crate) quotas: Vec<Quota>,
+    /// The first key with room serves, not the next one in turn.
+    pub(crate) fills_first: bool,
 }
 
 pub(crate) struct Engine {
@@ -93,9 +95,10 @@ impl Engine {
                 cooldowns: config.cooldowns,
                 learns: config.learns,
                 quotas: config.quotas.clone(),
+                fills_first: config.fills_first,
             };
             Self {
-                chooses: AtomicBool::new(limiting.is_on() || snapshot.has_choices()),
+                chooses: AtomicBool::new(limiting.chooses() || snapshot.has_choices()),
                 limiting: Arc::new(limiting),
                 snapshot: ArcSwap::from_pointee(snapshot),
                 editing: Mutex::new(()),
@@ -383,7 +386,7 @@ impl Engine {
         let before = self.snapshot.load_full();
         let Some(keys) = next(&before) else { return };
         let after = Arc::new(Snapshot::new(keys, Some(&before)));
-        self.chooses.store(self.limiting.is_on() || after.has_choices(), Relaxed);
+        self.chooses.store(self.limiting.chooses() || after.has_choices(), Relaxed);
         self.snapshot.store(after.clone());
         // A change that came while the new snapshot was built went into the indexes of the old one.
         after.refresh_all();

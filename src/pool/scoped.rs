@@ -56,11 +56,18 @@ pub(crate) struct Limiting {
     /// Learns what the service allows.
     pub(crate) learns: bool,
     pub(crate) quotas: Vec<Quota>,
+    /// The first key with room serves, not the next one in turn.
+    pub(crate) fills_first: bool,
 }
 
 impl Limiting {
     pub(crate) fn is_on(&self) -> bool {
         self.learns || !self.quotas.is_empty()
+    }
+
+    /// Whether requests need more than the next key in turn, whatever the keys are.
+    pub(crate) fn chooses(&self) -> bool {
+        self.is_on() || self.fills_first
     }
 
     /// Notes the wall clock for the quotas that depend on it. Returns how far it is ahead of the pool's clock, in ns modulo
@@ -312,7 +319,12 @@ impl Scoped {
         }
         let mut earliest = NEVER;
         for (tier, slots) in self.layout.tiers().iter().enumerate() {
-            match self.pick_of_tier(tier, slots, demand, now) {
+            let picked = if self.limiting.fills_first {
+                self.pick_first_of_tier(tier, slots, demand, now)
+            } else {
+                self.pick_of_tier(tier, slots, demand, now)
+            };
+            match picked {
                 Ok(picked) => return Ok(picked),
                 Err(until) => earliest = earliest.min(until),
             }
@@ -371,6 +383,41 @@ impl Scoped {
                 match self.take(slot, demand, now) {
                     Ok(picked) => return Ok(picked),
                     Err(full) => too_small = too_small.min(full.until),
+                }
+            }
+        }
+        Err(too_small)
+    }
+
+    fn pick_first_of_tier(
+        &self,
+        tier: usize,
+        slots: &Range<usize>,
+        demand: &Demand<'_>,
+        now: u64,
+    ) -> Result<Picked, u64> {
+        self.open_due(tier, slots, now);
+        let next_open = |from: usize| match self.layout.has_weights() {
+            false => self.open.next_from(from).filter(|slot| *slot < slots.end),
+            // The turns are in another order.
+            true => (from..slots.end).find(|slot| self.is_open(*slot)),
+        };
+        let mut too_small = NEVER;
+        let mut tries = 0;
+        let mut from = slots.start;
+        while tries < TOO_SMALL_PER_PICK
+            && let Some(slot) = next_open(from)
+        {
+            from = slot + 1;
+            if demand.avoid.contains(&self.keys[slot].id) {
+                continue;
+            }
+            match self.take(slot, demand, now) {
+                Ok(picked) => return Ok(picked),
+                Err(full) if full.is_closed => {}
+                Err(full) => {
+                    too_small = too_small.min(full.until);
+                    tries += 1;
                 }
             }
         }
