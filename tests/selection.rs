@@ -3,17 +3,21 @@
 mod support;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     num::NonZeroU32,
-    sync::atomic::{AtomicUsize, Ordering::SeqCst},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use http::{HeaderMap, StatusCode};
+use http::{HeaderMap, HeaderName, Request, Response, StatusCode};
 use support::SECOND;
+use tower::{Layer, ServiceExt, service_fn};
 use tower_key_rotation::{
-    KeyId, KeyLease, KeyPool, KeyPoolBuilder, KeySpec, NoKeyAvailable, Quota, Traits, classify::ResponseHead,
-    clock::ManualClock,
+    Failover, KeyId, KeyLease, KeyPool, KeyPoolBuilder, KeyRotationLayer, KeySpec, NoKeyAvailable, Quota,
+    Traits, classify::ResponseHead, clock::ManualClock,
 };
 
 const HOUR: Duration = Duration::from_secs(60 * 60);
@@ -361,6 +365,151 @@ fn a_large_request_passes_over_keys_with_too_little() {
     let pool = pool.build().unwrap();
     let ids = [10, 10, 10, 80, 10, 80, 10].map(|tokens| send(&pool, &Traits::new().tokens(tokens)).unwrap());
     assert_eq!(ids, ["k0", "k0", "k0", "k1", "k0", "k2", "k0"]);
+}
+
+// ---- organisations ----
+
+const WAIT: (&str, &str) = ("retry-after", "30");
+
+fn said(key: KeyLease, status: StatusCode, lines: &[(&'static str, &str)]) {
+    let lines = lines.iter().map(|(name, value)| (HeaderName::from_static(name), value.parse().unwrap()));
+    key.answered(&ResponseHead::new(status, &lines.collect()));
+}
+
+/// Sends a request with a key, which answers with these headers.
+fn use_key(pool: &KeyPool, key: &str, status: u16, lines: &[(&'static str, &str)]) {
+    let only = scoped("a").key(KeyId::new(key).unwrap());
+    said(pool.lease(&only).unwrap(), StatusCode::from_u16(status).unwrap(), lines);
+}
+
+/// The keys that serve requests of the scope `a` now.
+fn open_keys(pool: &KeyPool) -> Vec<String> {
+    let ids = (0..30).filter_map(|_| send(pool, &scoped("a")).ok());
+    ids.collect::<BTreeSet<_>>().into_iter().collect()
+}
+
+fn of_organisation(name: &str) -> [(&'static str, &str); 1] {
+    [("openai-organization", name)]
+}
+
+#[test]
+fn keys_of_one_organisation_share_a_limit() {
+    for header in ["openai-organization", "anthropic-organization-id"] {
+        let pool = pool_of(&[unlimited, unlimited, unlimited, unlimited]).paced().build().unwrap();
+        for (key, organisation) in [("k0", "org-x"), ("k1", "org-y"), ("k2", "org-x"), ("k3", "org-y")] {
+            use_key(&pool, key, 200, &[(header, organisation)]);
+        }
+        assert_eq!(open_keys(&pool), ["k0", "k1", "k2", "k3"]);
+        use_key(&pool, "k2", 429, &[(header, "org-x"), WAIT]);
+        assert_eq!(open_keys(&pool), ["k1", "k3"]);
+        use_key(&pool, "k1", 429, &[(header, "org-y"), WAIT]);
+        assert!(open_keys(&pool).is_empty());
+    }
+}
+
+#[test]
+fn a_key_joins_its_organisation_while_that_rests() {
+    let pool = pool_of(&[unlimited, unlimited, unlimited]).paced().build().unwrap();
+    use_key(&pool, "k2", 429, &[of_organisation("org-x")[0], WAIT]);
+    use_key(&pool, "k1", 200, &of_organisation("org-y"));
+    assert_eq!(open_keys(&pool), ["k0", "k1"]);
+    use_key(&pool, "k0", 200, &of_organisation("org-x"));
+    assert_eq!(open_keys(&pool), ["k1"]);
+}
+
+#[test]
+fn a_key_that_changes_its_organisation_leaves_the_limit() {
+    let pool = pool_of(&[unlimited, unlimited, unlimited]).paced().build().unwrap();
+    for key in ["k0", "k1", "k2"] {
+        use_key(&pool, key, 200, &of_organisation("org-x"));
+    }
+    let moved = pool.lease(&scoped("a").key(KeyId::new("k0").unwrap())).unwrap();
+    use_key(&pool, "k1", 429, &[of_organisation("org-x")[0], WAIT]);
+    assert!(open_keys(&pool).is_empty());
+    said(moved, StatusCode::OK, &of_organisation("org-y"));
+    assert_eq!(open_keys(&pool), ["k0"]);
+}
+
+#[test]
+fn a_key_of_many_organisations_is_in_no_group() {
+    let pool = pool_of(&[unlimited, unlimited]).paced().build().unwrap();
+    for name in ["org-1", "org-2", "org-3", "org-4", "org-5", "org-6", "org-x"] {
+        use_key(&pool, "k0", 200, &of_organisation(name));
+    }
+    use_key(&pool, "k1", 200, &of_organisation("org-x"));
+    use_key(&pool, "k1", 429, &[of_organisation("org-x")[0], WAIT]);
+    assert_eq!(open_keys(&pool), ["k0"]);
+}
+
+#[test]
+fn a_configured_group_wins_over_the_organisation() {
+    let alone = |spec: &mut KeySpec| spec.group = Some("alone".to_owned());
+    let pool = pool_of(&[alone, unlimited, unlimited]).paced().build().unwrap();
+    for key in ["k0", "k1", "k2"] {
+        use_key(&pool, key, 200, &of_organisation("org-x"));
+    }
+    use_key(&pool, "k1", 429, &[of_organisation("org-x")[0], WAIT]);
+    assert_eq!(open_keys(&pool), ["k0"]);
+}
+
+#[test]
+fn a_pool_that_does_not_learn_makes_no_groups() {
+    let pool = pool_of(&[unlimited, unlimited]).quota(Quota::per_second(100).burst(100)).build().unwrap();
+    use_key(&pool, "k0", 200, &of_organisation("org-x"));
+    use_key(&pool, "k1", 200, &of_organisation("org-x"));
+    use_key(&pool, "k1", 429, &[of_organisation("org-x")[0], WAIT]);
+    assert_eq!(open_keys(&pool), ["k0"]);
+}
+
+#[tokio::test]
+async fn many_keys_are_grouped_beside_requests() {
+    let clock = ManualClock::new();
+    let keys = (0..200).map(|number| (format!("k{number}"), format!("sk-{number}")));
+    let pool = KeyPool::builder().keys(keys).paced().clock(clock.clone()).build().unwrap();
+    for number in 0..200 {
+        let name = format!("org-{}", number % 2);
+        use_key(&pool, &format!("k{number}"), 200, &of_organisation(&name));
+    }
+    // The last ones are grouped a while later, with another answer.
+    clock.advance(SECOND);
+    use_key(&pool, "k0", 200, &of_organisation("org-0"));
+    use_key(&pool, "k0", 429, &[of_organisation("org-0")[0], WAIT]);
+    let is_odd = |id: &String| id[1..].parse::<u32>().unwrap() % 2 == 1;
+    let mut tries = 0;
+    while !(0..300).all(|_| is_odd(&send(&pool, &scoped("a")).unwrap())) {
+        tries += 1;
+        assert!(tries < 6_000, "keys of a limited organisation still serve");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+#[tokio::test]
+async fn failover_passes_over_the_siblings_of_a_limited_key() {
+    let member = |spec: &mut KeySpec| spec.group = Some("org-x".to_owned());
+    let configured = || pool_of(&[member, member, member, unlimited]);
+    let discovered = pool_of(&[unlimited, unlimited, unlimited, unlimited]).paced().build().unwrap();
+    for key in ["k0", "k1", "k2"] {
+        use_key(&discovered, key, 200, &of_organisation("org-x"));
+    }
+    for pool in [discovered, configured().build().unwrap(), configured().paced().build().unwrap()] {
+        let attempts = Arc::new(Mutex::new(Vec::new()));
+        let service = {
+            let attempts = attempts.clone();
+            service_fn(move |request: Request<String>| {
+                let key = request.headers()["authorization"].to_str().unwrap().to_owned();
+                let status = if key == "Bearer sk-3" { 200 } else { 429 };
+                attempts.lock().unwrap().push(key);
+                let response = Response::builder().status(status).header("openai-organization", "org-x");
+                async move { Ok::<_, std::io::Error>(response.body(String::new()).unwrap()) }
+            })
+        };
+        let layer = KeyRotationLayer::new(&pool).failover(Failover::attempts(4));
+        let request = Request::post("https://api.example.com/v1").extension(scoped("a"));
+        let response = layer.layer(service).oneshot(request.body(String::new()).unwrap()).await.unwrap();
+        assert_eq!(response.status(), 200);
+        let attempts = attempts.lock().unwrap();
+        assert!(attempts.len() <= 2, "{attempts:?}");
+    }
 }
 
 // ---- days ----

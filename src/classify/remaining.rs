@@ -3,7 +3,11 @@
 //! Pure: headers in, budgets out. The pool may call this for every response, so one pass over the headers finds all
 //! lines: a lookup for each name costs more. Only the structured fields of the IETF drafts allocate.
 
-use std::{cell::LazyCell, time::Duration};
+use std::{
+    cell::LazyCell,
+    hash::{DefaultHasher, Hasher},
+    time::Duration,
+};
 
 use http::{HeaderMap, HeaderValue, header::DATE};
 use sfv::{BareItem, Dictionary, Item, List, Parser};
@@ -13,6 +17,9 @@ use super::{
     hint,
 };
 use crate::limit::{Kind, Left, Remaining};
+
+/// The longest name of an organisation, in bytes. Those in use have less than 40.
+const LONGEST_NAME: usize = 128;
 
 const LONGEST_RESET: Duration = Duration::from_secs(400 * 24 * 60 * 60);
 const SECOND: Duration = Duration::from_secs(1);
@@ -42,7 +49,19 @@ pub(crate) fn remaining(headers: &HeaderMap) -> Remaining {
             .or_else(|| found.structured.and_then(|_| structured(headers))),
         tokens: bucket(found.tokens)
             .or_else(|| found.anthropic_tokens.into_iter().filter_map(bucket).reduce(scarcer)),
+        organisation: found.organisation.map_or(0, hashed),
     }
+}
+
+/// A hash of a name; 0 if there is none, or an impossible one.
+fn hashed(name: &HeaderValue) -> u64 {
+    let name = name.as_bytes();
+    if name.is_empty() || name.len() > LONGEST_NAME {
+        return 0;
+    }
+    let mut hasher = DefaultHasher::new();
+    hasher.write(name);
+    hasher.finish().max(1)
 }
 
 /// The lines of one budget.
@@ -73,6 +92,8 @@ struct Found<'a> {
     ratelimit: Lines<'a>,
     /// `RateLimit` of draft-ietf-httpapi-ratelimit-headers-07 and later.
     structured: Option<&'a HeaderValue>,
+    /// Anthropic and OpenAI name the organisation whose budgets these are.
+    organisation: Option<&'a HeaderValue>,
 }
 
 impl<'a> Found<'a> {
@@ -82,7 +103,7 @@ impl<'a> Found<'a> {
         for (name, value) in headers {
             let name = name.as_str();
             // Most names end here, which is cheaper than `line`.
-            if ["x-rate", "anthropic-ratelimit-", "ratelimit"].iter().any(|prefix| name.starts_with(prefix))
+            if ["x-rate", "anthropic-", "ratelimit", "openai-"].iter().any(|prefix| name.starts_with(prefix))
                 && let Some(line) = found.get_or_insert_with(Self::default).line(name)
             {
                 line.get_or_insert(value);
@@ -123,6 +144,7 @@ impl<'a> Found<'a> {
             "ratelimit-remaining" => &mut self.ratelimit.remaining,
             "ratelimit-reset" => &mut self.ratelimit.reset,
             "ratelimit" => &mut self.structured,
+            "anthropic-organization-id" | "openai-organization" => &mut self.organisation,
             _ => return None,
         })
     }
@@ -426,7 +448,7 @@ mod tests {
     fn every_service_is_read_as_documented() {
         for (service, source, lines, requests, tokens) in services() {
             let read = remaining(&headers(lines.lines()));
-            assert_eq!(read, Remaining { requests, tokens }, "{service}: {source}");
+            assert_eq!(read, Remaining { requests, tokens, ..read }, "{service}: {source}");
         }
     }
 
@@ -450,7 +472,7 @@ mod tests {
             "x-ratelimit-limit: 7",
         ]));
         let left = Left { remaining: 98.5, ..some(100, 0, 500, MILLISECOND, None).expect("a budget") };
-        assert_eq!(read, Remaining { requests: Some(left), tokens: None });
+        assert_eq!(read, Remaining { requests: Some(left), ..Remaining::default() });
     }
 
     #[cfg(not(any(schedules = "loom", schedules = "shuttle")))]
@@ -484,11 +506,26 @@ mod tests {
             for (name, value) in lines {
                 headers.append(name, value);
             }
-            let Remaining { requests, tokens } = remaining(&headers);
+            let Remaining { requests, tokens, .. } = remaining(&headers);
             for left in [requests, tokens].into_iter().flatten() {
                 prop_assert!(left.limit.is_finite() && left.limit > 0.0, "{left:?}");
                 prop_assert!((0.0..=left.limit).contains(&left.remaining), "{left:?}");
             }
         }
+    }
+
+    #[test]
+    fn organisations_are_told_apart_by_names_of_bounded_length() {
+        let named = |header: &'static str, name: &str| {
+            let headers = HeaderMap::from_iter([(HeaderName::from_static(header), name.parse().unwrap())]);
+            remaining(&headers).organisation
+        };
+        let (anthropic, openai) = ("anthropic-organization-id", "openai-organization");
+        assert!(named(anthropic, "org-1") != 0 && named(anthropic, "org-1") == named(openai, "org-1"));
+        assert_ne!(named(openai, "org-1"), named(openai, "org-2"));
+        assert_ne!(named(openai, &"a".repeat(LONGEST_NAME)), 0);
+        let none =
+            [named(openai, ""), named(openai, &"a".repeat(LONGEST_NAME + 1)), named("openai-model", "a")];
+        assert_eq!(none, [0; 3]);
     }
 }

@@ -28,6 +28,9 @@ pub struct KeySpec {
     /// The secret.
     pub secret: Secret,
     /// The quota group. Keys of one group share one quota, for example the keys of one organisation.
+    ///
+    /// A [paced](crate::KeyPoolBuilder::paced) pool finds the group of a key without one, where responses name the
+    /// organisation.
     pub group: Option<String>,
     /// The tier. The pool prefers keys of a lower tier.
     pub tier: Option<u8>,

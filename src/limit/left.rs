@@ -26,11 +26,13 @@ pub(crate) enum Kind {
     Window,
 }
 
-/// The budgets of requests and of tokens.
+/// The budgets of requests and of tokens, and whose they are.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct Remaining {
     pub(crate) requests: Option<Left>,
     pub(crate) tokens: Option<Left>,
+    /// A hash of the name of the organisation that the key belongs to; 0 if the response names none.
+    pub(crate) organisation: u64,
 }
 
 impl Remaining {

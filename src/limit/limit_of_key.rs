@@ -166,6 +166,11 @@ impl Limit {
         self.rest.fetch_max(until, SeqCst);
     }
 
+    /// Until when it is closed, whatever the budgets say.
+    pub(crate) fn rests_until(&self) -> u64 {
+        self.rest.load(SeqCst)
+    }
+
     /// Ends the rest.
     pub(crate) fn reset(&self) {
         self.rest.store(0, SeqCst);

@@ -284,6 +284,9 @@ impl KeyPoolBuilder {
     /// - A 429 no longer rests its key for 2 minutes. The key rests in that scope, for as long as the service says, or for
     ///   a short time that grows with each 429.
     /// - Headers are believed until they contradict the answers, and then ignored for the life of the pool. Where a service says nothing, 429s show the limit.
+    /// - Keys whose responses name the same organisation, in `anthropic-organization-id` or `openai-organization`, share one
+    ///   limit from then on. A configured [group](KeySpec::group) takes precedence, and a key whose organisation changes more
+    ///   than three times is in no such group.
     /// - What is learned stays in this process. Processes that share keys share the budget by what each sees of it.
     ///
     /// ```

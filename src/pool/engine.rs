@@ -10,26 +10,38 @@ use std::{
 };
 
 use arc_swap::{ArcSwap, Guard};
-use tokio::sync::{Notify, futures::Notified};
+use tokio::{
+    runtime::Handle,
+    sync::{Notify, futures::Notified},
+};
 
 use super::{
     key::{Home, Key, UsableKey},
     lease::Lease,
-    scoped::Limiting,
+    scoped::{Limiting, Regrouping},
     scopes::Scopes,
     snapshot::Snapshot,
 };
 use crate::{
     clock::Clock,
     key::{KeyId, hosts::Hosts, inject::Inject},
-    limit::{Cooldowns, NEVER, Quota, Rest, Resting, Scope, Until, Word, Words, millis},
+    limit::{Cooldowns, NEVER, Quota, Rest, Resting, Scope, Until, Word, Words, millis, nanos},
     meter::{Counted, Meter},
     store::{Recovered, Standing},
     sync::{
         Mutex,
-        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+        atomic::{
+            AtomicBool, AtomicU64,
+            Ordering::{Relaxed, SeqCst},
+        },
     },
 };
+
+/// A pool of fewer keys is regrouped within a request.
+const FEW_KEYS: usize = 64;
+
+/// How long a pool is not regrouped again, for each key: a hundred times what it takes.
+const REGROUPED_FOR: Duration = Duration::from_micros(100);
 
 /// What the keys of a pool have in common.
 #[derive(Debug)]
@@ -96,6 +108,7 @@ impl Engine {
                 learns: config.learns,
                 quotas: config.quotas.clone(),
                 fills_first: config.fills_first,
+                regrouping: Regrouping::default(),
             };
             Self {
                 chooses: AtomicBool::new(limiting.chooses() || snapshot.has_choices()),
@@ -394,6 +407,10 @@ impl Engine {
         self.returned.notify_waiters();
     }
 
+    fn regroup_now(&self) {
+        self.edit(|before| before.has_other_groups().then(|| before.keys().to_vec()));
+    }
+
     pub(crate) fn remove(&self, id: &KeyId) {
         let mut removed = None;
         self.edit(|before| {
@@ -468,6 +485,24 @@ impl Home for Engine {
             if Arc::ptr_eq(&snapshot, &self.snapshot.load()) {
                 return;
             }
+        }
+    }
+
+    fn regroup(&self) {
+        let Regrouping { is_due, not_before } = &self.limiting.regrouping;
+        let keys = self.snapshot.load().keys().len();
+        let (now, earliest) = (nanos(self.now()), not_before.load(Relaxed));
+        let pause = if keys < FEW_KEYS { Duration::ZERO } else { REGROUPED_FOR * keys as u32 };
+        let next = now.saturating_add(nanos(pause));
+        if now < earliest || not_before.compare_exchange(earliest, next, Relaxed, Relaxed).is_err() {
+            return;
+        }
+        // Before the keys are read: what changes afterwards is due again.
+        is_due.store(false, SeqCst);
+        let pool = self.this.upgrade().filter(|_| keys >= FEW_KEYS);
+        match (Handle::try_current(), pool) {
+            (Ok(runtime), Some(pool)) => drop(runtime.spawn_blocking(move || pool.regroup_now())),
+            _ => self.regroup_now(),
         }
     }
 }

@@ -22,6 +22,9 @@ pub(crate) trait Home: fmt::Debug + Send + Sync {
 
     /// A request in flight of a key that had as many as it may has ended.
     fn has_room(&self, key: &Arc<Key>);
+
+    /// A response named another organisation of a key than was known.
+    fn regroup(&self);
 }
 
 /// An id, and what requests carry for it.
@@ -122,6 +125,13 @@ pub(crate) struct Key {
 }
 
 impl Key {
+    /// Has the pool, if it still exists, group its keys by their organisations.
+    pub(super) fn regroup(&self) {
+        if let Some(pool) = self.home.upgrade() {
+            pool.regroup();
+        }
+    }
+
     pub(crate) fn group(&self) -> Option<&str> {
         self.settings.as_ref()?.group.as_deref()
     }

@@ -7,7 +7,7 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
-use super::key::Key;
+use super::{key::Key, organisation::Organisation};
 use crate::select::{Ring, round_of};
 
 /// `group` of a key that has none.
@@ -18,6 +18,10 @@ pub(crate) struct Layout {
     /// The slots of each tier, the preferred one first. There is one tier at least.
     tiers: Box<[Range<usize>]>,
     groups: Option<Groups>,
+    /// The organisation of each key, as responses have named it so far. Made with the first name.
+    named: OnceLock<Box<[Organisation]>>,
+    /// The same as it was when the groups were made. Empty if there was none.
+    organisations: Box<[u64]>,
     /// `None` if the keys of each tier have one weight: then a key has one turn, which is its slot.
     turns: Option<Turns>,
     /// Whether any key has a limit of requests in flight.
@@ -47,8 +51,8 @@ struct Groups {
 }
 
 impl Layout {
-    /// The keys must stand in the order of their tiers.
-    pub(crate) fn new(keys: &[Arc<Key>]) -> Self {
+    /// The keys must stand in the order of their tiers. `named` are their organisations, if any is known.
+    pub(crate) fn new(keys: &[Arc<Key>], named: Option<Box<[Organisation]>>) -> Self {
         let mut tiers = Vec::new();
         let mut start = 0;
         for tier in keys.chunk_by(|one, next| one.tier() == next.tier()) {
@@ -60,7 +64,37 @@ impl Layout {
         }
         let turns = Turns::new(keys, &tiers);
         let has_caps = keys.iter().any(|key| key.cap().is_some());
-        Self { tiers: tiers.into(), groups: Groups::new(keys), turns, has_caps, ring: OnceLock::new() }
+        let named = named.map_or_else(OnceLock::new, OnceLock::from);
+        let organisations = organisations_of(keys, &named);
+        let groups = Groups::new(keys, &organisations);
+        Self { tiers: tiers.into(), groups, named, organisations, turns, has_caps, ring: OnceLock::new() }
+    }
+
+    /// Whether the keys belong to other quota groups by now.
+    pub(crate) fn has_other_groups(&self, keys: &[Arc<Key>]) -> bool {
+        let now = Groups::new(keys, &organisations_of(keys, &self.named));
+        now.as_ref().map(|groups| &groups.of) != self.groups.as_ref().map(|groups| &groups.of)
+    }
+
+    /// Notes the organisation of one of so many keys. Returns whether it is another than before.
+    pub(crate) fn name_organisation(&self, slot: usize, name: u64, keys: usize) -> bool {
+        let named = self.named.get_or_init(|| (0..keys).map(|_| Organisation::default()).collect());
+        named[slot].set(name)
+    }
+
+    /// The organisation of a key, as responses have named it so far, if any organisation is known.
+    pub(crate) fn named(&self, slot: usize) -> Option<&Organisation> {
+        self.named.get()?.get(slot)
+    }
+
+    /// Whether responses have named the organisation of any key.
+    pub(crate) fn has_organisations(&self) -> bool {
+        !self.organisations.is_empty()
+    }
+
+    /// The organisation of a key; 0 if it is not known.
+    pub(crate) fn organisation(&self, slot: usize) -> u64 {
+        self.organisations.get(slot).copied().unwrap_or(0)
     }
 
     pub(crate) fn tiers(&self) -> &[Range<usize>] {
@@ -154,13 +188,35 @@ impl Layout {
     }
 }
 
+/// Of keys that have no configured group.
+fn organisations_of(keys: &[Arc<Key>], named: &OnceLock<Box<[Organisation]>>) -> Box<[u64]> {
+    let Some(named) = named.get() else { return Box::default() };
+    let of = |(key, named): (&Arc<Key>, &Organisation)| if key.group().is_some() { 0 } else { named.get() };
+    keys.iter().zip(named).map(of).collect()
+}
+
+/// What the keys of a group have in common.
+#[derive(PartialEq, Eq, Hash)]
+enum Common<'a> {
+    Name(&'a str),
+    Organisation(u64),
+}
+
 impl Groups {
-    fn new(keys: &[Arc<Key>]) -> Option<Self> {
-        let mut numbers: HashMap<&str, u32> = HashMap::new();
+    fn new(keys: &[Arc<Key>], organisations: &[u64]) -> Option<Self> {
+        let mut sizes: HashMap<u64, u32> = HashMap::new();
+        organisations.iter().for_each(|organisation| *sizes.entry(*organisation).or_default() += 1);
+        // A key that shares its organisation with no other one is in no group.
+        let organisation_of = |slot: u32| {
+            let organisation = *organisations.get(slot as usize)?;
+            (organisation != 0 && sizes[&organisation] > 1).then_some(Common::Organisation(organisation))
+        };
+        let mut numbers: HashMap<Common<'_>, u32> = HashMap::new();
         let mut members: Vec<Vec<u32>> = Vec::new();
         let of = (0..).zip(keys).map(|(slot, key)| {
-            let Some(name) = key.group() else { return ALONE };
-            let group = *numbers.entry(name).or_insert_with(|| {
+            let common = key.group().map(Common::Name).or_else(|| organisation_of(slot));
+            let Some(common) = common else { return ALONE };
+            let group = *numbers.entry(common).or_insert_with(|| {
                 members.push(Vec::new());
                 members.len() as u32 - 1
             });

@@ -33,6 +33,7 @@ mod lease;
 mod metrics;
 mod no_key;
 mod operate;
+mod organisation;
 #[cfg(all(test, schedules = "shuttle"))]
 mod random_schedules;
 mod scoped;

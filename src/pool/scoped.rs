@@ -58,6 +58,16 @@ pub(crate) struct Limiting {
     pub(crate) quotas: Vec<Quota>,
     /// The first key with room serves, not the next one in turn.
     pub(crate) fills_first: bool,
+    pub(crate) regrouping: Regrouping,
+}
+
+/// When keys are grouped by the organisations that responses name.
+#[derive(Debug, Default)]
+pub(crate) struct Regrouping {
+    /// A key may belong to another group than the newest snapshot says.
+    pub(super) is_due: AtomicBool,
+    /// Not before that time, in ns.
+    pub(super) not_before: AtomicU64,
 }
 
 impl Limiting {
@@ -210,11 +220,7 @@ impl Scoped {
     pub(crate) fn moved_to(&self, keys: Arc<[Arc<Key>]>, layout: Arc<Layout>) -> Arc<Self> {
         let now = self.now();
         let next = Self::new(keys, layout, self.common.clone(), self.limiting.clone());
-        for (slot, key) in self.keys.iter().enumerate() {
-            let Some(limit) = self.limits[self.layout.leader(slot)].get() else { continue };
-            let Some(there) = next.slot_of(key) else { continue };
-            let _ = next.limits[next.layout.leader(there)].set(limit.clone());
-        }
+        self.pass_limits_to(&next);
         for (tier, (cursor, before)) in next.cursors.iter().zip(&self.cursors).enumerate() {
             let before = before.0.load(Relaxed);
             if self.layout.has_weights() || next.layout.has_weights() {
@@ -233,6 +239,30 @@ impl Scoped {
         *self.common.newest.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(&next);
         self.is_replaced.store(true, SeqCst);
         next
+    }
+
+    /// Keys that stay keep their limits, and those whose organisation is known now share that of their group.
+    fn pass_limits_to(&self, next: &Self) {
+        let passes = if next.layout.has_organisations() { &[true, false][..] } else { &[true] };
+        for of_members in passes {
+            for (slot, key) in self.keys.iter().enumerate() {
+                let Some(limit) = self.known_limit(slot) else { continue };
+                let Some(there) = next.slot_of(key) else { continue };
+                let (before, after) = (self.layout.organisation(slot), next.layout.organisation(there));
+                let is_member = before == after;
+                // The limit of another organisation stays with its other keys.
+                if is_member != *of_members || (!is_member && before != 0) {
+                    continue;
+                }
+                let shared = &next.limits[next.layout.leader(there)];
+                if shared.set(limit.clone()).is_err()
+                    && !is_member
+                    && let Some(shared) = shared.get()
+                {
+                    shared.rest_until(limit.rests_until());
+                }
+            }
+        }
     }
 
     /// Calls `then` with the same scope in the newest snapshot.
@@ -278,6 +308,21 @@ impl Scoped {
     /// How many limits share the traffic.
     pub(crate) fn count_limits(&self) -> usize {
         self.layout.count_limits(self.keys.len())
+    }
+
+    /// Groups a key with others of the organisation that a response names.
+    pub(crate) fn note_organisation(&self, key: &Arc<Key>, organisation: u64) {
+        let is_due = &self.limiting.regrouping.is_due;
+        let is_news = self.in_newest(|newest| {
+            let slot = newest.slot_of(key).filter(|_| key.group().is_none());
+            slot.is_some_and(|slot| newest.layout.name_organisation(slot, organisation, newest.keys.len()))
+        });
+        if is_news {
+            is_due.store(true, SeqCst);
+        }
+        if is_due.load(Relaxed) {
+            key.regroup();
+        }
     }
 
     pub(crate) fn learns(&self) -> bool {

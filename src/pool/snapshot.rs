@@ -12,7 +12,8 @@ use std::{
 use hashbrown::HashTable;
 
 use super::{
-    bitset::AtomicBitSet, deadlines::Deadlines, key::Key, layout::Layout, scopes_in_use::ScopesInUse,
+    bitset::AtomicBitSet, deadlines::Deadlines, key::Key, layout::Layout, organisation::Organisation,
+    scopes_in_use::ScopesInUse,
 };
 use crate::{
     key::KeyId,
@@ -55,7 +56,8 @@ impl Snapshot {
             key.set_slot(slot);
         }
         let keys: Arc<[Arc<Key>]> = keys.into();
-        let layout = Arc::new(Layout::new(&keys));
+        let named = before.and_then(|before| before.organisations_of(&keys));
+        let layout = Arc::new(Layout::new(&keys, named));
         let snapshot = Self {
             scopes: ScopesInUse::new(keys.clone(), layout.clone(), before.map(|before| &before.scopes)),
             layout,
@@ -77,6 +79,15 @@ impl Snapshot {
         snapshot
     }
 
+    /// The organisations of the next snapshot's keys, if any is known.
+    fn organisations_of(&self, keys: &[Arc<Key>]) -> Option<Box<[Organisation]>> {
+        self.layout.named(0)?;
+        let holds = |key: &Arc<Key>, slot: &usize| Arc::ptr_eq(&self.keys[*slot], key);
+        let slot_of = |key: &Arc<Key>| self.slot(&key.id).filter(|slot| holds(key, slot));
+        let known = |key| self.layout.named(slot_of(key)?).map(Organisation::copied);
+        Some(keys.iter().map(|key| known(key).unwrap_or_default()).collect())
+    }
+
     /// Whether keys differ in what they may serve: they have tiers, quota groups, weights or limits of
     /// requests in flight.
     pub(crate) fn has_choices(&self) -> bool {
@@ -87,6 +98,11 @@ impl Snapshot {
     /// Whether any key has a limit of requests in flight.
     pub(crate) fn has_caps(&self) -> bool {
         self.layout.has_caps()
+    }
+
+    /// Whether the keys belong to other quota groups by now.
+    pub(crate) fn has_other_groups(&self) -> bool {
+        self.layout.has_other_groups(&self.keys)
     }
 
     /// Brings the indexes of all scopes in line with a key that has room for another request in flight.

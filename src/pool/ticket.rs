@@ -58,6 +58,9 @@ impl Ticket {
             });
         }
         self.refresh(now);
+        if said.organisation != 0 && self.scoped.learns() {
+            self.scoped.note_organisation(self.key(), said.organisation);
+        }
     }
 
     /// Whether a refusal rests the limit alone. In a pool that does not learn, a refused request without a scope rests the
