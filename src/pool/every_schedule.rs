@@ -3,14 +3,15 @@
 //!
 //! An index has two slots to a word or node here, so that a few keys are spread over three levels.
 
-use std::{sync::Arc, time::Duration};
+use std::{num::NonZeroU32, sync::Arc, time::Duration};
 
 use futures_util::FutureExt;
 use loom::{model::Builder, thread};
 
-use super::{KeyPool, Lease, bitset::AtomicBitSet, deadlines::Deadlines};
+use super::{KeyPool, KeyPoolBuilder, Lease, bitset::AtomicBitSet, deadlines::Deadlines};
 use crate::{
     clock::ManualClock,
+    key::{KeyId, KeySpec},
     limit::{AtomicWord, NEVER, Quota, Remaining, Rest, Resting, Traits, Until, Word},
     store::{KeyStore, MemoryStore, Operation},
 };
@@ -495,5 +496,58 @@ fn a_unit_put_back_during_a_pick_is_found() {
         put_back.join().unwrap();
         assert_eq!(early.or_else(|| picked_in_scope(&pool)), Some(0));
         assert_eq!(picked_in_scope(&pool), None);
+    });
+}
+
+/// One key for each pair of a weight and a limit of requests in flight.
+fn pool_of_settings(settings: &[(u32, Option<u32>)]) -> KeyPool {
+    let specs = (0..).zip(settings).map(|(number, (weight, most))| {
+        let mut spec = KeySpec::new(KeyId::new(format!("key-{number}")).unwrap(), format!("sk-{number}"));
+        spec.weight = NonZeroU32::new(*weight);
+        spec.max_in_flight = most.and_then(NonZeroU32::new);
+        spec
+    });
+    let pool = specs.fold(KeyPool::builder().clock(ManualClock::new()), KeyPoolBuilder::key_spec);
+    let pool = pool.build().unwrap();
+    // Makes the scope.
+    pool.engine().pick_for(&Traits::new()).unwrap().put_back();
+    pool
+}
+
+/// Whether the pick comes before the end or after it, the next one finds the place.
+#[test]
+fn a_place_given_up_during_a_pick_is_found() {
+    model(|| {
+        let pool = pool_of_settings(&[(1, Some(1))]);
+        let pick = |pool: &KeyPool| pool.engine().pick_for(&Traits::new()).ok();
+        let held = pick(&pool).unwrap();
+        let ending = thread::spawn(move || drop(held));
+        let early = pick(&pool);
+        ending.join().unwrap();
+        let lease = early.or_else(|| pick(&pool));
+        assert!(lease.is_some() && pick(&pool).is_none());
+    });
+}
+
+#[test]
+fn the_last_place_goes_to_one_pick() {
+    model(|| {
+        let pool = pool_of_settings(&[(1, Some(1))]);
+        let pick = |pool: &KeyPool| pool.engine().pick_for(&Traits::new()).ok();
+        let (ours, theirs) = at_once(&pool, pick, pick);
+        assert!(ours.is_some() != theirs.is_some());
+        drop((ours, theirs));
+        assert!(pick(&pool).is_some());
+    });
+}
+
+/// The turns of a key open and close one by one, but in the end all of them are as the key is.
+#[test]
+fn a_key_that_returns_has_all_its_turns() {
+    model(|| {
+        let pool = pool_of_settings(&[(2, None), (1, None)]);
+        at_once(&pool, |pool| reset(pool, 0), |pool| mark(pool, 0));
+        let turns = (0..3).map(|_| picked_in_scope(&pool)).filter(|slot| *slot == Some(0)).count();
+        assert_eq!(turns, if pool.stats().rate_limited == 0 { 2 } else { 0 });
     });
 }
