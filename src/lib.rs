@@ -71,10 +71,11 @@ mod sync;
 pub use self::service::redirects::same_origin_redirects;
 pub use self::{
     key::{Credentials, Inject, InjectError, InvalidKeyId, KeyId, KeySpec, Rejected, Secret, UnusableSecret},
-    limit::{Quota, Rest, Status, Traits},
+    limit::{BudgetStats, KnownBy, Quota, Rest, Status, Traits, Unit},
     message::Replay,
     pool::{
-        BuildError, KeyPool, KeyPoolBuilder, KeyStats, NoKeyAvailable, OperateError, PoolStats, ScopeStats,
+        BuildError, ExplainedKey, Explanation, KeyPool, KeyPoolBuilder, KeyStats, NoKeyAvailable,
+        OperateError, PassedOver, PoolStats, ScopeStats, ScopeTotals,
     },
     replication::{MarksNotWritten, PassError, RecoveryConfig, RecoveryHandle, Report},
     service::{

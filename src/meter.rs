@@ -3,13 +3,22 @@
 //! The pool counts in atomics, and passes the counts to the recorder only on request. So a request neither allocates
 //! labels nor calls a recorder.
 
-use std::{borrow::Cow, time::Duration};
+use std::{borrow::Cow, collections::BTreeMap, sync::PoisonError, time::Duration};
 
 use crate::{
     key::unkeyed::Unkeyed,
-    limit::Rest,
-    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    limit::{Rest, Scope, nanos},
+    sync::{
+        Mutex, MutexGuard,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
 };
+
+/// The most scopes that metrics tell apart. Callers may name the scopes, and a recorder keeps each name.
+const MOST_SCOPES: usize = 100;
+
+/// The label of all further scopes.
+const OTHER_SCOPES: &str = "(others)";
 
 /// Counters of rare events. Each key counts its own requests.
 #[cfg_attr(not(feature = "metrics"), allow(dead_code))]
@@ -24,6 +33,29 @@ pub(crate) struct Meter {
     pass_failures: AtomicU64,
     recovered: AtomicU64,
     store_errors: [AtomicU64; OPERATIONS.len()],
+    waits: AtomicU64,
+    /// In ns.
+    waited: AtomicU64,
+    /// The scopes that metrics tell apart. None is forgotten: a recorder would show its last values for ever.
+    scopes: Mutex<BTreeMap<String, InScope>>,
+}
+
+/// What is recorded of one scope.
+#[derive(Clone, Copy, Debug, Default)]
+struct InScope {
+    /// Refusals that pacing failed to avoid.
+    refused: u64,
+    now: ScopeNow,
+}
+
+/// A scope as it is at the moment.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct ScopeNow {
+    pub(crate) waiting: usize,
+    /// What is left of requests and of tokens.
+    pub(crate) left: [f64; 2],
+    /// How many limits are known by a quota, by headers, by refusals, and by refusals because their headers lie.
+    pub(crate) limits: [usize; 4],
 }
 
 /// In the order of [`Rest`].
@@ -42,6 +74,14 @@ pub(crate) enum Counted {
 
 /// In the order of [`Counted`].
 const OPERATIONS: [&str; 6] = ["load", "write", "recover", "usage", "operate", "replace"];
+
+/// In the order of [`ScopeNow::left`].
+#[cfg(feature = "metrics")]
+const UNITS: [&str; 2] = ["requests", "tokens"];
+
+/// In the order of [`ScopeNow::limits`].
+#[cfg(feature = "metrics")]
+const KNOWN_BY: [&str; 4] = ["quota", "headers", "refusals", "distrusted"];
 
 impl Meter {
     pub(crate) fn of(pool: Cow<'static, str>) -> Self {
@@ -66,6 +106,27 @@ impl Meter {
 
     pub(crate) fn waited(&self, time: Duration) {
         self.observe("key_rotation_wait_seconds", time);
+        self.waits.fetch_add(1, Relaxed);
+        self.waited.fetch_add(nanos(time), Relaxed);
+    }
+
+    /// How many requests have waited for a key, and for how long together.
+    pub(crate) fn waits(&self) -> (u64, Duration) {
+        (self.waits.load(Relaxed), Duration::from_nanos(self.waited.load(Relaxed)))
+    }
+
+    /// Counts a refusal that pacing failed to avoid.
+    pub(crate) fn refused_in(&self, scope: Option<&Scope>) {
+        in_scope(&mut self.lock_scopes(), scope).refused += 1;
+    }
+
+    /// The refusals that pacing failed to avoid.
+    pub(crate) fn refused(&self) -> u64 {
+        self.lock_scopes().values().map(|scope| scope.refused).sum()
+    }
+
+    fn lock_scopes(&self) -> MutexGuard<'_, BTreeMap<String, InScope>> {
+        self.scopes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn passed(&self, time: Duration, is_ok: bool, recovered: u64) {
@@ -82,6 +143,13 @@ impl Meter {
     fn observe(&self, _: &'static str, _: Duration) {}
 }
 
+/// The entry of a scope, or that of all others once there are many. Requests without a scope have the name "".
+fn in_scope<'a>(scopes: &'a mut BTreeMap<String, InScope>, scope: Option<&Scope>) -> &'a mut InScope {
+    let name = scope.map_or("", Scope::as_str);
+    let name = if scopes.len() < MOST_SCOPES || scopes.contains_key(name) { name } else { OTHER_SCOPES };
+    scopes.entry(name.to_owned()).or_default()
+}
+
 #[cfg(feature = "metrics")]
 mod recorded {
     use std::{iter, time::Duration};
@@ -90,8 +158,11 @@ mod recorded {
         Label, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
     };
 
-    use super::{Meter, OPERATIONS, REASONS};
-    use crate::sync::atomic::{AtomicU64, Ordering::Relaxed};
+    use super::{KNOWN_BY, Meter, OPERATIONS, REASONS, ScopeNow, UNITS, in_scope};
+    use crate::{
+        limit::Scope,
+        sync::atomic::{AtomicU64, Ordering::Relaxed},
+    };
 
     impl Meter {
         pub(super) fn observe(&self, name: &'static str, time: Duration) {
@@ -123,6 +194,35 @@ mod recorded {
             self.counted_by("key_rotation_store_errors_total", "operation", &OPERATIONS, &self.store_errors);
         }
 
+        /// Passes what is known of each scope to the recorder.
+        pub(crate) fn record_scopes<'a>(&self, now: impl IntoIterator<Item = (Option<&'a Scope>, ScopeNow)>) {
+            let mut locked = self.lock_scopes();
+            locked.values_mut().for_each(|scope| scope.now = ScopeNow::default());
+            // There from the start: a rate needs two samples.
+            in_scope(&mut locked, None);
+            for (scope, now) in now {
+                in_scope(&mut locked, scope).now.add(now);
+            }
+            // A recorder takes its time, and a refused request may wait for the lock.
+            let scopes = locked.clone();
+            drop(locked);
+            for (name, scope) in &scopes {
+                let labels = |more: Option<(&'static str, &'static str)>| {
+                    let mut labels = self.labels(more);
+                    labels.push(Label::new("scope", name.clone()));
+                    labels
+                };
+                counter!("key_rotation_limited_despite_pacing_total", labels(None)).absolute(scope.refused);
+                gauge!("key_rotation_waiting", labels(None)).set(scope.now.waiting as f64);
+                for (unit, left) in UNITS.iter().zip(scope.now.left) {
+                    gauge!("key_rotation_left", labels(Some(("unit", unit)))).set(left);
+                }
+                for (known_by, limits) in KNOWN_BY.iter().zip(scope.now.limits) {
+                    gauge!("key_rotation_limits", labels(Some(("known_by", known_by)))).set(limits as f64);
+                }
+            }
+        }
+
         fn counted(&self, name: &'static str, count: &AtomicU64) {
             counter!(name, self.labels(None)).absolute(count.load(Relaxed));
         }
@@ -145,9 +245,17 @@ mod recorded {
         }
     }
 
+    impl ScopeNow {
+        fn add(&mut self, other: Self) {
+            self.waiting += other.waiting;
+            self.left.iter_mut().zip(other.left).for_each(|(sum, more)| *sum += more);
+            self.limits.iter_mut().zip(other.limits).for_each(|(sum, more)| *sum += more);
+        }
+    }
+
     type Described = (&'static str, Unit, &'static str);
 
-    const GAUGES: [Described; 4] = [
+    const GAUGES: [Described; 7] = [
         ("key_rotation_keys", Unit::Count, "Keys by status."),
         ("key_rotation_unreadable_keys", Unit::Count, "Entries in the store that are not valid keys."),
         ("key_rotation_marks_waiting", Unit::Count, "Marks not yet written to the store."),
@@ -156,11 +264,19 @@ mod recorded {
             Unit::Seconds,
             "Time until a key is available; infinite if no rest ends by itself.",
         ),
+        ("key_rotation_waiting", Unit::Count, "Requests that wait for a key, by scope."),
+        ("key_rotation_left", Unit::Count, "What all limits of a scope still allow, by unit."),
+        ("key_rotation_limits", Unit::Count, "Limits of a scope, by how they are known."),
     ];
 
-    const COUNTERS: [Described; 9] = [
+    const COUNTERS: [Described; 10] = [
         ("key_rotation_picks_total", Unit::Count, "Requests that got a key."),
         ("key_rotation_marks_total", Unit::Count, "Responses that marked their key, by reason."),
+        (
+            "key_rotation_limited_despite_pacing_total",
+            Unit::Count,
+            "Limited responses that pacing failed to avoid, by scope.",
+        ),
         ("key_rotation_no_key_total", Unit::Count, "Attempts that found no available key."),
         ("key_rotation_unkeyed_total", Unit::Count, "Requests that were sent without a key."),
         ("key_rotation_failovers_total", Unit::Count, "Retries after a limited response."),

@@ -1164,6 +1164,7 @@ async fn show_layers() {
     show!(layer, failing_over, Failover::attempts(3), TryClone);
     show!(Quota::per_minute(60), Traits::new().scope("model").key(id("alpha")));
     show!(pool.lease(&Traits::new()).unwrap());
+    show_explanations();
     // Services whose own type has `Debug`; that of a function hasn't.
     let reqwest = layer.layer(http());
     show!(reqwest, http(), failing_over.layer(http()));
@@ -1179,6 +1180,17 @@ async fn show_layers() {
     show!(ResponseHead::new(StatusCode::OK, &headers), TooManyRequests::new(), LlmGateway::new());
     let wait = None;
     show!(Verdict::Nothing, Verdict::RateLimited { wait }, Verdict::Exhausted { wait }, Verdict::Revoked);
+}
+
+fn show_explanations() {
+    let pool = KeyPool::builder().key("alpha", secret("alpha")).key("beta", secret("beta"));
+    let pool = pool.quota(Quota::per_minute(60)).build().unwrap();
+    let lease = pool.lease(&Traits::new()).unwrap();
+    let explanation = pool.explain(&Traits::new().session("user-7"));
+    let short = explanation.keys.iter().find(|key| key.passed_over.is_some()).unwrap();
+    show!(explanation, short.clone(), short.passed_over.clone().unwrap(), short.budgets[0]);
+    show!(short.budgets[0].unit, short.budgets[0].known_by, pool.scopes()[0].clone());
+    drop(lease);
 }
 
 #[tokio::test]

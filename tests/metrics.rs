@@ -8,13 +8,13 @@ use std::{
     time::Duration,
 };
 
-use http::{Request, Response};
+use http::{HeaderMap, Request, Response, StatusCode};
 use metrics_util::debugging::{DebugValue, DebuggingRecorder, Snapshotter};
 use support::*;
 use tower::{Layer, Service, service_fn};
 use tower_key_rotation::{
-    Failover, KeyPool, KeyRotationLayer, RecoveryHandle,
-    classify::{LlmGateway, TooManyRequests},
+    Failover, KeyPool, KeyRotationLayer, Quota, RecoveryHandle, Traits,
+    classify::{LlmGateway, ResponseHead, TooManyRequests},
     clock::ManualClock,
 };
 
@@ -79,9 +79,8 @@ async fn metrics_report_key_status_and_request_outcomes() {
     client.call(request()).await.unwrap();
     pool.record_metrics();
     let mut seen = recorded(&metrics);
-    seen.retain(|name, _| {
-        !name.contains("store_errors") && !name.contains("pass_") && !name.contains("recovered")
-    });
+    let apart = ["store_errors", "pass_", "recovered", "pacing", "waiting ", "_left", "_limits"];
+    seen.retain(|name, _| !apart.iter().any(|part| name.contains(part)));
     let expected = [
         ("key_rotation_keys healthy", 1.0),
         ("key_rotation_keys rate_limited", 1.0),
@@ -136,6 +135,39 @@ async fn metrics_report_exhausted_retry_budgets_and_wait_times() {
     });
     answer.unwrap();
     assert_eq!(recorded(&metrics)["key_rotation_wait_seconds"], 1.0);
+}
+
+#[tokio::test]
+async fn metrics_report_limits_by_a_bounded_number_of_scopes() {
+    let (metrics, recorder) = listening();
+    let _guard = metrics::set_default_local_recorder(&recorder);
+    let keys = [("alpha", "f-1"), ("beta", "f-2")];
+    let builder = KeyPool::builder().name("openai").clock(ManualClock::new()).keys(keys);
+    let pool = builder.quota(Quota::per_minute(60).burst(10)).build().unwrap();
+    let ask = |scope: &str, status: u16| {
+        let lease = pool.lease(&Traits::new().scope(scope)).unwrap();
+        lease.answered(&ResponseHead::new(StatusCode::from_u16(status).unwrap(), &HeaderMap::new()));
+    };
+    ask("model", 200);
+    ask("model", 429);
+    pool.record_metrics();
+    let seen = recorded(&metrics);
+    assert_eq!(seen["key_rotation_limited_despite_pacing_total model"], 1.0);
+    assert_eq!(seen["key_rotation_limited_despite_pacing_total "], 0.0);
+    // The refused request was not counted.
+    assert_eq!(seen["key_rotation_left requests model"], 19.0);
+    assert_eq!(seen["key_rotation_limits quota model"], 2.0);
+    assert_eq!(seen["key_rotation_waiting model"], 0.0);
+
+    for number in 0..200 {
+        ask(&format!("scope-{number}"), 429);
+    }
+    pool.record_metrics();
+    let seen = recorded(&metrics);
+    let waiting = seen.keys().filter(|name| name.starts_with("key_rotation_waiting ")).count();
+    assert_eq!(waiting, 101);
+    assert_eq!(seen["key_rotation_limited_despite_pacing_total (others)"], 102.0);
+    assert_eq!(seen["key_rotation_limits quota (others)"], 102.0);
 }
 
 #[tokio::test]

@@ -39,6 +39,17 @@ pub(crate) struct Budget {
     sent: AtomicU64,
 }
 
+/// A budget at one moment.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Standing {
+    pub(crate) left: f64,
+    /// How many units there are when it is full.
+    pub(crate) limit: f64,
+    /// When it is full by itself, in ns: of a window, when that ends.
+    pub(crate) reset: u64,
+    pub(crate) is_window: bool,
+}
+
 impl Budget {
     /// Takes so many units. Returns the sequence number, or when there are enough, in ns.
     ///
@@ -116,7 +127,6 @@ impl Budget {
     }
 
     /// How many units are left; `None` if that is not known.
-    #[cfg(test)]
     pub(crate) fn level(&self, now: u64) -> Option<f64> {
         let (unit, span) = (self.unit.load(Relaxed), self.span.load(Relaxed));
         (unit != UNKNOWN).then(|| level(unit, span, self.word.load(SeqCst), now))
@@ -129,6 +139,19 @@ impl Budget {
     #[cfg(test)]
     pub(crate) fn is_window(&self) -> bool {
         self.unit.load(Relaxed) == WINDOW
+    }
+
+    /// What is known of it; `None` if that is nothing.
+    pub(crate) fn standing(&self, now: u64) -> Option<Standing> {
+        let left = self.level(now)?;
+        let (unit, span, word) = (self.unit.load(Relaxed), self.span.load(Relaxed), self.word.load(SeqCst));
+        let (limit, reset) = if unit == WINDOW {
+            (lower(span) as f64, window_at(word, span, now).0 << TICK)
+        } else {
+            // The unit is rounded.
+            ((span as f64 / in_ns(unit.max(1)) * 1e3).round() / 1e3, word.max(now))
+        };
+        Some(Standing { left, limit, reset, is_window: unit == WINDOW })
     }
 
     pub(crate) fn sent(&self) -> u64 {

@@ -1,14 +1,15 @@
 //! One limit: of a key, or of the keys of a quota group, in one scope.
 
-use std::sync::PoisonError;
+use std::{sync::PoisonError, time::Duration};
 
 use super::{
-    budget::Budget,
+    budget::{Budget, Standing},
     estimate::{self, Estimate},
     found::{FIRST_IN_FLIGHT, Found},
     left::Remaining,
     quota::Quota,
     sharing::Sharing,
+    standing::{BudgetStats, Closed, KnownBy, Unit},
     taken::{Answered, Taken, seconds, wait_nanos},
     word::NEVER,
 };
@@ -178,6 +179,71 @@ impl Limit {
 
     pub(crate) fn in_flight(&self) -> u32 {
         self.in_flight.load(SeqCst)
+    }
+
+    /// At most so many requests without an answer, as far as is known.
+    pub(crate) fn most_in_flight(&self) -> Option<u32> {
+        Some(self.cap.load(Relaxed)).filter(|cap| *cap != 0)
+    }
+
+    /// Why there is no room for a request of that many tokens, and until when, in ns: of several reasons, the one that lasts
+    /// longest; the requests in flight are named only if there is no other reason.
+    pub(crate) fn why_closed(&self, tokens: u64, now: u64) -> Option<(Closed, u64)> {
+        let learned = [
+            (Closed::Resting, self.rest.load(SeqCst)),
+            (Closed::Budget(0), self.requests.when(1, now)),
+            (Closed::Budget(1), if tokens == 0 { 0 } else { self.tokens.when(tokens, now) }),
+        ];
+        let quotas = (2..).zip(&self.quotas);
+        let quotas =
+            quotas.map(|(at, (quota, budget))| (Closed::Budget(at), quota.when(budget, tokens, now)));
+        let reasons = learned.into_iter().chain(quotas).filter(|(_, until)| *until > now);
+        if let Some(longest) = reasons.max_by_key(|(_, until)| *until) {
+            return Some(longest);
+        }
+        let (in_flight, most) = (self.in_flight(), self.most_in_flight()?);
+        (in_flight >= most).then_some((Closed::InFlight { in_flight, most }, NEVER))
+    }
+
+    /// What is left of each budget that is known, with its number in [`Closed::Budget`].
+    pub(crate) fn budgets(&self, now: u64) -> Vec<(usize, BudgetStats)> {
+        let (of_requests, of_tokens) = self.known_by_answers();
+        let learned = [
+            (Unit::Requests, of_requests, self.requests.standing(now)),
+            (Unit::Tokens, of_tokens, self.tokens.standing(now)),
+        ];
+        let configured = self.quotas.iter().map(|(quota, budget)| {
+            let unit = if quota.is_of_tokens() { Unit::Tokens } else { Unit::Requests };
+            (unit, Some(KnownBy::Quota), quota.standing(budget, now))
+        });
+        let stats = |(unit, known_by, standing): (Unit, Option<KnownBy>, Option<Standing>)| {
+            let (known_by, Standing { left, limit, reset, is_window }) = (known_by?, standing?);
+            let resets_in = Duration::from_nanos(reset.saturating_sub(now));
+            Some(BudgetStats { unit, known_by, left, limit, resets_in, is_window })
+        };
+        let all = learned.into_iter().chain(configured).map(stats).enumerate();
+        all.filter_map(|(at, stats)| Some((at, stats?))).collect()
+    }
+
+    /// How the budgets of requests and of tokens are known. A limit whose headers are ignored has the first one alone.
+    fn known_by_answers(&self) -> (Option<KnownBy>, Option<KnownBy>) {
+        let learned = self.learned.lock().unwrap_or_else(PoisonError::into_inner);
+        if learned.ignores_headers {
+            return (Some(KnownBy::Distrusted), None);
+        }
+        let has_headers = learned.requests.last_level().is_some();
+        let of_requests = if has_headers { KnownBy::Headers } else { KnownBy::Refusals };
+        (
+            Some(of_requests).filter(|_| self.requests.is_known()),
+            Some(KnownBy::Headers).filter(|_| self.tokens.is_known()),
+        )
+    }
+
+    /// How the limit is known: by the surest of its budgets, unless its headers are ignored.
+    pub(crate) fn known_by(&self) -> Option<KnownBy> {
+        let (of_requests, of_tokens) = self.known_by_answers();
+        let by_quota = Some(KnownBy::Quota).filter(|_| !self.quotas.is_empty());
+        of_tokens.or(of_requests).or(by_quota)
     }
 
     /// Whether an answer proved that there is no room for a request now. A quota, and a rest that the service asked for, are

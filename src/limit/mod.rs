@@ -12,6 +12,7 @@ mod limit_of_key;
 mod quota;
 mod rules;
 mod sharing;
+mod standing;
 mod status;
 mod taken;
 mod traits;
@@ -25,12 +26,14 @@ pub(crate) use self::{
     limit_of_key::Limit,
     rules::Cooldowns,
     sharing::Sharing,
+    standing::Closed,
     taken::{Answered, Taken},
     traits::Named,
     word::{AtomicWord, NEVER, Word, millis, nanos},
 };
 pub use self::{
     quota::Quota,
+    standing::{BudgetStats, KnownBy, Unit},
     status::{Rest, Status},
     traits::Traits,
     words::{InvalidScope, Resting, Scope, Until, Words},

@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{
-    budget::Budget,
+    budget::{Budget, Standing},
     civil::{Civil, InvalidReset},
     nanos,
 };
@@ -201,6 +201,13 @@ impl Quota {
                 when => civil.in_pool_time(when, now),
             },
         }
+    }
+
+    /// As [`Budget::standing`].
+    pub(crate) fn standing(&self, budget: &Budget, now: u64) -> Option<Standing> {
+        let standing = budget.standing(self.times(budget, now, now).1)?;
+        let reset = self.civil().map_or(standing.reset, |civil| civil.in_pool_time(standing.reset, now));
+        Some(Standing { reset, ..standing })
     }
 
     /// As [`Budget::put_back`], of a request's cost.

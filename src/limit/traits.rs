@@ -94,6 +94,11 @@ impl Traits {
         Arc::make_mut(self.0.get_or_insert_default())
     }
 
+    /// Whether they say nothing of the request.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_none()
+    }
+
     #[inline]
     pub(crate) fn named(&self) -> &Named {
         self.0.as_deref().unwrap_or(&NOTHING)

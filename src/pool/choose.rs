@@ -86,12 +86,15 @@ impl Engine {
         let Some(place) = common.waiting.join(MOST_WAITING, demand(traits).is_picky()) else {
             return Err(NoKeyAvailable::queue_is_full(self.snapshot().keys().len()));
         };
+        let began = self.now();
         let time_over = self.config.clock.sleep_until(give_up);
-        tokio::select! {
+        let acquired = tokio::select! {
             biased;
             lease = self.in_turn(traits, &common, &place, was_refused) => Ok(lease),
             () = time_over => self.pick_now(traits).map_err(|until| self.no_room(until)),
-        }
+        };
+        self.config.meter.waited(self.now().saturating_sub(began));
+        acquired
     }
 
     async fn in_turn(
@@ -150,7 +153,7 @@ impl Engine {
     }
 }
 
-fn demand(traits: &Traits) -> Demand<'_> {
+pub(super) fn demand(traits: &Traits) -> Demand<'_> {
     let Named { tokens, session, key, avoid, .. } = traits.named();
     Demand { tokens: *tokens, session: *session, only: key.as_ref(), avoid }
 }

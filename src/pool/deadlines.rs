@@ -63,6 +63,11 @@ impl Deadlines {
         earliest
     }
 
+    /// The deadline of a slot.
+    pub(crate) fn of(&self, slot: usize) -> u64 {
+        self.levels[0][slot].load(SeqCst)
+    }
+
     pub(crate) fn set(&self, slot: usize, deadline: u64) {
         let before = self.levels[0][slot].swap(deadline, SeqCst);
         if deadline > before {

@@ -109,6 +109,7 @@ impl Engine {
                 quotas: config.quotas.clone(),
                 fills_first: config.fills_first,
                 regrouping: Regrouping::default(),
+                meter: config.meter.clone(),
             };
             Self {
                 chooses: AtomicBool::new(limiting.chooses() || snapshot.has_choices()),
@@ -151,6 +152,13 @@ impl Engine {
         let lease = self.take_turn()?;
         lease.key.counts.requests.add(1);
         Some(lease)
+    }
+
+    /// The same, not inlined: a second copy would make the usual way of a request longer.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn pick_apart(&self) -> Option<Lease> {
+        self.pick()
     }
 
     /// The next key in turn that is none of these. They lose their turn.

@@ -2,7 +2,11 @@
 
 use std::{fmt, sync::Arc, time::Duration};
 
-use super::{engine::Engine, no_key::NoKeyAvailable, stats::PoolStats};
+use super::{
+    engine::Engine,
+    no_key::NoKeyAvailable,
+    stats::{PoolStats, ScopeTotals},
+};
 use crate::{
     clock::Clock,
     key::{KeyId, Rejected, hosts::Hosts},
@@ -93,6 +97,31 @@ impl KeyPool {
     #[must_use]
     pub fn stats(&self) -> PoolStats {
         self.engine().stats(self.unreadable())
+    }
+
+    /// The scopes that requests use, each with what its limits still allow together. [`explain`](Self::explain) says the
+    /// same for each key of one scope.
+    ///
+    /// There are 1,024 scopes at most, and one without a name. Takes a time that grows with the number of limits in use;
+    /// requests don't notice.
+    ///
+    /// ```
+    /// use tower_key_rotation::{KeyPool, Quota, Traits};
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let pool = KeyPool::builder().key("alpha", "sk-1").quota(Quota::per_minute(60).burst(10)).build()?;
+    /// let lease = pool.lease(&Traits::new().scope("gpt-5-mini"))?;
+    ///
+    /// let scopes = pool.scopes();
+    /// assert_eq!(scopes[0].scope.as_ref().unwrap().as_str(), "gpt-5-mini");
+    /// assert_eq!((scopes[0].in_flight, scopes[0].requests_left), (1, Some(9.0)));
+    /// # drop(lease);
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn scopes(&self) -> Vec<ScopeTotals> {
+        self.engine().scopes()
     }
 
     /// Credits tokens, or whatever else the service counts, to a key. An unknown id is ignored: the key may

@@ -49,6 +49,11 @@ impl Lease {
         self.ticket.as_ref().is_some_and(|ticket| ticket.rests_apart())
     }
 
+    /// Whether the request finds out if a key has room that should have none.
+    pub(crate) fn is_probe(&self) -> bool {
+        self.ticket.as_ref().is_some_and(|ticket| ticket.is_probe())
+    }
+
     /// The request was not sent.
     #[cold]
     pub(crate) fn put_back(mut self) {

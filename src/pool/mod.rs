@@ -12,7 +12,7 @@
 //! | `Link::turn` | keys are read from the store, or an operator's change is made there, and applied here |
 //! | `Link::round` | a round of marks is written; beside `turn`, never with it |
 //! | `Engine::editing` | the set of keys is replaced |
-//! | `Scopes`, `Complaints`, `Link::gone` | their own map is read or changed; each alone |
+//! | `Scopes`, `Complaints`, `Link::gone`, `Meter::scopes` | their own map is read or changed; each alone |
 //! | `Common::sharing`, then `Limit::learned` | an answer is learned from |
 //! | `ScopesInUse::adding`, `Common::newest`, `Common::probing` | a scope is made; the newest snapshot's scope is looked up; a probe is planned; each alone |
 
@@ -23,6 +23,8 @@ mod deadlines;
 mod engine;
 #[cfg(all(test, schedules = "loom"))]
 mod every_schedule;
+mod explain;
+mod explanation;
 mod in_flight;
 mod insert;
 mod key;
@@ -46,10 +48,11 @@ mod waiting;
 
 pub use self::{
     builder::{BuildError, KeyPoolBuilder},
+    explanation::{ExplainedKey, Explanation, PassedOver},
     key_pool::KeyPool,
     no_key::NoKeyAvailable,
     operate::OperateError,
-    stats::{KeyStats, PoolStats, ScopeStats},
+    stats::{KeyStats, PoolStats, ScopeStats, ScopeTotals},
 };
 pub(crate) use self::{
     engine::Engine,

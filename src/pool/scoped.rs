@@ -17,6 +17,7 @@ use crate::{
     clock::Clock,
     key::KeyId,
     limit::{Cap, Cooldowns, Limit, NEVER, Quota, Rest, Scope, Sharing, Taken, nanos},
+    meter::Meter,
     sync::{
         Mutex, MutexGuard,
         atomic::{
@@ -59,6 +60,7 @@ pub(crate) struct Limiting {
     /// The first key with room serves, not the next one in turn.
     pub(crate) fills_first: bool,
     pub(crate) regrouping: Regrouping,
+    pub(crate) meter: Arc<Meter>,
 }
 
 /// When keys are grouped by the organisations that responses name.
@@ -106,11 +108,21 @@ pub(crate) struct Common {
     usual_tokens: AtomicU64,
     /// In seconds of the pool's clock.
     last_used: AtomicU64,
+    /// Refusals that pacing failed to avoid.
+    refused: AtomicU64,
 }
 
 impl Common {
     pub(crate) fn of(scope: Option<Scope>) -> Self {
         Self { scope, ..Self::default() }
+    }
+
+    pub(crate) fn scope(&self) -> Option<&Scope> {
+        self.scope.as_ref()
+    }
+
+    pub(crate) fn refused(&self) -> u64 {
+        self.refused.load(Relaxed)
     }
 }
 
@@ -350,6 +362,39 @@ impl Scoped {
         self.common.last_used.load(Relaxed) < since && !self.common.waiting.has_any() && !in_flight()
     }
 
+    // ---- for explanations ----
+
+    /// Whether the next pick finds a key in the index, which it brings up to date first. If not, when it looks at the key
+    /// again, in ns.
+    pub(super) fn in_index(&self, slot: usize, now: u64) -> Result<(), u64> {
+        let due = self.due.of(slot);
+        let is_there = self.is_open(slot) || due <= now && self.closed_until(slot, now) == 0;
+        if is_there { Ok(()) } else { Err(due) }
+    }
+
+    /// The limits in use.
+    pub(super) fn limits(&self) -> impl Iterator<Item = &Arc<Limit>> {
+        self.limits.iter().filter_map(OnceLock::get)
+    }
+
+    /// Counts a refusal, if pacing should have avoided it.
+    pub(crate) fn count_refused(&self) {
+        if self.limiting.is_on() {
+            self.common.refused.fetch_add(1, Relaxed);
+            self.limiting.meter.refused_in(self.common.scope());
+        }
+    }
+
+    /// The turn at which the next pick in a tier begins to look.
+    pub(super) fn turn(&self, tier: usize) -> usize {
+        self.cursors[tier].0.load(Relaxed)
+    }
+
+    /// Whose turn it is in a quota group.
+    pub(super) fn turn_of_member(&self, group: usize) -> usize {
+        self.members[group].load(Relaxed)
+    }
+
     // ---- picks ----
 
     /// The next key in turn that has room, or when the first one has, in ns; [`NEVER`] if no key opens by itself.
@@ -558,7 +603,7 @@ impl Scoped {
         self.layout.has_caps() && self.keys[slot].cap().is_some_and(Cap::is_full)
     }
 
-    fn usual_tokens(&self) -> u64 {
+    pub(super) fn usual_tokens(&self) -> u64 {
         self.common.usual_tokens.load(Relaxed)
     }
 

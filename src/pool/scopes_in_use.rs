@@ -73,6 +73,14 @@ impl ScopesInUse {
         }
     }
 
+    /// A scope, if a request has used it.
+    pub(crate) fn find(&self, scope: Option<&Scope>) -> Option<Arc<Scoped>> {
+        match scope {
+            None => self.none.get().cloned(),
+            Some(scope) => self.named.load().get(scope).cloned(),
+        }
+    }
+
     pub(crate) fn each(&self, mut then: impl FnMut(&Arc<Scoped>)) {
         if let Some(scoped) = self.none.get() {
             then(scoped);

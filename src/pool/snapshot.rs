@@ -118,6 +118,15 @@ impl Snapshot {
         &self.keys
     }
 
+    pub(super) fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The slot at which the next pick begins to look.
+    pub(super) fn turn(&self) -> usize {
+        self.begin_from(self.cursor.0.load(Relaxed))
+    }
+
     pub(crate) fn get(&self, id: &str) -> Option<&Arc<Key>> {
         self.by_id.find(id, &self.keys).map(|slot| &self.keys[slot])
     }

@@ -2,10 +2,12 @@
 
 use std::{sync::Arc, time::Duration};
 
-use super::{engine::Engine, key::Key};
+use super::{engine::Engine, key::Key, scoped::Scoped};
+#[cfg(feature = "metrics")]
+use crate::meter::ScopeNow;
 use crate::{
     key::KeyId,
-    limit::{Resting, Scope, Status},
+    limit::{KnownBy, Resting, Scope, Status, Unit},
     sync::atomic::Ordering::Relaxed,
 };
 
@@ -31,6 +33,14 @@ pub struct PoolStats {
     /// Requests that were sent without a key: to a host that gets none, or without a host. Each host was logged
     /// once, with the reason.
     pub unkeyed: u64,
+    /// Requests that have waited for a key.
+    pub waited: u64,
+    /// How long they have waited together. Serialized in seconds, with a fraction.
+    #[cfg_attr(feature = "serde", serde(rename = "waited_for_seconds", serialize_with = "total_seconds"))]
+    pub waited_for: Duration,
+    /// Limited responses in a pool that is paced or has quotas: those that pacing failed to avoid, and those by which it
+    /// finds limits. The number to watch: near 0 if the service's headers are good.
+    pub limited_despite_pacing: u64,
     /// Each key, in the order in which they are picked.
     pub keys: Vec<KeyStats>,
 }
@@ -75,6 +85,96 @@ pub struct ScopeStats {
     pub time_left: Option<Duration>,
 }
 
+/// One scope that requests use: see [`KeyPool::scopes`](crate::KeyPool::scopes).
+#[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
+pub struct ScopeTotals {
+    /// The scope; `None` for requests without one.
+    pub scope: Option<Scope>,
+    /// Requests that wait for a key.
+    pub waiting: usize,
+    /// Requests that have no answer yet, of keys with a limit.
+    pub in_flight: u64,
+    /// What all limits of known budgets still allow together, in requests. `None` if no such budget is known.
+    pub requests_left: Option<f64>,
+    /// The same in tokens.
+    pub tokens_left: Option<f64>,
+    /// Limits, of a key or a quota group, that are known from quotas alone.
+    pub known_by_quota: usize,
+    /// Limits that the service's headers say.
+    pub known_by_headers: usize,
+    /// Limits that are found by refusals.
+    pub known_by_refusals: usize,
+    /// Limits whose headers contradicted the service's answers, and are ignored.
+    pub distrusted: usize,
+    /// Limits of which nothing is known yet.
+    pub unknown: usize,
+    /// As [`PoolStats::limited_despite_pacing`], since the scope is in use.
+    pub limited_despite_pacing: u64,
+}
+
+impl Engine {
+    /// The scopes that requests use.
+    pub(crate) fn scopes(&self) -> Vec<ScopeTotals> {
+        let mut totals = Vec::new();
+        self.snapshot().scopes.each(|scoped| totals.push(ScopeTotals::of(scoped)));
+        totals.sort_by(|one, other| one.scope.cmp(&other.scope));
+        totals
+    }
+}
+
+impl ScopeTotals {
+    fn of(scoped: &Scoped) -> Self {
+        let mut totals = Self {
+            scope: scoped.common.scope().cloned(),
+            waiting: scoped.common.waiting.count(),
+            in_flight: 0,
+            requests_left: None,
+            tokens_left: None,
+            known_by_quota: 0,
+            known_by_headers: 0,
+            known_by_refusals: 0,
+            distrusted: 0,
+            unknown: 0,
+            limited_despite_pacing: scoped.common.refused(),
+        };
+        let now = scoped.now();
+        for limit in scoped.limits() {
+            totals.in_flight += u64::from(limit.in_flight());
+            *match limit.known_by() {
+                Some(KnownBy::Quota) => &mut totals.known_by_quota,
+                Some(KnownBy::Headers) => &mut totals.known_by_headers,
+                Some(KnownBy::Refusals) => &mut totals.known_by_refusals,
+                Some(KnownBy::Distrusted) => &mut totals.distrusted,
+                None => &mut totals.unknown,
+            } += 1;
+            let budgets = limit.budgets(now);
+            for (unit, sum) in
+                [(Unit::Requests, &mut totals.requests_left), (Unit::Tokens, &mut totals.tokens_left)]
+            {
+                // Of a learned budget and a quota, the smaller one counts.
+                let left =
+                    budgets.iter().filter(|(_, budget)| budget.unit == unit).map(|(_, budget)| budget.left);
+                if let Some(left) = left.reduce(f64::min) {
+                    *sum = Some(sum.unwrap_or(0.0) + left.max(0.0));
+                }
+            }
+        }
+        totals
+    }
+
+    /// As it is recorded.
+    #[cfg(feature = "metrics")]
+    pub(super) fn now(&self) -> ScopeNow {
+        ScopeNow {
+            waiting: self.waiting,
+            left: [self.requests_left, self.tokens_left].map(Option::unwrap_or_default),
+            limits: [self.known_by_quota, self.known_by_headers, self.known_by_refusals, self.distrusted],
+        }
+    }
+}
+
 impl Engine {
     /// The totals, and each key.
     pub(crate) fn stats(&self, unreadable: usize) -> PoolStats {
@@ -103,10 +203,15 @@ impl Engine {
         self.return_all_expired();
         let snapshot = self.snapshot();
         let now = self.config.clock.now();
+        let meter = &self.config.meter;
+        let (waited, waited_for) = meter.waits();
         let mut totals = PoolStats {
             marks_waiting: snapshot.count_pending(),
             unreadable,
-            unkeyed: self.config.meter.unkeyed.count(),
+            unkeyed: meter.unkeyed.count(),
+            waited,
+            waited_for,
+            limited_despite_pacing: meter.refused(),
             ..PoolStats::default()
         };
         for key in snapshot.keys() {
@@ -145,4 +250,9 @@ fn scope_stats((scope, Resting { until, reason }): (Scope, Resting)) -> ScopeSta
 #[cfg(feature = "serde")]
 fn seconds<S: serde::Serializer>(time: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
     serde::Serialize::serialize(&time.map(|time| time.as_secs_f64()), serializer)
+}
+
+#[cfg(feature = "serde")]
+fn total_seconds<S: serde::Serializer>(time: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_f64(time.as_secs_f64())
 }

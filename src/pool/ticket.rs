@@ -29,6 +29,10 @@ impl Ticket {
         self.scoped.key(self.slot as usize)
     }
 
+    pub(crate) fn is_probe(&self) -> bool {
+        self.taken.is_some_and(|taken| taken.is_probe)
+    }
+
     /// The request was not sent.
     pub(crate) fn put_back(mut self) {
         if let Some(taken) = self.taken.take() {
@@ -41,6 +45,9 @@ impl Ticket {
     /// The service answered. If it refused the request for its limit, the limit rests.
     pub(crate) fn answered(mut self, is_limited: bool, wait: Option<Duration>, said: &Remaining) {
         let now = self.scoped.now();
+        if is_limited {
+            self.scoped.count_refused();
+        }
         let taken = self.taken.take();
         match taken {
             Some(taken) if self.scoped.learns() => self.learn(&taken, is_limited, wait, said, now),

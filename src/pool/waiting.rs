@@ -39,6 +39,11 @@ impl Waiting {
         self.queued.load(SeqCst) > 0
     }
 
+    /// How many requests wait, those included that wait beside the queue.
+    pub(crate) fn count(&self) -> usize {
+        self.count.load(SeqCst)
+    }
+
     /// Joins the queue, or those beside it, unless that many wait already.
     pub(crate) fn join(&self, most: usize, beside: bool) -> Option<Place<'_>> {
         let joined = self.count.fetch_update(SeqCst, SeqCst, |count| (count < most).then_some(count + 1));
