@@ -60,6 +60,17 @@ fn requests_allocate_nothing_while_keys_are_healthy() {
 }
 
 #[test]
+fn requests_allocate_nothing_while_spans_are_off() {
+    let subscriber =
+        tracing_subscriber::fmt().with_max_level(tracing::Level::DEBUG).with_writer(std::io::sink);
+    tracing::subscriber::with_default(subscriber.finish(), || {
+        let pool = pool(100, &ManualClock::new());
+        let mut client = KeyRotationLayer::new(&pool).layer(Echo);
+        assert_eq!(allocations(&mut client, "200"), allocations(&mut Echo, "200"));
+    });
+}
+
+#[test]
 fn requests_allocate_nothing_while_keys_rest_or_return() {
     let clock = ManualClock::new();
     let pool = pool(100, &clock);

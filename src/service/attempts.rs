@@ -2,7 +2,15 @@
 
 use std::{future::Future, sync::Arc, time::Duration};
 
-use super::{error::Error, failover::Resend, gate::Pass, judge::Outcome, mode::Attempt, rotation::Rotation};
+use super::{
+    error::{Error, Refused},
+    failover::Resend,
+    gate::Pass,
+    judge::Outcome,
+    mode::Attempt,
+    rotation::Rotation,
+    trace::Trace,
+};
 use crate::{
     classify::ClassifyResponse,
     clock::Sleep,
@@ -39,6 +47,7 @@ where
     pass: Option<Pass>,
     /// The last refused response: the caller's, if no further attempt can be made.
     refused: Option<M::Response>,
+    trace: Trace,
 }
 
 type Answer<R, E> = Result<R, Error<E>>;
@@ -49,7 +58,12 @@ where
     M: Attempt<Req, R>,
     Req: RequestMessage,
 {
-    pub(crate) fn new(rotation: Arc<Rotation<C, M>>, client: S, traits: Option<Traits>) -> Self {
+    pub(crate) fn new(
+        rotation: Arc<Rotation<C, M>>,
+        client: S,
+        traits: Option<Traits>,
+        trace: Trace,
+    ) -> Self {
         Self {
             rotation,
             client,
@@ -61,6 +75,7 @@ where
             waited: Duration::ZERO,
             pass: None,
             refused: None,
+            trace,
         }
     }
 
@@ -72,9 +87,16 @@ where
     {
         if self.traits.is_some() {
             let acquired = self.acquire().await;
-            acquired.map_err(|error| self.rotation.refuse_without_key(error).into_error())?;
+            acquired.map_err(|error| {
+                let refused = self.rotation.refuse_without_key(error);
+                self.trace.refused(&refused);
+                refused.into_error()
+            })?;
         } else if self.rotation.has_queue(None) {
-            self.wait().await.map_err(Error::NoKeyAvailable)?;
+            self.wait().await.map_err(|error| {
+                self.trace.refused(&Refused::NoKeyAvailable(error));
+                Error::NoKeyAvailable(error)
+            })?;
         }
         self.kept = self.rotation.mode.keep(&request);
         self.send_until_settled(request).await
@@ -123,9 +145,11 @@ where
                     {
                         continue;
                     }
+                    self.trace.refused(&refused);
                     return self.refused.ok_or_else(|| refused.into_error());
                 }
             };
+            self.trace.sends(&lease);
             let answer = self.client.send(request).await;
             let answer = answer.map(M::untouched).map_err(Error::Inner);
             let (answer, outcome) = self.settle(&mut lease, answer).await;
@@ -152,6 +176,7 @@ where
             answer = Ok(response);
         }
         let outcome = self.rotation.judge.settle(lease, &mut answer, beginning.as_deref());
+        self.trace.answered(lease, &answer);
         (answer, outcome)
     }
 
@@ -178,6 +203,7 @@ where
         let Some(mut request) = rotation.mode.again(&kept) else { return Next::Settled(Ok(response)) };
         let Some(when) = self.when_again(lease, resend) else { return Next::Settled(Ok(response)) };
         let (response, _) = M::read(response, resend.drain, self.time_for_a_body()).await;
+        self.trace.picks_again();
         if when == When::AfterWaiting {
             let has_turn =
                 if self.traits.is_some() { self.acquire().await.is_ok() } else { self.wait().await.is_ok() };
@@ -232,10 +258,8 @@ where
         let limit = self.rotation.wait.saturating_sub(self.waited);
         let acquired = pool.engine().acquire(traits, limit, self.sent > 0).await;
         let waited = pool.clock().now().saturating_sub(before);
-        if !waited.is_zero() {
-            self.waited += waited;
-            pool.meter().waited(waited);
-        }
+        self.waited += waited;
+        self.trace.waited(waited);
         self.lease = Some(acquired?);
         Ok(())
     }
@@ -250,6 +274,7 @@ where
         let turn = self.rotation.gate.clone().enter(pool, limit).await;
         let waited = pool.clock().now().saturating_sub(before);
         self.waited += waited;
+        self.trace.waited(waited);
         pool.meter().waited(waited);
         // After a wait, any key will do whose cooldown is over.
         self.tried.clear();

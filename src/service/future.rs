@@ -10,6 +10,7 @@ use std::{
 
 use pin_project_lite::pin_project;
 use tower_service::Service;
+use tracing::Instrument;
 
 use super::{
     attempts::{Attempts, Client},
@@ -17,6 +18,7 @@ use super::{
     judge::{Judge, Outcome},
     mode::Attempt,
     rotation::Rotation,
+    trace::Trace,
 };
 use crate::{
     classify::ClassifyResponse,
@@ -37,9 +39,17 @@ pin_project! {
     #[project = StateProjection]
     enum State<F, C> {
         Keyed { #[pin] response: F, judge: Judge<C>, lease: Lease },
-        Keyless { #[pin] response: F },
+        // Without a key, or with an explanation. One variant for both: a fourth one would make the usual way longer.
+        Unusual { #[pin] response: F, traced: Option<Box<Traced<C>>> },
         Refused { refused: Option<Box<Refused>> },
     }
+}
+
+/// A request that is explained.
+struct Traced<C> {
+    judge: Judge<C>,
+    lease: Lease,
+    trace: Trace,
 }
 
 impl<F, C> ResponseFuture<F, C> {
@@ -47,8 +57,13 @@ impl<F, C> ResponseFuture<F, C> {
         Self { state: State::Keyed { response, judge, lease } }
     }
 
+    pub(crate) fn traced(response: F, judge: Judge<C>, lease: Lease, trace: Trace) -> Self {
+        let traced = Some(Box::new(Traced { judge, lease, trace }));
+        Self { state: State::Unusual { response, traced } }
+    }
+
     pub(crate) fn keyless(response: F) -> Self {
-        Self { state: State::Keyless { response } }
+        Self { state: State::Unusual { response, traced: None } }
     }
 
     pub(crate) fn refused(refused: Box<Refused>) -> Self {
@@ -71,10 +86,18 @@ where
             StateProjection::Keyed { response, judge, lease } => {
                 // Judged in the place where it is returned: a response is large.
                 let mut result = ready!(response.poll(cx)).map_err(Error::Inner);
-                judge.settle(lease, &mut result, None);
+                judge.settle_here(lease, &mut result, None);
                 Poll::Ready(result)
             }
-            StateProjection::Keyless { response } => response.poll(cx).map_err(Error::Inner),
+            StateProjection::Unusual { response, traced: None } => response.poll(cx).map_err(Error::Inner),
+            StateProjection::Unusual { response, traced: Some(traced) } => {
+                let Traced { judge, lease, trace } = &mut **traced;
+                let _entered = trace.enter();
+                let mut result = ready!(response.poll(cx)).map_err(Error::Inner);
+                judge.settle(lease, &mut result, None);
+                trace.answered(lease, &result);
+                Poll::Ready(result)
+            }
             // A future is not polled again once it is ready.
             StateProjection::Refused { refused } => match refused.take() {
                 Some(refused) => Poll::Ready(Err(refused.into_error())),
@@ -110,6 +133,7 @@ pin_project! {
         lease: Option<Lease>,
         kept: Option<M::Kept>,
         traits: Option<Traits>,
+        trace: Trace,
         client: S,
         rotation: Arc<Rotation<C, M>>,
         // Boxed: only a limited request, or one that waits, comes here.
@@ -128,10 +152,11 @@ where
         lease: Option<Lease>,
         kept: Option<M::Kept>,
         traits: Option<Traits>,
+        trace: Trace,
         client: S,
         rotation: Arc<Rotation<C, M>>,
     ) -> Self {
-        Self { first: Some(first), lease, kept, traits, client, rotation, going_on: None }
+        Self { first: Some(first), lease, kept, traits, trace, client, rotation, going_on: None }
     }
 
     #[cold]
@@ -149,6 +174,7 @@ where
             lease: None,
             kept: None,
             traits: None,
+            trace: Trace::none(),
             client,
             rotation,
             going_on: Some(going_on),
@@ -170,11 +196,13 @@ where
     pub(crate) fn in_turn(
         request: Req,
         traits: Option<Traits>,
+        trace: Trace,
         client: S,
         rotation: Arc<Rotation<C, M>>,
     ) -> Self {
-        let attempts = Attempts::new(rotation.clone(), WhenReady(client.clone()), traits);
-        Self::going_on(Box::pin(attempts.run(request)), client, rotation)
+        let span = trace.span();
+        let attempts = Attempts::new(rotation.clone(), WhenReady(client.clone()), traits, trace);
+        Self::going_on(Box::pin(attempts.run(request).instrument(span)), client, rotation)
     }
 }
 
@@ -198,12 +226,17 @@ where
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut this = self.project();
         if let Some(first) = this.first.as_mut().as_pin_mut() {
+            let entered = this.trace.enter();
             let mut result = ready!(first.poll(cx)).map_err(Error::Inner);
+            drop(entered);
             let Some(lease) = this.lease else { return Poll::Ready(result.map(M::untouched)) };
             let rotation = &**this.rotation;
             let reads = rotation.error_bodies.is_some()
                 && result.as_ref().is_ok_and(|response| rotation.judge.wants_body(response));
             let outcome = (!reads).then(|| rotation.judge.settle(lease, &mut result, None));
+            if outcome.is_some() {
+                this.trace.answered(lease, &result);
+            }
             let has_ended = match outcome {
                 Some(Outcome::Answered) => {
                     if this.kept.is_some()
@@ -222,9 +255,11 @@ where
             }
             let Some(lease) = this.lease.take() else { return Poll::Ready(result.map(M::untouched)) };
             let client = WhenReady(this.client.clone());
-            let attempts = Attempts::new(this.rotation.clone(), client, this.traits.take());
+            let trace = std::mem::replace(this.trace, Trace::none());
+            let span = trace.span();
+            let attempts = Attempts::new(this.rotation.clone(), client, this.traits.take(), trace);
             let kept = this.kept.take();
-            let going_on = attempts.go_on(kept, lease, result.map(M::untouched), outcome);
+            let going_on = attempts.go_on(kept, lease, result.map(M::untouched), outcome).instrument(span);
             this.first.set(None);
             *this.going_on = Some(Box::pin(going_on));
         }

@@ -37,8 +37,22 @@ struct Attributed;
 
 impl<C: ClassifyResponse> Judge<C> {
     /// Rests the key if the response speaks against it, and removes the key from whatever remembers it.
-    #[inline]
     pub(crate) fn settle<R, E>(
+        &self,
+        lease: &mut Lease,
+        result: &mut Result<R, Error<E>>,
+        body: Option<&[u8]>,
+    ) -> Outcome
+    where
+        R: JudgedResponse,
+        E: 'static,
+    {
+        self.settle_here(lease, result, body)
+    }
+
+    /// The same, inlined into its caller: for the usual way of a request.
+    #[inline(always)]
+    pub(crate) fn settle_here<R, E>(
         &self,
         lease: &mut Lease,
         result: &mut Result<R, Error<E>>,

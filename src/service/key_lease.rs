@@ -2,7 +2,7 @@
 
 use std::{fmt, time::Duration};
 
-use super::judge;
+use super::{error::Refused, judge, trace::Trace};
 use crate::{
     classify::{ClassifyResponse, ResponseHead, TooManyRequests, Verdict},
     key::{KeyId, Secret},
@@ -35,7 +35,10 @@ use crate::{
 /// # }
 /// ```
 #[must_use]
-pub struct KeyLease(Lease);
+pub struct KeyLease {
+    lease: Lease,
+    trace: Trace,
+}
 
 impl KeyPool {
     /// Picks the key for a request that no layer sends. Its host is not checked.
@@ -45,7 +48,9 @@ impl KeyPool {
     /// If no key has room now: the error says when one has.
     pub fn lease(&self, traits: &Traits) -> Result<KeyLease, NoKeyAvailable> {
         let engine = self.engine();
-        engine.pick_for(traits).map(KeyLease).map_err(|until| engine.no_room(until))
+        let trace = Trace::begin(self, Some(traits));
+        let lease = engine.pick_for(traits).map_err(|until| engine.no_room(until));
+        KeyLease::of(lease, trace)
     }
 
     /// Picks the key for a request that no layer sends, after a wait in the queue of its scope if need be.
@@ -54,21 +59,40 @@ impl KeyPool {
     ///
     /// If no key has room within `limit`, or too many requests wait.
     pub async fn lease_within(&self, traits: &Traits, limit: Duration) -> Result<KeyLease, NoKeyAvailable> {
-        self.engine().acquire(traits, limit, false).await.map(KeyLease)
+        let mut trace = Trace::begin(self, Some(traits));
+        let began = trace.is_on().then(|| self.clock().now());
+        let lease = self.engine().acquire(traits, limit, false).await;
+        if let Some(began) = began {
+            trace.waited(self.clock().now().saturating_sub(began));
+        }
+        KeyLease::of(lease, trace)
     }
 }
 
 impl KeyLease {
+    fn of(lease: Result<Lease, NoKeyAvailable>, mut trace: Trace) -> Result<Self, NoKeyAvailable> {
+        match lease {
+            Ok(lease) => {
+                trace.sends(&lease);
+                Ok(Self { lease, trace })
+            }
+            Err(error) => {
+                trace.refused(&Refused::NoKeyAvailable(error));
+                Err(error)
+            }
+        }
+    }
+
     /// The key's id.
     #[must_use]
     pub fn id(&self) -> &KeyId {
-        self.0.id()
+        self.lease.id()
     }
 
     /// The key's secret.
     #[must_use]
     pub fn secret(&self) -> Secret {
-        self.0.key.secret()
+        self.lease.key.secret()
     }
 
     /// Applies the service's answer to the key: after a 429, it rests.
@@ -79,7 +103,8 @@ impl KeyLease {
     /// Applies the service's answer to the key, as a classifier judges it.
     pub fn answered_by(mut self, classifier: &impl ClassifyResponse, response: &ResponseHead<'_>) -> Verdict {
         let verdict = classifier.classify(response);
-        judge::apply(&mut self.0, verdict, response);
+        judge::apply(&mut self.lease, verdict, response);
+        self.trace.says_answer(&self.lease, Some(response.status().as_u16()));
         verdict
     }
 }

@@ -30,6 +30,26 @@
 //!
 //! In all other cases the caller gets the refused response.
 //!
+//! # One explanation per request
+//!
+//! A [`tracing`](https://docs.rs/tracing) span explains each request that wants a key. It has the target
+//! `tower_key_rotation::request` and the level `TRACE`; while no subscriber enables it, a request pays for one load. The
+//! client is called inside the span. [`KeyPool::explain`](crate::KeyPool::explain) answers the same beforehand.
+//!
+//! | where | field | what |
+//! |---|---|---|
+//! | span `request` | `scope` | the scope of its [`Traits`](crate::Traits) |
+//! | | `waited_ms`, `attempts`, `key` | at the end: how long it waited, how often it was sent, and the last key |
+//! | event of each attempt | `key`, `status` | the key that went out, and the status of the response; none after an error |
+//! | | `passed_over` | the keys before it in turn that got no request, and why |
+//! | | `preferred` | the first choice of the request's session, if it has one |
+//! | | `probe` | the key should have no room; the request finds out whether that is so |
+//! | | `learned` | what is known of the key after the answer: its rest, what is left of its budgets |
+//! | event `not sent` | `passed_over`, `error` | why no key had room |
+//! | event `dropped without an answer` | `key` | the caller gave up |
+//!
+//! Leases have the same span, from [`KeyPool::lease`](crate::KeyPool::lease) to their answer.
+//!
 //! # The order of layers
 //!
 //! Layers for a whole request go outside: above `KeyRotationLayer` in a `ServiceBuilder`. They see one request without a
@@ -111,6 +131,7 @@ mod reqwest_middleware;
 mod rotation;
 mod send;
 pub(crate) mod served_by;
+mod trace;
 
 pub use self::{
     clone::TryClone,

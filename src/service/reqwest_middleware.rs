@@ -5,6 +5,7 @@ use std::future::{Future, ready};
 use http::Extensions;
 use reqwest::{Request, Response};
 use reqwest_middleware::{Error as ClientError, Middleware, Next, Result};
+use tracing::Instrument;
 
 use super::{
     attempts::{Attempts, Client},
@@ -12,6 +13,7 @@ use super::{
     error::Error,
     layer::KeyRotationLayer,
     mode::Attempt,
+    trace::Trace,
 };
 use crate::classify::ClassifyResponse;
 
@@ -67,8 +69,11 @@ where
             Ok(true) => {
                 let traits = self.describe.describe(&request).or_else(|| extensions.get().cloned());
                 let traits = self.rotation.needed(traits, &request);
-                let attempts = Attempts::new(self.rotation.clone(), Behind { extensions, next }, traits);
-                attempts.run(request).await
+                let trace = Trace::begin(&self.rotation.pool, traits.as_ref());
+                let span = trace.span();
+                let client = Behind { extensions, next };
+                let attempts = Attempts::new(self.rotation.clone(), client, traits, trace);
+                attempts.run(request).instrument(span).await
             }
             Ok(false) => next.run(request, extensions).await.map_err(Error::Inner),
             Err(refused) => Err(refused.into_error()),

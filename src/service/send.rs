@@ -11,6 +11,7 @@ use super::{
     future::{FailoverFuture, ResponseFuture},
     mode::{Attempt, Once, Waiting},
     rotation::Rotation,
+    trace::{self, Trace},
 };
 use crate::{
     classify::ClassifyResponse,
@@ -60,16 +61,48 @@ where
         rotation: &Arc<Rotation<C, Once>>,
         traits: impl FnOnce(&Self) -> Option<Traits>,
     ) -> Self::Future {
+        let rotation = &**rotation;
+        // Asked once the key is needed, and not before: the usual way of a request must not get longer.
         let pick = |request: &Self| match rotation.needed(traits(request), request) {
-            None => rotation.pick(),
-            Some(traits) => rotation.pick_for(&traits),
+            None if trace::is_on() => Err(Instead::explain(None)),
+            None => rotation.pick().map_err(Instead::refused),
+            Some(traits) => pick_for(rotation, traits),
         };
         match prepare(rotation, &mut self, pick) {
             Ok(Some(lease)) => ResponseFuture::keyed(client.call(self), rotation.judge.clone(), lease),
             Ok(None) => ResponseFuture::keyless(client.call(self)),
-            Err(refused) => ResponseFuture::refused(refused),
+            Err(instead) => match *instead {
+                Instead::Refused(refused) => ResponseFuture::refused(refused),
+                Instead::Explain(traits) => send_traced(client, rotation, self, traits),
+            },
         }
     }
+}
+
+/// What becomes of a request that is not sent at once.
+enum Instead {
+    Refused(Box<Refused>),
+    /// It is sent with an explanation.
+    Explain(Option<Traits>),
+}
+
+impl Instead {
+    #[cold]
+    fn refused(refused: Box<Refused>) -> Box<Self> {
+        Box::new(Self::Refused(refused))
+    }
+
+    #[cold]
+    fn explain(traits: Option<Traits>) -> Box<Self> {
+        Box::new(Self::Explain(traits))
+    }
+}
+
+fn pick_for<C>(rotation: &Rotation<C, Once>, traits: Traits) -> Result<Lease, Box<Instead>> {
+    if trace::is_on() {
+        return Err(Instead::explain(Some(traits)));
+    }
+    rotation.pick_for(&traits).map_err(Instead::refused)
 }
 
 /// Puts a key into a request that wants one.
@@ -77,12 +110,46 @@ where
 fn prepare<C, Req: RequestMessage>(
     rotation: &Rotation<C, Once>,
     request: &mut Req,
-    pick: impl FnOnce(&Req) -> Result<Lease, Box<Refused>>,
-) -> Result<Option<Lease>, Box<Refused>> {
-    if !rotation.wants_key(request)? {
+    pick: impl FnOnce(&Req) -> Result<Lease, Box<Instead>>,
+) -> Result<Option<Lease>, Box<Instead>> {
+    if !rotation.wants_key(request).map_err(Instead::refused)? {
         return Ok(None);
     }
-    pick(request).and_then(|lease| rotation.insert_key(lease, request)).map(Some)
+    let lease = pick(request)?;
+    rotation.insert_key(lease, request).map(Some).map_err(Instead::refused)
+}
+
+/// Sends a request that wants a key once, and explains it.
+#[cold]
+fn send_traced<Req, S, C>(
+    client: &mut S,
+    rotation: &Rotation<C, Once>,
+    mut request: Req,
+    traits: Option<Traits>,
+) -> ResponseFuture<S::Future, C>
+where
+    Req: RequestMessage,
+    S: Service<Req>,
+    C: Clone,
+{
+    let mut trace = Trace::begin(&rotation.pool, traits.as_ref());
+    let lease = match &traits {
+        None => rotation.pool.engine().pick_apart().ok_or_else(|| rotation.no_key()),
+        Some(traits) => rotation.pick_for(traits),
+    };
+    match lease.and_then(|lease| rotation.insert_key(lease, &mut request)) {
+        Ok(lease) => {
+            trace.sends(&lease);
+            let entered = trace.enter();
+            let response = client.call(request);
+            drop(entered);
+            ResponseFuture::traced(response, rotation.judge.clone(), lease, trace)
+        }
+        Err(refused) => {
+            trace.refused(&refused);
+            ResponseFuture::refused(refused)
+        }
+    }
 }
 
 impl<Req, S, C> SendBy<S, C, Waiting> for Req
@@ -145,13 +212,15 @@ where
         Ok(true) => {}
         Ok(false) => {
             let response = client.call(request);
-            return FailoverFuture::first(response, None, None, None, client.clone(), rotation.clone());
+            let (client, rotation) = (client.clone(), rotation.clone());
+            return FailoverFuture::first(response, None, None, None, Trace::none(), client, rotation);
         }
         Err(refused) => return FailoverFuture::refused(*refused, client.clone(), rotation.clone()),
     }
     let traits = rotation.needed(traits(&request), &request);
+    let mut trace = Trace::begin(&rotation.pool, traits.as_ref());
     if rotation.has_queue(traits.as_ref()) {
-        return send_in_turn(client, rotation, request, traits);
+        return send_in_turn(client, rotation, request, traits, trace);
     }
     let kept = rotation.mode.keep(&request);
     let lease = match &traits {
@@ -160,14 +229,21 @@ where
     };
     match lease.and_then(|lease| rotation.insert_key(lease, &mut request)) {
         Ok(lease) => {
+            trace.sends(&lease);
+            let entered = trace.enter();
             let response = client.call(request);
-            FailoverFuture::first(response, Some(lease), kept, traits, client.clone(), rotation.clone())
+            drop(entered);
+            let (client, rotation) = (client.clone(), rotation.clone());
+            FailoverFuture::first(response, Some(lease), kept, traits, trace, client, rotation)
         }
         // Another request took the last key since, or no key has room.
         Err(refused) if refused.is_no_key() && rotation.may_queue(traits.as_ref()) => {
-            send_in_turn(client, rotation, request, traits)
+            send_in_turn(client, rotation, request, traits, trace)
         }
-        Err(refused) => FailoverFuture::refused(*refused, client.clone(), rotation.clone()),
+        Err(refused) => {
+            trace.refused(&refused);
+            FailoverFuture::refused(*refused, client.clone(), rotation.clone())
+        }
     }
 }
 
@@ -177,6 +253,7 @@ fn send_in_turn<S, C, M, Req>(
     rotation: &Arc<Rotation<C, M>>,
     request: Req,
     traits: Option<Traits>,
+    trace: Trace,
 ) -> FailoverFuture<S, C, M, Req>
 where
     Req: RequestMessage + Send + 'static,
@@ -188,5 +265,5 @@ where
     // The service that was made ready may hold a permit. It is given back while the request waits: a request before it
     // may need that permit.
     *client = client.clone();
-    FailoverFuture::in_turn(request, traits, client.clone(), rotation.clone())
+    FailoverFuture::in_turn(request, traits, trace, client.clone(), rotation.clone())
 }
