@@ -618,6 +618,24 @@ async fn eventually_async(what: &str, holds: impl AsyncFn() -> bool) {
 }
 
 #[tokio::test]
+async fn the_choice_of_the_next_key_is_explained() {
+    let admin = Admin::with(&["alpha", "beta", "gamma"]).await;
+    admin.limit(&["alpha"]).await;
+    admin.act("beta", "disable").await;
+    let (status, explanation) = admin.get("/explain").await;
+    assert_eq!((status, &explanation["next"]), (200, &json!("gamma")));
+    let of = |id: &str| {
+        let keys = explanation["keys"].as_array().unwrap();
+        keys.iter().find(|key| key["id"] == id).unwrap()["passed_over"].clone()
+    };
+    assert_eq!(of("alpha"), json!({ "why": "resting", "status": "rate_limited" }));
+    assert_eq!((of("beta"), of("gamma")), (json!({ "why": "disabled" }), Value::Null));
+    let (status, explanation) = admin.get("/explain?scope=gpt-5-mini&session=7&tokens=100").await;
+    assert_eq!((status, &explanation["scope"]), (200, &json!("gpt-5-mini")));
+    assert_eq!(admin.get("/explain?tokens=many").await.0, 400);
+}
+
+#[tokio::test]
 async fn an_operator_resets_one_or_all_resting_keys() {
     let admin = Admin::with(&["alpha", "beta", "gamma", "delta"]).await;
     admin.act("delta", "disable").await;

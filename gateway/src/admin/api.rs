@@ -16,8 +16,8 @@ use axum::{
     },
     routing::{delete, get, post},
 };
-use serde::Serialize;
-use tower_key_rotation::{KeyId, KeyPool, KeySpec, OperateError};
+use serde::{Deserialize, Serialize};
+use tower_key_rotation::{Explanation, KeyId, KeyPool, KeySpec, OperateError, Traits};
 
 use super::{
     action::{Action, cannot_name},
@@ -41,6 +41,7 @@ pub(super) fn router(live: Arc<Live>) -> Router {
     Router::new()
         .route("/openapi.json", get(([(CONTENT_TYPE, "application/json")], DESCRIPTION)))
         .route("/events", get(events))
+        .route("/explain", get(explain))
         .route("/keys", get(list).post(add))
         // Not below `/keys/`: a key may have the id `import`, or the id `.`, which browsers remove from a path.
         .route("/keys:import", post(import))
@@ -61,6 +62,26 @@ async fn events(State(live): State<Arc<Live>>) -> Result<impl IntoResponse, Refu
     let too_many = || Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "too many event streams: close a page");
     let events = live.events().ok_or_else(too_many)?;
     Ok(Sse::new(events).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Described {
+    scope: Option<String>,
+    session: Option<String>,
+    tokens: Option<u64>,
+}
+
+async fn explain(
+    State(live): State<Arc<Live>>,
+    described: Result<Query<Described>, QueryRejection>,
+) -> Result<Json<Explanation>, Refusal> {
+    let Query(Described { scope, session, tokens }) =
+        described.map_err(|error| Refusal::bad_request(error.body_text()))?;
+    let traits = scope.into_iter().fold(Traits::new(), Traits::scope);
+    let traits = session.into_iter().fold(traits, Traits::session);
+    let traits = tokens.into_iter().fold(traits, Traits::tokens);
+    Ok(Json(live.pool().explain(&traits)))
 }
 
 async fn list(
