@@ -20,6 +20,10 @@ impl Cap {
         self.most
     }
 
+    pub(crate) fn in_flight(&self) -> u32 {
+        self.in_flight.load(SeqCst)
+    }
+
     pub(crate) fn is_full(&self) -> bool {
         self.in_flight.load(SeqCst) >= self.most.get()
     }

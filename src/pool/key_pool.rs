@@ -114,7 +114,8 @@ impl KeyPool {
     ///
     /// let scopes = pool.scopes();
     /// assert_eq!(scopes[0].scope.as_ref().unwrap().as_str(), "gpt-5-mini");
-    /// assert_eq!((scopes[0].in_flight, scopes[0].requests_left), (1, Some(9.0)));
+    /// assert_eq!((scopes[0].in_flight, scopes[0].limited_despite_pacing), (1, 0));
+    /// assert!(scopes[0].requests_left < Some(9.5)); // of 10, which refill at 1 a second
     /// # drop(lease);
     /// # Ok(())
     /// # }
