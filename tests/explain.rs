@@ -149,6 +149,19 @@ async fn full_in_flight_caps_are_given_as_reason() {
 }
 
 #[tokio::test]
+async fn full_keys_are_given_as_reason_in_every_scope() {
+    let mut capped = spec(0, 0, None);
+    capped.max_in_flight = std::num::NonZeroU32::new(1);
+    let pool = KeyPool::builder().key_spec(capped).key_spec(spec(1, 0, None)).build().unwrap();
+    let lease = pool.lease(&scope("model").key(id("k0"))).unwrap();
+    let full = PassedOver::InFlight { in_flight: 1, most: 1 };
+    assert_eq!(why(&pool, &scope("other"), "k0"), Some(full));
+    assert_eq!(pool.explain(&scope("other")).next, Some(id("k1")));
+    drop(lease);
+    assert_eq!(why(&pool, &scope("other"), "k0"), None);
+}
+
+#[tokio::test]
 async fn used_up_days_are_given_with_their_reset() {
     let clock = ManualClock::new();
     clock.set_wall(UNIX_EPOCH + 22 * HOUR);

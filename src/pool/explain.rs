@@ -60,6 +60,8 @@ struct View<'a> {
     is_plain: bool,
     /// Whether a pick tries every key, one after the other, since no key that it would usually try may serve the request.
     tries_all: bool,
+    /// Whether the first key with room serves, not the next one in turn.
+    fills_first: bool,
     demand: Demand<'a>,
     now: Duration,
 }
@@ -145,8 +147,8 @@ impl Engine {
     fn view<'a>(&self, snapshot: &'a Snapshot, traits: &'a Traits) -> View<'a> {
         let is_plain = traits.is_empty() && !self.chooses();
         let scoped = snapshot.scopes.find(traits.named().scope.as_ref()).filter(|_| !is_plain);
-        let (demand, now) = (demand(traits), self.now());
-        let mut view = View { snapshot, scoped, is_plain, tries_all: false, demand, now };
+        let (demand, now, fills_first) = (demand(traits), self.now(), self.limiting.fills_first);
+        let mut view = View { snapshot, scoped, is_plain, tries_all: false, fills_first, demand, now };
         let mut slots = 0..snapshot.keys().len();
         view.tries_all = view.demand.only.is_some()
             || !view.demand.avoid.is_empty() && slots.all(|slot| view.why_not(slot).is_some());
@@ -189,16 +191,22 @@ impl<'a> View<'a> {
             _ = goes_on && (turn..keys).chain(0..turn).all(once);
             return;
         }
-        let mut turns = vec![0; self.layout().groups()];
+        let mut members = vec![0; self.layout().groups()];
         for (tier, slots) in self.layout().tiers().iter().enumerate() {
-            let turn = self.scoped.as_ref().map_or(slots.start, |scoped| scoped.turn(tier));
-            let turn = if slots.contains(&turn) { turn } else { slots.start };
-            for slot in (turn..slots.end).chain(slots.start..turn) {
+            if self.fills_first {
+                goes_on = goes_on && (slots.start..slots.end).all(&mut once);
+                continue;
+            }
+            let turns = self.layout().turns_of_tier(tier);
+            let turn = self.scoped.as_ref().map_or(turns.start, |scoped| scoped.turn(tier));
+            let turn = if turns.contains(&turn) { turn } else { turns.start };
+            for turn in (turn..turns.end).chain(turns.start..turn) {
                 if !goes_on {
                     return;
                 }
+                let slot = self.layout().slot_of_turn(turn);
                 let is_tried = self.is_tried(slot);
-                goes_on = once(if is_tried { self.member_in_turn(slot, slots, &mut turns) } else { slot });
+                goes_on = once(if is_tried { self.member_in_turn(slot, slots, &mut members) } else { slot });
             }
         }
         // The members of groups whose turn it was not.
@@ -207,7 +215,8 @@ impl<'a> View<'a> {
 
     /// The member of a quota group whose turn it is, where a pick comes to one of them.
     fn member_in_turn(&self, slot: usize, tier: &Range<usize>, turns: &mut [usize]) -> usize {
-        let Some((group, members)) = self.layout().group_of(slot) else { return slot };
+        let Some((group, _)) = self.layout().group_of(slot) else { return slot };
+        let members = self.layout().round_of_group(group);
         let turn = self.scoped.as_ref().map_or(0, |scoped| scoped.turn_of_member(group)) + turns[group];
         turns[group] += 1;
         let in_turn = (0..members.len()).map(|next| members[(turn + next) % members.len()] as usize);
@@ -236,7 +245,9 @@ impl<'a> View<'a> {
     /// Whether a pick tries the key.
     fn is_tried(&self, slot: usize) -> bool {
         let is_in_index = |scoped: &Arc<Scoped>| scoped.in_index(slot, self.nanos()).is_ok();
-        self.key_rests(slot).is_none() && self.scoped.as_ref().is_none_or(is_in_index)
+        self.key_rests(slot).is_none()
+            && self.is_full(slot).is_none()
+            && self.scoped.as_ref().is_none_or(is_in_index)
     }
 
     /// Why the request would not get a key, whatever its tier.
@@ -251,7 +262,9 @@ impl<'a> View<'a> {
         let key = self.key_rests(slot);
         let limit = self.limit(slot).and_then(|limit| self.why_closed(slot, limit));
         // Requests in flight end sooner than a rest.
-        let limit = limit.filter(|(why, _)| key.is_none() || !matches!(why, PassedOver::InFlight { .. }));
+        let limit = limit
+            .or_else(|| self.is_full(slot))
+            .filter(|(why, _)| key.is_none() || !matches!(why, PassedOver::InFlight { .. }));
         // Of two that do not end by themselves, the key's.
         limit.into_iter().chain(key).max_by_key(|(_, until)| *until)
     }
@@ -278,6 +291,12 @@ impl<'a> View<'a> {
             Closed::Budget(short) => budget(&|at, _| at == short),
         };
         Some((why, until))
+    }
+
+    /// Whether a key has as many requests in flight as it may, in all scopes.
+    fn is_full(&self, slot: usize) -> Option<Why> {
+        let cap = self.key(slot).cap().filter(|cap| cap.is_full())?;
+        Some((PassedOver::InFlight { in_flight: cap.in_flight(), most: cap.most().get() }, NEVER))
     }
 
     fn key_rests(&self, slot: usize) -> Option<Why> {
