@@ -22,6 +22,9 @@ pub(crate) struct Arguments {
     /// The number of seeds
     #[arg(long, default_value_t = 3)]
     seeds: u64,
+    /// The first seed
+    #[arg(long, default_value_t = 0)]
+    first_seed: u64,
     /// The virtual time during which requests arrive
     #[arg(long, default_value_t = 300.0)]
     seconds: f64,
@@ -50,7 +53,7 @@ impl Arguments {
     }
 
     fn scenario(&self, service: ServiceKind, load: f64) -> Scenario {
-        Scenario { service, load, seeds: self.seeds, seconds: self.seconds }
+        Scenario { service, load, seeds: self.first_seed..self.first_seed + self.seeds, seconds: self.seconds }
     }
 
     pub(crate) fn rows(&self, scenario: &Scenario) -> Vec<Row> {

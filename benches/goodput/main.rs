@@ -26,6 +26,7 @@ mod upstream;
 use std::{
     collections::BTreeMap,
     env,
+    ops::Range,
     sync::{
         atomic::{AtomicUsize, Ordering::Relaxed},
         mpsc,
@@ -43,7 +44,7 @@ use table::{Figures, Row};
 fn main() {
     // `cargo test --benches` only checks that each client runs.
     if !env::args().any(|argument| argument == "--bench") {
-        let short = Scenario { service: ServiceKind::OpenAi, load: 0.95, seeds: 1, seconds: 20.0 };
+        let short = Scenario { service: ServiceKind::OpenAi, load: 0.95, seeds: 0..1, seconds: 20.0 };
         assert_eq!(short.rows(ClientKind::value_variants(), &[1]).len(), ClientKind::value_variants().len());
         return;
     }
@@ -72,7 +73,7 @@ fn measure(arguments: &Arguments, mut take: impl FnMut(Row)) {
 struct Scenario {
     service: ServiceKind,
     load: f64,
-    seeds: u64,
+    seeds: Range<u64>,
     seconds: f64,
 }
 
@@ -85,7 +86,7 @@ struct Traffic {
 
 impl Scenario {
     fn rows(&self, clients: &[ClientKind], processes: &[usize]) -> Vec<Row> {
-        let traffic: Vec<_> = (0..self.seeds).map(|seed| self.traffic(seed)).collect();
+        let traffic: Vec<_> = self.seeds.clone().map(|seed| self.traffic(seed)).collect();
         let cases = processes.iter().flat_map(|processes| clients.iter().map(|client| (*processes, *client)));
         cases.map(|(processes, client)| self.row(client, processes, &traffic)).collect()
     }
