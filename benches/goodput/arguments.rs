@@ -53,7 +53,12 @@ impl Arguments {
     }
 
     fn scenario(&self, service: ServiceKind, load: f64) -> Scenario {
-        Scenario { service, load, seeds: self.first_seed..self.first_seed + self.seeds, seconds: self.seconds }
+        Scenario {
+            service,
+            load,
+            seeds: self.first_seed..self.first_seed + self.seeds,
+            seconds: self.seconds,
+        }
     }
 
     pub(crate) fn rows(&self, scenario: &Scenario) -> Vec<Row> {

@@ -126,6 +126,16 @@ impl Budget {
         after_taking(unit, self.span.load(Relaxed), self.word.load(SeqCst), cost, now).err().unwrap_or(0)
     }
 
+    /// When the bucket is full or the window ends, in ns; `now` for a full or an unknown one.
+    pub(crate) fn full_at(&self, now: u64) -> u64 {
+        let word = self.word.load(SeqCst);
+        match self.unit.load(Relaxed) {
+            UNKNOWN => now,
+            WINDOW => window_at(word, self.span.load(Relaxed), now).0 << TICK,
+            _ => word.max(now),
+        }
+    }
+
     /// How many units are left; `None` if that is not known.
     pub(crate) fn level(&self, now: u64) -> Option<f64> {
         let (unit, span) = (self.unit.load(Relaxed), self.span.load(Relaxed));

@@ -12,6 +12,9 @@ use super::{
     sharing::{Alike, Sharing},
 };
 
+/// Requests that were sent within this many seconds may reach the service in another order.
+const REORDERED: f64 = 0.05;
+
 /// An answer, as one budget sees it. Times are seconds of the pool's clock.
 pub(crate) struct Answer {
     pub(crate) left: Left,
@@ -31,6 +34,8 @@ pub(crate) struct Answer {
     pub(crate) per_request: f64,
     /// How many limits share a scope's traffic.
     pub(crate) keys: f64,
+    /// How many requests of this process wait, for each limit.
+    pub(crate) waiting: f64,
     /// Whether this is the budget of requests.
     pub(crate) is_requests: bool,
 }
@@ -169,6 +174,9 @@ impl Estimate {
         let limit = answer.left.limit;
         let (low, high) = self.level_at_service(answer, rate);
         let level = 0.5 * (low + high);
+        if self.is_overtaken(answer, rate, level) {
+            return;
+        }
         let is_full = level > limit - 1.0 - 1e-9 && limit > 1.5;
         self.compare_with_last(answer, rate, level, is_full, sharing);
         self.last = Some(Observed {
@@ -185,11 +193,13 @@ impl Estimate {
         let now = (answer.now * 1e9) as u64;
         let since = answer.now - answer.sent_at - sharing.guard;
         let share = sharing.share();
-        budget.set_bucket(rate * share, limit, now, |own| {
+        let reserve = sharing.reserve(limit / answer.per_request, answer.waiting) * answer.per_request;
+        // Processes that each saved up a whole burst would send all of them at once.
+        let size = (share * (limit - reserve)).max(1.0);
+        budget.set_bucket(rate * share, size, now, |own| {
             let after = budget.sent().saturating_sub(answer.sequence) as f64;
             let unanswered = after.max(answer.in_flight);
             if sharing.is_shared() {
-                let reserve = (2.0 * answer.per_request).min(0.2 * limit) * (1.0 - share);
                 let at_most = high - after - reserve + rate * share * since;
                 let at_least = share * (low - unanswered - reserve).max(0.0);
                 return own.unwrap_or(at_least).max(at_least).min(at_most).min(limit);
@@ -198,6 +208,14 @@ impl Estimate {
             let at_least = low + rate * since - unanswered;
             own.unwrap_or(at_least).max(at_least).min(at_most).min(limit)
         });
+    }
+
+    /// Whether the service decided on the last answer after this one: a bucket does not rise faster than its rate.
+    fn is_overtaken(&self, answer: &Answer, rate: f64, level: f64) -> bool {
+        self.last.is_some_and(|last| {
+            let passed = answer.sent_at - last.at;
+            passed < REORDERED && level > last.level + rate * passed
+        })
     }
 
     /// Between `(used - 1) / reset` and `used / reset`, in each answer.
@@ -253,8 +271,11 @@ impl Estimate {
                 }
             }
             None => sharing.alike = Some(mine),
-            Some(other) if other.limit != self.limit && self.low > 0.8 * self.high => {
-                sharing.alike = Some(mine)
+            Some(other) if other.limit != self.limit => {
+                sharing.is_mixed = true;
+                if self.low > 0.8 * self.high {
+                    sharing.alike = Some(mine);
+                }
             }
             Some(_) => {}
         }
@@ -299,8 +320,16 @@ impl Estimate {
         is_full: bool,
         sharing: &mut Sharing,
     ) {
+        let unit = answer.per_request;
+        let is_plenty = Sharing::is_plenty(level / unit, self.limit / unit);
         let last = match self.last {
             Some(last) if !last.was_full && !is_full => last,
+            None if !is_full => {
+                // No bucket holds more than its limit: what this process did not take of it, others did.
+                let own = answer.sequence as f64 - self.refused;
+                let foreign = (self.limit - own - level).max(0.0);
+                return sharing.used_of_bucket(own / unit, foreign / unit, is_plenty, answer.now);
+            }
             _ => {
                 if is_full {
                     self.foreign *= 0.9;
@@ -313,10 +342,9 @@ impl Estimate {
             return;
         }
         let own = (answer.sequence as f64 - last.sequence as f64) - (self.refused - last.refused);
-        let used_by_others = last.level + rate * passed - own - level;
+        let used_by_others = (last.level + rate * passed).min(self.limit) - own - level;
         let bound = 3.0 * own.max(1.0) + rate * passed;
-        let unit = answer.per_request;
-        sharing.used_of_bucket(own / unit, used_by_others.clamp(-bound, bound) / unit, answer.now);
+        sharing.used_of_bucket(own / unit, used_by_others.clamp(-bound, bound) / unit, is_plenty, answer.now);
         let foreign = (used_by_others / passed).clamp(-rate, rate * 2.0);
         self.too_slow =
             if foreign < -0.2 * rate { self.too_slow + 1 } else { self.too_slow.saturating_sub(1) };
@@ -332,7 +360,7 @@ impl Estimate {
     /// A refusal that came a moment too early shows how much later the service counts.
     fn adjust_guard(&self, answer: &Answer, rate: f64, level: f64, sharing: &mut Sharing) {
         if !(answer.is_limited && answer.is_requests) {
-            sharing.guard *= 0.9995;
+            sharing.guard *= 0.9999;
             return;
         }
         let early = (1.0 - level) / rate;

@@ -162,6 +162,12 @@ impl Limit {
         if until > now { until } else { 0 }
     }
 
+    /// When a budget is full, and what comes back is lost from then on, in ns: of several budgets, the last one counts.
+    pub(crate) fn full_at(&self, now: u64) -> u64 {
+        let of_quotas = self.quotas.iter().map(|(_, budget)| budget.full_at(now));
+        of_quotas.fold(self.requests.full_at(now).max(self.tokens.full_at(now)), u64::max)
+    }
+
     /// Closes the limit until then, or longer.
     pub(crate) fn rest_until(&self, until: u64) {
         self.rest.fetch_max(until, SeqCst);
@@ -340,6 +346,7 @@ impl Limit {
             in_flight: if is_requests { f64::from(self.in_flight()) } else { 0.0 },
             per_request: if is_requests { 1.0 } else { tokens.max(1.0) },
             keys: answered.keys.max(1) as f64,
+            waiting: answered.waiting as f64 / answered.keys.max(1) as f64,
             is_requests,
         };
         if let Some(left) = said.requests {

@@ -1,7 +1,8 @@
 //! Whether other processes use the same limits, and whether the service's headers can be believed: for all keys of a scope.
 //!
 //! Processes without a common store see each other only in what the service says is left. Each keeps to a share of the
-//! rate, which it lowers while little is left, and raises while much is left.
+//! rate and of the burst, which it lowers while little is left, and raises while much is left. When much turns into little,
+//! the share falls at once to this process's part of the demand.
 
 use std::time::Duration;
 
@@ -12,6 +13,12 @@ use super::{
 
 /// How fast the memory of what was used fades, in seconds.
 const FADES_IN: f64 = 20.0;
+
+/// A share that is above the part of the demand by no more than this is lowered step by step.
+const ABOVE_DEMAND: f64 = 1.2;
+
+/// So many requests must be known for a part of the demand.
+const ENOUGH: f64 = 3.0;
 
 /// The guard of a scope of which nothing is known, in seconds.
 const FIRST_GUARD: f64 = 0.02;
@@ -25,10 +32,10 @@ const SAME_RESETS: u32 = 9;
 
 #[derive(Debug)]
 pub(crate) struct Sharing {
-    /// Requests of this process, and of others, that faded.
-    own: f64,
-    foreign: f64,
-    at: f64,
+    /// What this process and others use.
+    used: Used,
+    /// The same while much is left. Later, usage shows the shares of the processes instead of their demand.
+    demand: Used,
     /// This process's share of each rate; 1 while others use nothing.
     share: f64,
     is_shared: bool,
@@ -42,6 +49,30 @@ pub(crate) struct Sharing {
     pub(crate) guard: f64,
     /// The size and the rate of a budget whose rate is known best: the keys of one scope are mostly alike.
     pub(crate) alike: Option<Alike>,
+    /// Whether the sizes of the budgets differ.
+    pub(crate) is_mixed: bool,
+}
+
+/// Requests of this process and of others, which fade.
+#[derive(Debug, Default)]
+struct Used {
+    own: f64,
+    foreign: f64,
+    at: f64,
+}
+
+impl Used {
+    fn add(&mut self, own: f64, foreign: f64, now: f64) {
+        let keep = (-(now - self.at).max(0.0) / FADES_IN).exp();
+        self.at = now;
+        self.own = self.own * keep + own.max(0.0);
+        self.foreign = self.foreign * keep + foreign;
+    }
+
+    /// Returns this process's part of all requests.
+    fn own_part(&self) -> f64 {
+        (self.own / (self.own + self.foreign).max(1.0)).clamp(0.05, 1.0)
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -54,9 +85,8 @@ pub(crate) struct Alike {
 impl Default for Sharing {
     fn default() -> Self {
         Self {
-            own: 0.0,
-            foreign: 0.0,
-            at: 0.0,
+            used: Used::default(),
+            demand: Used::default(),
             share: 1.0,
             is_shared: false,
             moved_at: 0.0,
@@ -67,6 +97,7 @@ impl Default for Sharing {
             is_lying: false,
             guard: FIRST_GUARD,
             alike: None,
+            is_mixed: false,
         }
     }
 }
@@ -125,10 +156,13 @@ impl Sharing {
         self.is_lying |= is_precise && self.same_resets >= SAME_RESETS && is_impossible;
     }
 
-    /// Counts what this process and others used of a bucket between two answers.
-    pub(crate) fn used_of_bucket(&mut self, own: f64, foreign: f64, now: f64) {
+    /// Counts what this process and others used of a bucket between two answers, of which the second found much or little.
+    pub(crate) fn used_of_bucket(&mut self, own: f64, foreign: f64, is_plenty: bool, now: f64) {
         let was_shared = self.is_shared;
         self.used(own, foreign, now);
+        if is_plenty {
+            self.demand.add(own, foreign, now);
+        }
         match (was_shared, self.is_shared) {
             (false, true) => self.share = 0.5,
             (_, false) => self.share = 1.0,
@@ -138,15 +172,14 @@ impl Sharing {
 
     /// Counts what this process and others used between two answers.
     pub(crate) fn used(&mut self, own: f64, foreign: f64, now: f64) {
-        let keep = (-(now - self.at).max(0.0) / FADES_IN).exp();
-        self.at = now;
-        self.own = self.own * keep + own.max(0.0);
-        self.foreign = self.foreign * keep + foreign;
-        self.is_shared = if self.is_shared {
-            self.foreign > 0.02 * self.own
-        } else {
-            self.foreign > 0.05 * self.own + 3.0
-        };
+        self.used.add(own, foreign, now);
+        let Used { own, foreign, .. } = self.used;
+        self.is_shared = if self.is_shared { foreign > 0.02 * own } else { foreign > 0.05 * own + 3.0 };
+    }
+
+    /// Whether that level of a bucket of that size, in requests, leaves room for more.
+    pub(crate) fn is_plenty(level: f64, size: f64) -> bool {
+        level > (0.4 * size).min(2.0)
     }
 
     /// Moves this process's share by what an answer shows of a bucket of that size, one of so many keys.
@@ -154,12 +187,21 @@ impl Sharing {
         let lower = (0.5 / keys).min(0.2);
         let raise = (0.025 / keys).min(0.05);
         if level < (0.2 * size).min(1.0) {
+            if self.demand.own + self.demand.foreign > ENOUGH {
+                self.share = self.share.min(ABOVE_DEMAND * self.demand.own_part());
+            }
             self.share = (self.share * (1.0 - lower)).max(0.02);
-        } else if level > (0.4 * size).min(2.0) {
+        } else if Self::is_plenty(level, size) {
             let missed = ((now - self.moved_at) * keys * 0.1).min(20.0);
             self.share = (self.share + raise.max(raise * missed)).min(1.0);
         }
         self.moved_at = now;
+    }
+
+    /// Returns what this process leaves in a bucket of that size for the others, in requests. The more of its requests
+    /// wait for each key, the less: otherwise a process with more demand than the others would wait longer and longer.
+    pub(crate) fn reserve(&self, size: f64, waiting: f64) -> f64 {
+        (0.2 * size).min(2.0) * (1.0 - self.share) / (1.0 + waiting)
     }
 
     /// What this process may take of what is left of a window.
@@ -167,8 +209,7 @@ impl Sharing {
         if !self.is_shared {
             return left;
         }
-        let part = (self.own / (self.own + self.foreign).max(1.0)).clamp(0.05, 1.0);
         // Rounded at random, so that several processes do not all round the same way.
-        (left.max(0.0) * part + fastrand::f64()).floor()
+        (left.max(0.0) * self.used.own_part() + fastrand::f64()).floor()
     }
 }

@@ -24,6 +24,8 @@ pub(crate) struct Answered {
     pub(crate) now: u64,
     /// How many limits share the traffic of the scope.
     pub(crate) keys: usize,
+    /// How many requests wait in the scope.
+    pub(crate) waiting: usize,
 }
 
 /// A time of the pool's clock, in seconds.

@@ -33,6 +33,9 @@ const OPENED_PER_PICK: usize = 16;
 /// The most keys that have room, but not enough for this request, that one pick tries.
 const TOO_SMALL_PER_PICK: usize = 64;
 
+/// Of so many keys in turn, the one that is full first is picked, if the limits are of different sizes.
+const CHOICES: usize = 3;
+
 /// What a request demands of a key.
 #[derive(Debug, Default)]
 pub(crate) struct Demand<'a> {
@@ -102,6 +105,8 @@ pub(crate) struct Common {
     pub(crate) waiting: Waiting,
     pub(crate) sharing: Mutex<Sharing>,
     pub(crate) probing: Mutex<Probing>,
+    /// Whether the limits of the scope are of different sizes.
+    pub(crate) is_mixed: AtomicBool,
     /// The scope in the newest snapshot, once one has been replaced.
     newest: Mutex<Weak<Scoped>>,
     /// The tokens of a usual request: a key with less left is closed.
@@ -131,7 +136,7 @@ impl Common {
 pub(crate) struct Probing {
     /// In ns; 0 before the first request waited.
     next: u64,
-    /// In seconds. It doubles with each refusal, and halves with each success.
+    /// In seconds. It grows fourfold with each refusal, and halves with each success.
     interval: f64,
 }
 
@@ -155,7 +160,7 @@ impl Probing {
     /// A probe has its answer.
     pub(crate) fn answered(&mut self, was_refused: bool, now: u64) {
         self.interval =
-            if was_refused { (self.interval * 2.0).min(120.0) } else { (self.interval * 0.5).max(0.5) };
+            if was_refused { (self.interval * 4.0).min(120.0) } else { (self.interval * 0.5).max(0.5) };
         self.next = now + seconds(self.interval);
     }
 }
@@ -452,6 +457,7 @@ impl Scoped {
             if taken.is_err() {
                 continue;
             }
+            let turn = self.first_full(turn, turns, now);
             let slot = self.turn_in_group(self.layout.slot_of_turn(turn), slots);
             if demand.avoid.contains(&self.keys[slot].id) {
                 tries += 1;
@@ -512,6 +518,26 @@ impl Scoped {
             }
         }
         Err(too_small)
+    }
+
+    /// The next turn, or of the next few the one whose key is full first. In strict turn, large limits would be full, and
+    /// lose what comes back, while small ones are used up. Weights say themselves whose turn it is.
+    fn first_full(&self, turn: usize, turns: &Range<usize>, now: u64) -> usize {
+        if !self.common.is_mixed.load(Relaxed) || self.layout.has_weights() {
+            return turn;
+        }
+        let full_at = |turn: usize| {
+            self.known_limit(self.layout.slot_of_turn(turn)).map_or(now, |limit| limit.full_at(now))
+        };
+        let (mut chosen, mut earliest, mut next) = (turn, full_at(turn), turn);
+        for _ in 1..CHOICES {
+            let Some(open) = self.next_open(next + 1, turns).filter(|open| *open != turn) else { break };
+            if full_at(open) < earliest {
+                (chosen, earliest) = (open, full_at(open));
+            }
+            next = open;
+        }
+        chosen
     }
 
     #[inline]

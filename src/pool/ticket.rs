@@ -1,6 +1,9 @@
 //! What a request took of its key's limit, until its answer.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::Ordering::Relaxed},
+    time::Duration,
+};
 
 use super::{
     in_flight::InFlight,
@@ -83,10 +86,13 @@ impl Ticket {
     fn learn(&self, taken: &Taken, is_limited: bool, wait: Option<Duration>, said: &Remaining, now: u64) {
         let scoped = &self.scoped;
         let wait = wait.map(|wait| wait.min(scoped.longest_wait()));
-        let answered = Answered { is_limited, wait, now, keys: scoped.count_limits() };
+        let (keys, waiting) = (scoped.count_limits(), scoped.common.waiting.queued());
+        let answered = Answered { is_limited, wait, now, keys, waiting };
         let is_caught = {
             let mut sharing = scoped.lock_sharing();
-            self.limit(now).learn(taken, said, answered, &mut sharing)
+            let is_caught = self.limit(now).learn(taken, said, answered, &mut sharing);
+            scoped.common.is_mixed.store(sharing.is_mixed, Relaxed);
+            is_caught
         };
         if taken.is_probe {
             scoped.lock_probing().answered(is_limited, now);

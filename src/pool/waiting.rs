@@ -36,7 +36,12 @@ impl Waiting {
     /// Whether a new request has to queue.
     #[inline]
     pub(crate) fn has_any(&self) -> bool {
-        self.queued.load(SeqCst) > 0
+        self.queued() > 0
+    }
+
+    /// The number of requests in the queue.
+    pub(crate) fn queued(&self) -> usize {
+        self.queued.load(SeqCst)
     }
 
     /// How many requests wait, those included that wait beside the queue.
