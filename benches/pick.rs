@@ -116,18 +116,48 @@ fn main() {
     by_share();
     let resting = beside_a_scan();
     let (Some(healthy), Some(resting)) = (healthy, resting) else { return };
+    let lines = [
+        line("Mutex<Vec<Key>>, all but the last 1 % rest", plot::RED, &resting, by_hand, Rests::MostInFront),
+        line("KeyRotationLayer, all but the last 1 % rest", plot::BLUE, &resting, layer, Rests::MostInFront),
+        line("KeyRotationLayer, all healthy", plot::GREEN, &healthy, layer, Rests::None),
+    ];
+    let times = || lines.iter().flat_map(|line| line.points.iter().map(|(_, time)| *time));
+    let (shortest, longest) = (times().fold(10.0, f64::min), times().fold(0.0, f64::max));
+    assert!(shortest > 0.0, "a pick took no time");
+    let keys = plot::Axis {
+        title: "keys in the pool",
+        range: plot::logarithmic(SIZES[0] as f64..SIZES[SIZES.len() - 1] as f64),
+        label: |keys| format!("{keys:.0}"),
+    };
+    let range = plot::logarithmic(shortest..longest * 2.0);
+    let time = plot::Axis { title: "time of a pick", range, label: time };
     plot::draw(
         "docs/pick.svg",
-        &[
-            line("Mutex<Vec<Key>>, all but the last 1 % rest", &resting, by_hand, Rests::MostInFront),
-            line("KeyRotationLayer, all but the last 1 % rest", &resting, layer, Rests::MostInFront),
-            line("KeyRotationLayer, all healthy", &healthy, layer, Rests::None),
-        ],
+        "Time of a pick by number of keys",
+        keys,
+        time,
+        plot::Legend::UpperLeft,
+        &lines,
     );
 }
 
-fn line(name: &'static str, outcome: &Outcome, case: fn(usize, Rests) -> String, rests: Rests) -> plot::Line {
-    plot::Line { name, points: SIZES.map(|keys| (keys, pick(outcome, &case(keys, rests)))).into() }
+fn line(
+    name: &'static str,
+    color: plot::Rgb,
+    outcome: &Outcome,
+    case: fn(usize, Rests) -> String,
+    rests: Rests,
+) -> plot::Line {
+    let points = SIZES.map(|keys| (keys as f64, pick(outcome, &case(keys, rests)))).into();
+    plot::Line { name, color, width: 3, points }
+}
+
+fn time(nanoseconds: &f64) -> String {
+    match *nanoseconds {
+        1_000_000.0.. => format!("{:.0} ms", nanoseconds / 1_000_000.0),
+        1_000.0.. => format!("{:.0} µs", nanoseconds / 1_000.0),
+        _ => format!("{nanoseconds:.0} ns"),
+    }
 }
 
 fn by_size() -> Option<Outcome> {

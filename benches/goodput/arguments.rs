@@ -1,5 +1,7 @@
 //! The command line: which cases to run.
 
+use std::ops::Range;
+
 use clap::{Parser, ValueEnum};
 
 use crate::{Row, Scenario, clients::ClientKind, plot, service::ServiceKind};
@@ -10,14 +12,14 @@ pub(crate) struct Arguments {
     /// The services, by default all of them
     #[arg(long, value_enum, value_delimiter = ',')]
     services: Vec<ServiceKind>,
-    /// The clients, by default all of them for `openai`, and this crate for the others
+    /// The clients, by default all of them
     #[arg(long, value_enum, value_delimiter = ',')]
     clients: Vec<ClientKind>,
     /// The numbers of processes that share the keys
     #[arg(long, value_delimiter = ',', default_values_t = [1, 3])]
     processes: Vec<usize>,
     /// Loads as shares of what the service allows
-    #[arg(long, value_delimiter = ',', default_values_t = [0.8, 0.95, 1.1])]
+    #[arg(long, value_delimiter = ',', default_values_t = [0.5, 0.8, 0.95, 1.1])]
     loads: Vec<f64>,
     /// The number of seeds
     #[arg(long, default_value_t = 3)]
@@ -25,12 +27,15 @@ pub(crate) struct Arguments {
     /// The first seed
     #[arg(long, default_value_t = 0)]
     first_seed: u64,
-    /// The virtual time during which requests arrive
-    #[arg(long, default_value_t = 300.0)]
-    seconds: f64,
+    /// How long requests arrive, by default 300 s, and 52 hours for `daily`
+    #[arg(long)]
+    seconds: Option<f64>,
     /// Print one JSON object per line
     #[arg(long)]
     pub(crate) json: bool,
+    /// Run `paced` against `openai` at a load of 0.95 for 100 s: in virtual time, and over TCP in real time
+    #[arg(long, conflicts_with_all = ["services", "clients", "processes", "loads", "seeds", "seconds", "plot"])]
+    pub(crate) sockets: bool,
     /// Draw failed requests by load to this file, an SVG, instead of printing a table
     #[arg(long, conflicts_with_all = ["services", "clients", "processes", "loads", "json"])]
     pub(crate) plot: Option<String>,
@@ -53,27 +58,24 @@ impl Arguments {
     }
 
     fn scenario(&self, service: ServiceKind, load: f64) -> Scenario {
-        Scenario {
-            service,
-            load,
-            seeds: self.first_seed..self.first_seed + self.seeds,
-            seconds: self.seconds,
-        }
+        let seconds = self.seconds.unwrap_or(service.seconds());
+        Scenario { service, load, seeds: self.seeds(), seconds }
+    }
+
+    pub(crate) fn seeds(&self) -> Range<u64> {
+        self.first_seed..self.first_seed + self.seeds
+    }
+
+    pub(crate) fn print(&self, row: &Row) {
+        if self.json { row.print_json() } else { row.print() }
     }
 
     pub(crate) fn rows(&self, scenario: &Scenario) -> Vec<Row> {
         if self.plot.is_some() {
             return scenario.rows(&plot::clients(), &[1]);
         }
-        scenario.rows(self.clients_of(scenario.service), &self.processes)
-    }
-
-    fn clients_of(&self, service: ServiceKind) -> &[ClientKind] {
-        match &self.clients[..] {
-            [] if service == ServiceKind::OpenAi => ClientKind::value_variants(),
-            [] => &[ClientKind::Paced, ClientKind::Today],
-            clients => clients,
-        }
+        let clients = if self.clients.is_empty() { ClientKind::value_variants() } else { &self.clients };
+        scenario.rows(clients, &self.processes)
     }
 }
 

@@ -1,31 +1,30 @@
-//! The requests of a run: when they arrive, and what each one asks for.
+//! The requests of a run: their times, models and tokens.
 
 use std::f64::consts::TAU;
 
 use fastrand::Rng;
+use serde::{Deserialize, Serialize};
 
 use crate::service::{Limits, MODELS, ServiceKind};
 
-/// The model that is in demand changes this often.
-const SHIFT: f64 = 30.0;
 /// Median, standard deviation of the logarithm, and maximum of the tokens of a request.
 const INPUT: (f64, f64, f64) = (500.0, 1.0, 8_000.0);
 const OUTPUT: (f64, f64, f64) = (300.0, 0.8, 4_000.0);
 
 /// A request. Times are in seconds.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct Job {
     pub(crate) arrives: f64,
-    /// Chooses the process: each process gets the same share.
+    /// A random number that chooses the process. All processes get the same share of the requests.
     pub(crate) lot: usize,
     pub(crate) model: usize,
     /// The tokens of the request.
     pub(crate) input: f64,
-    /// The tokens of the response. Nobody knows them before its end.
+    /// The tokens of the response, which are not known before its end.
     pub(crate) output: f64,
-    /// What a client believes the request's tokens to be: up to 10 % off.
+    /// The client's estimate of the tokens of the request, at most 10 % off.
     pub(crate) estimate: f64,
-    /// How long the service works on the request.
+    /// The time that the service needs for the response.
     pub(crate) work: f64,
 }
 
@@ -49,15 +48,15 @@ pub(crate) fn mean_tokens() -> f64 {
 
 /// Returns Poisson arrivals at `load` times the capacity of the service.
 ///
-/// Three of four requests are for one model, then for the other. So a model is overloaded from two thirds of the
-/// capacity on, for half a minute.
+/// One of the models is in demand, and gets three of four requests, until the other one is: after half a minute, or after
+/// a day. So from a load of two thirds on, one of the models gets more requests than its limits allow.
 pub(crate) fn poisson(kind: ServiceKind, load: f64, seconds: f64, seed: u64) -> Vec<Job> {
     let mut rng = Rng::with_seed(seed);
     let rate = load * Limits::new(kind).capacity();
     let mut jobs = Vec::new();
     let mut now = exponential(&mut rng) / rate;
     while now < seconds {
-        let in_demand = (now / SHIFT) as usize % MODELS;
+        let in_demand = (now / kind.shift()) as usize % MODELS;
         let input = tokens(&mut rng, INPUT);
         jobs.push(Job {
             arrives: if kind == ServiceKind::Bursts { (now / 60.0).floor() * 60.0 } else { now },

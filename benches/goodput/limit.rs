@@ -1,4 +1,4 @@
-//! How a limit works: a token bucket or a fixed window.
+//! How a limit works: a token bucket, a fixed window, or a day.
 //!
 //! Times are seconds since the start of the run, as everywhere in this benchmark.
 
@@ -6,57 +6,84 @@
 const ROUNDING: f64 = 1e-9;
 
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Limit {
-    /// Refills steadily. `level` is what it held at `at`.
-    Bucket { rate: f64, burst: f64, level: f64, at: f64 },
-    /// Resets as a whole. `used` is what was taken from the window with this number.
-    Window { limit: f64, period: f64, phase: f64, used: f64, number: f64 },
+pub(crate) struct Limit {
+    size: f64,
+    refill: Refill,
+    /// The units that remained after the last request, and when that was.
+    left: f64,
+    at: f64,
+}
+
+/// How units come back.
+#[derive(Clone, Copy, Debug)]
+enum Refill {
+    /// Steadily, so many per second.
+    Bucket { rate: f64 },
+    /// All at once, whenever the period has passed. One window begins at `phase`.
+    Window { period: f64, phase: f64 },
+    /// All at once, at each of these times.
+    Days { begin: &'static [f64] },
 }
 
 impl Limit {
     /// Creates a full bucket.
     pub(crate) fn bucket(per_minute: f64, burst: f64) -> Self {
-        Self::Bucket { rate: per_minute / 60.0, burst, level: burst, at: 0.0 }
+        Self::full(burst, Refill::Bucket { rate: per_minute / 60.0 })
     }
 
     /// Creates windows of which one begins at `phase`.
-    pub(crate) fn window(limit: f64, period: f64, phase: f64) -> Self {
-        Self::Window { limit, period, phase, used: 0.0, number: f64::NEG_INFINITY }
+    pub(crate) fn window(size: f64, period: f64, phase: f64) -> Self {
+        Self::full(size, Refill::Window { period, phase })
     }
 
-    /// Returns what remains. It can be negative after a cost that was not known in advance.
+    /// Creates days that begin at these times. The last day does not end.
+    pub(crate) fn days(size: f64, begin: &'static [f64]) -> Self {
+        Self::full(size, Refill::Days { begin })
+    }
+
+    fn full(size: f64, refill: Refill) -> Self {
+        Self { size, refill, left: size, at: 0.0 }
+    }
+
+    /// Returns the remaining units. They are negative after a request whose cost was not known in advance.
     pub(crate) fn left(&self, now: f64) -> f64 {
-        match *self {
-            Self::Bucket { rate, burst, level, at } => (level + (now - at) * rate).min(burst),
-            Self::Window { limit, used, number, .. } if number == self.window_at(now) => limit - used,
-            Self::Window { limit, .. } => limit,
+        match self.refill {
+            Refill::Bucket { rate } => (self.left + (now - self.at) * rate).min(self.size),
+            _ if self.ends(self.at) <= now => self.size,
+            _ => self.left,
         }
     }
 
     pub(crate) fn take(&mut self, cost: f64, now: f64) {
-        let left_now = self.left(now) - cost;
-        let current = self.window_at(now);
-        match self {
-            Self::Bucket { level, at, .. } => (*level, *at) = (left_now, now),
-            Self::Window { limit, used, number, .. } => (*used, *number) = (*limit - left_now, current),
-        }
+        (self.left, self.at) = (self.left(now) - cost, now);
     }
 
-    /// Returns the time until `cost` can be taken. A cost above the limit can be taken when the limit is full.
+    /// Returns the time until the limit has room for `cost`. A cost above the limit's size needs a full limit.
     pub(crate) fn wait(&self, cost: f64, now: f64) -> f64 {
-        let missing = cost.min(self.size()) - self.left(now);
-        match *self {
+        let missing = cost.min(self.size) - self.left(now);
+        match self.refill {
             _ if missing <= ROUNDING => 0.0,
-            Self::Bucket { rate, .. } => missing / rate,
-            Self::Window { .. } => self.reset(now),
+            Refill::Bucket { rate } => missing / rate,
+            _ => self.reset(now),
         }
     }
 
     /// Returns the time until the limit is full.
     pub(crate) fn reset(&self, now: f64) -> f64 {
-        match *self {
-            Self::Bucket { rate, burst, .. } => (burst - self.left(now)) / rate,
-            Self::Window { period, phase, .. } => phase + (self.window_at(now) + 1.0) * period - now,
+        match self.refill {
+            Refill::Bucket { rate } => (self.size - self.left(now)) / rate,
+            _ => self.ends(now) - now,
+        }
+    }
+
+    /// Returns when the window or day of that time ends.
+    fn ends(&self, at: f64) -> f64 {
+        match self.refill {
+            Refill::Bucket { .. } => at,
+            Refill::Window { period, phase } => phase + (((at - phase) / period).floor() + 1.0) * period,
+            Refill::Days { begin } => {
+                begin.iter().copied().find(|begin| *begin > at).unwrap_or(f64::INFINITY)
+            }
         }
     }
 
@@ -65,26 +92,17 @@ impl Limit {
         (self.left(now) + ROUNDING).max(0.0) as u64
     }
 
-    /// Returns what a full limit holds.
+    /// Returns the units of a full limit.
     pub(crate) fn size(&self) -> f64 {
-        match *self {
-            Self::Bucket { burst, .. } => burst,
-            Self::Window { limit, .. } => limit,
-        }
+        self.size
     }
 
-    /// Returns what the limit allows per second in the long run.
+    /// Returns the units per second that the limit allows in the long run.
     pub(crate) fn rate(&self) -> f64 {
-        match *self {
-            Self::Bucket { rate, .. } => rate,
-            Self::Window { limit, period, .. } => limit / period,
-        }
-    }
-
-    fn window_at(&self, now: f64) -> f64 {
-        match *self {
-            Self::Bucket { .. } => 0.0,
-            Self::Window { period, phase, .. } => ((now - phase) / period).floor(),
+        match self.refill {
+            Refill::Bucket { rate } => rate,
+            Refill::Window { period, .. } => self.size / period,
+            Refill::Days { .. } => self.size / (24.0 * 60.0 * 60.0),
         }
     }
 }

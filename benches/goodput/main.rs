@@ -1,25 +1,31 @@
-//! Goodput near the quota: how many requests fail, and how long they wait, at loads around what a service allows.
+//! Goodput near the quota: the share of requests that fail, and their waits, at loads around what a service allows.
 //!
 //! ```text
 //! cargo bench --bench goodput
 //! cargo bench --bench goodput -- --services openai,anthropic --clients today --loads 0.5,0.95 --seeds 1 --json
+//! cargo bench --bench goodput -- --sockets
 //! cargo bench --bench goodput -- --plot docs/goodput.svg
 //! ```
 //!
-//! Clients send Poisson arrivals to a simulated service in virtual time: 300 s pass within a second. `service.rs` has the
-//! rules of the services, `arrivals.rs` those of the requests. A load of 1 is all that the limits of the service allow.
-//! Each process is a client of its own, and all use the same keys. Figures are medians over the seeds.
+//! Clients send Poisson arrivals to a simulated service in virtual time: 300 s take less than a second. `service.rs` has
+//! the rules of the services, `arrivals.rs` those of the requests. At a load of 1, requests arrive as fast as all limits of
+//! the service together allow. Each process is a client of its own, and all use the same keys. Figures are medians over
+//! the seeds.
 //!
 //! A run repeats exactly, unless its client uses `tokio::select!`, which polls in random order.
 
 mod arguments;
 mod arrivals;
+#[path = "../support/plot.rs"]
+#[allow(dead_code, unreachable_pub)] // Other benchmarks use the rest.
+mod chart;
 mod clients;
 mod limit;
 mod oracle;
 mod plot;
 mod run;
 mod service;
+mod sockets;
 mod table;
 mod upstream;
 
@@ -38,6 +44,8 @@ use arguments::{Arguments, name};
 use arrivals::Job;
 use clap::{Parser, ValueEnum};
 use clients::ClientKind;
+use oracle::Oracle;
+use run::Outcome;
 use service::ServiceKind;
 use table::{Figures, Row};
 
@@ -49,6 +57,9 @@ fn main() {
         return;
     }
     let arguments = Arguments::parse();
+    if arguments.sockets {
+        return compare_with_sockets(&arguments);
+    }
     if let Some(path) = &arguments.plot {
         let mut rows = Vec::new();
         measure(&arguments, |row| rows.push(row));
@@ -57,7 +68,7 @@ fn main() {
     if !arguments.json {
         Row::print_head();
     }
-    measure(&arguments, |row| if arguments.json { row.print_json() } else { row.print() });
+    measure(&arguments, |row| arguments.print(&row));
 }
 
 /// Runs all scenarios, and takes the rows in order.
@@ -69,7 +80,25 @@ fn measure(arguments: &Arguments, mut take: impl FnMut(Row)) {
     );
 }
 
-/// A service and a load: all clients get the same requests.
+/// Prints the row of `openai` in virtual time, and the same over TCP in real time, where the seeds run one after the other.
+fn compare_with_sockets(arguments: &Arguments) {
+    let (service, client) = (ServiceKind::OpenAi, ClientKind::Paced);
+    let scenario = Scenario { service, load: 0.95, seeds: arguments.seeds(), seconds: 100.0 };
+    let virtual_time = scenario.rows(&[client], &[1]);
+    let over_sockets = scenario.seeds.clone().map(|seed| {
+        let jobs = scenario.jobs(seed);
+        let outcome = run::run_over_sockets(service, &jobs, seed).expect("a port to listen on");
+        scenario.figures(outcome, &scenario.oracle(client, &jobs))
+    });
+    let figures = Figures::medians(&over_sockets.collect::<Vec<_>>());
+    let row = Row { client: "paced, over TCP".to_owned(), figures, ..scenario.row_of(client, 1, figures) };
+    if !arguments.json {
+        Row::print_head();
+    }
+    virtual_time.into_iter().chain([row]).for_each(|row| arguments.print(&row));
+}
+
+/// A service and a load. All clients get the same requests.
 struct Scenario {
     service: ServiceKind,
     load: f64,
@@ -77,38 +106,38 @@ struct Scenario {
     seconds: f64,
 }
 
-/// The requests of a scenario with one seed, and the waits of the oracle.
-struct Traffic {
-    seed: u64,
-    jobs: Vec<Job>,
-    oracle: Vec<f64>,
-}
-
 impl Scenario {
     fn rows(&self, clients: &[ClientKind], processes: &[usize]) -> Vec<Row> {
-        let traffic: Vec<_> = self.seeds.clone().map(|seed| self.traffic(seed)).collect();
+        let jobs: Vec<_> = self.seeds.clone().map(|seed| (seed, self.jobs(seed))).collect();
         let cases = processes.iter().flat_map(|processes| clients.iter().map(|client| (*processes, *client)));
-        cases.map(|(processes, client)| self.row(client, processes, &traffic)).collect()
+        cases.map(|(processes, client)| self.row(client, processes, &jobs)).collect()
     }
 
-    fn traffic(&self, seed: u64) -> Traffic {
-        let jobs = arrivals::poisson(self.service, self.load, self.seconds, seed);
-        let oracle = oracle::waits(self.service, &jobs);
-        Traffic { seed, jobs, oracle }
+    fn jobs(&self, seed: u64) -> Vec<Job> {
+        arrivals::poisson(self.service, self.load, self.seconds, seed)
     }
 
-    fn row(&self, client: ClientKind, processes: usize, traffic: &[Traffic]) -> Row {
-        let figures = |Traffic { seed, jobs, oracle }: &Traffic| {
-            Figures::new(run::run(client, self.service, processes, jobs, *seed), oracle)
+    fn oracle(&self, client: ClientKind, jobs: &[Job]) -> Oracle {
+        oracle::serve(self.service, jobs, client.patience().as_secs_f64())
+    }
+
+    fn row(&self, client: ClientKind, processes: usize, jobs: &[(u64, Vec<Job>)]) -> Row {
+        let figures = |(seed, jobs): &(u64, Vec<Job>)| {
+            let outcome = run::run(client, self.service, processes, jobs, *seed);
+            self.figures(outcome, &self.oracle(client, jobs))
         };
-        let of_seeds: Vec<_> = traffic.iter().map(figures).collect();
-        Row {
-            client: name(client),
-            service: name(self.service),
-            processes,
-            load: self.load,
-            figures: Figures::medians(&of_seeds),
-        }
+        let of_seeds: Vec<_> = jobs.iter().map(figures).collect();
+        self.row_of(client, processes, Figures::medians(&of_seeds))
+    }
+
+    /// The demand of a day exceeds what `daily` allows, so requests must fail. Its row has the failures beyond those.
+    fn figures(&self, outcome: Outcome, oracle: &Oracle) -> Figures {
+        let figures = Figures::new(outcome, oracle);
+        if self.service == ServiceKind::Daily { figures.of_allowed() } else { figures }
+    }
+
+    fn row_of(&self, client: ClientKind, processes: usize, figures: Figures) -> Row {
+        Row { client: name(client), service: name(self.service), processes, load: self.load, figures }
     }
 }
 

@@ -1,12 +1,12 @@
-//! A run: the requests of several processes to one service, in virtual time.
+//! A run: the requests of several processes to one service, in virtual time or over sockets.
 
-use std::time::Duration;
+use std::{io, time::Duration};
 
 use http::{Request, StatusCode};
 use http_body_util::BodyExt;
 use tokio::{
     runtime::Builder,
-    time::{Instant, sleep, sleep_until, timeout},
+    time::{Instant, sleep_until, timeout},
 };
 use tower::ServiceExt;
 
@@ -14,10 +14,11 @@ use crate::{
     arrivals::Job,
     clients::{Client, ClientKind},
     service::ServiceKind,
+    sockets,
     upstream::{SentAt, Upstream},
 };
 
-/// A request that was not served within this time has failed.
+/// A request that is not served within this time has failed.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
 const URL: &str = "https://api.example.com/v1/chat/completions";
@@ -28,11 +29,11 @@ pub(crate) struct Outcome {
     pub(crate) failed: f64,
     /// The 429s per 100 served requests.
     pub(crate) limited_per_100: f64,
-    /// How long each served request waited until it was sent for the last time.
+    /// The time from each served request's arrival until it was sent for the last time.
     pub(crate) waits: Vec<f64>,
 }
 
-/// Runs in a runtime of its own, with a paused clock.
+/// Runs in virtual time: the clock of the runtime is paused, and moves on when all tasks wait.
 pub(crate) fn run(
     client: ClientKind,
     service: ServiceKind,
@@ -44,26 +45,46 @@ pub(crate) fn run(
     fastrand::seed(seed);
     let runtime = Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
     runtime.block_on(async {
-        let start = Instant::now();
         let upstream = Upstream::start(service, seed);
         let clients: Vec<_> = (0..processes).map(|_| client.start(&upstream, processes)).collect();
-        let mut requests = Vec::with_capacity(jobs.len());
-        for job in jobs {
-            sleep_until(start + Duration::from_secs_f64(job.arrives)).await;
-            let client = clients[job.lot % processes].clone();
-            requests.push(tokio::spawn(send(client, *job)));
-        }
-        let mut waits = Vec::new();
-        for request in requests {
-            waits.extend(request.await.unwrap());
-        }
-        let counts = upstream.counts();
-        Outcome {
-            failed: 1.0 - waits.len() as f64 / jobs.len() as f64,
-            limited_per_100: 100.0 * counts.limited as f64 / counts.served as f64,
-            waits,
-        }
+        outcome(&upstream, &clients, jobs).await
     })
+}
+
+/// Runs this crate with pacing over TCP, in real time.
+///
+/// # Errors
+///
+/// If there is no port to listen on.
+pub(crate) fn run_over_sockets(service: ServiceKind, jobs: &[Job], seed: u64) -> io::Result<Outcome> {
+    fastrand::seed(seed);
+    let runtime = Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let upstream = Upstream::start(service, seed);
+        let client = sockets::client(&upstream).await?;
+        Ok(outcome(&upstream, &[client], jobs).await)
+    })
+}
+
+/// Sends each request when it arrives, and waits for all responses.
+async fn outcome(upstream: &Upstream, clients: &[Client], jobs: &[Job]) -> Outcome {
+    let start = Instant::now();
+    let mut requests = Vec::with_capacity(jobs.len());
+    for job in jobs {
+        sleep_until(start + Duration::from_secs_f64(job.arrives)).await;
+        let client = clients[job.lot % clients.len()].clone();
+        requests.push(tokio::spawn(send(client, *job)));
+    }
+    let mut waits = Vec::new();
+    for request in requests {
+        waits.extend(request.await.unwrap());
+    }
+    let counts = upstream.counts();
+    Outcome {
+        failed: 1.0 - waits.len() as f64 / jobs.len() as f64,
+        limited_per_100: 100.0 * counts.limited as f64 / counts.served as f64,
+        waits,
+    }
 }
 
 /// Returns how long the request waited, or `None` if it failed.
@@ -75,7 +96,6 @@ async fn send(client: Client, job: Job) -> Option<f64> {
         return None;
     }
     let SentAt(sent) = *response.extensions().get().expect("an extension of the service");
-    sleep(Duration::from_secs_f64(job.body())).await;
     response.into_body().collect().await.ok()?;
     Some((sent - job.arrives).max(0.0))
 }

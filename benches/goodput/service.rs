@@ -1,4 +1,4 @@
-//! The simulated services: what each one limits, and what it tells its clients.
+//! The simulated services: their limits and their headers.
 //!
 //! Every service has two models. Unless the table says otherwise, a service has 10 keys, and limits each key and model
 //! by a token bucket of 60 requests per minute with a burst of 10. A refused request costs nothing.
@@ -17,13 +17,21 @@
 //! | `lies_zero` | as above | as `openai`, but always 0 remaining and 60 s to the reset | nothing |
 //! | `lies_full` | as above | as `openai`, but always full | nothing |
 //! | `lies_reset` | as above | as `openai`, but the reset is 10 times as far away | nothing |
+//! | `daily` | 200 requests per day, which begins at midnight in Los Angeles | none | nothing |
 //! | `many` | 300 keys with 12 requests per minute, burst 3 | as `openai` | as `openai` |
+//!
+//! A run of `daily` begins at 20:00 on 2026-10-31 and takes 52 hours, so it crosses two midnights. The day between them has
+//! 25 hours: clocks are set back at 02:00. A client that lets a day have 24 hours begins the next one an hour too early.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::{
+    sync::LazyLock,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use clap::ValueEnum;
 use fastrand::Rng;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use jiff::civil::{Date, date};
 
 use crate::{
     arrivals::{Job, mean_tokens},
@@ -32,8 +40,26 @@ use crate::{
 
 pub(crate) const MODELS: usize = 2;
 
-/// The service's wall clock at the start of the run: 2026-01-01T00:00:00Z.
+/// The service's wall clock at the start of a run: 2026-01-01T00:00:00Z.
 const EPOCH: u64 = 1_767_225_600;
+
+/// The same for `daily`: 2026-10-31T20:00:00-07:00.
+const EPOCH_OF_DAILY: u64 = 1_793_502_000;
+
+/// Where the days of `daily` begin at midnight.
+pub(crate) const ZONE: &str = "America/Los_Angeles";
+
+/// The requests that `daily` allows a key per day and model.
+pub(crate) const PER_DAY: u32 = 200;
+
+/// The midnights of a run of `daily`, in seconds since its start.
+static MIDNIGHTS: LazyLock<Vec<f64>> = LazyLock::new(|| {
+    let midnight = |day: Date| {
+        let at = day.in_tz(ZONE).expect("a zone of the database").timestamp().as_second();
+        (at - EPOCH_OF_DAILY as i64) as f64
+    };
+    [date(2026, 11, 1), date(2026, 11, 2), date(2026, 11, 3)].map(midnight).into()
+});
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 #[value(rename_all = "snake_case")]
@@ -51,12 +77,28 @@ pub(crate) enum ServiceKind {
     LiesZero,
     LiesFull,
     LiesReset,
+    Daily,
     Many,
 }
 
 impl ServiceKind {
     fn keys(self) -> usize {
         if self == Self::Many { 300 } else { 10 }
+    }
+
+    /// Returns how long requests arrive.
+    pub(crate) fn seconds(self) -> f64 {
+        if self == Self::Daily { 52.0 * 60.0 * 60.0 } else { 300.0 }
+    }
+
+    /// Returns how long one of the models is in demand before the other one is.
+    pub(crate) fn shift(self) -> f64 {
+        if self == Self::Daily { 24.0 * 60.0 * 60.0 } else { 30.0 }
+    }
+
+    /// Returns the wall clock's time at the start of a run.
+    pub(crate) fn epoch(self) -> SystemTime {
+        UNIX_EPOCH + Duration::from_secs(if self == Self::Daily { EPOCH_OF_DAILY } else { EPOCH })
     }
 
     /// Returns the number of keys that share a quota.
@@ -70,6 +112,7 @@ impl ServiceKind {
             Self::Windows | Self::RetryAfter => Limit::window(60.0, 60.0, -60.0 * rng.f64()),
             Self::Tokens => Limit::bucket(300.0, 50.0),
             Self::Mixed => Limit::bucket(per_minute_if_mixed, (per_minute_if_mixed / 6.0).round().max(1.0)),
+            Self::Daily => Limit::days(PER_DAY.into(), &MIDNIGHTS),
             Self::Many => Limit::bucket(12.0, 3.0),
             _ => Limit::bucket(60.0, 10.0),
         };
@@ -77,7 +120,7 @@ impl ServiceKind {
         Quota { requests, tokens }
     }
 
-    /// Returns what a response says; `wait` is the time until a refused request would be served.
+    /// Returns the headers of a response. `wait` is the time until the service would serve a refused request.
     fn headers(self, quota: &Quota, wait: Option<f64>, now: f64) -> HeaderMap {
         let mut headers = HeaderMap::new();
         let requests = &quota.requests;
@@ -108,7 +151,7 @@ impl ServiceKind {
                 retry_after(&mut headers, wait);
             }
             Self::RetryAfter => retry_after(&mut headers, wait),
-            Self::Silent => {}
+            Self::Silent | Self::Daily => {}
             Self::LiesZero => openai(&mut headers, "requests", limit, 0, 60.0),
             Self::LiesFull => openai(&mut headers, "requests", limit, limit, 0.0),
             Self::LiesReset => openai(&mut headers, "requests", limit, remaining, 10.0 * reset),
@@ -117,7 +160,7 @@ impl ServiceKind {
     }
 }
 
-/// What remains of the limits of a model, for a key or a group of keys.
+/// The limits of a model, for a key or a group of keys.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Quota {
     requests: Limit,
@@ -194,6 +237,10 @@ impl Limits {
         Self { kind, quotas }
     }
 
+    pub(crate) fn kind(&self) -> ServiceKind {
+        self.kind
+    }
+
     pub(crate) fn keys(&self) -> usize {
         self.kind.keys()
     }
@@ -229,7 +276,7 @@ impl Limits {
         (StatusCode::OK, kind.headers(quota, None, now))
     }
 
-    /// Counts what was not known before the end of the response.
+    /// Counts the tokens of a response at its end.
     pub(crate) fn end(&mut self, key: usize, job: &Job, now: f64) {
         self.quota_mut(key, job.model).end(job, now);
     }
@@ -272,6 +319,5 @@ fn rfc3339(at: f64) -> String {
 }
 
 fn http_date(at: f64) -> String {
-    let date: SystemTime = UNIX_EPOCH + Duration::from_secs(EPOCH + at as u64);
-    httpdate::fmt_http_date(date)
+    httpdate::fmt_http_date(UNIX_EPOCH + Duration::from_secs(EPOCH + at as u64))
 }

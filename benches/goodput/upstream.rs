@@ -1,4 +1,4 @@
-//! The simulated service as clients see it: a `tower::Service` that takes its time, and counts what it serves.
+//! The simulated service as clients see it: a `tower::Service` whose responses take time.
 
 use std::{
     convert::Infallible,
@@ -8,8 +8,10 @@ use std::{
 
 use bytes::Bytes;
 use fastrand::Rng;
-use http::{Request, Response, StatusCode, header::AUTHORIZATION};
-use http_body_util::Full;
+use futures_util::stream;
+use http::{HeaderMap, Request, Response, StatusCode, header::AUTHORIZATION};
+use http_body::Frame;
+use http_body_util::{BodyExt, Empty, Full, StreamBody, combinators::UnsyncBoxBody};
 use tokio::time::{Instant, sleep};
 use tower::{Service, service_fn};
 
@@ -22,7 +24,9 @@ use crate::{
 const REFUSAL: f64 = 0.01;
 const SECRET: &str = "sk-";
 
-/// When a request was sent: an extension of its response.
+pub(crate) type Body = UnsyncBoxBody<Bytes, Infallible>;
+
+/// The time at which a request was sent, as an extension of its response.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SentAt(pub(crate) f64);
 
@@ -71,12 +75,12 @@ impl Upstream {
         self.start.elapsed().as_secs_f64()
     }
 
-    /// Returns the service: it reads the key from `authorization`, and what is asked for from the extension [`Job`].
+    /// Returns the service, which reads the key from `authorization` and the request from its extension [`Job`].
     pub(crate) fn service(
         &self,
     ) -> impl Service<
         Request<Full<Bytes>>,
-        Response = Response<Full<Bytes>>,
+        Response = Response<Body>,
         Error = Infallible,
         Future: Send + 'static,
     > + Clone
@@ -87,32 +91,33 @@ impl Upstream {
             let upstream = upstream.clone();
             async move {
                 let job = *request.extensions().get::<Job>().expect("a job in each request");
-                let authorization = request.headers()[AUTHORIZATION].to_str().expect("text");
-                let (_, key) = authorization.rsplit_once(SECRET).expect("a secret of the service");
-                Ok(upstream.answer(key.parse().expect("a number"), &job).await)
+                Ok(upstream.answer(key_of(request.headers()), &job).await)
             }
         })
     }
 
-    /// Returns the head of the response. The caller has the end of the body [`Job::body`] later.
-    pub(crate) async fn answer(&self, key: usize, job: &Job) -> Response<Full<Bytes>> {
+    /// Returns the response as soon as the client has its head. The body takes [`Job::body`] from when it is first polled.
+    pub(crate) async fn answer(&self, key: usize, job: &Job) -> Response<Body> {
         let sent = SentAt(self.now());
         let network = Duration::from_millis(self.state().rng.u64(10..30));
         sleep(network).await;
         let (status, headers) = self.decide(key, job);
-        let until_head = if status == StatusCode::OK { job.until_head() } else { REFUSAL };
-        sleep(Duration::from_secs_f64(until_head)).await;
-        if status == StatusCode::OK {
+        let is_served = status == StatusCode::OK;
+        sleep(Duration::from_secs_f64(if is_served { job.until_head() } else { REFUSAL })).await;
+        let body = if is_served {
             self.end_later(key, *job);
-        }
-        let mut response = Response::new(Full::default());
+            ends_after(Duration::from_secs_f64(job.body()))
+        } else {
+            Empty::new().boxed_unsync()
+        };
+        let mut response = Response::new(body);
         *response.status_mut() = status;
         *response.headers_mut() = headers;
         response.extensions_mut().insert(sent);
         response
     }
 
-    fn decide(&self, key: usize, job: &Job) -> (StatusCode, http::HeaderMap) {
+    fn decide(&self, key: usize, job: &Job) -> (StatusCode, HeaderMap) {
         let now = self.now();
         let mut state = self.state();
         let (status, headers) = state.limits.request(key, job, now);
@@ -135,4 +140,19 @@ impl Upstream {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap()
     }
+}
+
+/// Returns the key that `authorization` names.
+pub(crate) fn key_of(headers: &HeaderMap) -> usize {
+    let authorization = headers[AUTHORIZATION].to_str().expect("text");
+    let (_, key) = authorization.rsplit_once(SECRET).expect("a secret of the service");
+    key.parse().expect("a number")
+}
+
+fn ends_after(time: Duration) -> Body {
+    let end = async move {
+        sleep(time).await;
+        Ok(Frame::data(Bytes::from_static(b"{}")))
+    };
+    StreamBody::new(stream::once(end)).boxed_unsync()
 }

@@ -162,10 +162,9 @@ impl Limit {
         if until > now { until } else { 0 }
     }
 
-    /// When a budget is full, and what comes back is lost from then on, in ns: of several budgets, the last one counts.
+    /// When the learned budgets are full, in ns: what comes back later is lost.
     pub(crate) fn full_at(&self, now: u64) -> u64 {
-        let of_quotas = self.quotas.iter().map(|(_, budget)| budget.full_at(now));
-        of_quotas.fold(self.requests.full_at(now).max(self.tokens.full_at(now)), u64::max)
+        self.requests.full_at(now).max(self.tokens.full_at(now))
     }
 
     /// Closes the limit until then, or longer.

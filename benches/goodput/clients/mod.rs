@@ -1,12 +1,14 @@
 //! The clients: this crate, and the algorithms of others.
 //!
-//! A client belongs to one process and knows nothing of the other processes but their number.
+//! A client belongs to one process. It knows the number of processes, and nothing else of the others.
 
 mod cubic;
 mod governor;
 mod layer;
 mod least_used;
-mod paced;
+pub(crate) mod paced;
+
+use std::time::Duration;
 
 use bytes::Bytes;
 use clap::ValueEnum;
@@ -15,7 +17,11 @@ use http_body::Body;
 use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
 use tower::{BoxError, Service, ServiceExt, service_fn, util::BoxCloneService};
 
-use crate::{arrivals::Job, upstream::Upstream};
+use crate::{
+    arrivals::Job,
+    run::PATIENCE,
+    upstream::{self, Upstream},
+};
 
 pub(crate) type Client =
     BoxCloneService<Request<Full<Bytes>>, Response<UnsyncBoxBody<Bytes, BoxError>>, BoxError>;
@@ -25,6 +31,8 @@ pub(crate) type Client =
 pub(crate) enum ClientKind {
     /// This crate, with pacing.
     Paced,
+    /// This crate, with pacing. A request fails if no key has room when it arrives.
+    PacedAtOnce,
     /// This crate without pacing: failover only.
     Today,
     /// This crate without pacing: failover, exact hints, and waiting.
@@ -38,10 +46,15 @@ pub(crate) enum ClientKind {
 }
 
 impl ClientKind {
+    /// Returns how long a request may wait. The oracle of a client has the same patience.
+    pub(crate) fn patience(self) -> Duration {
+        if self == Self::PacedAtOnce { Duration::ZERO } else { PATIENCE }
+    }
+
     /// Starts the client of one of `processes` processes.
     pub(crate) fn start(self, upstream: &Upstream, processes: usize) -> Client {
         match self {
-            Self::Paced => paced::client(upstream),
+            Self::Paced | Self::PacedAtOnce => paced::over(upstream.service(), upstream, self.patience()),
             Self::Today => layer::today(upstream),
             Self::Exact => layer::exact(upstream),
             Self::Governor => governor::client(upstream, processes),
@@ -66,7 +79,7 @@ where
 fn peer<F, A>(send: F) -> Client
 where
     F: Fn(Job) -> A + Clone + Send + 'static,
-    A: Future<Output = Option<Response<Full<Bytes>>>> + Send + 'static,
+    A: Future<Output = Option<Response<upstream::Body>>> + Send + 'static,
 {
     boxed(service_fn(move |request: Request<Full<Bytes>>| {
         let answer = send(*request.extensions().get::<Job>().expect("a job in each request"));
