@@ -15,6 +15,9 @@ use super::{
 /// Requests that were sent within this many seconds may reach the service in another order.
 const REORDERED: f64 = 0.05;
 
+/// How fast a rate that is known to lie between two others moves to where the levels put it, in seconds.
+const RATE_SETTLES_IN: f64 = 20.0;
+
 /// An answer, as one budget sees it. Times are seconds of the pool's clock.
 pub(crate) struct Answer {
     pub(crate) left: Left,
@@ -54,6 +57,8 @@ pub(crate) struct Estimate {
     /// The rate lies in between, in units per second; 0 if nothing is known.
     low: f64,
     high: f64,
+    /// The most likely rate, by the levels of many answers; 0 if there were none.
+    within: f64,
     limit: f64,
     /// The newest request with an answer: older ones say nothing new.
     seen: u64,
@@ -188,7 +193,13 @@ impl Estimate {
         });
         self.adjust_guard(answer, rate, level, sharing);
         if sharing.is_shared() {
-            sharing.adjust(level / answer.per_request, limit / answer.per_request, answer.keys, answer.now);
+            sharing.adjust(
+                level / answer.per_request,
+                limit / answer.per_request,
+                answer.keys,
+                answer.waiting,
+                answer.now,
+            );
         }
         let now = (answer.now * 1e9) as u64;
         let since = answer.now - answer.sent_at - sharing.guard;
@@ -285,7 +296,11 @@ impl Estimate {
         if self.high == 0.0 {
             0.0
         } else if self.low > 0.6 * self.high {
-            0.5 * (self.low + self.high)
+            if self.within > 0.0 {
+                self.within.clamp(self.low, self.high)
+            } else {
+                0.5 * (self.low + self.high)
+            }
         } else {
             self.high.min(self.low.max(self.high * 0.75))
         }
@@ -343,6 +358,10 @@ impl Estimate {
         }
         let own = (answer.sequence as f64 - last.sequence as f64) - (self.refused - last.refused);
         let used_by_others = (last.level + rate * passed).min(self.limit) - own - level;
+        if !sharing.is_shared() {
+            // Nobody else takes anything, so the rate is wrong by what seems to be used or to come back.
+            self.within = (rate - used_by_others / RATE_SETTLES_IN).clamp(self.low, self.high);
+        }
         let bound = 3.0 * own.max(1.0) + rate * passed;
         sharing.used_of_bucket(own / unit, used_by_others.clamp(-bound, bound) / unit, is_plenty, answer.now);
         let foreign = (used_by_others / passed).clamp(-rate, rate * 2.0);

@@ -183,8 +183,11 @@ impl Sharing {
     }
 
     /// Moves this process's share by what an answer shows of a bucket of that size, one of so many keys.
-    pub(crate) fn adjust(&mut self, level: f64, size: f64, keys: f64, now: f64) {
-        let lower = (0.5 / keys).min(0.2);
+    ///
+    /// `waiting` is the number of this process's requests that wait for each key. The more wait, the less the share falls, so
+    /// that processes with more demand get more, and the waits of all become alike.
+    pub(crate) fn adjust(&mut self, level: f64, size: f64, keys: f64, waiting: f64, now: f64) {
+        let lower = (0.5 / keys).min(0.2) / (1.0 + waiting / 4.0);
         let raise = (0.025 / keys).min(0.05);
         if level < (0.2 * size).min(1.0) {
             if self.demand.own + self.demand.foreign > ENOUGH {
@@ -199,7 +202,7 @@ impl Sharing {
     }
 
     /// Returns what this process leaves in a bucket of that size for the others, in requests. The more of its requests
-    /// wait for each key, the less: otherwise a process with more demand than the others would wait longer and longer.
+    /// wait for each key, the less it leaves.
     pub(crate) fn reserve(&self, size: f64, waiting: f64) -> f64 {
         (0.2 * size).min(2.0) * (1.0 - self.share) / (1.0 + waiting)
     }
