@@ -30,6 +30,8 @@ use tower_key_rotation::{
 struct Upstream {
     rate: f64,
     burst: f64,
+    /// A key with ten times the rate and the burst.
+    large: Option<&'static str>,
     headers: Headers,
     log: Arc<Mutex<Log>>,
 }
@@ -59,7 +61,7 @@ type Seconds = f64;
 
 impl Upstream {
     fn new(rate: f64, burst: f64) -> Self {
-        Self { rate, burst, headers: Headers::True, log: Arc::default() }
+        Self { rate, burst, large: None, headers: Headers::True, log: Arc::default() }
     }
 
     fn silent(self) -> Self {
@@ -73,27 +75,29 @@ impl Upstream {
     fn call(&self, key: &str, path: &str) -> Response<String> {
         let mut log = self.log.lock().unwrap();
         let now = log.start.get_or_insert_with(Instant::now).elapsed().as_secs_f64();
-        let (level, at) = log.buckets.entry((key.to_owned(), path.to_owned())).or_insert((self.burst, now));
-        *level = (*level + (now - *at) * self.rate).min(self.burst);
+        let factor = if self.large == Some(key) { 10.0 } else { 1.0 };
+        let (rate, burst) = (self.rate * factor, self.burst * factor);
+        let (level, at) = log.buckets.entry((key.to_owned(), path.to_owned())).or_insert((burst, now));
+        *level = (*level + (now - *at) * rate).min(burst);
         *at = now;
         let is_refused = *level < 1.0;
         if !is_refused {
             *level -= 1.0;
         }
-        let (level, wait) = (*level, (1.0 - *level) / self.rate);
+        let (level, wait) = (*level, (1.0 - *level) / rate);
         log.seen.push((key.to_owned(), path.to_owned(), is_refused, now));
         let mut response = Response::builder().status(if is_refused { 429 } else { 200 });
-        let fills_in = (self.burst - level) / self.rate;
+        let fills_in = (burst - level) / rate;
         let said = match self.headers {
             Headers::None => None,
             Headers::True => Some((level, fills_in)),
-            Headers::NothingLeft => Some((0.0, self.burst / self.rate)),
-            Headers::AllLeft => Some((self.burst, 0.0)),
+            Headers::NothingLeft => Some((0.0, burst / rate)),
+            Headers::AllLeft => Some((burst, 0.0)),
             Headers::SlowReset => Some((level, fills_in * 10.0)),
         };
         if let Some((left, reset)) = said {
             response = response
-                .header("x-ratelimit-limit-requests", self.burst as u64)
+                .header("x-ratelimit-limit-requests", burst as u64)
                 .header("x-ratelimit-remaining-requests", left as u64)
                 .header("x-ratelimit-reset-requests", format!("{reset:.3}s"));
             if is_refused && self.headers == Headers::True {
@@ -105,6 +109,11 @@ impl Upstream {
 
     fn refused(&self) -> usize {
         self.log.lock().unwrap().seen.iter().filter(|(_, _, is_refused, _)| *is_refused).count()
+    }
+
+    /// Forgets the requests so far.
+    fn forget(&self) {
+        self.log.lock().unwrap().seen.clear();
     }
 
     /// How many requests each key served.
@@ -214,6 +223,38 @@ async fn requests_that_overtake_others_hide_none_of_them() {
     let results = join_all((0..30).map(|_| send(&client, scoped("/a")))).await;
     assert_eq!(succeeded(&results), 30);
     assert!(service.refused() <= 1, "{}", service.refused());
+}
+
+#[tokio::test(start_paused = true)]
+async fn large_limits_serve_more_and_small_ones_stay_full() {
+    let service = Upstream { large: Some("0"), ..Upstream::new(1.0, 10.0) };
+    let client = client(&keys(4).paced().build().unwrap(), &service, MINUTE);
+    // In strict turn, the small keys would serve 1.5 requests a second each, and be empty.
+    let results = offer(&client, 6.0, 60.0, |_| scoped("/a")).await;
+    assert_eq!(succeeded(&results), results.len());
+    let began = Instant::now();
+    let results = join_all((0..115).map(|_| send(&client, scoped("/a")))).await;
+    assert_eq!(succeeded(&results), 115);
+    assert!(began.elapsed() < Duration::from_millis(600), "{:?}", began.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn processes_do_not_send_a_burst_each() {
+    let service = Upstream::new(1.0, 10.0);
+    let clients: Vec<_> =
+        (0..3).map(|_| client(&keys(4).paced().build().unwrap(), &service, MINUTE)).collect();
+    for burst in 0..5 {
+        // Of 150 requests, the keys serve 40 at once. Then their buckets fill again.
+        let results = join_all((0..150).map(|number| send(&clients[number % 3], scoped("/a")))).await;
+        sleep(Duration::from_secs(20)).await;
+        // At first, no process knows of the others.
+        if burst == 0 {
+            service.forget();
+        } else {
+            assert_eq!(succeeded(&results), 150);
+        }
+    }
+    assert!(service.refused() <= 100, "{} of 600", service.refused());
 }
 
 #[tokio::test(start_paused = true)]

@@ -385,6 +385,15 @@ mod tests {
     }
 
     #[test]
+    fn budgets_know_when_they_are_full() {
+        let bucket = bucket(2.0, 10.0, 4.0);
+        assert_eq!((bucket.full_at(SECOND), bucket.full_at(SECOND * 9)), (SECOND * 4, SECOND * 9));
+        let end = window(5.0, 2.0, SECOND * 10).full_at(SECOND);
+        assert!((SECOND * 10..SECOND * 10 + 20_000_000).contains(&end), "{end}");
+        assert_eq!(Budget::default().full_at(SECOND), SECOND);
+    }
+
+    #[test]
     fn threads_never_take_more_than_there_is() {
         for budget in [bucket(0.001, 500.0, 500.0), window(500.0, 500.0, SECOND * 60)] {
             let taken: u32 = std::thread::scope(|scope| {
