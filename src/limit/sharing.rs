@@ -187,7 +187,7 @@ impl Sharing {
     /// `waiting` is the number of this process's requests that wait for each key. The more wait, the less the share falls, so
     /// that processes with more demand get more, and the waits of all become alike.
     pub(crate) fn adjust(&mut self, level: f64, size: f64, keys: f64, waiting: f64, now: f64) {
-        let lower = (0.5 / keys).min(0.2) / (1.0 + waiting / 4.0);
+        let lower = (0.5 / keys).min(0.2) / (1.0 + waiting / 6.0);
         let raise = (0.025 / keys).min(0.05);
         if level < (0.2 * size).min(1.0) {
             if self.demand.own + self.demand.foreign > ENOUGH {
