@@ -5,7 +5,7 @@ use crate::{
     service::{Limits, MODELS, Quota, ServiceKind},
 };
 
-/// What becomes of the requests of the oracle.
+/// The results of the oracle.
 pub(crate) struct Oracle {
     /// How long each served request waits, in seconds.
     pub(crate) waits: Vec<f64>,

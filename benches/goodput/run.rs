@@ -23,7 +23,7 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
 const URL: &str = "https://api.example.com/v1/chat/completions";
 
-/// What became of the requests of a run.
+/// The results of a run.
 pub(crate) struct Outcome {
     /// The share of the requests that failed.
     pub(crate) failed: f64,

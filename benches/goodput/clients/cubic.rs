@@ -101,7 +101,7 @@ impl RateLimiter {
 #[derive(Default)]
 struct Process {
     limiter: std::sync::Mutex<RateLimiter>,
-    /// Whoever holds the lock is the first in the queue for a token.
+    /// The queue for tokens: the holder of the lock is the first in it.
     queue: Mutex<()>,
     turn: AtomicUsize,
 }

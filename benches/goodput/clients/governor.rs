@@ -42,7 +42,7 @@ type Limiter =
 /// The limiters of a model, one for each key.
 struct Model {
     limiters: Vec<Limiter>,
-    /// The next key. Whoever holds the lock is the first in the queue.
+    /// The next key, and the queue: the holder of the lock is the first in it.
     turn: Mutex<usize>,
 }
 
