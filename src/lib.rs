@@ -57,6 +57,7 @@
 pub mod classify;
 pub mod clock;
 mod key;
+mod lending;
 mod limit;
 mod message;
 mod meter;

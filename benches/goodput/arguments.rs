@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use clap::{Parser, ValueEnum};
 
-use crate::{Row, Scenario, clients::ClientKind, plot, service::ServiceKind};
+use crate::{Row, Scenario, StoreUse, clients::ClientKind, plot, processes::Scene, service::ServiceKind};
 
 #[derive(Debug, Parser)]
 #[command(about = "Goodput near the quota, in virtual time")]
@@ -30,6 +30,12 @@ pub(crate) struct Arguments {
     /// How long requests arrive, by default 300 s, and 52 hours for `daily`
     #[arg(long)]
     seconds: Option<f64>,
+    /// Whether this crate's processes share a store
+    #[arg(long, value_enum, default_value_t = StoreUse::Auto)]
+    store: StoreUse,
+    /// What happens to the processes; the other clients know nothing of it
+    #[arg(long, value_enum, default_value_t = Scene::Even)]
+    scene: Scene,
     /// Print one JSON object per line
     #[arg(long)]
     pub(crate) json: bool,
@@ -59,7 +65,7 @@ impl Arguments {
 
     fn scenario(&self, service: ServiceKind, load: f64) -> Scenario {
         let seconds = self.seconds.unwrap_or(service.seconds());
-        Scenario { service, load, seeds: self.seeds(), seconds }
+        Scenario { service, load, seeds: self.seeds(), seconds, store: self.store, scene: self.scene }
     }
 
     pub(crate) fn seeds(&self) -> Range<u64> {

@@ -23,6 +23,7 @@ mod clients;
 mod limit;
 mod oracle;
 mod plot;
+mod processes;
 mod run;
 mod service;
 mod sockets;
@@ -45,6 +46,7 @@ use arrivals::Job;
 use clap::{Parser, ValueEnum};
 use clients::ClientKind;
 use oracle::Oracle;
+use processes::{Scene, Together};
 use run::Outcome;
 use service::ServiceKind;
 use table::{Figures, Row};
@@ -52,7 +54,9 @@ use table::{Figures, Row};
 fn main() {
     // `cargo test --benches` only checks that each client runs.
     if !env::args().any(|argument| argument == "--bench") {
-        let short = Scenario { service: ServiceKind::OpenAi, load: 0.95, seeds: 0..1, seconds: 20.0 };
+        let (store, scene) = (StoreUse::Auto, Scene::Even);
+        let short =
+            Scenario { service: ServiceKind::OpenAi, load: 0.95, seeds: 0..1, seconds: 20.0, store, scene };
         assert_eq!(short.rows(ClientKind::value_variants(), &[1]).len(), ClientKind::value_variants().len());
         return;
     }
@@ -83,7 +87,8 @@ fn measure(arguments: &Arguments, mut take: impl FnMut(Row)) {
 /// Prints the row of `openai` in virtual time, and the same over TCP in real time, where the seeds run one after the other.
 fn compare_with_sockets(arguments: &Arguments) {
     let (service, client) = (ServiceKind::OpenAi, ClientKind::Paced);
-    let scenario = Scenario { service, load: 0.95, seeds: arguments.seeds(), seconds: 100.0 };
+    let (store, scene) = (StoreUse::No, Scene::Even);
+    let scenario = Scenario { service, load: 0.95, seeds: arguments.seeds(), seconds: 100.0, store, scene };
     let virtual_time = scenario.rows(&[client], &[1]);
     let over_sockets = scenario.seeds.clone().map(|seed| {
         let jobs = scenario.jobs(seed);
@@ -104,6 +109,23 @@ struct Scenario {
     load: f64,
     seeds: Range<u64>,
     seconds: f64,
+    store: StoreUse,
+    scene: Scene,
+}
+
+/// Whether this crate's processes share a store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum StoreUse {
+    /// From 10 processes on
+    Auto,
+    Yes,
+    No,
+}
+
+impl StoreUse {
+    fn by(self, client: ClientKind, processes: usize) -> bool {
+        client == ClientKind::Paced && (self == Self::Yes || self == Self::Auto && processes >= 10)
+    }
 }
 
 impl Scenario {
@@ -123,7 +145,8 @@ impl Scenario {
 
     fn row(&self, client: ClientKind, processes: usize, jobs: &[(u64, Vec<Job>)]) -> Row {
         let figures = |(seed, jobs): &(u64, Vec<Job>)| {
-            let outcome = run::run(client, self.service, processes, jobs, *seed);
+            let together = self.together(client, processes);
+            let outcome = run::run(client, self.service, processes, together, jobs, *seed);
             self.figures(outcome, &self.oracle(client, jobs))
         };
         let of_seeds: Vec<_> = jobs.iter().map(figures).collect();
@@ -137,7 +160,14 @@ impl Scenario {
     }
 
     fn row_of(&self, client: ClientKind, processes: usize, figures: Figures) -> Row {
-        Row { client: name(client), service: name(self.service), processes, load: self.load, figures }
+        let store = self.together(client, processes).store;
+        let scene = (self.scene != Scene::Even).then(|| name(self.scene));
+        let (client, service) = (name(client), name(self.service));
+        Row { client, service, processes, store, scene, load: self.load, figures }
+    }
+
+    fn together(&self, client: ClientKind, processes: usize) -> Together {
+        Together { store: self.store.by(client, processes), scene: self.scene }
     }
 }
 

@@ -13,6 +13,7 @@ use tower::ServiceExt;
 use crate::{
     arrivals::Job,
     clients::{Client, ClientKind},
+    processes::{Processes, Together},
     service::ServiceKind,
     sockets,
     upstream::{SentAt, Upstream},
@@ -38,6 +39,7 @@ pub(crate) fn run(
     client: ClientKind,
     service: ServiceKind,
     processes: usize,
+    together: Together,
     jobs: &[Job],
     seed: u64,
 ) -> Outcome {
@@ -46,8 +48,9 @@ pub(crate) fn run(
     let runtime = Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
     runtime.block_on(async {
         let upstream = Upstream::start(service, seed);
-        let clients: Vec<_> = (0..processes).map(|_| client.start(&upstream, processes)).collect();
-        outcome(&upstream, &clients, jobs).await
+        let seconds = jobs.last().map_or(0.0, |job| job.arrives);
+        let processes = Processes::start(client, together, &upstream, processes, seconds, seed).await;
+        outcome(&upstream, processes, jobs).await
     })
 }
 
@@ -62,26 +65,33 @@ pub(crate) fn run_over_sockets(service: ServiceKind, jobs: &[Job], seed: u64) ->
     runtime.block_on(async {
         let upstream = Upstream::start(service, seed);
         let client = sockets::client(&upstream).await?;
-        Ok(outcome(&upstream, &[client], jobs).await)
+        Ok(outcome(&upstream, Processes::single(client, &upstream, seed), jobs).await)
     })
 }
 
 /// Sends each request when it arrives, and waits for all responses.
-async fn outcome(upstream: &Upstream, clients: &[Client], jobs: &[Job]) -> Outcome {
+async fn outcome(upstream: &Upstream, mut processes: Processes, jobs: &[Job]) -> Outcome {
     let start = Instant::now();
     let mut requests = Vec::with_capacity(jobs.len());
     for job in jobs {
         sleep_until(start + Duration::from_secs_f64(job.arrives)).await;
-        let client = clients[job.lot % clients.len()].clone();
-        requests.push(tokio::spawn(send(client, *job)));
+        let (process, client) = processes.of(job).await;
+        requests.push((process, tokio::spawn(send(client, *job))));
+        if let Some(killed) = processes.killed() {
+            requests.iter().filter(|(of, _)| *of == killed).for_each(|(_, request)| request.abort());
+        }
     }
-    let mut waits = Vec::new();
-    for request in requests {
-        waits.extend(request.await.unwrap());
+    let (mut waits, mut lost) = (Vec::new(), 0);
+    for (_, request) in requests {
+        match request.await {
+            Ok(waited) => waits.extend(waited),
+            Err(error) if error.is_cancelled() => lost += 1,
+            Err(error) => panic!("{error}"),
+        }
     }
     let counts = upstream.counts();
     Outcome {
-        failed: 1.0 - waits.len() as f64 / jobs.len() as f64,
+        failed: 1.0 - waits.len() as f64 / (jobs.len() - lost) as f64,
         limited_per_100: 100.0 * counts.limited as f64 / counts.served as f64,
         waits,
     }

@@ -10,6 +10,10 @@ pub(crate) struct Row {
     pub(crate) client: String,
     pub(crate) service: String,
     pub(crate) processes: usize,
+    /// Whether the processes share a store.
+    pub(crate) store: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) scene: Option<String>,
     pub(crate) load: f64,
     #[serde(flatten)]
     pub(crate) figures: Figures,
@@ -72,8 +76,14 @@ impl Row {
     }
 
     pub(crate) fn print(&self) {
-        let Self { client, service, processes, load, figures } = self;
+        let Self { client, service, processes, store, scene, load, figures } = self;
         let Figures { limited_per_100, p50_wait, p99_wait, oracle_p50, oracle_p99, .. } = figures;
+        let processes = [
+            Some(processes.to_string()),
+            store.then(|| "a store".to_owned()),
+            scene.as_ref().map(|scene| format!("`{scene}`")),
+        ];
+        let processes = processes.into_iter().flatten().collect::<Vec<_>>().join(", ");
         println!(
             "| `{service}` | {load:.2} | {processes} | `{client}` | {:.2} % | {limited_per_100:.2} \
              | {p50_wait:.2} s | {p99_wait:.2} s | {:.2} % | {oracle_p50:.2} s | {oracle_p99:.2} s |",

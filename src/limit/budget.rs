@@ -146,7 +146,6 @@ impl Budget {
         self.unit.load(Relaxed) != UNKNOWN
     }
 
-    #[cfg(test)]
     pub(crate) fn is_window(&self) -> bool {
         self.unit.load(Relaxed) == WINDOW
     }
@@ -162,6 +161,40 @@ impl Budget {
             ((span as f64 / in_ns(unit.max(1)) * 1e3).round() / 1e3, word.max(now))
         };
         Some(Standing { left, limit, reset, is_window: unit == WINDOW })
+    }
+
+    /// A bucket is full when it holds so many units less than its size: others may still take those.
+    pub(crate) fn keep_below_full(&self, units: f64, now: u64) {
+        let unit = self.unit.load(Relaxed);
+        if unit != UNKNOWN && unit != WINDOW {
+            let units = units.min(self.span.load(Relaxed) as f64 / in_ns(unit));
+            self.word.fetch_max(now.saturating_add((units * in_ns(unit)) as u64), SeqCst);
+        }
+    }
+
+    /// How many units can be taken from now until then. What a window allows after its end does not count.
+    pub(crate) fn supply(&self, now: u64, until: u64) -> f64 {
+        let (unit, span) = (self.unit.load(Relaxed), self.span.load(Relaxed));
+        match unit {
+            UNKNOWN => f64::INFINITY,
+            WINDOW => window_at(self.word.load(SeqCst), span, now).1 as f64,
+            _ => {
+                let more = until.saturating_sub(now) as f64 / in_ns(unit);
+                (level(unit, span, self.word.load(SeqCst), now) + more).max(0.0)
+            }
+        }
+    }
+
+    /// Of a window: what is left, the time until it ends, its period, both in seconds, and its limit.
+    pub(crate) fn known_window(&self, now: u64) -> Option<(f64, f64, f64, f64)> {
+        if !self.is_window() {
+            return None;
+        }
+        let span = self.span.load(Relaxed);
+        let (end, left) = window_at(self.word.load(SeqCst), span, now);
+        let seconds = |nanos: u64| nanos as f64 / 1e9;
+        let ends_in = seconds((end << TICK).saturating_sub(now));
+        Some((left as f64, ends_in, seconds((span >> 32) << TICK), lower(span) as f64))
     }
 
     pub(crate) fn sent(&self) -> u64 {

@@ -33,6 +33,8 @@ pub(crate) struct Answer {
     pub(crate) may_be_other: bool,
     /// Requests without an answer, of a budget of requests.
     pub(crate) in_flight: f64,
+    /// Requests that other processes may still send.
+    pub(crate) lent: f64,
     /// What a unit is in requests: 1, or the tokens of this request.
     pub(crate) per_request: f64,
     /// How many limits share a scope's traffic.
@@ -83,6 +85,28 @@ impl Estimate {
     /// The level that an answer proved, at its time of sending, and how fast it rises.
     pub(crate) fn last_level(&self) -> Option<(f64, f64, f64)> {
         self.last.map(|last| (last.level, last.at, self.rate()))
+    }
+
+    /// The size of a bucket, and the interval of its rate; `None` if nothing is known.
+    pub(crate) fn rate_interval(&self) -> Option<Alike> {
+        (self.high > 0.0).then_some(Alike { limit: self.limit, low: self.low, high: self.high })
+    }
+
+    /// Continues with what another process knew of a bucket some seconds ago.
+    pub(crate) fn take_over(&mut self, budget: &Budget, known: Alike, level: f64, passed: f64, now: u64) {
+        let Alike { limit, low, high } = known;
+        if !(limit > 0.0 && high > 0.0 && low <= high) {
+            return;
+        }
+        let (seen, refused, votes) = (budget.sent(), self.refused, self.votes);
+        *self = Self { low, high, limit, seen, refused, votes, ..Self::default() };
+        let rate = self.rate();
+        budget.set_bucket(rate, limit, now, |_| (level + rate * passed).min(limit));
+    }
+
+    /// So much was taken, and the service did not count it.
+    pub(crate) fn was_not_counted(&mut self, cost: f64) {
+        self.refused += cost;
     }
 
     pub(crate) fn observe(&mut self, budget: &Budget, answer: &Answer, sharing: &mut Sharing) {
@@ -215,7 +239,7 @@ impl Estimate {
                 let at_least = share * (low - unanswered - reserve).max(0.0);
                 return own.unwrap_or(at_least).max(at_least).min(at_most).min(limit);
             }
-            let at_most = high + rate * since - after;
+            let at_most = high + rate * since - after.max(answer.lent);
             let at_least = low + rate * since - unanswered;
             own.unwrap_or(at_least).max(at_least).min(at_most).min(limit)
         });
@@ -261,7 +285,9 @@ impl Estimate {
         if answer.is_requests && self.high > 0.0 && !self.by_levels {
             self.learn_from_others(sharing);
         }
-        if answer.is_limited && answer.is_requests && self.low > 0.0 && !sharing.is_shared() {
+        // With others, a refusal says little of the rate: a token may have been used too early.
+        let is_alone = !sharing.is_shared() && !sharing.is_by_messages();
+        if answer.is_limited && answer.is_requests && self.low > 0.0 && is_alone {
             self.high = self.low.max(self.high - 0.25 * (self.high - self.low));
             if self.by_levels {
                 self.high *= 0.97;
@@ -365,8 +391,9 @@ impl Estimate {
         let bound = 3.0 * own.max(1.0) + rate * passed;
         sharing.used_of_bucket(own / unit, used_by_others.clamp(-bound, bound) / unit, is_plenty, answer.now);
         let foreign = (used_by_others / passed).clamp(-rate, rate * 2.0);
-        self.too_slow =
-            if foreign < -0.2 * rate { self.too_slow + 1 } else { self.too_slow.saturating_sub(1) };
+        // Tokens that were lent are used later, so what is left may seem to grow too fast for a while.
+        let is_too_slow = foreign < -0.2 * rate && !sharing.is_by_messages();
+        self.too_slow = if is_too_slow { self.too_slow + 1 } else { self.too_slow.saturating_sub(1) };
         if self.too_slow > 6 {
             self.high = rate - self.foreign.min(0.0);
             self.low = self.high;

@@ -3,7 +3,7 @@
 //! Additive increase, multiplicative decrease: a refusal lowers the rate, each success raises it a little. Before the first
 //! refusal nothing bounds the rate but the number of requests in flight, which grows with each success.
 
-use super::budget::Budget;
+use super::{budget::Budget, known::Known};
 
 /// A key of which nothing is known carries this many requests at once.
 pub(crate) const FIRST_IN_FLIGHT: u32 = 4;
@@ -137,6 +137,20 @@ impl Found {
         budget.set_bucket(self.rate, size, (now * 1e9) as u64, |level| {
             if before == 0.0 { 0.0 } else { level.unwrap_or(0.0).min(size) }
         });
+    }
+
+    /// What the next owner of the limit has to know.
+    pub(crate) fn known(&self) -> Option<Known> {
+        let (rate, refused_rate) = (self.rate as f32, self.refused_rate as f32);
+        (rate > 0.0).then_some(Known::Found { rate, refused_rate })
+    }
+
+    /// Continues with what another process has found.
+    pub(crate) fn take_over(&mut self, budget: &Budget, rate: f64, refused_rate: f64, now: u64) {
+        if rate > 0.0 && refused_rate > 0.0 {
+            (self.rate, self.refused_rate) = (rate, refused_rate);
+            budget.set_bucket(rate, (rate * 0.2).max(2.0), now, |_| 0.0);
+        }
     }
 
     /// Begins anew: what was found so far came from headers.

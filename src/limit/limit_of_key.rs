@@ -16,7 +16,7 @@ use super::{
 use crate::sync::{
     Mutex,
     atomic::{
-        AtomicU32, AtomicU64,
+        AtomicBool, AtomicU32, AtomicU64,
         Ordering::{Relaxed, SeqCst},
     },
 };
@@ -26,25 +26,29 @@ use crate::sync::{
 #[repr(C)]
 pub(crate) struct Limit {
     /// Closed until then, in ns of the pool's clock, whatever the budgets say.
-    rest: AtomicU64,
+    pub(super) rest: AtomicU64,
     in_flight: AtomicU32,
     /// At most so many requests without an answer; 0 for any number.
-    cap: AtomicU32,
+    pub(super) cap: AtomicU32,
     /// What the service allows, as it was learned.
-    requests: Budget,
-    tokens: Budget,
+    pub(super) requests: Budget,
+    pub(super) tokens: Budget,
     /// What the user configured.
-    quotas: Box<[(Quota, Budget)]>,
-    learned: Mutex<Learned>,
+    pub(super) quotas: Box<[(Quota, Budget)]>,
+    pub(super) learned: Mutex<Learned>,
+    /// Another process owns the limit: closed here, but for tokens that it lends.
+    pub(super) elsewhere: AtomicBool,
+    /// Requests that were lent, and not sent yet as far as is known.
+    pub(super) lent: AtomicU32,
 }
 
 #[derive(Debug, Default)]
-struct Learned {
-    requests: Estimate,
-    tokens: Option<Box<Estimate>>,
-    found: Found,
+pub(super) struct Learned {
+    pub(super) requests: Estimate,
+    pub(super) tokens: Option<Box<Estimate>>,
+    pub(super) found: Found,
     /// The headers of this scope are ignored.
-    ignores_headers: bool,
+    pub(super) ignores_headers: bool,
 }
 
 impl Limit {
@@ -58,6 +62,8 @@ impl Limit {
             tokens: Budget::default(),
             quotas: quotas.iter().map(|quota| (quota.clone(), quota.full(now))).collect(),
             learned: Mutex::default(),
+            elsewhere: AtomicBool::new(false),
+            lent: AtomicU32::new(0),
         }
     }
 
@@ -65,6 +71,9 @@ impl Limit {
     /// when another request has its answer.
     #[inline]
     pub(crate) fn take(&self, tokens: u64, now: u64) -> Result<Taken, u64> {
+        if self.is_elsewhere() {
+            return Err(NEVER);
+        }
         let rest = self.rest.load(SeqCst);
         if rest > now {
             return Err(rest);
@@ -149,7 +158,7 @@ impl Limit {
     #[inline]
     pub(crate) fn closed_until(&self, tokens: u64, now: u64) -> u64 {
         let cap = self.cap.load(Relaxed);
-        if cap != 0 && self.in_flight.load(SeqCst) >= cap {
+        if self.is_elsewhere() || (cap != 0 && self.in_flight.load(SeqCst) >= cap) {
             return NEVER;
         }
         let mut until = self.rest.load(SeqCst).max(self.requests.when(1, now));
@@ -343,6 +352,7 @@ impl Limit {
             wait: answered.wait.map(|wait| wait.as_secs_f64()),
             may_be_other,
             in_flight: if is_requests { f64::from(self.in_flight()) } else { 0.0 },
+            lent: if is_requests { f64::from(self.lent.load(SeqCst)) } else { 0.0 },
             per_request: if is_requests { 1.0 } else { tokens.max(1.0) },
             keys: answered.keys.max(1) as f64,
             waiting: answered.waiting as f64 / answered.keys.max(1) as f64,

@@ -7,7 +7,9 @@ mod estimate;
 #[cfg(all(test, schedules = "loom"))]
 mod every_schedule;
 mod found;
+mod known;
 mod left;
+mod lent;
 mod limit_of_key;
 mod quota;
 mod rules;
@@ -22,10 +24,11 @@ mod words;
 pub(crate) use self::{
     cap::Cap,
     civil::InvalidReset,
+    known::Known,
     left::{Kind, Left, Remaining},
     limit_of_key::Limit,
     rules::Cooldowns,
-    sharing::Sharing,
+    sharing::{Alike, Sharing},
     standing::Closed,
     taken::{Answered, Taken},
     traits::Named,

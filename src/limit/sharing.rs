@@ -45,6 +45,13 @@ pub(crate) struct Sharing {
     same_since: f64,
     last_reset: Duration,
     is_lying: bool,
+    has_headers: bool,
+    /// What probes say of the headers: above 0 if they were served though nothing should be left.
+    probed: f64,
+    /// The same of the other processes, together.
+    probed_elsewhere: f64,
+    /// The other processes are known through the store: what is left says nothing more of them.
+    is_by_messages: bool,
     /// How much later than at the moment of sending the service counts a request, at most, in seconds.
     pub(crate) guard: f64,
     /// The size and the rate of a budget whose rate is known best: the keys of one scope are mostly alike.
@@ -75,7 +82,7 @@ impl Used {
     }
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Alike {
     pub(crate) limit: f64,
     pub(crate) low: f64,
@@ -95,6 +102,10 @@ impl Default for Sharing {
             same_since: 0.0,
             last_reset: Duration::ZERO,
             is_lying: false,
+            has_headers: false,
+            probed: 0.0,
+            probed_elsewhere: 0.0,
+            is_by_messages: false,
             guard: FIRST_GUARD,
             alike: None,
             is_mixed: false,
@@ -111,6 +122,39 @@ impl Sharing {
         self.share
     }
 
+    pub(crate) fn is_by_messages(&self) -> bool {
+        self.is_by_messages
+    }
+
+    /// The store tells of the other processes, or does so no more.
+    pub(crate) fn set_by_messages(&mut self, is_by_messages: bool) {
+        if self.is_by_messages != is_by_messages {
+            self.is_by_messages = is_by_messages;
+            (self.used, self.share, self.is_shared) = (Used::default(), 1.0, false);
+        }
+    }
+
+    /// So many processes use the limits, and the store no longer tells of them.
+    pub(crate) fn assume_processes(&mut self, processes: usize) {
+        self.set_by_messages(false);
+        (self.is_shared, self.share) = (true, 1.0 / processes.max(1) as f64);
+        // Fades, unless what is left shows others.
+        (self.used.own, self.used.foreign) = (0.0, 50.0);
+    }
+
+    /// Takes what another process knows of the keys' rate.
+    pub(crate) fn join_alike(&mut self, theirs: Alike) {
+        match &mut self.alike {
+            None => self.alike = Some(theirs),
+            Some(known) => {
+                let (low, high) = (known.low.max(theirs.low), known.high.min(theirs.high));
+                if known.limit == theirs.limit && low <= high {
+                    (known.low, known.high) = (low, high);
+                }
+            }
+        }
+    }
+
     pub(crate) fn is_lying(&self) -> bool {
         self.is_lying
     }
@@ -120,6 +164,7 @@ impl Sharing {
         if self.is_lying || !said.is_known() {
             return false;
         }
+        self.has_headers = true;
         let has_room =
             |left: Option<Left>, cost: f64| left.is_none_or(|left| left.remaining >= 2.0 * cost.max(1.0));
         let has_room = has_room(said.requests, 1.0) && has_room(said.tokens, taken.tokens as f64);
@@ -132,11 +177,34 @@ impl Sharing {
             (false, false) => -0.01,
         };
         self.distrust = self.distrust.max(0.0);
+        if taken.is_probe {
+            self.probed = (self.probed + if is_limited { -1.0 } else { 1.5 }).clamp(-3.0, 4.5);
+        }
         if let Some(left) = said.requests.filter(|_| !is_limited) {
             self.note_reset(left, answered);
         }
-        self.is_lying |= self.distrust > TOO_MUCH;
+        self.is_lying |= self.distrust + self.probed_elsewhere.max(0.0) > TOO_MUCH;
         self.is_lying
+    }
+
+    /// Whether the service has said what is left.
+    pub(crate) fn has_headers(&self) -> bool {
+        self.has_headers
+    }
+
+    /// What this process's probes say of the headers, for the other processes.
+    pub(crate) fn probed(&self) -> f64 {
+        self.probed
+    }
+
+    /// Weighs what the probes of all other processes say, or takes the word of one. Returns whether the headers are ignored
+    /// from now on, and were not before.
+    pub(crate) fn judge_with(&mut self, probed_elsewhere: f64, is_lying: bool) -> bool {
+        self.probed_elsewhere = probed_elsewhere;
+        let is_caught = is_lying || self.distrust + probed_elsewhere.max(0.0) > TOO_MUCH;
+        let is_new = is_caught && !self.is_lying;
+        self.is_lying |= is_caught;
+        is_new
     }
 
     /// A bucket with nothing left that serves more than comes back is full later and later. Keys that wait for each unit say
@@ -172,6 +240,9 @@ impl Sharing {
 
     /// Counts what this process and others used between two answers.
     pub(crate) fn used(&mut self, own: f64, foreign: f64, now: f64) {
+        if self.is_by_messages {
+            return;
+        }
         self.used.add(own, foreign, now);
         let Used { own, foreign, .. } = self.used;
         self.is_shared = if self.is_shared { foreign > 0.02 * own } else { foreign > 0.05 * own + 3.0 };

@@ -15,6 +15,18 @@ pub(crate) struct Taken {
     pub(crate) is_probe: bool,
 }
 
+impl Taken {
+    /// Of a limit that another process owns.
+    pub(crate) fn of_a_loan(tokens: u64, now: u64) -> Self {
+        Self { at: now, tokens, sequence: 0, token_sequence: 0, is_probe: false }
+    }
+
+    /// The same, used at that time.
+    pub(crate) fn used_at(self, at: u64) -> Self {
+        Self { at, ..self }
+    }
+}
+
 /// What an answer says, beside its headers.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Answered {

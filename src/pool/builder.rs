@@ -287,7 +287,10 @@ impl KeyPoolBuilder {
     /// - Keys whose responses name the same organisation, in `anthropic-organization-id` or `openai-organization`, share one
     ///   limit from then on. A configured [group](KeySpec::group) takes precedence, and a key whose organisation changes more
     ///   than three times is in no such group.
-    /// - What is learned stays in this process. Processes that share keys share the budget by what each sees of it.
+    /// - What is learned stays in this process. Processes that open pools over one [store](crate::store) with messages, such as
+    ///   `MongoStore`, share the limits: each limit has one owner, which lends the others what they need. This takes a
+    ///   [`RecoveryHandle`](crate::RecoveryHandle) in each process, and one read and one write per second. Other processes
+    ///   share the budget by what each sees of it.
     ///
     /// ```
     /// use std::time::Duration;

@@ -83,7 +83,8 @@ impl Engine {
             }
         }
         let common = self.in_scope(traits, |scoped| scoped.common.clone());
-        let Some(place) = common.waiting.join(MOST_WAITING, demand(traits).is_picky()) else {
+        let (is_picky, now) = (demand(traits).is_picky(), nanos(self.now()));
+        let Some(place) = common.waiting.join(MOST_WAITING, is_picky, now) else {
             return Err(NoKeyAvailable::queue_is_full(self.snapshot().keys().len()));
         };
         let began = self.now();
@@ -136,7 +137,7 @@ impl Engine {
             return Err(NEVER);
         }
         self.in_scope(traits, |scoped| {
-            if let Some(next) = scoped.lock_probing().not_before(now) {
+            if let Some(next) = scoped.lock_probing().not_before(now, scoped.common.borrowing.processes()) {
                 return Err(next);
             }
             match scoped.probe(&demand(traits), now) {

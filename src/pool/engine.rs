@@ -106,6 +106,7 @@ impl Engine {
                 clock: config.clock.clone(),
                 cooldowns: config.cooldowns,
                 learns: config.learns,
+                has_store,
                 quotas: config.quotas.clone(),
                 fills_first: config.fills_first,
                 regrouping: Regrouping::default(),
@@ -124,6 +125,11 @@ impl Engine {
                 this: this.clone(),
             }
         })
+    }
+
+    /// Whether the pool learns what the service allows.
+    pub(crate) fn learns(&self) -> bool {
+        self.limiting.learns
     }
 
     pub(crate) fn snapshot(&self) -> Guard<Arc<Snapshot>> {

@@ -8,7 +8,10 @@ use std::{
 };
 
 use super::{key::Key, organisation::Organisation};
-use crate::select::{Ring, round_of};
+use crate::{
+    lending::name_of,
+    select::{Ring, round_of},
+};
 
 /// `group` of a key that has none.
 const ALONE: u32 = u32::MAX;
@@ -27,6 +30,16 @@ pub(crate) struct Layout {
     /// Whether any key has a limit of requests in flight.
     has_caps: bool,
     ring: OnceLock<Ring>,
+    names: OnceLock<Names>,
+}
+
+/// What other processes call the limits.
+#[derive(Debug)]
+pub(crate) struct Names {
+    /// The slots that hold a limit, each with the limit's name.
+    limits: Vec<(usize, u64)>,
+    /// By the lower half of the name.
+    slots: HashMap<u32, usize>,
 }
 
 /// The turns of a round, tier by tier.
@@ -67,7 +80,16 @@ impl Layout {
         let named = named.map_or_else(OnceLock::new, OnceLock::from);
         let organisations = organisations_of(keys, &named);
         let groups = Groups::new(keys, &organisations);
-        Self { tiers: tiers.into(), groups, named, organisations, turns, has_caps, ring: OnceLock::new() }
+        Self {
+            tiers: tiers.into(),
+            groups,
+            named,
+            organisations,
+            turns,
+            has_caps,
+            ring: OnceLock::new(),
+            names: OnceLock::new(),
+        }
     }
 
     /// Whether the keys belong to other quota groups by now.
@@ -177,6 +199,20 @@ impl Layout {
         keys - in_groups + self.groups()
     }
 
+    pub(crate) fn names(&self, keys: &[Arc<Key>]) -> &Names {
+        self.names.get_or_init(|| {
+            let leaders = (0..keys.len()).filter(|slot| self.leader(*slot) == *slot);
+            let name = |slot: usize| match (self.group_of(slot), keys[slot].group()) {
+                (Some(_), Some(group)) => name_of(&format!("group {group}")),
+                (Some(_), None) => name_of(&format!("organisation {}", self.organisation(slot))),
+                (None, _) => name_of(&format!("key {}", keys[slot].id.as_str())),
+            };
+            let limits: Vec<_> = leaders.map(|slot| (slot, name(slot))).collect();
+            let slots = limits.iter().map(|(slot, name)| (*name as u32, *slot)).collect();
+            Names { limits, slots }
+        })
+    }
+
     pub(crate) fn ring(&self, keys: &[Arc<Key>]) -> &Ring {
         self.ring.get_or_init(|| {
             Ring::new(keys.iter().map(|key| {
@@ -200,6 +236,17 @@ fn organisations_of(keys: &[Arc<Key>], named: &OnceLock<Box<[Organisation]>>) ->
 enum Common<'a> {
     Name(&'a str),
     Organisation(u64),
+}
+
+impl Names {
+    pub(crate) fn limits(&self) -> &[(usize, u64)] {
+        &self.limits
+    }
+
+    /// The slot of a limit, by the lower half of its name.
+    pub(crate) fn slot(&self, limit: u32) -> Option<usize> {
+        self.slots.get(&limit).copied()
+    }
 }
 
 impl Groups {

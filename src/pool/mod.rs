@@ -10,13 +10,16 @@
 //! | lock | held while |
 //! |---|---|
 //! | `Link::turn` | keys are read from the store, or an operator's change is made there, and applied here |
+//! | `Link::sharing` | a task exchanges messages about limits; never with the others |
 //! | `Link::round` | a round of marks is written; beside `turn`, never with it |
 //! | `Engine::editing` | the set of keys is replaced |
 //! | `Scopes`, `Complaints`, `Link::gone`, `Meter::scopes` | their own map is read or changed; each alone |
+//! | `Borrowing::stock`, `Borrowing::news` | a token is taken or added; something is noted for a lender; each alone |
 //! | `Common::sharing`, then `Limit::learned` | an answer is learned from |
 //! | `ScopesInUse::adding`, `Common::newest`, `Common::probing` | a scope is made; the newest snapshot's scope is looked up; a probe is planned; each alone |
 
 mod bitset;
+mod borrowing;
 mod builder;
 mod choose;
 mod deadlines;
@@ -31,6 +34,7 @@ mod key;
 mod key_pool;
 mod layout;
 mod lease;
+mod lender;
 #[cfg(feature = "metrics")]
 mod metrics;
 mod no_key;
@@ -41,6 +45,7 @@ mod random_schedules;
 mod scoped;
 mod scopes;
 mod scopes_in_use;
+mod shared;
 mod snapshot;
 mod stats;
 mod ticket;
@@ -58,5 +63,6 @@ pub(crate) use self::{
     engine::Engine,
     key::{Key, UsableKey},
     lease::Lease,
+    lender::Lender,
     snapshot::Snapshot,
 };

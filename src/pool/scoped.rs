@@ -10,12 +10,13 @@ use std::{
 };
 
 use super::{
-    bitset::AtomicBitSet, deadlines::Deadlines, in_flight::InFlight, key::Key, layout::Layout,
-    waiting::Waiting,
+    bitset::AtomicBitSet, borrowing::Borrowing, deadlines::Deadlines, in_flight::InFlight, key::Key,
+    layout::Layout, waiting::Waiting,
 };
 use crate::{
     clock::Clock,
     key::KeyId,
+    lending::{Origin, Token, name_of},
     limit::{Cap, Cooldowns, Limit, NEVER, Quota, Rest, Scope, Sharing, Taken, nanos},
     meter::Meter,
     sync::{
@@ -35,6 +36,8 @@ const TOO_SMALL_PER_PICK: usize = 64;
 
 /// Of so many keys in turn, the one that is full first is picked, if the limits are of different sizes.
 const CHOICES: usize = 3;
+/// The most keys that are looked at for a probe.
+const PROBED: usize = 64;
 
 /// What a request demands of a key.
 #[derive(Debug, Default)]
@@ -59,6 +62,8 @@ pub(crate) struct Limiting {
     pub(crate) cooldowns: Cooldowns,
     /// Learns what the service allows.
     pub(crate) learns: bool,
+    /// Other processes may use the same keys.
+    pub(crate) has_store: bool,
     pub(crate) quotas: Vec<Quota>,
     /// The first key with room serves, not the next one in turn.
     pub(crate) fills_first: bool,
@@ -103,6 +108,7 @@ impl Limiting {
 pub(crate) struct Common {
     scope: Option<Scope>,
     pub(crate) waiting: Waiting,
+    pub(crate) borrowing: Borrowing,
     pub(crate) sharing: Mutex<Sharing>,
     pub(crate) probing: Mutex<Probing>,
     /// Whether the limits of the scope are of different sizes.
@@ -129,6 +135,15 @@ impl Common {
     pub(crate) fn refused(&self) -> u64 {
         self.refused.load(Relaxed)
     }
+
+    /// What other processes call the scope.
+    pub(crate) fn name(&self) -> u64 {
+        name_of(self.scope.as_ref().map_or("", Scope::as_str))
+    }
+
+    pub(crate) fn lock_sharing(&self) -> MutexGuard<'_, Sharing> {
+        self.sharing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// When a request may be sent although nothing should be left.
@@ -141,15 +156,15 @@ pub(crate) struct Probing {
 }
 
 impl Probing {
-    /// When the next probe may be sent, if not now.
-    pub(crate) fn not_before(&mut self, now: u64) -> Option<u64> {
+    /// When the next probe may be sent, if not now. The processes that share a scope probe no more than one would.
+    pub(crate) fn not_before(&mut self, now: u64, processes: usize) -> Option<u64> {
         if self.next == 0 {
-            self.next = now + seconds(self.interval);
+            self.next = now + spread(self.interval, processes);
         }
         if now < self.next {
             return Some(self.next);
         }
-        self.next = now + seconds(self.interval.max(2.0));
+        self.next = now + spread(self.interval.max(2.0), processes);
         None
     }
 
@@ -157,11 +172,24 @@ impl Probing {
         self.next
     }
 
+    /// Other processes have doubts: the next probe comes soon.
+    pub(crate) fn hurry(&mut self, now: u64) {
+        self.next = self.next.min(now + seconds(self.interval.min(2.0)));
+    }
+
     /// A probe has its answer.
-    pub(crate) fn answered(&mut self, was_refused: bool, now: u64) {
+    pub(crate) fn answered(&mut self, was_refused: bool, now: u64, processes: usize) {
         self.interval =
             if was_refused { (self.interval * 4.0).min(120.0) } else { (self.interval * 0.5).max(0.5) };
-        self.next = now + seconds(self.interval);
+        self.next = now + spread(self.interval, processes);
+    }
+}
+
+/// Where several processes probe, each waits at random for as many times as long, on average.
+fn spread(interval: f64, processes: usize) -> u64 {
+    match processes.saturating_sub(1) {
+        0 => seconds(interval),
+        others => seconds(interval * (1.0 + 2.0 * others as f64 * fastrand::f64())),
     }
 }
 
@@ -177,8 +205,8 @@ impl Default for Probing {
 
 #[derive(Debug)]
 pub(crate) struct Scoped {
-    keys: Arc<[Arc<Key>]>,
-    layout: Arc<Layout>,
+    pub(super) keys: Arc<[Arc<Key>]>,
+    pub(super) layout: Arc<Layout>,
     /// The turns of keys that are open.
     open: AtomicBitSet,
     /// When a closed key is to be looked at again, in ns.
@@ -212,13 +240,17 @@ impl Scoped {
         limiting: Arc<Limiting>,
     ) -> Self {
         let now = nanos(limiting.clock.now());
+        // Processes that start together must not all begin with the same key.
+        let is_shared = limiting.learns && limiting.has_store;
+        let first = |tier: &Range<usize>| {
+            let from = if is_shared && !tier.is_empty() { fastrand::usize(tier.clone()) } else { tier.start };
+            Cursor(AtomicUsize::new(from))
+        };
         let scoped = Self {
             open: AtomicBitSet::new(layout.count_turns(keys.len())),
             due: Deadlines::new(keys.len()),
             limits: keys.iter().map(|_| OnceLock::new()).collect(),
-            cursors: (0..layout.tiers().len())
-                .map(|tier| Cursor(AtomicUsize::new(layout.turns_of_tier(tier).start)))
-                .collect(),
+            cursors: (0..layout.tiers().len()).map(|tier| first(layout.turns_of_tier(tier))).collect(),
             members: (0..layout.groups()).map(|_| AtomicUsize::new(0)).collect(),
             begun: AtomicU64::new(0),
             ended: AtomicU64::new(0),
@@ -405,6 +437,95 @@ impl Scoped {
     /// The next key in turn that has room, or when the first one has, in ns; [`NEVER`] if no key opens by itself.
     pub(crate) fn pick(&self, demand: &Demand<'_>, now: u64) -> Result<Picked, u64> {
         self.note_use(now);
+        if self.common.borrowing.is_on() { self.pick_shared(demand, now) } else { self.pick_own(demand, now) }
+    }
+
+    /// A key of a scope that other processes use, too: with a token, or with room in a limit that this process owns.
+    #[cold]
+    fn pick_shared(&self, demand: &Demand<'_>, now: u64) -> Result<Picked, u64> {
+        let of_session = demand.session.filter(|_| demand.only.is_none());
+        let picked = match of_session.and_then(|session| self.pick_for_session(session, demand, now)) {
+            Some(picked) => picked,
+            None => match self.take_token(demand, now) {
+                Ok(picked) => picked,
+                Err(token_at) => match self.pick_elsewhere(demand, now) {
+                    Some(picked) => picked,
+                    None => self.pick_own(demand, now).map_err(|until| until.min(token_at))?,
+                },
+            },
+        };
+        self.common.borrowing.count_served();
+        Ok(picked)
+    }
+
+    fn take_token(&self, demand: &Demand<'_>, now: u64) -> Result<Picked, u64> {
+        let mut slot = None;
+        let token = self.common.borrowing.lock_stock().take(now, |token| {
+            slot = self.member_for(token.limit, demand);
+            slot.is_some()
+        });
+        let token = token.map_err(|later| later.unwrap_or(NEVER))?;
+        let slot = slot.ok_or(NEVER)?;
+        let Ok(place) = self.enter(slot, now) else {
+            self.common.borrowing.lock_stock().add(token);
+            return Err(NEVER);
+        };
+        let picked = match token.origin {
+            Origin::Here(mut taken) => {
+                self.limit(slot, now).is_spent();
+                self.limit(slot, now).correct_tokens(&taken, demand.tokens, now);
+                (taken.at, taken.tokens) = (now, demand.tokens);
+                Picked { slot, taken: Some(taken), place, token: None }
+            }
+            Origin::Lender { .. } => {
+                let taken = Taken::of_a_loan(demand.tokens, now);
+                Picked { slot, taken: Some(taken), place, token: Some(token) }
+            }
+        };
+        if demand.tokens != 0 {
+            self.common.borrowing.uses(&token, demand.tokens);
+            self.note_tokens(demand.tokens);
+        }
+        Ok(picked)
+    }
+
+    /// The key of a limit whose turn it is, and which may serve the request.
+    fn member_for(&self, limit: u32, demand: &Demand<'_>) -> Option<usize> {
+        let leader = self.layout.names(&self.keys).slot(limit)?;
+        let may_serve = |slot: &usize| {
+            let key = &self.keys[*slot];
+            key.state.load().is_available()
+                && !self.is_full(*slot)
+                && demand.only.is_none_or(|id| key.id == *id)
+                && !demand.avoid.contains(&key.id)
+        };
+        let Some((group, members)) = self.layout.group_of(leader) else {
+            return Some(leader).filter(may_serve);
+        };
+        let turn = self.members[group].fetch_add(1, Relaxed);
+        (0..members.len()).map(|next| members[(turn + next) % members.len()] as usize).find(may_serve)
+    }
+
+    /// Whether a key is available that has this one's limit.
+    pub(super) fn has_available_member(&self, slot: usize) -> bool {
+        let is_available = |slot: usize| self.keys[slot].state.load().is_available();
+        match self.layout.group_of(slot) {
+            Some((_, members)) => members.iter().any(|member| is_available(*member as usize)),
+            None => is_available(slot),
+        }
+    }
+
+    /// A request that only one key may serve does not wait for a token of this very key: its owner sees what it takes.
+    fn pick_elsewhere(&self, demand: &Demand<'_>, now: u64) -> Option<Picked> {
+        let id = demand.only?;
+        let slot = self.keys.iter().position(|key| key.id == *id)?;
+        let limit = self.limit(slot, now);
+        let is_free = limit.is_elsewhere() && self.keys[slot].state.load().is_available();
+        let place = if is_free { self.enter(slot, now).ok()? } else { return None };
+        Some(Picked { slot, taken: Some(limit.take_anyway(demand.tokens, now)), place, token: None })
+    }
+
+    fn pick_own(&self, demand: &Demand<'_>, now: u64) -> Result<Picked, u64> {
         if let Some(id) = demand.only {
             let slot = self.keys.iter().position(|key| key.id == *id).ok_or(NEVER)?;
             return self.take(slot, demand, now).map_err(|full| full.until);
@@ -585,7 +706,7 @@ impl Scoped {
         let limit = if self.limiting.is_on() { Some(self.limit(slot, now)) } else { self.known_limit(slot) };
         let Some(limit) = limit else {
             let place = self.enter(slot, now)?;
-            return Ok(Picked { slot, taken: None, place });
+            return Ok(Picked { slot, taken: None, place, token: None });
         };
         let taken = limit.take(demand.tokens, now).map_err(|until| {
             self.refresh_limit(slot, now);
@@ -606,7 +727,7 @@ impl Scoped {
         if limit.closed_until(self.usual_tokens(), now) != 0 {
             self.refresh_limit(slot, now);
         }
-        Ok(Picked { slot, taken: Some(taken), place })
+        Ok(Picked { slot, taken: Some(taken), place, token: None })
     }
 
     /// Counts a request among those in flight with its key, if that has a limit of them.
@@ -664,7 +785,12 @@ impl Scoped {
     /// A key that has no room as far as is known, for a request that finds out whether that is so.
     pub(crate) fn probe(&self, demand: &Demand<'_>, now: u64) -> Option<Picked> {
         let far = now + 300_000_000;
-        let slot = (0..8).map(|_| fastrand::usize(0..self.keys.len().max(1))).find(|slot| {
+        let keys = self.keys.len().max(1);
+        // Of limits that processes share, this one owns few.
+        let is_shared = self.common.borrowing.is_on();
+        let (from, tries) = if is_shared { (fastrand::usize(0..keys), PROBED.min(keys)) } else { (0, 8) };
+        let any = |next: usize| if is_shared { (from + next) % keys } else { fastrand::usize(0..keys) };
+        let slot = (0..tries).map(any).find(|slot| {
             let Some(limit) = self.limits.get(self.layout.leader(*slot)).and_then(OnceLock::get) else {
                 return false;
             };
@@ -682,7 +808,7 @@ impl Scoped {
         let limit = self.limit(slot, now);
         let taken = limit.probe(demand.tokens, now);
         self.refresh_limit(slot, now);
-        Some(Picked { slot, taken: Some(taken), place })
+        Some(Picked { slot, taken: Some(taken), place, token: None })
     }
 
     // ---- the indexes ----
@@ -799,7 +925,7 @@ impl Scoped {
     }
 
     pub(crate) fn lock_sharing(&self) -> MutexGuard<'_, Sharing> {
-        self.common.sharing.lock().unwrap_or_else(PoisonError::into_inner)
+        self.common.lock_sharing()
     }
 
     pub(crate) fn lock_probing(&self) -> MutexGuard<'_, Probing> {
@@ -815,6 +941,8 @@ pub(crate) struct Picked {
     pub(crate) taken: Option<Taken>,
     /// Its place among the requests in flight, if the key has a limit of them.
     pub(crate) place: Option<InFlight>,
+    /// The token of another process that the request uses.
+    pub(crate) token: Option<Token>,
 }
 
 /// Why a key that seemed open serves no request.

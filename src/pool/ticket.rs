@@ -10,7 +10,10 @@ use super::{
     key::Key,
     scoped::{Picked, Scoped},
 };
-use crate::limit::{Answered, Limit, NEVER, Remaining, Taken, nanos};
+use crate::{
+    lending::Token,
+    limit::{Answered, Limit, NEVER, Remaining, Taken, nanos},
+};
 
 /// Dropped without an answer, it gives back what nobody knows to be used.
 #[derive(Debug)]
@@ -21,11 +24,13 @@ pub(crate) struct Ticket {
     taken: Option<Taken>,
     /// Held until the request has ended.
     _place: Option<InFlight>,
+    /// The token of another process that the request uses: then the key's limit here has nothing to do with it.
+    token: Option<Token>,
 }
 
 impl Ticket {
-    pub(crate) fn new(scoped: Arc<Scoped>, Picked { slot, taken, place }: Picked) -> Self {
-        Self { scoped, slot: slot as u32, taken, _place: place }
+    pub(crate) fn new(scoped: Arc<Scoped>, Picked { slot, taken, place, token }: Picked) -> Self {
+        Self { scoped, slot: slot as u32, taken, _place: place, token }
     }
 
     pub(crate) fn key(&self) -> &Arc<Key> {
@@ -40,6 +45,10 @@ impl Ticket {
     pub(crate) fn put_back(mut self) {
         if let Some(taken) = self.taken.take() {
             let now = self.scoped.now();
+            if let Some(token) = self.token {
+                self.scoped.common.borrowing.lock_stock().add(token);
+                return self.scoped.common.waiting.look_again();
+            }
             self.limit(now).put_back(&taken, now);
             self.refresh(now);
         }
@@ -52,6 +61,12 @@ impl Ticket {
             self.scoped.count_refused();
         }
         let taken = self.taken.take();
+        if let Some((token, taken)) = self.token.zip(taken) {
+            let common = &self.scoped.common;
+            let wait = wait.map(|wait| wait.min(self.scoped.longest_wait()));
+            common.borrowing.answered(&token, taken.at, is_limited, wait, said, now);
+            return common.waiting.look_again();
+        }
         match taken {
             Some(taken) if self.scoped.learns() => self.learn(&taken, is_limited, wait, said, now),
             Some(taken) => self.limit(now).ended(&taken, is_limited, now),
@@ -95,7 +110,8 @@ impl Ticket {
             is_caught
         };
         if taken.is_probe {
-            scoped.lock_probing().answered(is_limited, now);
+            let processes = scoped.common.borrowing.processes();
+            scoped.lock_probing().answered(is_limited, now, processes);
         }
         if is_caught {
             tracing::info!(scope = scoped.scope(), "limit headers contradict the service's answers: ignored");
@@ -117,7 +133,7 @@ impl Ticket {
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        if let Some(taken) = self.taken.take() {
+        if let Some(taken) = self.taken.take().filter(|_| self.token.is_none()) {
             let now = self.scoped.now();
             self.limit(now).failed(&taken, now);
             self.refresh(now);

@@ -4,7 +4,10 @@
 //! go in the order in which they came, and a request that is dropped leaves its place. A refused request goes before all
 //! that have not been sent yet.
 
-use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{
+    AtomicU64, AtomicUsize,
+    Ordering::{Relaxed, SeqCst},
+};
 
 use tokio::sync::{Mutex, MutexGuard, Notify, futures::Notified};
 
@@ -17,6 +20,8 @@ pub(crate) struct Waiting {
     queued: AtomicUsize,
     /// Requests that wait, those included that wait beside the queue.
     count: AtomicUsize,
+    /// When the first request of the line joined it, in ns.
+    first_since: AtomicU64,
     changed: Notify,
 }
 
@@ -24,6 +29,7 @@ pub(crate) struct Waiting {
 pub(crate) struct Place<'a> {
     waiting: &'a Waiting,
     is_beside: bool,
+    since: u64,
 }
 
 /// The first place.
@@ -49,12 +55,17 @@ impl Waiting {
         self.count.load(SeqCst)
     }
 
+    /// For how long the first request has been waiting, in ns.
+    pub(crate) fn oldest(&self, now: u64) -> u64 {
+        if self.has_any() { now.saturating_sub(self.first_since.load(Relaxed)) } else { 0 }
+    }
+
     /// Joins the queue, or those beside it, unless that many wait already.
-    pub(crate) fn join(&self, most: usize, beside: bool) -> Option<Place<'_>> {
+    pub(crate) fn join(&self, most: usize, beside: bool, now: u64) -> Option<Place<'_>> {
         let joined = self.count.fetch_update(SeqCst, SeqCst, |count| (count < most).then_some(count + 1));
         joined.ok()?;
         self.queued.fetch_add(usize::from(!beside), SeqCst);
-        Some(Place { waiting: self, is_beside: beside })
+        Some(Place { waiting: self, is_beside: beside, since: now })
     }
 
     /// Something may have room earlier than the first request knows.
@@ -74,6 +85,9 @@ impl<'a> Place<'a> {
     /// Waits for the turn.
     pub(crate) async fn first(&self, was_refused: bool) -> First<'a> {
         let line = if was_refused { None } else { Some(self.waiting.line.lock().await) };
+        if line.is_some() {
+            self.waiting.first_since.store(self.since, Relaxed);
+        }
         First { _line: line, _front: self.waiting.front.lock().await }
     }
 }

@@ -21,6 +21,8 @@ pub(crate) struct Link {
     pub(super) complaints: Complaints,
     /// Held while a round of marks is written: each key has at most one write in flight. The slot to continue with.
     pub(super) round: tokio::sync::Mutex<usize>,
+    /// Held by the task that shares limits with other processes.
+    pub(super) sharing: tokio::sync::Mutex<()>,
     /// Whether the store has a mark that a standby key may answer.
     pub(super) key_failed: AtomicBool,
     /// The usage of keys that were taken out of the pool since the last write.
@@ -37,8 +39,8 @@ impl Link {
     /// To a store that is still to be read, and to be given these keys if it does not have them.
     pub(crate) fn new(engine: Arc<Engine>, store: Arc<dyn KeyStore>, seeds: Seeds) -> Self {
         let turn = Arc::new(tokio::sync::Mutex::new(seeds));
-        let (open, complaints, round, key_failed, gone) = Default::default();
-        Self { engine, store, turn, open, complaints, round, key_failed, gone }
+        let (open, complaints, round, sharing, key_failed, gone) = Default::default();
+        Self { engine, store, turn, open, complaints, round, sharing, key_failed, gone }
     }
 
     /// Does in the store what an operator asks for.

@@ -5,6 +5,7 @@
 
 mod complaints;
 mod follow;
+mod limits;
 mod link;
 mod loader;
 mod log;

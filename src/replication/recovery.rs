@@ -8,7 +8,7 @@ use tokio::{
     task::JoinHandle,
 };
 
-use super::{follow::follow, log::Chain};
+use super::{follow::follow, limits::share_limits, log::Chain};
 use crate::{
     clock::Clock,
     limit::{millis, nanos},
@@ -89,7 +89,8 @@ impl RecoveryConfig {
 ///
 /// A pool works without a handle: keys rest and come back. The handle is for the store: it writes marks as they come,
 /// resets expired cooldowns, adds up usage, and brings in what other processes and operators changed: at once if the
-/// store tells of changes, otherwise with the next pass.
+/// store tells of changes, otherwise with the next pass. In a pool that [learns limits](crate::KeyPoolBuilder::paced), it
+/// shares them with the other processes over the store.
 ///
 /// ```
 /// use tower_key_rotation::{KeyPool, RecoveryHandle};
@@ -140,6 +141,7 @@ impl RecoveryHandle {
         let (reports, reported) = watch::channel(None);
         let (stop, stopped) = watch::channel(());
         follow_changes(pool, stopped.clone());
+        let sharing = tokio::spawn(share_limits(pool.clone(), stopped.clone()));
         tracing::info!(interval_ms = millis(config.interval_or_default()), "recovery started");
         let recovery = Recovery {
             pool: pool.clone(),
@@ -147,6 +149,7 @@ impl RecoveryHandle {
             commands: received,
             reports,
             writer: tokio::spawn(write_marks(pool.clone(), stopped)),
+            sharing,
             stop,
             overdue: None,
             passes: 0,
@@ -258,6 +261,7 @@ struct Recovery {
     commands: mpsc::Receiver<Command>,
     reports: watch::Sender<Option<Report>>,
     writer: JoinHandle<()>,
+    sharing: JoinHandle<()>,
     /// Dropped to stop the writer and the follower.
     stop: watch::Sender<()>,
     /// A pass that took longer than its limit and is still in progress.
@@ -363,12 +367,14 @@ impl Recovery {
     }
 
     async fn shut_down(self, clock: &dyn Clock) -> Result<(), MarksNotWritten> {
-        drop(self.stop);
+        // A value, so that the other processes are told; dropping the sender tells nobody.
+        let _ = self.stop.send(());
         let pool = self.pool.clone();
-        let (writer, overdue) = (self.writer, self.overdue);
+        let (writer, sharing, overdue) = (self.writer, self.sharing, self.overdue);
         let last_writes = tokio::spawn(async move {
             write_last(&pool).await;
             let _ = writer.await;
+            let _ = sharing.await;
             if let Some(pass) = overdue {
                 let _ = pass.await;
             }

@@ -1,6 +1,6 @@
 //! What a pool asks of a store.
 
-use std::{error::Error, fmt, future::Future, pin::Pin};
+use std::{error::Error, fmt, future::Future, pin::Pin, time::Duration};
 
 use tokio::sync::mpsc;
 
@@ -33,7 +33,7 @@ pub type StoreFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, StoreError>>
 /// use tower_key_rotation::{
 ///     KeyId,
 ///     store::{
-///         Change, KeyStore, Loaded, Mark, MemoryStore, Operation, Recovered, Replaced, Standing, StoreFuture, Usage,
+///         Change, Heard, KeyStore, Loaded, Mark, MemoryStore, Operation, Recovered, Replaced, Standing, StoreFuture, Usage,
 ///     },
 /// };
 ///
@@ -65,6 +65,12 @@ pub type StoreFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, StoreError>>
 ///     }
 ///     fn replace_failed(&self) -> StoreFuture<'_, Vec<Replaced>> {
 ///         self.inner.replace_failed()
+///     }
+///     fn messages(&self) -> StoreFuture<'_, Option<Vec<Heard>>> {
+///         self.inner.messages()
+///     }
+///     fn publish(&self, process: u64, body: Vec<u8>) -> StoreFuture<'_, ()> {
+///         self.inner.publish(process, body)
 ///     }
 /// }
 /// ```
@@ -110,6 +116,42 @@ pub trait KeyStore: fmt::Debug + Send + Sync + 'static {
     /// A store without standby keys has nothing to do.
     fn replace_failed(&self) -> StoreFuture<'_, Vec<Replaced>> {
         Box::pin(std::future::ready(Ok(Vec::new())))
+    }
+
+    /// Reads the newest message of each process, this one's included. `None` if the store keeps no messages: then pools
+    /// that learn limits see other processes only in what the service says is left.
+    ///
+    /// Messages older than 10 seconds may be missing. A pool reads them once a second, and only while it learns limits.
+    fn messages(&self) -> StoreFuture<'_, Option<Vec<Heard>>> {
+        Box::pin(std::future::ready(Ok(None)))
+    }
+
+    /// Replaces a process's message by this one.
+    ///
+    /// A store that keeps no messages has nothing to do.
+    fn publish(&self, process: u64, body: Vec<u8>) -> StoreFuture<'_, ()> {
+        drop((process, body));
+        Box::pin(std::future::ready(Ok(())))
+    }
+}
+
+/// The newest message of a process to the others that share its keys.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Heard {
+    /// A random number that the process has chosen.
+    pub process: u64,
+    /// How long ago the message was published.
+    pub age: Duration,
+    /// The message: how much the process needs, and what it lends. It holds no secret and no id.
+    pub body: Vec<u8>,
+}
+
+impl Heard {
+    /// That message.
+    #[must_use]
+    pub fn new(process: u64, age: Duration, body: Vec<u8>) -> Self {
+        Self { process, age, body }
     }
 }
 

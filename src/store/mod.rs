@@ -4,6 +4,9 @@
 //! [`RecoveryHandle`](crate::RecoveryHandle) writes marks afterwards, and loads the store every 30 seconds. A pool that is
 //! built, rather than opened over a store, has none: its own memory is all there is.
 //!
+//! Pools that learn limits ([`paced`](crate::KeyPoolBuilder::paced)) also share them through the store, if it carries
+//! messages between processes: [`KeyStore::messages`], [`KeyStore::publish`].
+//!
 //! [`MemoryStore`] is for several pools in one process; `MongoStore`, with the feature `mongodb`, for several processes,
 //! and for state that outlives a restart.
 
@@ -14,7 +17,7 @@ pub mod mongodb;
 
 pub use self::{
     key_store::{
-        Born, Change, KeyRecord, KeyStore, Loaded, Mark, Operation, Recovered, Replaced, Standing,
+        Born, Change, Heard, KeyRecord, KeyStore, Loaded, Mark, Operation, Recovered, Replaced, Standing,
         StoreError, StoreFuture, Unreadable, Usage,
     },
     memory::MemoryStore,

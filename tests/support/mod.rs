@@ -7,6 +7,7 @@
 
 pub mod canary;
 mod files;
+pub mod limited;
 mod logs;
 pub mod model;
 pub mod mongo;

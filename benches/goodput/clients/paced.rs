@@ -43,7 +43,8 @@ impl Clock for SimulatedClock {
     }
 }
 
-fn pool(upstream: &Upstream) -> KeyPool {
+/// Returns a builder with the service's keys.
+pub(crate) fn builder(upstream: &Upstream) -> KeyPoolBuilder {
     let limits = upstream.limits();
     let (kind, members) = (limits.kind(), limits.members());
     let specs = upstream.secrets().enumerate().map(|(key, secret)| {
@@ -56,7 +57,7 @@ fn pool(upstream: &Upstream) -> KeyPool {
     if kind == ServiceKind::Daily {
         builder = builder.quota(Quota::per_day(PER_DAY).resets_at("00:00", ZONE));
     }
-    builder.build().unwrap()
+    builder
 }
 
 /// Creates a client over `service`. A request waits for `patience` at most.
@@ -67,7 +68,18 @@ where
     S::Future: Send + 'static,
     B: Body<Data = Bytes, Error: Into<BoxError> + Send> + Send + 'static,
 {
-    let mut layer = KeyRotationLayer::new(&pool(upstream)).failover(Failover::attempts(10));
+    of_pool(&builder(upstream).build().unwrap(), service, patience)
+}
+
+/// Creates a client with the keys of that pool.
+pub(crate) fn of_pool<S, B>(pool: &KeyPool, service: S, patience: Duration) -> Client
+where
+    S: Service<Request<Full<Bytes>>, Response = Response<B>> + Clone + Send + Sync + 'static,
+    S::Error: Error + Send + Sync + 'static,
+    S::Future: Send + 'static,
+    B: Body<Data = Bytes, Error: Into<BoxError> + Send> + Send + 'static,
+{
+    let mut layer = KeyRotationLayer::new(pool).failover(Failover::attempts(10));
     if !patience.is_zero() {
         layer = layer.wait_up_to(patience);
     }

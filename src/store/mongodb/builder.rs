@@ -12,6 +12,7 @@ use super::{
     error::Failure,
     fields::Fields,
     inner::{Inner, Limits, collection},
+    messages,
     store::MongoStore,
 };
 
@@ -48,6 +49,7 @@ pub struct MongoStoreBuilder {
     database: Option<String>,
     collection: String,
     standby_collection: Option<String>,
+    processes_collection: Option<String>,
     fields: Fields,
     #[cfg(feature = "encryption")]
     data_keys: Option<DataKeys>,
@@ -70,6 +72,7 @@ impl MongoStore {
             database: None,
             collection: "keys".into(),
             standby_collection: None,
+            processes_collection: None,
             fields: Fields::default(),
             #[cfg(feature = "encryption")]
             data_keys: None,
@@ -95,6 +98,13 @@ impl MongoStoreBuilder {
     /// exhausted or revoked from then on. By default there is none.
     pub fn standby_collection(mut self, name: impl Into<String>) -> Self {
         self.standby_collection = Some(name.into());
+        self
+    }
+
+    /// Sets the collection through which [processes share limits](MongoStore#processes-that-share-limits). By default it
+    /// is named after the collection of keys: `keys_processes`.
+    pub fn processes_collection(mut self, name: impl Into<String>) -> Self {
+        self.processes_collection = Some(name.into());
         self
     }
 
@@ -228,6 +238,7 @@ impl MongoStoreBuilder {
     /// If a name cannot be used, or there is no name of a database.
     pub fn over(self, client: &Client) -> Result<MongoStore, ConnectError> {
         self.check_names().map_err(ConnectError)?;
+        let processes = self.processes();
         let database = self.database.map(|name| client.database(&name)).or_else(|| client.default_database());
         let database = database.ok_or(ConnectError(Cause::NoDatabase))?;
         #[cfg(feature = "encryption")]
@@ -237,6 +248,7 @@ impl MongoStoreBuilder {
         let inner = Inner {
             keys: collection(&database, &self.collection, self.limits),
             standby: self.standby_collection.map(|name| collection(&database, &name, self.limits)),
+            processes: messages::collection(&database, &processes, self.limits),
             database,
             at_rest: AtRest::new(self.fields.api_key.clone(), data_keys),
             fields: self.fields,
@@ -248,6 +260,7 @@ impl MongoStoreBuilder {
             sweeps: Default::default(),
             usage: Default::default(),
             replacements: Default::default(),
+            messages: Default::default(),
         };
         Ok(MongoStore { inner: Arc::new(inner) })
     }
@@ -261,14 +274,19 @@ impl MongoStoreBuilder {
         if let Some(name) = self.database.as_ref().filter(is_invalid) {
             return Err(Cause::Name(name.clone()));
         }
-        let names = [Some(&self.collection), self.standby_collection.as_ref()];
-        match names.into_iter().flatten().find(|name| name.is_empty() || name.contains(['$', '\0'])) {
-            Some(name) => Err(Cause::Name(name.clone())),
-            None if self.standby_collection.as_ref() == Some(&self.collection) => {
-                Err(Cause::Name(self.collection.clone()))
-            }
+        let processes = self.processes();
+        let names = [Some(&self.collection), Some(&processes), self.standby_collection.as_ref()];
+        let names: Vec<_> = names.into_iter().flatten().collect();
+        let is_taken = |name: &&&String| names.iter().filter(|other| *other == *name).count() > 1;
+        let invalid = names.iter().find(|name| name.is_empty() || name.contains(['$', '\0']));
+        match invalid.or_else(|| names.iter().find(is_taken)) {
+            Some(name) => Err(Cause::Name((*name).clone())),
             None => Ok(()),
         }
+    }
+
+    fn processes(&self) -> String {
+        self.processes_collection.clone().unwrap_or_else(|| format!("{}_processes", self.collection))
     }
 }
 
@@ -293,7 +311,7 @@ enum Cause {
         "no database is named: put its name behind the hosts of the MongoDB URI, as in mongodb://host/gateway"
     )]
     NoDatabase,
-    /// Or both collections have it.
+    /// Or two collections have it.
     #[error("{0:?} can't be the name of a MongoDB database or collection here")]
     Name(String),
     #[error("{0:?} can't be the name of a field, or another field has it")]

@@ -46,6 +46,7 @@ pub(super) struct Inner {
     pub(super) database: Database,
     pub(super) keys: Documents,
     pub(super) standby: Option<Documents>,
+    pub(super) processes: Documents,
     pub(super) fields: Fields,
     pub(super) at_rest: AtRest,
     pub(super) limits: Limits,
@@ -57,6 +58,7 @@ pub(super) struct Inner {
     pub(super) sweeps: Lane,
     pub(super) usage: Lane,
     pub(super) replacements: Lane,
+    pub(super) messages: Lane,
 }
 
 /// A collection as this store uses it: whatever the client is set to, writes are acknowledged by a majority, and

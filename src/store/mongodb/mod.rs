@@ -19,6 +19,7 @@ pub mod fuzzing;
 mod inner;
 mod lane;
 mod load;
+mod messages;
 mod rendered;
 mod standby;
 mod store;

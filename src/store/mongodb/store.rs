@@ -20,7 +20,7 @@ use super::{
 use crate::{
     key::{KeyId, KeySpec},
     store::{
-        Born, Change, KeyStore, Loaded, Mark, Operation, Recovered, Replaced, Standing, StoreError,
+        Born, Change, Heard, KeyStore, Loaded, Mark, Operation, Recovered, Replaced, Standing, StoreError,
         StoreFuture, Usage,
     },
 };
@@ -123,6 +123,13 @@ use crate::{
 /// The secret's field has the same name as in the keys' documents; the other names are fixed. A standby key that
 /// cannot be used (no usable secret, an `_id` or a secret that another key has) is logged, stays `isUsed`, and the next
 /// one is taken.
+///
+/// # Processes that share limits
+///
+/// Pools that [learn limits](crate::KeyPoolBuilder::paced) share them through one more collection, `keys_processes` by
+/// default: one document of some hundred bytes for each process, `{ _id, at, body }`, written once a second and read by
+/// all others, while requests come. It holds no secret, no id of a key and no name of a scope. Documents of processes that
+/// have ended are deleted after a minute. A user that may not write there only loses the sharing.
 ///
 /// # Durability
 ///
@@ -288,6 +295,16 @@ impl KeyStore for MongoStore {
             let replace = standby::replace_failed(self.inner.clone(), standby);
             Ok(self.inner.replacements.run(ALL_KEYS_LIMIT, replace).await?)
         })
+    }
+
+    fn messages(&self) -> StoreFuture<'_, Option<Vec<Heard>>> {
+        let messages = self.inner.clone().messages();
+        Box::pin(async { Ok(Some(self.inner.messages.run(self.inner.limits.operation, messages).await?)) })
+    }
+
+    fn publish(&self, process: u64, body: Vec<u8>) -> StoreFuture<'_, ()> {
+        let publish = self.inner.clone().publish(process, body);
+        Box::pin(async { Ok(self.inner.messages.run(self.inner.limits.operation, publish).await?) })
     }
 }
 

@@ -1,0 +1,297 @@
+//! Several processes that share the limits of their keys through a store, in virtual time. Each pool stands for a process.
+
+mod support;
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{
+            AtomicBool, AtomicUsize,
+            Ordering::{Relaxed, SeqCst},
+        },
+    },
+    time::Duration,
+};
+
+use futures_util::future::join_all;
+use support::{
+    MINUTE, SECOND,
+    limited::{Limited, LimitedClient, offer, post},
+};
+use tokio::time::{Instant, sleep};
+use tower::ServiceExt;
+use tower_key_rotation::{
+    KeyId, KeyPool, RecoveryHandle, Traits,
+    store::{
+        Heard, KeyStore, Loaded, Mark, MemoryStore, Operation, Recovered, Standing, StoreError, StoreFuture,
+    },
+};
+
+/// A store of messages that can be away, and takes its time.
+#[derive(Clone, Debug, Default)]
+struct Store {
+    inner: MemoryStore,
+    is_away: Arc<AtomicBool>,
+    hangs: Arc<AtomicBool>,
+    reads: Arc<AtomicUsize>,
+    writes: Arc<AtomicUsize>,
+    longest: Arc<AtomicUsize>,
+}
+
+impl Store {
+    async fn answers(&self) -> Result<(), StoreError> {
+        sleep(Duration::from_millis(100)).await;
+        while self.hangs.load(SeqCst) {
+            sleep(SECOND).await;
+        }
+        if self.is_away.load(SeqCst) { Err(StoreError::new("away")) } else { Ok(()) }
+    }
+}
+
+impl KeyStore for Store {
+    fn load<'a>(&'a self, only: Option<&'a [KeyId]>) -> StoreFuture<'a, Loaded> {
+        self.inner.load(only)
+    }
+    fn merge(&self, mark: Mark) -> StoreFuture<'_, Option<Standing>> {
+        self.inner.merge(mark)
+    }
+    fn operate(&self, id: KeyId, operation: Operation) -> StoreFuture<'_, Option<Standing>> {
+        self.inner.operate(id, operation)
+    }
+    fn sweep(&self) -> StoreFuture<'_, Recovered> {
+        self.inner.sweep()
+    }
+    fn messages(&self) -> StoreFuture<'_, Option<Vec<Heard>>> {
+        Box::pin(async {
+            self.reads.fetch_add(1, Relaxed);
+            self.answers().await?;
+            self.inner.messages().await
+        })
+    }
+    fn publish(&self, process: u64, body: Vec<u8>) -> StoreFuture<'_, ()> {
+        Box::pin(async move {
+            self.writes.fetch_add(1, Relaxed);
+            self.longest.fetch_max(body.len(), Relaxed);
+            self.answers().await?;
+            self.inner.publish(process, body).await
+        })
+    }
+}
+
+struct Process {
+    pool: KeyPool,
+    recovery: RecoveryHandle,
+    client: LimitedClient,
+}
+
+impl Process {
+    async fn start(store: &Store, service: &Limited, keys: usize) -> Self {
+        let keys = (0..keys).map(|key| (format!("k{key}"), format!("sk-{key}")));
+        let pool = KeyPool::builder().keys(keys).paced().open(store.clone()).await.unwrap();
+        let recovery = RecoveryHandle::spawn(&pool);
+        Self { client: service.client(&pool, MINUTE), recovery, pool }
+    }
+
+    async fn offer(&self, per_second: f64, seconds: f64) -> usize {
+        offer(&self.client, per_second, seconds, post).await
+    }
+}
+
+async fn processes<const N: usize>(store: &Store, service: &Limited, keys: usize) -> [Process; N] {
+    let mut processes = Vec::new();
+    for _ in 0..N {
+        processes.push(Process::start(store, service, keys).await);
+    }
+    processes.try_into().unwrap_or_else(|_| unreachable!())
+}
+
+/// How many requests fail if each process sends that many a second.
+async fn offer_each(processes: &[Process], per_second: f64, seconds: f64) -> usize {
+    join_all(processes.iter().map(|process| process.offer(per_second, seconds))).await.into_iter().sum()
+}
+
+#[tokio::test(start_paused = true)]
+async fn processes_share_a_single_limit() {
+    let (store, service) = (Store::default(), Limited::new(5.0, 10.0));
+    let processes = processes::<8>(&store, &service, 1).await;
+    assert_eq!(offer_each(&processes, 0.65, 200.0).await, 0);
+    let refused = service.refused_per_100();
+    assert!(refused <= 2.5, "{refused}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn overload_is_served_at_the_quota() {
+    let (store, service) = (Store::default(), Limited::new(1.0, 5.0));
+    let processes = processes::<8>(&store, &service, 6).await;
+    let start = Instant::now();
+    assert_eq!(offer_each(&processes, 1.0, 100.0).await, 0);
+    let refused = service.refused_per_100();
+    assert!(refused <= 3.0, "{refused}");
+    // 800 requests, of which 30 come at once and 6 per second.
+    let took = start.elapsed();
+    assert!(took < Duration::from_secs(128 + 20), "{took:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn many_keys_are_shared_without_refusals() {
+    let (store, service) = (Store::default(), Limited::new(0.2, 3.0));
+    let processes = processes::<10>(&store, &service, 100).await;
+    assert_eq!(offer_each(&processes, 1.9, 120.0).await, 0);
+    let refused = service.refused_per_100();
+    assert!(refused <= 3.0, "{refused}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn unused_loans_come_back() {
+    let (store, service) = (Store::default(), Limited::new(1.0, 10.0));
+    let [busy, quiet] = processes(&store, &service, 4).await;
+    // Both have traffic, so both hold tokens.
+    let (one, two) = tokio::join!(busy.offer(1.0, 20.0), quiet.offer(1.0, 20.0));
+    service.count_from_now();
+    // Then one has all of it. It needs what the other has borrowed, and what the other owns.
+    let start = Instant::now();
+    let three = busy.offer(3.8, 120.0).await;
+    assert_eq!((one, two, three), (0, 0, 0));
+    assert!(start.elapsed() < Duration::from_secs(150), "{:?}", start.elapsed());
+    assert!(service.refused_per_100() <= 3.0, "{}", service.refused_per_100());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_process_that_joins_gets_its_part() {
+    let (store, service) = (Store::default(), Limited::new(1.0, 10.0));
+    let before = processes::<2>(&store, &service, 4).await;
+    let late = async {
+        sleep(MINUTE).await;
+        let (start, process) = (Instant::now(), Process::start(&store, &service, 4).await);
+        (process.offer(1.2, 60.0).await, start.elapsed())
+    };
+    let (failed, (failed_late, took)) = tokio::join!(offer_each(&before, 1.2, 120.0), late);
+    assert_eq!((failed, failed_late), (0, 0));
+    assert!(took < Duration::from_secs(90), "{took:?}");
+    assert!(service.refused_per_100() <= 3.0, "{}", service.refused_per_100());
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_limits_of_a_killed_process_are_taken_over() {
+    let (store, service) = (Store::default(), Limited::new(1.0, 10.0));
+    let [one, two, killed] = processes(&store, &service, 6).await;
+    assert_eq!(killed.offer(1.0, 20.0).await + one.offer(1.0, 5.0).await, 0);
+    drop((killed.recovery, killed.pool, killed.client));
+    service.count_from_now();
+    let start = Instant::now();
+    assert_eq!(offer_each(&[one, two], 2.8, 100.0).await, 0);
+    // The quota of all six keys is needed.
+    assert!(start.elapsed() < Duration::from_secs(130), "{:?}", start.elapsed());
+    assert!(service.refused_per_100() <= 3.0, "{}", service.refused_per_100());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_store_that_is_away_fails_no_request() {
+    for keys in [1, 4, 30] {
+        let (store, service) = (Store::default(), Limited::new(30.0 / keys as f64, 60.0 / keys as f64));
+        let processes = processes::<3>(&store, &service, keys).await;
+        let outage = async {
+            sleep(30 * SECOND).await;
+            store.is_away.store(true, SeqCst);
+            sleep(MINUTE).await;
+            store.is_away.store(false, SeqCst);
+        };
+        let (failed, ()) = tokio::join!(offer_each(&processes, 6.0, 150.0), outage);
+        assert_eq!(failed, 0, "{keys} keys");
+        let refused = service.refused_per_100();
+        assert!(refused <= 15.0, "{keys} keys: {refused}");
+        service.count_from_now();
+        assert_eq!(offer_each(&processes, 6.0, 60.0).await, 0);
+        let refused = service.refused_per_100();
+        assert!(refused <= 3.0, "{keys} keys, with the store again: {refused}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_store_that_hangs_fails_no_request() {
+    let (store, service) = (Store::default(), Limited::new(5.0, 10.0));
+    let processes = processes::<3>(&store, &service, 2).await;
+    assert_eq!(offer_each(&processes, 2.0, 20.0).await, 0);
+    store.hangs.store(true, SeqCst);
+    let start = Instant::now();
+    assert_eq!(offer_each(&processes, 2.0, 60.0).await, 0);
+    assert!(start.elapsed() < Duration::from_secs(100), "{:?}", start.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn pools_go_on_alone_without_their_handles() {
+    let (store, service) = (Store::default(), Limited::new(5.0, 10.0));
+    let [one, two] = processes(&store, &service, 4).await;
+    assert_eq!(offer_each(&[one, two], 3.0, 10.0).await, 0);
+    let [stays, alone] = processes(&store, &service, 4).await;
+    let (first, second) = tokio::join!(stays.offer(2.0, 10.0), alone.offer(2.0, 10.0));
+    drop(alone.recovery);
+    drop(stays);
+    let start = Instant::now();
+    // The quota of all four keys, of which this process owned some.
+    let third = offer(&alone.client, 15.0, 60.0, post).await;
+    assert_eq!((first, second, third), (0, 0, 0));
+    assert!(start.elapsed() < Duration::from_secs(75), "{:?}", start.elapsed());
+    drop(alone.pool);
+}
+
+#[tokio::test(start_paused = true)]
+async fn two_handles_of_a_pool_are_one_process() {
+    let (store, service) = (Store::default(), Limited::new(1.0, 10.0));
+    let [one, two] = processes(&store, &service, 6).await;
+    let more = RecoveryHandle::spawn(&one.pool);
+    assert_eq!(offer_each(&[one, two], 2.8, 60.0).await, 0);
+    assert!(service.refused_per_100() <= 3.0, "{}", service.refused_per_100());
+    assert_eq!(store.inner.messages().await.unwrap().unwrap().len(), 2);
+    drop(more);
+}
+
+#[tokio::test(start_paused = true)]
+async fn wrong_headers_block_no_process() {
+    let (store, service) = (Store::default(), Limited::new(1.0, 10.0).lying());
+    let processes = processes::<5>(&store, &service, 10).await;
+    let start = Instant::now();
+    let failed = offer_each(&processes, 1.5, 100.0).await;
+    // Once the headers are ignored, the processes find the limits by refusals: 10 in a row fail a request.
+    assert!(failed <= 15, "{failed} of 750");
+    assert!(start.elapsed() < Duration::from_secs(160), "{:?}", start.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn idle_processes_leave_the_store_alone() {
+    let (store, service) = (Store::default(), Limited::new(1.0, 10.0));
+    let processes = processes::<2>(&store, &service, 4).await;
+    sleep(5 * MINUTE).await;
+    let count = || (store.reads.load(Relaxed), store.writes.load(Relaxed));
+    assert_eq!(count(), (0, 0));
+    let start = Instant::now();
+    offer_each(&processes, 1.0, 30.0).await;
+    let (reads, writes) = count();
+    // One of each per process and second.
+    let expected = 2.0 * start.elapsed().as_secs_f64();
+    for count in [reads, writes] {
+        assert!((0.5 * expected..1.2 * expected + 4.0).contains(&(count as f64)), "{count} in {expected}");
+    }
+    assert!(store.longest.load(Relaxed) < 600, "{} bytes", store.longest.load(Relaxed));
+    sleep(2 * MINUTE).await;
+    let before = count();
+    sleep(5 * MINUTE).await;
+    assert_eq!(count(), before);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_for_one_key_waits_for_no_owner() {
+    let (store, service) = (Store::default(), Limited::new(1.0, 10.0));
+    let processes = processes::<3>(&store, &service, 4).await;
+    assert_eq!(offer_each(&processes, 0.5, 20.0).await, 0);
+    for process in &processes {
+        for key in 0..4 {
+            let mut request = post();
+            let key = KeyId::new(format!("k{key}")).unwrap();
+            request.extensions_mut().insert(Traits::new().key(key));
+            let start = Instant::now();
+            assert_eq!(process.client.clone().oneshot(request).await.unwrap(), 200);
+            assert!(start.elapsed() < SECOND, "{:?}", start.elapsed());
+        }
+    }
+}
