@@ -47,6 +47,14 @@ pub trait Clock: fmt::Debug + Send + Sync + 'static {
     fn wall(&self) -> SystemTime {
         SystemTime::now()
     }
+
+    /// Returns a sleep that needs no runtime, if this clock has one: for
+    /// [`KeyPool::lease_blocking`](crate::KeyPool::lease_blocking). Otherwise the waiting thread sleeps for as long as is
+    /// left until `deadline`, by the machine's clock.
+    fn sleep_without_runtime(&self, deadline: Duration) -> Option<Sleep> {
+        let _ = deadline;
+        None
+    }
 }
 
 /// The machine's monotonic clock, read through `tokio::time`.
@@ -142,5 +150,9 @@ impl Clock for ManualClock {
     fn wall(&self) -> SystemTime {
         let since_1970 = self.time.borrow().since_1970;
         UNIX_EPOCH.checked_add(since_1970).unwrap_or(UNIX_EPOCH)
+    }
+
+    fn sleep_without_runtime(&self, deadline: Duration) -> Option<Sleep> {
+        Some(self.sleep_until(deadline))
     }
 }

@@ -80,8 +80,8 @@ pub use self::{
     },
     replication::{MarksNotWritten, PassError, RecoveryConfig, RecoveryHandle, Report},
     service::{
-        error::Error, failover::Failover, key_lease::KeyLease, key_rotation::KeyRotation,
-        layer::KeyRotationLayer, served_by::ServedBy,
+        error::Error, failover::Failover, key_lease::KeyLease, key_leases::KeyLeases,
+        key_rotation::KeyRotation, layer::KeyRotationLayer, reservation::Reservation, served_by::ServedBy,
     },
 };
 

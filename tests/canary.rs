@@ -1164,7 +1164,12 @@ async fn show_layers() {
     let failing_over = layer.clone().failover(Failover::attempts(3));
     show!(layer, failing_over, Failover::attempts(3), TryClone);
     show!(Quota::per_minute(60), Traits::new().scope("model").key(id("alpha")));
-    show!(pool.lease(&Traits::new()).unwrap());
+    show!(pool.lease(&Traits::new()).unwrap(), KeyLeases::new(&pool));
+    let paced = KeyPool::builder().key("alpha", secret("alpha")).paced().build().unwrap();
+    let served = service_fn(async |_: Request<()>| Ok::<_, io::Error>(Response::new("")));
+    let request_of_paced = Request::get("https://api.example.com").body(()).unwrap();
+    let served = KeyRotationLayer::new(&paced).layer(served).oneshot(request_of_paced).await.unwrap();
+    show!(served, *served.extensions().get::<Reservation>().unwrap());
     show_explanations();
     // Services whose own type has `Debug`; that of a function hasn't.
     let reqwest = layer.layer(http());

@@ -454,7 +454,12 @@ impl Model {
 
     fn finish(&mut self, flight: &Flight, reply: Reply) {
         let Reply::Answer(answer) = reply else { return self.give_back(flight, false) };
-        let Some(rest) = answer.rest(self.now) else { return };
+        let Some(rest) = answer.rest(self.now) else {
+            if answer.status >= 400 {
+                self.give_back(flight, false);
+            }
+            return;
+        };
         if answer.status != 429 {
             self.give_back(flight, false);
             if let Some(key) = self.keys.iter_mut().find(|key| key.secret == flight.pending.secret) {

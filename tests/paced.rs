@@ -159,7 +159,7 @@ fn client_over(
             Ok::<_, std::io::Error>(response)
         }
     });
-    let layer = KeyRotationLayer::new(pool).failover(Failover::attempts(4)).wait_up_to(wait);
+    let layer = KeyRotationLayer::new(pool).failover(Failover::attempts(8)).wait_up_to(wait);
     let client = tower::ServiceBuilder::new().layer(layer).service(inner);
     tower::util::BoxCloneService::new(
         client.map_response(|response| response.status().as_u16()).map_err(Error::into_inner),

@@ -9,6 +9,7 @@ use tokio::{
     time::{Instant, sleep_until, timeout},
 };
 use tower::ServiceExt;
+use tower_key_rotation::Reservation;
 
 use crate::{
     arrivals::Job,
@@ -106,6 +107,11 @@ async fn send(client: Client, job: Job) -> Option<f64> {
         return None;
     }
     let SentAt(sent) = *response.extensions().get().expect("an extension of the service");
+    let reservation = response.extensions().get::<Reservation>().cloned();
     response.into_body().collect().await.ok()?;
+    // The body says what was used. Only this crate's clients reserve tokens.
+    if let Some(reservation) = reservation {
+        reservation.used((job.input + job.output) as u64);
+    }
     Some((sent - job.arrives).max(0.0))
 }

@@ -64,7 +64,7 @@ pub(crate) struct Estimate {
     limit: f64,
     /// The newest request with an answer: older ones say nothing new.
     seen: u64,
-    /// All that was refused: the service did not count it.
+    /// All that was taken and that the service did not count: what was refused, and what was reserved beyond its use.
     refused: f64,
     last: Option<Observed>,
     /// What other processes use, in units per second; below 0 if more came back than expected.
@@ -104,9 +104,9 @@ impl Estimate {
         budget.set_bucket(rate, limit, now, |_| (level + rate * passed).min(limit));
     }
 
-    /// So much was taken, and the service did not count it.
-    pub(crate) fn was_not_counted(&mut self, cost: f64) {
-        self.refused += cost;
+    /// Corrects what was taken: so much of it the service did not count.
+    pub(crate) fn not_counted(&mut self, by: f64) {
+        self.refused += by;
     }
 
     pub(crate) fn observe(&mut self, budget: &Budget, answer: &Answer, sharing: &mut Sharing) {

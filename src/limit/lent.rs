@@ -97,17 +97,17 @@ impl Limit {
         self.requests.add(1.0, taken.at, now);
         self.tokens.add(taken.tokens as f64, taken.at, now);
         // The numbers of later requests stay, so this counts as a request that the service refused.
-        self.ended(taken, true, now);
+        self.answered(taken, true, false, now);
         let mut learned = self.learned();
-        learned.requests.was_not_counted(1.0);
+        learned.requests.not_counted(1.0);
         if let Some(estimate) = &mut learned.tokens {
-            estimate.was_not_counted(taken.tokens as f64);
+            estimate.not_counted(taken.tokens as f64);
         }
     }
 
     /// A lent request has ended, and nobody says how.
     pub(crate) fn settle(&self, taken: &Taken, now: u64) {
-        self.ended(taken, false, now);
+        self.answered(taken, false, false, now);
     }
 
     /// Whether what is left of the limit is known from headers.

@@ -27,9 +27,12 @@ use crate::sync::{
 pub(crate) struct Limit {
     /// Closed until then, in ns of the pool's clock, whatever the budgets say.
     pub(super) rest: AtomicU64,
+    /// Until the end of the response's body.
     in_flight: AtomicU32,
-    /// At most so many requests without an answer; 0 for any number.
+    /// At most so many requests in flight; 0 for any number.
     pub(super) cap: AtomicU32,
+    /// The requests in flight that have the head of their response.
+    with_head: AtomicU32,
     /// What the service allows, as it was learned.
     pub(super) requests: Budget,
     pub(super) tokens: Budget,
@@ -58,6 +61,7 @@ impl Limit {
             rest: AtomicU64::new(0),
             in_flight: AtomicU32::new(0),
             cap: AtomicU32::new(if learns && quotas.is_empty() { FIRST_IN_FLIGHT } else { 0 }),
+            with_head: AtomicU32::new(0),
             requests: Budget::default(),
             tokens: Budget::default(),
             quotas: quotas.iter().map(|quota| (quota.clone(), quota.full(now))).collect(),
@@ -139,19 +143,43 @@ impl Limit {
         self.in_flight.fetch_sub(1, SeqCst);
     }
 
-    /// Ends a request of which nobody knows whether the service counted it: its tokens are given back.
-    pub(crate) fn failed(&self, taken: &Taken, now: u64) {
-        self.correct_tokens(taken, 0, now);
+    /// Ends a request of which nobody knows whether the service counted it.
+    pub(crate) fn failed(&self) {
         self.in_flight.fetch_sub(1, SeqCst);
     }
 
-    /// Replaces the tokens that a request reserved by those that it used.
-    pub(crate) fn correct_tokens(&self, taken: &Taken, used: u64, now: u64) {
+    /// Whether the end of a request's body makes a difference: to a cap, or to the tokens that it reserved.
+    pub(crate) fn lasts_until_the_end(&self, taken: &Taken) -> bool {
+        taken.tokens != 0 || self.cap.load(Relaxed) != 0
+    }
+
+    /// Ends a request whose body has ended, or was dropped.
+    pub(crate) fn body_ended(&self) {
+        // In this order, or for a moment a request more would seem to have its answer.
+        self.with_head.fetch_sub(1, SeqCst);
+        self.in_flight.fetch_sub(1, SeqCst);
+    }
+
+    /// Replaces the tokens that a request counts for: those that it reserved, by those that it used.
+    pub(crate) fn correct_tokens(&self, taken: &mut Taken, used: u64, now: u64) {
+        if used == taken.tokens {
+            return;
+        }
         let by = taken.tokens as f64 - used as f64;
-        self.tokens.add(by, taken.at, now);
         for (quota, budget) in self.quotas.iter().filter(|(quota, _)| quota.is_of_tokens()) {
             quota.add(budget, by, taken.at, now);
         }
+        if used > taken.tokens {
+            // Taken now: an answer to an earlier request does not know of it.
+            self.tokens.take_anyway(used - taken.tokens, now);
+        } else {
+            self.tokens.add(by, taken.at, now);
+            let mut learned = self.learned.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(tokens) = &mut learned.tokens {
+                tokens.not_counted(by);
+            }
+        }
+        taken.tokens = used;
     }
 
     /// When the limit has room for a request of that many tokens, in ns; 0 if it has.
@@ -260,6 +288,10 @@ impl Limit {
         of_tokens.or(of_requests).or(by_quota)
     }
 
+    fn unanswered(&self) -> u32 {
+        self.in_flight().saturating_sub(self.with_head.load(SeqCst))
+    }
+
     /// Whether an answer proved that there is no room for a request now. A quota, and a rest that the service asked for, are
     /// never doubted.
     pub(crate) fn is_doubtful(&self, tokens: u64, now: u64) -> bool {
@@ -278,9 +310,14 @@ impl Limit {
             || learned.tokens.as_ref().is_some_and(|estimate| is_short(estimate, tokens as f64))
     }
 
-    /// Ends a request, without learning from its answer. A refused request was not counted by the service.
-    pub(crate) fn ended(&self, taken: &Taken, is_limited: bool, now: u64) {
-        self.in_flight.fetch_sub(1, SeqCst);
+    /// Notes that a request has its answer, without learning from it: its end, unless the body is waited for. A refused
+    /// request was not counted by the service.
+    pub(crate) fn answered(&self, taken: &Taken, is_limited: bool, has_body: bool, now: u64) {
+        if has_body {
+            self.with_head.fetch_add(1, SeqCst);
+        } else {
+            self.in_flight.fetch_sub(1, SeqCst);
+        }
         if is_limited {
             for (quota, budget) in &self.quotas {
                 quota.add(budget, quota.cost(taken.tokens) as f64, taken.at, now);
@@ -288,7 +325,8 @@ impl Limit {
         }
     }
 
-    /// Ends a request, and learns from its answer. Returns whether the headers of the scope are ignored from now on.
+    /// Learns from the answer of a request: its end, unless the body is waited for. Returns whether the headers of the scope
+    /// are ignored from now on.
     pub(crate) fn learn(
         &self,
         taken: &Taken,
@@ -296,10 +334,10 @@ impl Limit {
         answered: Answered,
         sharing: &mut Sharing,
     ) -> bool {
-        let Answered { is_limited, wait, now: now_nanos, .. } = answered;
+        let Answered { is_limited, has_body, wait, now: now_nanos, .. } = answered;
         let (now, sent_at) = (seconds(now_nanos), seconds(taken.at));
         let wait = wait.map(|wait| wait.as_secs_f64());
-        self.ended(taken, is_limited, now_nanos);
+        self.answered(taken, is_limited, has_body, now_nanos);
         let mut learned = self.learned.lock().unwrap_or_else(PoisonError::into_inner);
         let learned = &mut *learned;
         let caught = sharing.judge(said, taken, answered);
@@ -351,7 +389,7 @@ impl Limit {
             is_limited: answered.is_limited,
             wait: answered.wait.map(|wait| wait.as_secs_f64()),
             may_be_other,
-            in_flight: if is_requests { f64::from(self.in_flight()) } else { 0.0 },
+            in_flight: if is_requests { f64::from(self.unanswered()) } else { 0.0 },
             lent: if is_requests { f64::from(self.lent.load(SeqCst)) } else { 0.0 },
             per_request: if is_requests { 1.0 } else { tokens.max(1.0) },
             keys: answered.keys.max(1) as f64,

@@ -78,7 +78,8 @@ impl Quota {
         self
     }
 
-    /// Counts tokens instead of requests: those that a request's [`Traits`](crate::Traits) name.
+    /// Counts tokens instead of requests: those that a request reserves or has used, see
+    /// [`Traits::tokens`](crate::Traits::tokens).
     pub const fn tokens(mut self) -> Self {
         self.is_of_tokens = true;
         self
@@ -150,6 +151,11 @@ impl Quota {
 
     pub(crate) fn is_of_tokens(&self) -> bool {
         self.is_of_tokens
+    }
+
+    /// The limit of tokens, if it is one.
+    pub(crate) fn tokens_in_all(&self) -> Option<u64> {
+        self.is_of_tokens.then_some(u64::from(self.units))
     }
 
     /// What a request takes of it.

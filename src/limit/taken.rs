@@ -8,6 +8,7 @@ use super::nanos;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Taken {
     pub(crate) at: u64,
+    /// Those that it reserved, or the service counted, as far as is known.
     pub(crate) tokens: u64,
     pub(super) sequence: u64,
     pub(super) token_sequence: u64,
@@ -31,6 +32,8 @@ impl Taken {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Answered {
     pub(crate) is_limited: bool,
+    /// Whether the request stays in flight until its body ends.
+    pub(crate) has_body: bool,
     /// The wait that the service asks for.
     pub(crate) wait: Option<Duration>,
     pub(crate) now: u64,

@@ -39,12 +39,13 @@ pub struct Traits(Option<Arc<Named>>);
 pub(crate) struct Named {
     pub(crate) scope: Option<Scope>,
     pub(crate) session: Option<u64>,
-    pub(crate) tokens: u64,
+    /// `None` if the caller has no estimate.
+    pub(crate) tokens: Option<u64>,
     pub(crate) key: Option<KeyId>,
     pub(crate) avoid: Vec<KeyId>,
 }
 
-static NOTHING: Named = Named { scope: None, session: None, tokens: 0, key: None, avoid: Vec::new() };
+static NOTHING: Named = Named { scope: None, session: None, tokens: None, key: None, avoid: Vec::new() };
 
 impl Traits {
     /// A request without a scope or a session, of unknown cost.
@@ -71,10 +72,14 @@ impl Traits {
         self
     }
 
-    /// An estimate of the tokens that the service will count, of input and output. The response's headers correct it. More
-    /// than 4,294,967,295 count as so many.
+    /// An estimate of the tokens that the service will count, of input and output. The request reserves so many; see
+    /// [`Reservation`](crate::Reservation). More than 4,294,967,295 count as so many.
+    ///
+    /// Where tokens are limited, a request without an estimate reserves what recent requests of its scope used, on average:
+    /// those whose use was recorded, or else those with an estimate. Before there is one, it reserves 1,000 tokens, or a
+    /// tenth of the limit if that is less.
     pub fn tokens(mut self, tokens: u64) -> Self {
-        self.named_mut().tokens = tokens.min(u64::from(u32::MAX));
+        self.named_mut().tokens = Some(tokens.min(u64::from(u32::MAX)));
         self
     }
 

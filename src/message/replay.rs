@@ -4,7 +4,9 @@ use std::{
     collections::VecDeque,
     fmt,
     future::poll_fn,
+    mem,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
 };
 
@@ -12,6 +14,7 @@ use bytes::{Buf, Bytes, BytesMut};
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 
+use super::end_of_body::{EndOfBody, TellsEnd};
 use crate::clock::Sleep;
 
 pin_project! {
@@ -40,12 +43,31 @@ struct Begun<B: Body> {
     failed: Option<B::Error>,
     // Pinned in a box, since a body must not move once it has been polled.
     rest: Option<Pin<Box<B>>>,
+    end: TellsEnd,
 }
 
 impl<B: Body> Replay<B> {
     #[inline]
     pub(crate) fn untouched(body: B) -> Self {
         Self { state: State::Untouched { body } }
+    }
+
+    /// Says when it ends, or is dropped.
+    pub(crate) fn tell_end(&mut self, end: Arc<dyn EndOfBody>) {
+        if self.is_end_stream() {
+            return end.ended(true);
+        }
+        // Among the parts in the box, so that all other responses stay small.
+        let begun = Begun { end: TellsEnd::to(end), ..Begun::empty() };
+        let before = mem::replace(&mut self.state, State::Begun { begun: Box::new(begun) });
+        let State::Begun { begun } = &mut self.state else { return };
+        match before {
+            State::Untouched { body } => begun.rest = Some(Box::pin(body)),
+            State::Begun { begun: before } => {
+                let Begun { read, failed, rest, .. } = *before;
+                (begun.read, begun.failed, begun.rest) = (read, failed, rest);
+            }
+        }
     }
 
     /// Reads to the end, or until at least `most` bytes are read, or until `time_over` completes.
@@ -92,7 +114,11 @@ impl<B: Body> Body for Replay<B> {
                 let frame = ready!(body.poll_frame(cx));
                 Poll::Ready(frame.map(|frame| frame.map(shared)))
             }
-            StateProjection::Begun { begun } => begun.poll_frame(cx),
+            StateProjection::Begun { begun } => {
+                let frame = ready!(begun.poll_frame(cx));
+                begun.look(&frame);
+                Poll::Ready(frame)
+            }
         }
     }
 
@@ -113,7 +139,17 @@ impl<B: Body> Body for Replay<B> {
 
 impl<B: Body> Begun<B> {
     fn new(body: B) -> Self {
-        Self { read: VecDeque::new(), failed: None, rest: Some(Box::pin(body)) }
+        Self { rest: Some(Box::pin(body)), ..Self::empty() }
+    }
+
+    fn empty() -> Self {
+        Self { read: VecDeque::new(), failed: None, rest: None, end: TellsEnd::nobody() }
+    }
+
+    fn look(&mut self, frame: &Option<Result<Frame<Bytes>, B::Error>>) {
+        let mut end = mem::replace(&mut self.end, TellsEnd::nobody());
+        end.look(frame.as_ref(), || self.is_end_stream());
+        self.end = end;
     }
 
     fn bytes_read(&self) -> usize {

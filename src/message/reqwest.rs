@@ -1,10 +1,13 @@
 //! Requests and responses of `reqwest`.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use http::{Extensions, HeaderMap, StatusCode};
 use reqwest::{Body, Error, Request, Response, ResponseBuilderExt, Url};
 
 use super::{
+    end_of_body::{EndOfBody, UntilEnd},
     replay::Replay,
     request::{KeyedRequest, RequestMessage},
     response::{JudgedResponse, ReadableResponse, ResponseMessage},
@@ -76,10 +79,15 @@ impl JudgedResponse for Response {
     fn forget_query(&mut self, parameters: &[Parameter]) {
         let mut url = self.url().clone();
         forget(&mut url, parameters);
-        let nothing = Self::from(http::Response::new(Body::default()));
-        let mut response = http::Response::<Body>::from(std::mem::replace(self, nothing));
+        let mut response = take_http(self);
         response.forget_query(parameters);
         *self = from_http(response, url);
+    }
+
+    fn tell_end(&mut self, end: Arc<dyn EndOfBody>) {
+        let url = self.url().clone();
+        let response = take_http(self);
+        *self = from_http(response.map(|body| Body::wrap(UntilEnd::new(body, end))), url);
     }
 }
 
@@ -97,6 +105,15 @@ impl ReadableResponse for Response {
         let (response, beginning) = http::Response::<Body>::read(response, most, time_over).await;
         (from_http(response.map(Body::wrap), url), beginning)
     }
+
+    fn tell_end_of(response: &mut Self, end: Arc<dyn EndOfBody>) {
+        response.tell_end(end);
+    }
+}
+
+fn take_http(response: &mut Response) -> http::Response<Body> {
+    let nothing = Response::from(http::Response::new(Body::default()));
+    http::Response::from(std::mem::replace(response, nothing))
 }
 
 /// `reqwest` takes the URL of a response from an extension that only its own builder can set.

@@ -1,6 +1,6 @@
 //! Responses that a classifier can judge.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, sync::Arc};
 
 use bytes::Bytes;
 use http::{
@@ -9,7 +9,7 @@ use http::{
 };
 use http_body::Body;
 
-use super::replay::Replay;
+use super::{end_of_body::EndOfBody, replay::Replay};
 use crate::{
     clock::Sleep,
     key::query::{self, Parameter},
@@ -33,6 +33,10 @@ pub trait JudgedResponse: Sized {
     fn extensions_mut(&mut self) -> &mut Extensions;
     /// Takes a key out of the headers, and of the URL of a response that has one.
     fn forget_query(&mut self, parameters: &[Parameter]);
+    /// Has the body say when it ends, if the layer can see the body.
+    fn tell_end(&mut self, end: Arc<dyn EndOfBody>) {
+        drop(end);
+    }
 }
 
 /// A response whose body can be read in part and still be passed on whole. Failover needs it, and so does
@@ -59,6 +63,10 @@ pub trait ReadableResponse: ResponseMessage {
         most: usize,
         time_over: Sleep,
     ) -> impl Future<Output = (Self::Replayed, Bytes)> + Send;
+
+    /// Has the body say when it ends.
+    #[doc(hidden)]
+    fn tell_end_of(response: &mut Self::Replayed, end: Arc<dyn EndOfBody>);
 }
 
 impl<B> ResponseMessage for Response<B> {}
@@ -142,5 +150,9 @@ where
         let body = body.read(most, time_over).await;
         let beginning = body.beginning();
         (Response::from_parts(head, body), beginning)
+    }
+
+    fn tell_end_of(response: &mut Self::Replayed, end: Arc<dyn EndOfBody>) {
+        response.body_mut().tell_end(end);
     }
 }

@@ -10,7 +10,10 @@ use super::{
     ticket::Ticket,
     waiting::Place,
 };
-use crate::limit::{NEVER, Named, Traits, nanos};
+use crate::{
+    clock::Clock,
+    limit::{NEVER, Named, Traits, nanos},
+};
 
 /// The most requests that wait in one scope.
 const MOST_WAITING: usize = 10_000;
@@ -31,7 +34,7 @@ impl Engine {
 
     fn pick_now(&self, traits: &Traits) -> Result<Lease, u64> {
         self.in_scope(traits, |scoped| {
-            scoped.pick(&demand(traits), nanos(self.now())).map(|picked| lease(scoped, picked))
+            scoped.pick(&demand(traits, Some(scoped)), nanos(self.now())).map(|picked| lease(scoped, picked))
         })
     }
 
@@ -62,7 +65,7 @@ impl Engine {
     }
 
     /// A key for a request, after it has waited for its turn if need be. A refused request goes before all that were not
-    /// sent yet.
+    /// sent yet. It sleeps by `clock`: the pool's, or one that parks the thread.
     ///
     /// # Errors
     ///
@@ -72,6 +75,7 @@ impl Engine {
         traits: &Traits,
         limit: Duration,
         was_refused: bool,
+        clock: &dyn Clock,
     ) -> Result<Lease, NoKeyAvailable> {
         let give_up = self.now().saturating_add(limit);
         if was_refused || limit.is_zero() || !self.has_waiting(traits) {
@@ -83,15 +87,15 @@ impl Engine {
             }
         }
         let common = self.in_scope(traits, |scoped| scoped.common.clone());
-        let (is_picky, now) = (demand(traits).is_picky(), nanos(self.now()));
-        let Some(place) = common.waiting.join(MOST_WAITING, is_picky, now) else {
+        let now = nanos(self.now());
+        let Some(place) = common.waiting.join(MOST_WAITING, is_picky(traits), now) else {
             return Err(NoKeyAvailable::queue_is_full(self.snapshot().keys().len()));
         };
         let began = self.now();
-        let time_over = self.config.clock.sleep_until(give_up);
+        let time_over = clock.sleep_until(give_up);
         let acquired = tokio::select! {
             biased;
-            lease = self.in_turn(traits, &common, &place, was_refused) => Ok(lease),
+            lease = self.in_turn(traits, &common, &place, was_refused, clock) => Ok(lease),
             () = time_over => self.pick_now(traits).map_err(|until| self.no_room(until)),
         };
         self.config.meter.waited(self.now().saturating_sub(began));
@@ -104,9 +108,10 @@ impl Engine {
         common: &Arc<Common>,
         place: &Place<'_>,
         was_refused: bool,
+        clock: &dyn Clock,
     ) -> Lease {
         // A request that only some keys may serve would hold up all others.
-        let is_picky = demand(traits).is_picky();
+        let is_picky = is_picky(traits);
         let _first = if is_picky { None } else { Some(place.first(was_refused).await) };
         loop {
             // Subscribed before the pick, so that no event after it is missed.
@@ -124,7 +129,7 @@ impl Engine {
             let look_again =
                 until.min(probe_at).min(now + NO_KEY_IN_SIGHT * if until == NEVER { 1 } else { 3_600 });
             tokio::select! {
-                () = self.config.clock.sleep_until(Duration::from_nanos(look_again)) => {}
+                () = clock.sleep_until(Duration::from_nanos(look_again)) => {}
                 () = changed => {}
                 () = returned => {}
             }
@@ -140,7 +145,7 @@ impl Engine {
             if let Some(next) = scoped.lock_probing().not_before(now, scoped.common.borrowing.processes()) {
                 return Err(next);
             }
-            match scoped.probe(&demand(traits), now) {
+            match scoped.probe(&demand(traits, Some(scoped)), now) {
                 Some(picked) => Ok(lease(scoped, picked)),
                 None => Err(scoped.lock_probing().next()),
             }
@@ -154,9 +159,16 @@ impl Engine {
     }
 }
 
-pub(super) fn demand(traits: &Traits) -> Demand<'_> {
+pub(super) fn demand<'a>(traits: &'a Traits, scoped: Option<&Scoped>) -> Demand<'a> {
     let Named { tokens, session, key, avoid, .. } = traits.named();
-    Demand { tokens: *tokens, session: *session, only: key.as_ref(), avoid }
+    let tokens = tokens.or_else(|| Some(scoped?.common.unestimated_tokens())).unwrap_or_default();
+    Demand { tokens, session: *session, only: key.as_ref(), avoid }
+}
+
+/// Whether only some of the keys may serve the request.
+fn is_picky(traits: &Traits) -> bool {
+    let Named { key, avoid, .. } = traits.named();
+    key.is_some() || !avoid.is_empty()
 }
 
 fn lease(scoped: &Arc<Scoped>, picked: Picked) -> Lease {

@@ -8,7 +8,7 @@ use std::{num::NonZeroU32, sync::Arc, time::Duration};
 use futures_util::FutureExt;
 use loom::{model::Builder, thread};
 
-use super::{KeyPool, KeyPoolBuilder, Lease, bitset::AtomicBitSet, deadlines::Deadlines};
+use super::{Head, KeyPool, KeyPoolBuilder, Lease, bitset::AtomicBitSet, deadlines::Deadlines};
 use crate::{
     clock::ManualClock,
     key::{KeyId, KeySpec},
@@ -450,7 +450,8 @@ fn picked_in_scope(pool: &KeyPool) -> Option<usize> {
     let mut lease = pool.engine().pick_for(&Traits::new()).ok()?;
     let slot = pool.engine().snapshot().slot(lease.id());
     // Answered: what it took is used.
-    lease.settle(false, None, &Remaining::default());
+    let said = Remaining::default();
+    lease.settle(Head { is_limited: false, is_error: false, wait: None, said: &said });
     slot
 }
 

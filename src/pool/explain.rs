@@ -147,7 +147,8 @@ impl Engine {
     fn view<'a>(&self, snapshot: &'a Snapshot, traits: &'a Traits) -> View<'a> {
         let is_plain = traits.is_empty() && !self.chooses();
         let scoped = snapshot.scopes.find(traits.named().scope.as_ref()).filter(|_| !is_plain);
-        let (demand, now, fills_first) = (demand(traits), self.now(), self.limiting.fills_first);
+        let (demand, now, fills_first) =
+            (demand(traits, scoped.as_deref()), self.now(), self.limiting.fills_first);
         let mut view = View { snapshot, scoped, is_plain, tries_all: false, fills_first, demand, now };
         let mut slots = 0..snapshot.keys().len();
         view.tries_all = view.demand.only.is_some()

@@ -2,10 +2,13 @@
 
 use std::{sync::Arc, time::Duration};
 
-use super::{key::Key, ticket::Ticket};
+use super::{
+    key::Key,
+    ticket::{Head, Ticket},
+};
 use crate::{
     key::{KeyId, inject::Rendered},
-    limit::{Remaining, Rest},
+    limit::Rest,
     sync::atomic::Ordering::Relaxed,
 };
 
@@ -37,11 +40,16 @@ impl Lease {
         self.key.mark(rest, hint, http_status);
     }
 
-    /// Ends the request at its limit. `said` and `wait` come from the response, which refused it or did not.
-    pub(crate) fn settle(&mut self, is_limited: bool, wait: Option<Duration>, said: &Remaining) {
-        if let Some(ticket) = self.ticket.take() {
-            ticket.answered(is_limited, wait, said);
+    /// Notes the service's answer at the request's limit.
+    pub(crate) fn settle(&mut self, head: Head<'_>) {
+        if let Some(ticket) = &mut self.ticket {
+            ticket.answered(head);
         }
+    }
+
+    /// The ticket of a request that has its answer, and is in flight until its body ends.
+    pub(crate) fn take_ticket_of_body(&mut self) -> Option<Box<Ticket>> {
+        self.ticket.take_if(|ticket| ticket.has_body())
     }
 
     /// Whether a refusal rests the key's limit in the scope of the request, not the whole key.

@@ -152,8 +152,7 @@ impl Lender {
             }
             Item::Used(Used { lender, number, tokens }) if lender == me => {
                 let Some(lent) = self.lent.get_mut(&number) else { return };
-                lent.limit.correct_tokens(&lent.taken, tokens.into(), now);
-                lent.taken.tokens = tokens.into();
+                lent.limit.correct_tokens(&mut lent.taken, tokens.into(), now);
                 refresh(scoped, lent.name, now);
             }
             Item::Spent(Spent { lender, before }) if lender == me => {
@@ -177,6 +176,7 @@ impl Lender {
         lent.spent(now);
         let answered = Answered {
             is_limited: report.is_limited,
+            has_body: false,
             wait: report.wait.map(|wait| wait.min(scoped.longest_wait())),
             now,
             keys: scoped.count_limits(),

@@ -15,6 +15,7 @@
 //! | `Engine::editing` | the set of keys is replaced |
 //! | `Scopes`, `Complaints`, `Link::gone`, `Meter::scopes` | their own map is read or changed; each alone |
 //! | `Borrowing::stock`, `Borrowing::news` | a token is taken or added; something is noted for a lender; each alone |
+//! | a `KeyLease`'s request, or a `Reservation`'s ticket | the answer, the usage or the end of one request is noted |
 //! | `Common::sharing`, then `Limit::learned` | an answer is learned from |
 //! | `ScopesInUse::adding`, `Common::newest`, `Common::probing` | a scope is made; the newest snapshot's scope is looked up; a probe is planned; each alone |
 
@@ -40,6 +41,7 @@ mod metrics;
 mod no_key;
 mod operate;
 mod organisation;
+mod parked;
 #[cfg(all(test, schedules = "shuttle"))]
 mod random_schedules;
 mod scoped;
@@ -64,5 +66,7 @@ pub(crate) use self::{
     key::{Key, UsableKey},
     lease::Lease,
     lender::Lender,
+    parked::block_on,
     snapshot::Snapshot,
+    ticket::{Head, Ticket},
 };

@@ -38,6 +38,8 @@ const TOO_SMALL_PER_PICK: usize = 64;
 const CHOICES: usize = 3;
 /// The most keys that are looked at for a probe.
 const PROBED: usize = 64;
+/// The tokens of a request of which nothing is known, where tokens are limited.
+const FIRST_GUESS: u64 = 1_000;
 
 /// What a request demands of a key.
 #[derive(Debug, Default)]
@@ -46,13 +48,6 @@ pub(crate) struct Demand<'a> {
     pub(crate) session: Option<u64>,
     pub(crate) only: Option<&'a KeyId>,
     pub(crate) avoid: &'a [KeyId],
-}
-
-impl Demand<'_> {
-    /// Whether only some of the keys may serve the request.
-    pub(crate) fn is_picky(&self) -> bool {
-        self.only.is_some() || !self.avoid.is_empty()
-    }
 }
 
 /// How the limits of a pool are made.
@@ -117,6 +112,10 @@ pub(crate) struct Common {
     newest: Mutex<Weak<Scoped>>,
     /// The tokens of a usual request: a key with less left is closed.
     usual_tokens: AtomicU64,
+    /// The tokens that a request used, on average, of those whose use was recorded; 0 if there was none.
+    used_tokens: AtomicU64,
+    /// What a request reserves while nothing better is known; 0 if tokens are not limited.
+    guessed_tokens: AtomicU64,
     /// In seconds of the pool's clock.
     last_used: AtomicU64,
     /// Refusals that pacing failed to avoid.
@@ -124,8 +123,30 @@ pub(crate) struct Common {
 }
 
 impl Common {
-    pub(crate) fn of(scope: Option<Scope>) -> Self {
-        Self { scope, ..Self::default() }
+    pub(crate) fn of(scope: Option<Scope>, quotas: &[Quota]) -> Self {
+        let common = Self { scope, ..Self::default() };
+        quotas.iter().filter_map(Quota::tokens_in_all).for_each(|limit| common.tokens_are_limited(limit));
+        common
+    }
+
+    /// What a request without an estimate reserves.
+    pub(crate) fn unestimated_tokens(&self) -> u64 {
+        let known = [&self.used_tokens, &self.usual_tokens, &self.guessed_tokens];
+        known.into_iter().map(|tokens| tokens.load(Relaxed)).find(|tokens| *tokens != 0).unwrap_or(0)
+    }
+
+    /// A request may use so many tokens at most.
+    pub(crate) fn tokens_are_limited(&self, limit: u64) {
+        let guess = FIRST_GUESS.min(limit / 10).max(1);
+        let before = self.guessed_tokens.load(Relaxed);
+        if before == 0 || guess < before {
+            self.guessed_tokens.store(guess, Relaxed);
+        }
+    }
+
+    /// A request has used so many tokens.
+    pub(crate) fn note_used(&self, tokens: u64) {
+        note(&self.used_tokens, tokens);
     }
 
     pub(crate) fn scope(&self) -> Option<&Scope> {
@@ -473,8 +494,8 @@ impl Scoped {
         let picked = match token.origin {
             Origin::Here(mut taken) => {
                 self.limit(slot, now).is_spent();
-                self.limit(slot, now).correct_tokens(&taken, demand.tokens, now);
-                (taken.at, taken.tokens) = (now, demand.tokens);
+                self.limit(slot, now).correct_tokens(&mut taken, demand.tokens, now);
+                taken.at = now;
                 Picked { slot, taken: Some(taken), place, token: None }
             }
             Origin::Lender { .. } => {
@@ -775,11 +796,7 @@ impl Scoped {
     }
 
     fn note_tokens(&self, tokens: u64) {
-        let usual = self.usual_tokens();
-        let next = if usual == 0 { tokens } else { (usual * 15 + tokens) / 16 };
-        if next != usual {
-            self.common.usual_tokens.store(next, Relaxed);
-        }
+        note(&self.common.usual_tokens, tokens);
     }
 
     /// A key that has no room as far as is known, for a request that finds out whether that is so.
@@ -930,6 +947,15 @@ impl Scoped {
 
     pub(crate) fn lock_probing(&self) -> MutexGuard<'_, Probing> {
         self.common.probing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Moves an average towards a value.
+fn note(average: &AtomicU64, value: u64) {
+    let before = average.load(Relaxed);
+    let next = if before == 0 { value } else { (before * 15 + value) / 16 };
+    if next != before {
+        average.store(next, Relaxed);
     }
 }
 

@@ -125,7 +125,7 @@ impl ScopesInUse {
     }
 
     fn scoped(&self, scope: Option<Scope>, limiting: &Arc<Limiting>) -> Arc<Scoped> {
-        let common = Arc::new(Common::of(scope));
+        let common = Arc::new(Common::of(scope, &limiting.quotas));
         Arc::new(Scoped::new(self.keys.clone(), self.layout.clone(), common, limiting.clone()))
     }
 }

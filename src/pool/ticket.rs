@@ -1,4 +1,4 @@
-//! What a request took of its key's limit, until its answer.
+//! What a request took of its key's limit, until the end of the response's body.
 
 use std::{
     sync::{Arc, atomic::Ordering::Relaxed},
@@ -15,22 +15,46 @@ use crate::{
     limit::{Answered, Limit, NEVER, Remaining, Taken, nanos},
 };
 
-/// Dropped without an answer, it gives back what nobody knows to be used.
+/// Dropped without an answer, it gives back what nobody knows to be used. Dropped after that, it ends the request.
 #[derive(Debug)]
 pub(crate) struct Ticket {
     scoped: Arc<Scoped>,
     slot: u32,
-    /// `None` if the key had no limit in its scope when it was picked, and once the request has ended.
+    stage: Stage,
+    /// `None` if the key had no limit in its scope when it was picked.
     taken: Option<Taken>,
     /// Held until the request has ended.
-    _place: Option<InFlight>,
+    place: Option<InFlight>,
+    /// The tokens that the request used, as far as the caller has said.
+    used: Option<u64>,
     /// The token of another process that the request uses: then the key's limit here has nothing to do with it.
     token: Option<Token>,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// There is no answer yet.
+    Sent,
+    /// There is the head of a response.
+    HasHead,
+    /// Nothing counts as in flight any more.
+    Ended,
+}
+
+/// What the head of a response says of a request.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Head<'a> {
+    /// Whether the service refused the request for its limit.
+    pub(crate) is_limited: bool,
+    /// Whether the request failed otherwise: then it used no tokens.
+    pub(crate) is_error: bool,
+    pub(crate) wait: Option<Duration>,
+    pub(crate) said: &'a Remaining,
+}
+
 impl Ticket {
     pub(crate) fn new(scoped: Arc<Scoped>, Picked { slot, taken, place, token }: Picked) -> Self {
-        Self { scoped, slot: slot as u32, taken, _place: place, token }
+        Self { scoped, slot: slot as u32, stage: Stage::Sent, taken, place, used: None, token }
     }
 
     pub(crate) fn key(&self) -> &Arc<Key> {
@@ -43,35 +67,68 @@ impl Ticket {
 
     /// The request was not sent.
     pub(crate) fn put_back(mut self) {
-        if let Some(taken) = self.taken.take() {
+        self.stage = Stage::Ended;
+        if let Some(taken) = &self.taken {
             let now = self.scoped.now();
             if let Some(token) = self.token {
                 self.scoped.common.borrowing.lock_stock().add(token);
                 return self.scoped.common.waiting.look_again();
             }
-            self.limit(now).put_back(&taken, now);
+            self.limit(now).put_back(taken, now);
             self.refresh(now);
         }
     }
 
     /// The service answered. If it refused the request for its limit, the limit rests.
-    pub(crate) fn answered(mut self, is_limited: bool, wait: Option<Duration>, said: &Remaining) {
+    pub(crate) fn answered(&mut self, head: Head<'_>) {
+        if self.stage != Stage::Sent {
+            return;
+        }
         let now = self.scoped.now();
-        if is_limited {
+        if head.is_limited {
             self.scoped.count_refused();
         }
-        let taken = self.taken.take();
-        if let Some((token, taken)) = self.token.zip(taken) {
+        if let Some((token, taken)) = self.token.zip(self.taken) {
+            self.stage = Stage::Ended;
+            self.place = None;
             let common = &self.scoped.common;
-            let wait = wait.map(|wait| wait.min(self.scoped.longest_wait()));
-            common.borrowing.answered(&token, taken.at, is_limited, wait, said, now);
+            let wait = head.wait.map(|wait| wait.min(self.scoped.longest_wait()));
+            common.borrowing.answered(&token, taken.at, head.is_limited, wait, head.said, now);
             return common.waiting.look_again();
         }
-        match taken {
-            Some(taken) if self.scoped.learns() => self.learn(&taken, is_limited, wait, said, now),
-            Some(taken) => self.limit(now).ended(&taken, is_limited, now),
+        let has_body = !head.is_limited && !head.is_error && self.lasts_until_the_end(now);
+        self.stage = if has_body { Stage::HasHead } else { Stage::Ended };
+        self.note_answer(head, has_body, now);
+        if !has_body {
+            // Last: that wakes others.
+            self.place = None;
+        }
+    }
+
+    /// Whether the end of the body makes a difference.
+    fn lasts_until_the_end(&self, now: u64) -> bool {
+        let lasts = |taken: &Taken| self.limit(now).lasts_until_the_end(taken);
+        self.place.is_some() || self.taken.as_ref().is_some_and(lasts)
+    }
+
+    fn note_answer(&mut self, head: Head<'_>, has_body: bool, now: u64) {
+        let Head { is_limited, is_error, wait, said } = head;
+        match self.taken {
+            Some(taken) => {
+                if self.scoped.learns() {
+                    self.learn(&taken, head, has_body, now);
+                } else {
+                    self.limit(now).answered(&taken, is_limited, has_body, now);
+                }
+                if is_error && !is_limited {
+                    self.count_tokens(self.used.unwrap_or(0), now);
+                }
+            }
             None if is_limited => {}
             None => return,
+        }
+        if let Some(tokens) = said.tokens {
+            self.scoped.common.tokens_are_limited(tokens.limit as u64);
         }
         if is_limited && !self.scoped.learns() {
             let rest = self.scoped.cooldown(wait);
@@ -88,6 +145,41 @@ impl Ticket {
         }
     }
 
+    /// Whether the request has its answer, and is in flight until its body ends.
+    pub(crate) fn has_body(&self) -> bool {
+        self.stage == Stage::HasHead
+    }
+
+    /// The request has used so many tokens, beside those that were said before.
+    ///
+    /// In flight, it counts for what it reserved at least: there may be more to come.
+    pub(crate) fn used(&mut self, tokens: u64) {
+        let used = self.used.unwrap_or(0).saturating_add(tokens);
+        self.used = Some(used);
+        if self.stage == Stage::Ended || self.taken.is_some_and(|taken| used > taken.tokens) {
+            let now = self.scoped.now();
+            self.count_tokens(used, now);
+            self.refresh(now);
+        }
+    }
+
+    /// The response's body has ended. If it was dropped before its end, and nobody said what the request used, half of its
+    /// tokens are given back: its input was used, and the service may write no further.
+    pub(crate) fn body_ended(&mut self, is_whole: bool) {
+        if self.stage != Stage::HasHead {
+            return;
+        }
+        self.stage = Stage::Ended;
+        if let Some(taken) = self.taken {
+            let now = self.scoped.now();
+            self.limit(now).body_ended();
+            let unsaid = if is_whole { taken.tokens } else { taken.tokens.div_ceil(2) };
+            self.count_tokens(self.used.unwrap_or(unsaid), now);
+            self.refresh(now);
+        }
+        self.place = None;
+    }
+
     /// Whether a refusal rests the limit alone. In a pool that does not learn, a refused request without a scope rests the
     /// whole key, and with it the other keys of its quota group.
     pub(crate) fn rests_apart(&self) -> bool {
@@ -98,11 +190,19 @@ impl Ticket {
         self.scoped.limit(self.slot as usize, now)
     }
 
-    fn learn(&self, taken: &Taken, is_limited: bool, wait: Option<Duration>, said: &Remaining, now: u64) {
+    fn count_tokens(&mut self, used: u64, now: u64) {
+        let Self { scoped, slot, taken, .. } = self;
+        if let Some(taken) = taken.as_mut().filter(|_| self.token.is_none()) {
+            scoped.limit(*slot as usize, now).correct_tokens(taken, used, now);
+        }
+    }
+
+    fn learn(&self, taken: &Taken, head: Head<'_>, has_body: bool, now: u64) {
+        let Head { is_limited, wait, said, .. } = head;
         let scoped = &self.scoped;
         let wait = wait.map(|wait| wait.min(scoped.longest_wait()));
         let (keys, waiting) = (scoped.count_limits(), scoped.common.waiting.queued());
-        let answered = Answered { is_limited, wait, now, keys, waiting };
+        let answered = Answered { is_limited, has_body, wait, now, keys, waiting };
         let is_caught = {
             let mut sharing = scoped.lock_sharing();
             let is_caught = self.limit(now).learn(taken, said, answered, &mut sharing);
@@ -133,10 +233,19 @@ impl Ticket {
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        if let Some(taken) = self.taken.take().filter(|_| self.token.is_none()) {
-            let now = self.scoped.now();
-            self.limit(now).failed(&taken, now);
-            self.refresh(now);
+        match self.stage {
+            Stage::Sent if self.taken.is_some() && self.token.is_none() => {
+                self.stage = Stage::Ended;
+                let now = self.scoped.now();
+                self.count_tokens(self.used.unwrap_or(0), now);
+                self.limit(now).failed();
+                self.refresh(now);
+            }
+            Stage::HasHead => self.body_ended(true),
+            Stage::Sent | Stage::Ended => {}
+        }
+        if let Some(used) = self.used {
+            self.scoped.common.note_used(used);
         }
     }
 }

@@ -8,6 +8,7 @@ use super::{
     gate::Pass,
     judge::Outcome,
     mode::Attempt,
+    reservation,
     rotation::Rotation,
     trace::Trace,
 };
@@ -175,19 +176,22 @@ where
             beginning = Some(read);
             answer = Ok(response);
         }
-        let outcome = self.rotation.judge.settle(lease, &mut answer, beginning.as_deref());
+        let outcome = self.rotation.judge.settle(lease, &mut answer, beginning.as_deref(), |_, _| {});
         self.trace.answered(lease, &answer);
         (answer, outcome)
     }
 
     async fn after<E>(
         &mut self,
-        lease: Lease,
-        answer: Answer<M::Response, E>,
+        mut lease: Lease,
+        mut answer: Answer<M::Response, E>,
         outcome: Outcome,
     ) -> Next<Req, Answer<M::Response, E>> {
         if let (Some(pass), true) = (self.pass.take(), answer.is_ok()) {
             pass.answered(outcome != Outcome::Answered);
+        }
+        if let Ok(response) = &mut answer {
+            reservation::keep(&mut lease, response, M::tell_end);
         }
         let rotation = self.rotation.clone();
         let (Some(kept), Some(resend)) = (self.kept.take(), rotation.mode.resend()) else {
@@ -256,7 +260,7 @@ where
         }
         let before = pool.clock().now();
         let limit = self.rotation.wait.saturating_sub(self.waited);
-        let acquired = pool.engine().acquire(traits, limit, self.sent > 0).await;
+        let acquired = pool.engine().acquire(traits, limit, self.sent > 0, &**pool.clock()).await;
         let waited = pool.clock().now().saturating_sub(before);
         self.waited += waited;
         self.trace.waited(waited);

@@ -17,6 +17,7 @@ use super::{
     error::{Error, Refused},
     judge::{Judge, Outcome},
     mode::Attempt,
+    reservation,
     rotation::Rotation,
     trace::Trace,
 };
@@ -86,7 +87,9 @@ where
             StateProjection::Keyed { response, judge, lease } => {
                 // Judged in the place where it is returned: a response is large.
                 let mut result = ready!(response.poll(cx)).map_err(Error::Inner);
-                judge.settle_here(lease, &mut result, None);
+                judge.settle_here(lease, &mut result, None, |lease, response| {
+                    reservation::keep(lease, response, R::tell_end);
+                });
                 Poll::Ready(result)
             }
             StateProjection::Unusual { response, traced: None } => response.poll(cx).map_err(Error::Inner),
@@ -94,7 +97,9 @@ where
                 let Traced { judge, lease, trace } = &mut **traced;
                 let _entered = trace.enter();
                 let mut result = ready!(response.poll(cx)).map_err(Error::Inner);
-                judge.settle(lease, &mut result, None);
+                judge.settle(lease, &mut result, None, |lease, response| {
+                    reservation::keep(lease, response, R::tell_end);
+                });
                 trace.answered(lease, &result);
                 Poll::Ready(result)
             }
@@ -233,7 +238,7 @@ where
             let rotation = &**this.rotation;
             let reads = rotation.error_bodies.is_some()
                 && result.as_ref().is_ok_and(|response| rotation.judge.wants_body(response));
-            let outcome = (!reads).then(|| rotation.judge.settle(lease, &mut result, None));
+            let outcome = (!reads).then(|| rotation.judge.settle(lease, &mut result, None, |_, _| {}));
             if outcome.is_some() {
                 this.trace.answered(lease, &result);
             }
@@ -251,7 +256,13 @@ where
                 None => false,
             };
             if has_ended {
-                return Poll::Ready(result.map(M::untouched));
+                let mut result = result.map(M::untouched);
+                if lease.ticket.is_some()
+                    && let Ok(response) = &mut result
+                {
+                    reservation::keep(lease, response, M::tell_end);
+                }
+                return Poll::Ready(result);
             }
             let Some(lease) = this.lease.take() else { return Poll::Ready(result.map(M::untouched)) };
             let client = WhenReady(this.client.clone());

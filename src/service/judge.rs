@@ -8,7 +8,7 @@ use crate::{
     key::query::Parameter,
     limit::{Remaining, Rest},
     message::JudgedResponse,
-    pool::Lease,
+    pool::{Head, Lease},
 };
 
 /// Each request has a clone of its own: every thread would write to a shared reference count.
@@ -36,18 +36,20 @@ pub(crate) enum Outcome {
 struct Attributed;
 
 impl<C: ClassifyResponse> Judge<C> {
-    /// Rests the key if the response speaks against it, and removes the key from whatever remembers it.
+    /// Rests the key if the response speaks against it, and removes the key from whatever remembers it. `keep` gets the
+    /// responses of requests that may be in flight until the body ends.
     pub(crate) fn settle<R, E>(
         &self,
         lease: &mut Lease,
         result: &mut Result<R, Error<E>>,
         body: Option<&[u8]>,
+        keep: impl FnOnce(&mut Lease, &mut R),
     ) -> Outcome
     where
         R: JudgedResponse,
         E: 'static,
     {
-        self.settle_here(lease, result, body)
+        self.settle_here(lease, result, body, keep)
     }
 
     /// The same, inlined into its caller: for the usual way of a request.
@@ -57,6 +59,7 @@ impl<C: ClassifyResponse> Judge<C> {
         lease: &mut Lease,
         result: &mut Result<R, Error<E>>,
         body: Option<&[u8]>,
+        keep: impl FnOnce(&mut Lease, &mut R),
     ) -> Outcome
     where
         R: JudgedResponse,
@@ -70,11 +73,13 @@ impl<C: ClassifyResponse> Judge<C> {
                     Verdict::Nothing => {
                         if lease.ticket.is_some() {
                             apply(lease, Verdict::Nothing, &head);
+                            keep(lease, response);
                         }
                         Outcome::Answered
                     }
                     _ if is_attributed(response) => {
-                        lease.settle(false, None, &Remaining::default());
+                        let (is_error, said) = (is_error(response.status()), &Remaining::default());
+                        lease.settle(Head { is_limited: false, is_error, wait: None, said });
                         Outcome::Answered
                     }
                     verdict => {
@@ -105,7 +110,7 @@ impl<C: ClassifyResponse> Judge<C> {
     }
 }
 
-fn is_error(status: StatusCode) -> bool {
+pub(super) fn is_error(status: StatusCode) -> bool {
     status.is_client_error() || status.is_server_error()
 }
 
@@ -113,13 +118,14 @@ fn is_attributed<R: JudgedResponse>(response: &R) -> bool {
     response.extensions().get::<Attributed>().is_some()
 }
 
-/// Ends a request at its key and at the key's limit, as its response was judged.
+/// Notes an answer at the request's key and at the key's limit, as it was judged.
 #[cold]
 pub(super) fn apply(lease: &mut Lease, verdict: Verdict, head: &ResponseHead<'_>) {
+    let is_error = is_error(head.status());
     let (rest, wait) = match verdict {
         Verdict::Nothing => {
             if lease.ticket.is_some() {
-                lease.settle(false, None, &head.remaining());
+                lease.settle(Head { is_limited: false, is_error, wait: None, said: &head.remaining() });
             }
             return;
         }
@@ -133,11 +139,8 @@ pub(super) fn apply(lease: &mut Lease, verdict: Verdict, head: &ResponseHead<'_>
         Rest::RateLimited if lease.ticket.is_some() => {
             let said = head.remaining();
             // A bucket's reset is when all of it is back; room for one request comes earlier.
-            lease.settle(
-                true,
-                if said.is_known() && rests_apart { head.explicit_wait() } else { wait },
-                &said,
-            );
+            let wait = if said.is_known() && rests_apart { head.explicit_wait() } else { wait };
+            lease.settle(Head { is_limited: true, is_error, wait, said: &said });
         }
         // Nobody knows whether the service counted the request.
         _ => lease.ticket = None,

@@ -1,20 +1,30 @@
 //! A key for a client that takes nothing but a key.
 
-use std::{fmt, time::Duration};
+use std::{
+    fmt,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use http::{HeaderMap, StatusCode};
 
 use super::{error::Refused, judge, trace::Trace};
 use crate::{
     classify::{ClassifyResponse, ResponseHead, TooManyRequests, Verdict},
+    clock::Clock,
     key::{KeyId, Secret},
     limit::Traits,
-    pool::{KeyPool, Lease, NoKeyAvailable},
+    pool::{self, Key, KeyPool, Lease, NoKeyAvailable},
 };
 
 /// A key for one request of a client that takes a key and no layer: an SDK, `ureq`, a command.
 ///
-/// Tell it the answer by [`answered`](Self::answered): then the pool learns from it, and rests the key after a 429.
-/// Dropped without an answer, it gives back its tokens and its place among the requests in flight. The request itself
-/// stays counted: the service may have counted it.
+/// [`KeyLeases::with_key`](crate::KeyLeases::with_key) leases a key, and another one after a refusal.
+///
+/// Tell the lease the answer: then the pool learns from it, and rests the key after a 429. Tell it the tokens that were used,
+/// too, where the service limits tokens. Keep it until the response's body is read: while it lives, the request counts as
+/// in flight. Dropped without an answer, it gives its tokens back. The request itself stays counted: the service may have
+/// counted it.
 ///
 /// ```
 /// use http::{HeaderMap, StatusCode};
@@ -30,14 +40,30 @@ use crate::{
 /// let verdict = key.answered(&ResponseHead::new(StatusCode::TOO_MANY_REQUESTS, &headers));
 /// assert_eq!(verdict, Verdict::RateLimited { wait: None });
 ///
-/// assert_eq!(pool.lease(&Traits::new())?.id().as_str(), "beta");
+/// let key = pool.lease(&Traits::new().tokens(1_200))?;
+/// assert_eq!(key.id().as_str(), "beta");
+/// key.answered(&ResponseHead::new(StatusCode::OK, &headers));
+/// key.used(1_037); // as the response's body says
 /// # Ok(())
 /// # }
 /// ```
-#[must_use]
+#[must_use = "dropping it ends the request"]
 pub struct KeyLease {
+    key: Arc<Key>,
+    request: Arc<Mutex<Request>>,
+}
+
+struct Request {
     lease: Lease,
     trace: Trace,
+    answer: Option<Answer>,
+}
+
+/// What the caller said of the answer.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Answer {
+    Served,
+    Refused,
 }
 
 impl KeyPool {
@@ -59,9 +85,53 @@ impl KeyPool {
     ///
     /// If no key has room within `limit`, or too many requests wait.
     pub async fn lease_within(&self, traits: &Traits, limit: Duration) -> Result<KeyLease, NoKeyAvailable> {
+        self.lease_by(traits, limit, false, &**self.clock()).await
+    }
+
+    /// Picks the key for a request that no layer sends, and blocks this thread until there is one: for `ureq`,
+    /// `reqwest::blocking` and other clients without a runtime.
+    ///
+    /// The thread waits in the queue of its scope, in one order with the tasks that wait there. It needs no runtime, and
+    /// it sleeps until its turn.
+    ///
+    /// In an async task it blocks the runtime's thread, and with it all tasks of a runtime that has only one: call it by
+    /// `tokio::task::spawn_blocking`, or use [`lease_within`](Self::lease_within). It returns after `limit` at the latest
+    /// even there.
+    ///
+    /// ```
+    /// use std::{thread, time::Duration};
+    /// use tower_key_rotation::{KeyPool, Quota, Traits};
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let pool = KeyPool::builder().key("alpha", "sk-1").quota(Quota::per_second(50)).build()?;
+    /// let leases = thread::scope(|scope| {
+    ///     let lease = || pool.lease_blocking(&Traits::new(), Duration::from_secs(30));
+    ///     let threads: Vec<_> = (0..55).map(|_| scope.spawn(lease)).collect();
+    ///     threads.into_iter().map(|thread| thread.join().unwrap()).collect::<Result<Vec<_>, _>>()
+    /// })?;
+    /// assert_eq!(leases.len(), 55);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// If no key has room within `limit`, or too many requests wait.
+    pub fn lease_blocking(&self, traits: &Traits, limit: Duration) -> Result<KeyLease, NoKeyAvailable> {
+        pool::block_on(self.clock(), async |clock| self.lease_by(traits, limit, false, clock).await)
+    }
+
+    /// A lease for a request that may have been refused before, after a wait by that clock.
+    pub(super) async fn lease_by(
+        &self,
+        traits: &Traits,
+        limit: Duration,
+        was_refused: bool,
+        clock: &dyn Clock,
+    ) -> Result<KeyLease, NoKeyAvailable> {
         let mut trace = Trace::begin(self, Some(traits));
         let began = trace.is_on().then(|| self.clock().now());
-        let lease = self.engine().acquire(traits, limit, false).await;
+        let lease = self.engine().acquire(traits, limit, was_refused, clock).await;
         if let Some(began) = began {
             trace.waited(self.clock().now().saturating_sub(began));
         }
@@ -74,7 +144,8 @@ impl KeyLease {
         match lease {
             Ok(lease) => {
                 trace.sends(&lease);
-                Ok(Self { lease, trace })
+                let key = lease.key.clone();
+                Ok(Self { key, request: Arc::new(Mutex::new(Request { lease, trace, answer: None })) })
             }
             Err(error) => {
                 trace.refused(&Refused::NoKeyAvailable(error));
@@ -83,29 +154,76 @@ impl KeyLease {
         }
     }
 
+    /// The same lease, for the one who gives it to a caller. The request ends when both are dropped.
+    pub(super) fn shared(&self) -> Self {
+        Self { key: self.key.clone(), request: self.request.clone() }
+    }
+
     /// The key's id.
     #[must_use]
     pub fn id(&self) -> &KeyId {
-        self.lease.id()
+        &self.key.id
     }
 
     /// The key's secret.
     #[must_use]
     pub fn secret(&self) -> Secret {
-        self.lease.key.secret()
+        self.key.secret()
     }
 
-    /// Applies the service's answer to the key: after a 429, it rests.
-    pub fn answered(self, response: &ResponseHead<'_>) -> Verdict {
+    /// Applies the service's answer to the key: after a 429, it rests. The first answer counts.
+    pub fn answered(&self, response: &ResponseHead<'_>) -> Verdict {
         self.answered_by(&TooManyRequests::new(), response)
     }
 
     /// Applies the service's answer to the key, as a classifier judges it.
-    pub fn answered_by(mut self, classifier: &impl ClassifyResponse, response: &ResponseHead<'_>) -> Verdict {
+    pub fn answered_by(&self, classifier: &impl ClassifyResponse, response: &ResponseHead<'_>) -> Verdict {
         let verdict = classifier.classify(response);
-        judge::apply(&mut self.lease, verdict, response);
-        self.trace.says_answer(&self.lease, Some(response.status().as_u16()));
+        self.apply(verdict, response);
         verdict
+    }
+
+    /// Applies an answer of which the client shows no more than an error: you say what it means for the key. Limit headers
+    /// are then not known, so the pool finds the limits by refusals.
+    pub fn answered_with(&self, verdict: Verdict) {
+        // What a service would have answered.
+        let status = match verdict {
+            Verdict::Nothing => StatusCode::OK,
+            Verdict::RateLimited { .. } => StatusCode::TOO_MANY_REQUESTS,
+            Verdict::Exhausted { .. } => StatusCode::PAYMENT_REQUIRED,
+            Verdict::Revoked => StatusCode::UNAUTHORIZED,
+        };
+        self.apply(verdict, &ResponseHead::new(status, &HeaderMap::new()));
+    }
+
+    fn apply(&self, verdict: Verdict, response: &ResponseHead<'_>) {
+        let mut request = self.lock();
+        if request.answer.is_none() {
+            let Request { lease, trace, .. } = &mut *request;
+            judge::apply(lease, verdict, response);
+            trace.says_answer(lease, Some(response.status().as_u16()));
+            let was_refused = verdict != Verdict::Nothing && judge::is_error(response.status());
+            request.answer = Some(if was_refused { Answer::Refused } else { Answer::Served });
+        }
+    }
+
+    /// Says that the request used so many tokens, beside those that were said before: input that the service counts, and
+    /// output. Leave out cached input where the service does not count it.
+    ///
+    /// Without it, the request counts for what it reserved: see [`Traits::tokens`]. For the statistics of a key, see
+    /// [`KeyPool::record_usage`].
+    pub fn used(&self, tokens: u64) {
+        if let Some(ticket) = &mut self.lock().lease.ticket {
+            ticket.used(tokens);
+        }
+    }
+
+    pub(super) fn answer(&self) -> Option<Answer> {
+        self.lock().answer
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Request> {
+        self.request.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

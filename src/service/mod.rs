@@ -120,6 +120,7 @@ mod future;
 mod gate;
 mod judge;
 pub(crate) mod key_lease;
+pub(crate) mod key_leases;
 pub(crate) mod key_rotation;
 pub(crate) mod layer;
 mod mode;
@@ -128,6 +129,7 @@ mod redact;
 pub(crate) mod redirects;
 #[cfg(feature = "reqwest-middleware")]
 mod reqwest_middleware;
+pub(crate) mod reservation;
 mod rotation;
 mod send;
 pub(crate) mod served_by;

@@ -3,6 +3,7 @@
 use std::{
     convert::Infallible,
     future::{Future, ready},
+    sync::Arc,
 };
 
 use bytes::Bytes;
@@ -13,7 +14,7 @@ use super::{
 };
 use crate::{
     clock::Sleep,
-    message::{ReadableResponse, ResponseMessage},
+    message::{EndOfBody, ReadableResponse, ResponseMessage},
 };
 
 /// Each request is sent once. Where there is no key, it fails at once. The response type is the client's.
@@ -44,6 +45,8 @@ pub trait Attempt<Req, R> {
         most: usize,
         time_over: Sleep,
     ) -> impl Future<Output = (Self::Response, Bytes)> + Send;
+    /// Has the body say when it ends, if the mode can see the body.
+    fn tell_end(response: &mut Self::Response, end: Arc<dyn EndOfBody>);
 }
 
 /// Of the modes that keep nothing and read nothing.
@@ -71,6 +74,10 @@ macro_rules! sends_once {
 
             fn read(response: R, _: usize, _: Sleep) -> impl Future<Output = (R, Bytes)> + Send {
                 ready((response, Bytes::new()))
+            }
+
+            fn tell_end(response: &mut R, end: Arc<dyn EndOfBody>) {
+                response.tell_end(end);
             }
         }
     };
@@ -114,6 +121,10 @@ where
         time_over: Sleep,
     ) -> impl Future<Output = (R::Replayed, Bytes)> + Send {
         R::read(response, most, time_over)
+    }
+
+    fn tell_end(response: &mut R::Replayed, end: Arc<dyn EndOfBody>) {
+        R::tell_end_of(response, end);
     }
 }
 
