@@ -39,6 +39,9 @@ fn builder(settings: &Settings) -> KeyPoolBuilder {
             settings.inject.iter().map(KeyPlace::inject).reduce(Inject::and).unwrap_or_else(Inject::bearer),
         )
         .cooldown(settings.cooldown.into());
+    if settings.pace {
+        builder = builder.paced();
+    }
     if settings.allow_cleartext {
         builder = builder.allow_cleartext_to([host]);
     }

@@ -90,8 +90,14 @@ pub(crate) struct Settings {
     #[arg(long, value_name = "SECONDS", default_value = "120")]
     pub(crate) cooldown: Seconds,
 
-    /// How long a request may wait for a key while none is available
-    #[arg(long, value_name = "SECONDS", default_value = "0")]
+    /// Learn from the responses what the API allows each key, for each model apart, and send no more than that; requests
+    /// beyond it wait. If it is off, keys serve in turn until they get a 429
+    #[arg(long, value_name = "BOOL", value_parser = BoolishValueParser::new())]
+    #[arg(num_args = 0..=1, require_equals = true, default_value = "true", default_missing_value = "true")]
+    pub(crate) pace: bool,
+
+    /// How long a request may wait for a key that has room
+    #[arg(long, value_name = "SECONDS", default_value = "30")]
     pub(crate) wait: Seconds,
 
     /// Maximum number of attempts per request, the first included [default: one per key]

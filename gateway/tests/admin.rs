@@ -61,8 +61,12 @@ struct Admin {
 impl Admin {
     async fn with(keys: &[&str]) -> Self {
         let service = Server::limiting([]).await;
-        let gateway =
-            Gateway::before(service.address(), keys, ["--admin-token", TOKEN, "--cooldown", "600"]).await;
+        let gateway = Gateway::before(
+            service.address(),
+            keys,
+            ["--admin-token", TOKEN, "--pace=false", "--wait", "0", "--cooldown", "600"],
+        )
+        .await;
         Self { gateway, service, http: http() }
     }
 

@@ -156,7 +156,8 @@ async fn prometheus_answers_every_dashboard_query() {
         let status = if asked.fetch_add(1, Relaxed) % 4 < 2 { 429 } else { 200 };
         ready(answer_with(status, [("retry-after-ms", "100")], "{}"))
     });
-    let gateway = Gateway::before(service.await.address(), &["alpha", "beta"], ["--wait", "60"]).await;
+    let gateway =
+        Gateway::before(service.await.address(), &["alpha", "beta"], ["--pace=false", "--wait", "60"]).await;
     let prometheus = Prometheus::of(&gateway).await;
     let requests = async {
         loop {

@@ -39,7 +39,8 @@ impl Logging {
         let upstream = Server::limiting(["a"]).await;
         let (address, admin) = (free_address(), free_address());
         let (listen, url) = (address.to_string(), format!("http://{}", upstream.address()));
-        let mut command = command(["--upstream", &url, "--listen", &listen, "--log", "debug"]);
+        let mut command =
+            command(["--upstream", &url, "--listen", &listen, "--log", "debug", "--pace=false"]);
         command.args(["--admin-listen", &admin.to_string()]);
         command.args(["--mongodb", &mongo.uri, "--mongodb-database", mongo.database.name()]);
         let child = command.stderr(stderr).spawn().unwrap();

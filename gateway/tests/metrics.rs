@@ -18,7 +18,7 @@ async fn metrics(gateway: &Gateway) -> String {
 #[tokio::test]
 async fn prometheus_metrics_show_key_status_and_request_times() {
     let upstream = Server::limiting(["alpha"]).await;
-    let gateway = Gateway::before(upstream.address(), &["alpha", "beta"], []).await;
+    let gateway = Gateway::before(upstream.address(), &["alpha", "beta"], ["--pace=false"]).await;
     for _ in 0..3 {
         assert_eq!(http().get(gateway.url("/v1")).send().await.unwrap().status(), StatusCode::OK);
     }

@@ -112,7 +112,8 @@ async fn s08_busy_http_2_connections_delay_no_request() {
         }
     };
     tokio::spawn(async move { axum::serve(listener, Router::new().fallback(answer)).await });
-    let gateway = Arc::new(tls::gateway(upstream.port(), &trusted, []).await);
+    // Pacing begins with a few requests at a time.
+    let gateway = Arc::new(tls::gateway(upstream.port(), &trusted, ["--pace=false"]).await);
     // More than the 200 streams that this upstream allows on one connection.
     let requests: Vec<_> = (0..250)
         .map(|_| {

@@ -717,7 +717,9 @@ async fn an_api_shaped_429_tells_when_keys_return() {
         answer_with(429, [("retry-after", wait)], "the upstream's own words")
     })
     .await;
-    let gateway = Gateway::before(upstream.address(), &["a", "b"], ["--cooldown", "1"]).await;
+    let gateway =
+        Gateway::before(upstream.address(), &["a", "b"], ["--pace=false", "--wait", "0", "--cooldown", "1"])
+            .await;
     let post = |path: &str| http().post(gateway.url(path)).body("hi").send();
     let assert_true = |response: &reqwest::Response| {
         let wait: u64 = header(response, "retry-after").unwrap().parse().unwrap();
@@ -739,7 +741,7 @@ async fn an_api_shaped_429_tells_when_keys_return() {
     assert_eq!(error["error"]["code"], "rate_limit_exceeded");
     assert_eq!(error["error"]["param"], Value::Null);
     let message = error["error"]["message"].as_str().unwrap();
-    assert!(message.contains("all keys are resting; the first is available in"), "{message}");
+    assert!(message.contains("all keys rest or have no room; the first is available in"), "{message}");
 
     let response = post("/v1/messages/count_tokens").await.unwrap();
     assert_true(&response);
@@ -759,7 +761,9 @@ async fn a_rewritten_retry_after_drops_the_millisecond_hints() {
         std::future::ready(reply)
     })
     .await;
-    let gateway = Gateway::before(upstream.address(), &["a", "b"], ["--cooldown", "9"]).await;
+    let gateway =
+        Gateway::before(upstream.address(), &["a", "b"], ["--pace=false", "--wait", "0", "--cooldown", "9"])
+            .await;
     let response = http().get(gateway.url("/")).send().await.unwrap();
     assert_eq!((header(&response, "retry-after-ms"), header(&response, "x-ms-retry-after-ms")), (None, None));
     assert!(header(&response, "retry-after").unwrap().parse::<u64>().unwrap() <= 9);
@@ -786,7 +790,8 @@ async fn revoked_keys_alone_mean_503_and_not_ready() {
 #[tokio::test]
 async fn health_checks_need_no_token_or_healthy_key() {
     let upstream = Server::limiting(["a"]).await;
-    let gateway = Gateway::before(upstream.address(), &["a"], ["--client-token", "token-one"]).await;
+    let gateway =
+        Gateway::before(upstream.address(), &["a"], ["--client-token", "token-one", "--wait", "0"]).await;
     let limited = http().get(gateway.url("/")).header("x-api-key", "token-one").send().await.unwrap();
     assert_eq!(limited.status(), 429);
     for path in ["/healthz", "/readyz"] {
@@ -799,7 +804,9 @@ async fn health_checks_need_no_token_or_healthy_key() {
 #[tokio::test]
 async fn with_wait_a_request_waits_for_a_key() {
     let upstream = Server::limiting(["a"]).await;
-    let gateway = Gateway::before(upstream.address(), &["a"], ["--cooldown", "0.3", "--wait", "10"]).await;
+    let gateway =
+        Gateway::before(upstream.address(), &["a"], ["--pace=false", "--cooldown", "0.3", "--wait", "10"])
+            .await;
     let response = tokio::spawn(http().post(gateway.url("/")).body("hi").send());
     eventually("it is limited", || upstream.count() == 1).await;
     upstream.lift("a");
@@ -992,7 +999,10 @@ async fn shutdown_writes_marks_and_usage_to_mongodb() {
     let mongo = Mongo::standalone().await;
     mongo.insert_all(["a", "b"]).await;
     let upstream = Server::limiting(["a"]).await;
-    let mut gateway = Gateway::start(command(over(&mongo, upstream.address()))).await;
+    let mut gateway = Gateway::start(command(
+        over(&mongo, upstream.address()).into_iter().chain(["--pace=false".to_owned()]),
+    ))
+    .await;
     for _ in 0..3 {
         assert_eq!(http().get(gateway.url("/")).send().await.unwrap().status(), 200);
     }

@@ -159,7 +159,9 @@ async fn sdk_calls_succeed_while_one_key_remains() {
 #[tokio::test]
 async fn sdks_raise_rate_limit_errors_with_retry_after() {
     let (upstream, _) = upstream([("a", 0), ("b", 0)]).await;
-    let gateway = Gateway::before(upstream.address(), &["a", "b"], INJECT).await;
+    let [inject, places] = INJECT;
+    let arguments = [inject, places, "--pace=false", "--wait", "0"];
+    let gateway = Gateway::before(upstream.address(), &["a", "b"], arguments).await;
     let outcomes =
         calls(&gateway, "no matter what", 0, &["chat", "chat_stream", "message", "message_stream"]).await;
     let errors = [
@@ -176,7 +178,7 @@ async fn sdks_raise_rate_limit_errors_with_retry_after() {
     assert!(outcomes[0]["message"].as_str().unwrap().contains("slow down"), "{}", outcomes[0]);
     for outcome in &outcomes[1..] {
         let message = outcome["message"].as_str().unwrap();
-        assert!(message.contains("all keys are resting; the first is available in"), "{message}");
+        assert!(message.contains("all keys rest or have no room; the first is available in"), "{message}");
     }
     assert_eq!(upstream.keys(), ["a", "b"]);
 }
@@ -189,7 +191,8 @@ async fn a_retrying_sdk_honours_retry_after_and_succeeds() {
         std::future::ready(if is_first { answer(429, "") } else { reply(&request) })
     })
     .await;
-    let gateway = Gateway::before(upstream.address(), &["a"], ["--cooldown", "1"]).await;
+    let gateway =
+        Gateway::before(upstream.address(), &["a"], ["--pace=false", "--wait", "0", "--cooldown", "1"]).await;
     let outcomes = calls(&gateway, "no matter what", 1, &["chat", "message"]).await;
     assert_eq!(texts(&outcomes), ["Hello!"; 2]);
     assert_eq!(upstream.count(), 4, "each call is limited once and served once");

@@ -55,6 +55,10 @@ impl Engine {
 
     /// Whether no key has room before that time, for certain.
     fn is_in_vain(&self, until: u64, give_up: Duration) -> bool {
+        // The rest of a whole key is certain.
+        if self.next_return().is_none_or(|time| self.now().saturating_add(time) > give_up) {
+            return true;
+        }
         // What is learned may be wrong, and nobody knows when a request in flight ends.
         let may_be_earlier = self.limiting.learns || (until == NEVER && self.snapshot().has_caps());
         !may_be_earlier && until > nanos(give_up)

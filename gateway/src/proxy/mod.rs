@@ -1,7 +1,9 @@
 //! The reverse proxy: one request, from the caller to the upstream and back.
 
+mod ahead;
 mod answer;
 mod api;
+mod asked;
 mod body;
 mod connections;
 mod headers;
@@ -28,9 +30,9 @@ use axum::{
 };
 use hyper::ext::ReasonPhrase;
 use hyper_util::client::legacy;
-use tokio::sync::Semaphore;
+use tokio::{sync::Semaphore, time::timeout};
 use tower::{BoxError, ServiceExt, timeout::error::Elapsed};
-use tower_key_rotation::{Error, KeyPool, NoKeyAvailable, ServedBy};
+use tower_key_rotation::{Error, KeyPool, NoKeyAvailable, ServedBy, Traits};
 
 pub(crate) use self::upstream::Upstream;
 use self::{
@@ -53,6 +55,9 @@ pub(crate) struct Proxy {
     /// One for each request in flight.
     places: Arc<Semaphore>,
     sanitize_errors: bool,
+    is_paced: bool,
+    /// For a body that is read before its request is sent.
+    body_timeout: Duration,
 }
 
 impl Proxy {
@@ -69,6 +74,8 @@ impl Proxy {
             },
             places: Arc::new(Semaphore::new(settings.max_requests)),
             sanitize_errors: settings.sanitize_errors,
+            is_paced: settings.pace,
+            body_timeout: settings.response_timeout.into(),
         })
     }
 
@@ -85,9 +92,13 @@ impl Proxy {
             message: "this gateway has too many requests in flight".to_owned(),
             retry_after: Some(HeaderValue::from_static("1")),
         })?;
+        let (traits, body) = self.traits(&head, body).await?;
         let body = KeptBody::new(body, self.limits.clone());
         let caller = body.caller();
         let mut request = Request::new(body);
+        if let Some(traits) = traits {
+            request.extensions_mut().insert(traits);
+        }
         *request.method_mut() = head.method;
         *request.uri_mut() = uri;
         *request.headers_mut() = head.headers;
@@ -101,6 +112,19 @@ impl Proxy {
         }
         let response = self.pass_on(api, &method, response);
         Ok(response.map(|body| Body::new(Held::new(body, place))))
+    }
+
+    /// What the pool should know of a request, if it paces. The body is read ahead for that.
+    async fn traits(&self, head: &Parts, body: Body) -> Result<(Option<Traits>, Body), Refusal> {
+        if !self.is_paced {
+            return Ok((None, body));
+        }
+        if !asked::is_in_the_body(head) {
+            return Ok((Some(asked::traits(head, &[])), body));
+        }
+        let read = ahead::read_ahead(body, self.limits.keep, &self.limits.room);
+        let (text, body) = timeout(self.body_timeout, read).await.map_err(|_| not_arrived())?;
+        Ok((Some(asked::traits(head, &text)), body))
     }
 
     /// Authorizes a request and returns its URI at the upstream.
@@ -210,16 +234,16 @@ fn no_key_available(no_key: &NoKeyAvailable) -> Refusal {
     match no_key.retry_in() {
         Some(wait) => Refusal {
             status: StatusCode::TOO_MANY_REQUESTS,
-            message: format!("all keys are resting; the first is available in {} s", seconds_up(wait)),
+            message: format!(
+                "all keys rest or have no room; the first is available in {} s",
+                seconds_up(wait)
+            ),
             retry_after: Some(whole_seconds(wait)),
         },
         None if no_key.is_empty_pool() => {
             Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "this gateway has no keys")
         }
-        None => Refusal::new(
-            StatusCode::SERVICE_UNAVAILABLE,
-            "no key of this gateway is available until an operator resets one",
-        ),
+        None => Refusal::new(StatusCode::SERVICE_UNAVAILABLE, no_key.to_string()),
     }
 }
 
@@ -231,7 +255,7 @@ fn not_answered(error: &(dyn StdError + 'static), caller: &Caller) -> Refusal {
         return Refusal::new(StatusCode::BAD_REQUEST, "the request's body broke off");
     }
     if error.is::<Elapsed>() && caller.is_waited_for() {
-        return Refusal::new(StatusCode::REQUEST_TIMEOUT, "the request's body did not arrive in time");
+        return not_arrived();
     }
     tracing::warn!("no answer from the upstream: {}", with_sources(error));
     if error.is::<Elapsed>() {
@@ -257,6 +281,10 @@ fn denied(denied: Denied) -> Refusal {
             retry_after: Some(whole_seconds(wait)),
         },
     }
+}
+
+fn not_arrived() -> Refusal {
+    Refusal::new(StatusCode::REQUEST_TIMEOUT, "the request's body did not arrive in time")
 }
 
 fn too_large() -> Refusal {

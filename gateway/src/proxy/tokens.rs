@@ -13,7 +13,7 @@ use axum::{
 };
 use hyper::body::{Frame, SizeHint};
 use serde::Deserialize;
-use tower_key_rotation::{KeyId, KeyPool, ServedBy};
+use tower_key_rotation::{KeyId, KeyPool, Reservation, ServedBy};
 
 use crate::media_type::media_type;
 
@@ -26,6 +26,8 @@ struct Counted {
     reader: Reader,
     pool: KeyPool,
     key: KeyId,
+    /// The tokens that a paced request reserved.
+    reservation: Option<Reservation>,
 }
 
 /// Counts the tokens of a response to a `POST`.
@@ -37,8 +39,8 @@ pub(super) fn count(pool: &KeyPool, method: &Method, response: Response) -> Resp
     }
     let key = response.extensions().get().map(|ServedBy(key)| key.clone());
     let (Some(key), Some(reader)) = (key, Reader::of(response.headers())) else { return response };
-    let pool = pool.clone();
-    response.map(|body| Body::new(Counted { body, reader, pool, key }))
+    let (pool, reservation) = (pool.clone(), response.extensions().get().cloned());
+    response.map(|body| Body::new(Counted { body, reader, pool, key, reservation }))
 }
 
 /// Records the usage on drop, so that it counts even if the caller stops reading early.
@@ -46,6 +48,9 @@ impl Drop for Counted {
     fn drop(&mut self) {
         if let Some(tokens) = self.reader.usage().tokens() {
             self.pool.record_usage(&self.key, tokens);
+            if let Some(reservation) = &self.reservation {
+                reservation.used(tokens);
+            }
         }
     }
 }

@@ -229,7 +229,7 @@ async fn import_names_the_bad_line_and_adds_others() {
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "it needs a browser"]
 async fn the_page_shows_cooldowns_without_reloading() {
-    let page = Page::of(&["alpha", "beta"], ["--cooldown", "3"]).await;
+    let page = Page::of(&["alpha", "beta"], ["--pace=false", "--wait", "0", "--cooldown", "3"]).await;
     page.eval("(window.isTheSamePage = true)").await;
     page.service.limit("alpha");
     page.request().await;
@@ -257,7 +257,7 @@ async fn the_page_shows_cooldowns_without_reloading() {
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "it needs a browser"]
 async fn the_page_resets_disables_and_enables_keys() {
-    let page = Page::of(&["alpha", "beta"], ["--cooldown", "600"]).await;
+    let page = Page::of(&["alpha", "beta"], ["--pace=false", "--wait", "0", "--cooldown", "600"]).await;
     page.service.limit("alpha");
     page.request().await;
     page.request().await;
@@ -278,7 +278,8 @@ async fn the_page_resets_disables_and_enables_keys() {
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "it needs a browser"]
 async fn all_that_rest_are_reset_at_once() {
-    let page = Page::of(&["alpha", "beta", "gamma"], ["--cooldown", "600"]).await;
+    let page =
+        Page::of(&["alpha", "beta", "gamma"], ["--pace=false", "--wait", "0", "--cooldown", "600"]).await;
     for key in ["alpha", "beta"] {
         page.service.limit(key);
     }
@@ -453,7 +454,7 @@ async fn ten_thousand_keys_are_paged_and_searched_quickly() {
 #[ignore = "it needs a browser"]
 async fn the_page_fits_the_width_of_a_phone() {
     let long = "a-key-with-a-name-that-is-much-longer-than-anybody-would-want-to-read-on-a-phone";
-    let page = Page::of(&["alpha", long], ["--cooldown", "600"]).await;
+    let page = Page::of(&["alpha", long], ["--pace=false", "--wait", "0", "--cooldown", "600"]).await;
     page.service.limit("alpha");
     page.request().await;
     page.request().await;
@@ -598,8 +599,16 @@ async fn a_screenshot_is_kept() {
         .map(|(number, key)| format!("{key}|sk-{key}_{:016x}\n", number.wrapping_mul(0x9e37_79b9_7f4a_7c15)));
     let keys = keys_file(&lines.collect::<String>());
     let upstream = format!("http://{}", service.address());
-    let gateway =
-        Gateway::start(command(["--upstream", &upstream, "--keys", keys.path(), "--cooldown", "15"])).await;
+    let gateway = Gateway::start(command([
+        "--upstream",
+        &upstream,
+        "--keys",
+        keys.path(),
+        "--pace=false",
+        "--cooldown",
+        "15",
+    ]))
+    .await;
     let page = Page { browser: Browser::start().await, gateway, service, http: http() };
     page.browser.looks_through(1280, 690, 1.25).await;
     page.browser.prefers("light").await;

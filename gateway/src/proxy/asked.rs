@@ -1,0 +1,315 @@
+//! What a request asks for, as far as its limits depend on it: the model, whose request it is, and its tokens.
+
+use std::{borrow::Cow, fmt};
+
+use axum::http::{HeaderMap, Method, header::CONTENT_ENCODING, request::Parts};
+use serde::{
+    Deserialize, Deserializer,
+    de::{DeserializeSeed, IgnoredAny, MapAccess, SeqAccess, Visitor},
+};
+use serde_json::Value;
+use tower_key_rotation::Traits;
+
+use crate::media_type::media_type;
+
+/// In UTF-8 a token of English takes about so many bytes.
+const BYTES_A_TOKEN: u64 = 4;
+
+/// A larger body holds images or files, whose size says nothing of their tokens.
+const LARGEST_TEXT: usize = 256 << 10;
+
+/// Headers by which callers name their conversation.
+const SESSIONS: [&str; 2] = ["x-session-id", "session_id"];
+
+/// Whether the body says what the request asks for.
+pub(super) fn is_in_the_body(head: &Parts) -> bool {
+    let is_plain = head.headers.get(CONTENT_ENCODING).is_none_or(|encoding| encoding == "identity");
+    head.method == Method::POST
+        && is_plain
+        && media_type(&head.headers).as_deref() == Some("application/json")
+}
+
+/// The traits of a request: its scope is the model, and its session is what the caller names, or else what the
+/// conversation begins with. `body` is empty if it was not read; of a body that was read in part, what comes later is not
+/// seen.
+pub(super) fn traits(head: &Parts, body: &[u8]) -> Traits {
+    let mut asked = Asked::default();
+    // What is no JSON asks for nothing. What breaks off has been read so far.
+    let _ = Reading(&mut asked).deserialize(&mut serde_json::Deserializer::from_slice(body));
+    let mut traits = Traits::new();
+    if let Some(model) = asked.model.as_deref().or_else(|| model_in(head.uri.path())) {
+        traits = traits.scope(model);
+    }
+    if let Some(name) = named_session(&head.headers) {
+        traits = traits.session(name);
+    } else if let Some(session) = &asked.session {
+        traits = traits.session(session);
+    } else if !asked.begins_with.is_empty() {
+        traits = traits.session(&asked.begins_with);
+    }
+    if let Some(output) = asked.max_output.filter(|_| body.len() <= LARGEST_TEXT) {
+        traits = traits.tokens(output.saturating_add(body.len() as u64 / BYTES_A_TOKEN));
+    }
+    traits
+}
+
+fn named_session(headers: &HeaderMap) -> Option<&[u8]> {
+    SESSIONS.iter().find_map(|name| headers.get(*name)).map(|value| value.as_bytes())
+}
+
+/// The model in a path of Gemini (`/v1beta/models/{model}:generateContent`) or the deployment in one of Azure
+/// (`/openai/deployments/{name}/…`).
+fn model_in(path: &str) -> Option<&str> {
+    let mut segments = path.split('/').skip_while(|segment| !["models", "deployments"].contains(segment));
+    let is_azure = segments.next()? == "deployments";
+    let name = segments.next()?;
+    let model = match name.split_once(':') {
+        Some((model, _method)) => model,
+        None if is_azure => name,
+        // `/v1/models/{model}` describes a model, and does not use it.
+        None => return None,
+    };
+    (!model.is_empty()).then_some(model)
+}
+
+#[derive(Debug, Default, PartialEq)]
+struct Asked {
+    model: Option<String>,
+    session: Option<String>,
+    /// The system prompt, and the first message of the user.
+    begins_with: Vec<String>,
+    max_output: Option<u64>,
+}
+
+struct Reading<'a>(&'a mut Asked);
+
+impl<'de> DeserializeSeed<'de> for Reading<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Reading<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut fields: A) -> Result<(), A::Error> {
+        let asked = self.0;
+        while let Some(name) = fields.next_key::<Name<'de>>()? {
+            match &*name.0 {
+                "model" => asked.model = text(fields.next_value()?),
+                "prompt_cache_key" => asked.session = text(fields.next_value()?).or(asked.session.take()),
+                "metadata" => {
+                    let mut metadata: Value = fields.next_value()?;
+                    let user = metadata.get_mut("user_id").map(Value::take).and_then(text);
+                    asked.session = asked.session.take().or(user);
+                }
+                "max_tokens" | "max_completion_tokens" | "max_output_tokens" => {
+                    asked.max_output = fields.next_value::<Value>()?.as_u64();
+                }
+                "generationConfig" | "generation_config" => {
+                    let config: Value = fields.next_value()?;
+                    asked.max_output = config.get("maxOutputTokens").and_then(Value::as_u64);
+                }
+                "system" | "instructions" | "systemInstruction" | "system_instruction" => {
+                    asked.begins_with.push(fields.next_value::<Value>()?.to_string());
+                }
+                "messages" | "input" | "contents" => {
+                    let Beginning(messages) = fields.next_value()?;
+                    asked.begins_with.extend(messages.iter().map(Value::to_string));
+                }
+                _ => _ = fields.next_value::<IgnoredAny>()?,
+            }
+        }
+        Ok(())
+    }
+}
+
+fn text(value: Value) -> Option<String> {
+    match value {
+        Value::String(text) if !text.is_empty() => Some(text),
+        _ => None,
+    }
+}
+
+#[derive(Deserialize)]
+struct Name<'a>(#[serde(borrow)] Cow<'a, str>);
+
+/// The messages of a conversation up to the first one of the user.
+struct Beginning(Vec<Value>);
+
+impl<'de> Deserialize<'de> for Beginning {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(FirstMessages)
+    }
+}
+
+struct FirstMessages;
+
+impl<'de> Visitor<'de> for FirstMessages {
+    type Value = Beginning;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("messages")
+    }
+
+    fn visit_str<E>(self, text: &str) -> Result<Beginning, E> {
+        Ok(Beginning(vec![text.into()]))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut messages: A) -> Result<Beginning, A::Error> {
+        let mut first: Vec<Value> = Vec::new();
+        let is_instruction = |message: &Value| {
+            message
+                .get("role")
+                .and_then(Value::as_str)
+                .is_some_and(|role| ["system", "developer"].contains(&role))
+        };
+        while first.iter().all(is_instruction) {
+            match messages.next_element()? {
+                Some(message) => first.push(message),
+                None => return Ok(Beginning(first)),
+            }
+        }
+        while messages.next_element::<IgnoredAny>()?.is_some() {}
+        Ok(Beginning(first))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut fields: A) -> Result<Beginning, A::Error> {
+        while fields.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+        Ok(Beginning(Vec::new()))
+    }
+
+    fn visit_unit<E>(self) -> Result<Beginning, E> {
+        Ok(Beginning(Vec::new()))
+    }
+
+    fn visit_bool<E>(self, _: bool) -> Result<Beginning, E> {
+        Ok(Beginning(Vec::new()))
+    }
+
+    fn visit_i64<E>(self, _: i64) -> Result<Beginning, E> {
+        Ok(Beginning(Vec::new()))
+    }
+
+    fn visit_u64<E>(self, _: u64) -> Result<Beginning, E> {
+        Ok(Beginning(Vec::new()))
+    }
+
+    fn visit_f64<E>(self, _: f64) -> Result<Beginning, E> {
+        Ok(Beginning(Vec::new()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::http::Request;
+
+    use super::*;
+
+    fn head(path: &str, headers: &[(&'static str, &str)]) -> Parts {
+        let mut request = Request::post(format!("http://gateway{path}"));
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        request.body(()).unwrap().into_parts().0
+    }
+
+    fn of_body(body: &str) -> Traits {
+        traits(&head("/v1/chat/completions", &[]), body.as_bytes())
+    }
+
+    fn beginning(messages: &[&str]) -> Vec<String> {
+        messages.iter().map(|message| message.parse::<Value>().unwrap().to_string()).collect()
+    }
+
+    #[test]
+    fn the_model_and_tokens_of_openai_and_anthropic_count() {
+        for field in ["max_tokens", "max_completion_tokens", "max_output_tokens"] {
+            let body = format!(r#"{{"stream":true,"{field}":100,"model":"m-1","tools":[{{"model":"x"}}]}}"#);
+            assert_eq!(of_body(&body), Traits::new().scope("m-1").tokens(100 + body.len() as u64 / 4));
+        }
+        assert_eq!(of_body(r#"{"model":"m-1"}"#), Traits::new().scope("m-1"));
+    }
+
+    #[test]
+    fn models_and_deployments_in_paths_count() {
+        for (path, model) in [
+            ("/v1beta/models/gemini-3-pro:generateContent", Some("gemini-3-pro")),
+            ("/v1/projects/p/locations/l/publishers/google/models/g:streamGenerateContent", Some("g")),
+            ("/openai/deployments/mine/chat/completions", Some("mine")),
+            ("/v1/models/gpt-5", None),
+            ("/v1/models", None),
+            ("/v1/files", None),
+        ] {
+            let expected = model.map_or_else(Traits::new, |model| Traits::new().scope(model));
+            assert_eq!(traits(&head(path, &[]), b""), expected, "{path}");
+        }
+    }
+
+    #[test]
+    fn output_of_gemini_counts() {
+        let body = r#"{"contents":[],"generationConfig":{"maxOutputTokens":40}}"#;
+        assert_eq!(of_body(body), Traits::new().tokens(40 + body.len() as u64 / 4));
+    }
+
+    #[test]
+    fn named_sessions_outrank_the_conversation() {
+        let body = r#"{"prompt_cache_key":"key","metadata":{"user_id":"user"},"messages":[{"role":"user","content":"hello"}]}"#;
+        assert_eq!(of_body(body), Traits::new().session("key".to_owned()));
+        let body = r#"{"metadata":{"user_id":"user"},"messages":[{"role":"user","content":"hello"}]}"#;
+        assert_eq!(of_body(body), Traits::new().session("user".to_owned()));
+        let head = head("/", &[("x-session-id", "header")]);
+        assert_eq!(traits(&head, body.as_bytes()), Traits::new().session("header".as_bytes()));
+    }
+
+    #[test]
+    fn a_conversation_keeps_its_session_as_it_grows() {
+        let (system, hello) =
+            (r#"{"role":"system","content":"be kind"}"#, r#"{"role":"user","content":"hello"}"#);
+        let expected = Traits::new().session(beginning(&[system, hello]));
+        assert_eq!(of_body(&format!(r#"{{"messages":[{system},{hello}]}}"#)), expected);
+        let grown =
+            format!(r#"{{"messages":[{system},{hello},{{"role":"assistant","content":"hi"}},{hello}]}}"#);
+        assert_eq!(of_body(&grown), expected);
+        let other = format!(r#"{{"messages":[{system},{{"role":"user","content":"bye"}}]}}"#);
+        assert_ne!(of_body(&other), expected);
+
+        assert_eq!(of_body(r#"{"system":"s","messages":[]}"#), Traits::new().session(beginning(&[r#""s""#])));
+        assert_eq!(of_body(r#"{"input":"hello"}"#), Traits::new().session(beginning(&[r#""hello""#])));
+    }
+
+    #[test]
+    fn odd_bodies_ask_for_nothing() {
+        for body in ["", "null", "[]", "{", "text", r#"{"model":5}"#, r#"{"messages":{"a":1},"input":3}"#] {
+            assert_eq!(of_body(body), Traits::new(), "{body}");
+        }
+        let deep = "[".repeat(100_000);
+        assert_eq!(of_body(&format!(r#"{{"tools":{deep}"#)), Traits::new());
+    }
+
+    #[test]
+    fn a_body_that_breaks_off_is_read_so_far() {
+        assert_eq!(of_body(r#"{"model":"m-1","messages":[{"role":"us"#), Traits::new().scope("m-1"));
+    }
+
+    #[test]
+    fn large_bodies_leave_their_tokens_open() {
+        let body = format!(r#"{{"max_tokens":5,"image":"{}"}}"#, "A".repeat(LARGEST_TEXT));
+        assert_eq!(of_body(&body), Traits::new());
+    }
+
+    #[test]
+    fn only_plain_json_is_read_ahead() {
+        let json = ("content-type", "application/json; charset=utf-8");
+        assert!(is_in_the_body(&head("/", &[json])));
+        assert!(!is_in_the_body(&head("/", &[json, ("content-encoding", "gzip")])));
+        assert!(!is_in_the_body(&head("/", &[("content-type", "multipart/form-data")])));
+        assert!(!is_in_the_body(&head("/", &[])));
+    }
+}
