@@ -22,10 +22,13 @@ use tokio::{
 const RATE: f64 = 3.0;
 const BURST: f64 = 5.0;
 
+type Buckets = HashMap<(String, String), (Instant, f64)>;
+
 /// An API that limits each key and model by a token bucket, and says what is left as OpenAI does.
 #[derive(Clone, Default)]
 struct Api {
-    buckets: Arc<Mutex<HashMap<(String, String), (Instant, f64)>>>,
+    /// By key and model: when it was used last, and what was left then.
+    buckets: Arc<Mutex<Buckets>>,
     refused: Arc<Mutex<usize>>,
 }
 
