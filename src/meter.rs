@@ -45,10 +45,12 @@ pub(crate) struct Meter {
 struct InScope {
     /// Refusals that pacing failed to avoid.
     refused: u64,
+    #[cfg(feature = "metrics")]
     now: ScopeNow,
 }
 
 /// A scope as it is at the moment.
+#[cfg(feature = "metrics")]
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct ScopeNow {
     pub(crate) waiting: usize,

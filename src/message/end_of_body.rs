@@ -1,14 +1,8 @@
-//! A body that says when it ends.
+//! Who is told when a body ends.
 
-use std::{
-    fmt,
-    pin::Pin,
-    sync::Arc,
-    task::{Context, Poll, ready},
-};
+use std::{fmt, sync::Arc};
 
-use http_body::{Body, Frame, SizeHint};
-use pin_project_lite::pin_project;
+use http_body::Frame;
 
 /// Is told once that a body has ended, or was dropped before that.
 pub trait EndOfBody: Send + Sync {
@@ -28,7 +22,7 @@ impl TellsEnd {
     }
 
     #[cold]
-    fn tell(&mut self, is_whole: bool) {
+    pub(super) fn tell(&mut self, is_whole: bool) {
         if let Some(end) = self.0.take() {
             end.ended(is_whole);
         }
@@ -61,47 +55,5 @@ impl Drop for TellsEnd {
 impl fmt::Debug for TellsEnd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("TellsEnd").field(&self.0.is_some()).finish()
-    }
-}
-
-pin_project! {
-    /// A body that passes unchanged, and says when it ends.
-    pub(crate) struct UntilEnd<B> {
-        #[pin]
-        body: B,
-        end: TellsEnd,
-    }
-}
-
-impl<B: Body> UntilEnd<B> {
-    pub(crate) fn new(body: B, end: Arc<dyn EndOfBody>) -> Self {
-        let mut end = TellsEnd::to(end);
-        if body.is_end_stream() {
-            end.tell(true);
-        }
-        Self { body, end }
-    }
-}
-
-impl<B: Body> Body for UntilEnd<B> {
-    type Data = B::Data;
-    type Error = B::Error;
-
-    fn poll_frame(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
-        let mut this = self.project();
-        let frame = ready!(this.body.as_mut().poll_frame(cx));
-        this.end.look(frame.as_ref(), || this.body.is_end_stream());
-        Poll::Ready(frame)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
     }
 }

@@ -6,6 +6,8 @@ mod request;
 #[cfg(feature = "reqwest")]
 mod reqwest;
 mod response;
+#[cfg(feature = "reqwest")]
+mod until_end;
 
 pub use self::replay::Replay;
 #[cfg(feature = "reqwest")]

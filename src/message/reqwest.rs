@@ -7,10 +7,11 @@ use http::{Extensions, HeaderMap, StatusCode};
 use reqwest::{Body, Error, Request, Response, ResponseBuilderExt, Url};
 
 use super::{
-    end_of_body::{EndOfBody, UntilEnd},
+    end_of_body::EndOfBody,
     replay::Replay,
     request::{KeyedRequest, RequestMessage},
     response::{JudgedResponse, ReadableResponse, ResponseMessage},
+    until_end::UntilEnd,
 };
 use crate::{
     clock::Sleep,
