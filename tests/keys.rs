@@ -218,6 +218,7 @@ fn stats_serialize_with_units_and_without_a_secret() {
         serde_json::json!({
             "healthy": 1, "rate_limited": 0, "exhausted": 0, "revoked": 0, "disabled": 0,
             "marks_waiting": 0, "unreadable": 0, "unkeyed": 0,
+            "waited": 0, "waited_for_seconds": 0.0, "limited_despite_pacing": 0,
             "keys": [{
                 "id": "alpha", "status": "healthy", "time_left_seconds": null, "scopes": [],
                 "requests": 0, "limited": 0, "recovered": 0, "tokens": 0, "last_reason": null,

@@ -34,9 +34,11 @@ impl Logs {
         String::from_utf8_lossy(&self.0.lock().unwrap()).into_owned()
     }
 
-    /// The lines that the library logged.
+    /// The lines that the library logged, without the explanations of requests.
     pub fn ours(&self) -> Vec<String> {
-        self.text().lines().filter(|line| line.contains("tower_key_rotation")).map(str::to_owned).collect()
+        let text = self.text();
+        let is_ours = |line: &&str| line.contains("tower_key_rotation") && !line.starts_with("TRACE request");
+        text.lines().filter(is_ours).map(str::to_owned).collect()
     }
 
     pub fn count(&self, what: &str) -> usize {

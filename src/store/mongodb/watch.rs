@@ -78,18 +78,20 @@ async fn open(store: &Inner, resume: Option<ResumeToken>) -> Result<Stream, Fail
         Some(token) => watch.resume_after(token).await?,
         None => {
             watch
-                .optional(last_acknowledged(store).await?, |watch, time| watch.start_at_operation_time(time))
+                .optional(after_last_acknowledged(store).await?, |watch, time| {
+                    watch.start_at_operation_time(time)
+                })
                 .await?
         }
     };
     Ok(stream.with_type())
 }
 
-/// The last operation that a majority has acknowledged; `None` if the deployment has no change streams.
+/// The moment after the last operation that a majority has acknowledged; `None` if the deployment has no change streams.
 ///
 /// Left to itself, a stream begins after the last operation that the primary has applied. A load shows what a majority has
 /// acknowledged, and so lacks what the primary has applied just before: that would be seen in neither.
-async fn last_acknowledged(store: &Inner) -> Result<Option<Timestamp>, Failure> {
+async fn after_last_acknowledged(store: &Inner) -> Result<Option<Timestamp>, Failure> {
     let read = doc! {
         "find": store.keys.name(),
         "projection": { "_id": 1 },
@@ -98,7 +100,9 @@ async fn last_acknowledged(store: &Inner) -> Result<Option<Timestamp>, Failure> 
         "readConcern": { "level": "majority" },
     };
     let answer = store.database.run_command(read).selection_criteria(primary()).await?;
-    Ok(answer.get_timestamp("operationTime").ok())
+    let acknowledged = answer.get_timestamp("operationTime").ok();
+    // The moment after it: a load shows that operation itself.
+    Ok(acknowledged.map(|time| Timestamp { increment: time.increment.saturating_add(1), ..time }))
 }
 
 /// Passes a stream on until it breaks off. Returns the place to resume it at.
