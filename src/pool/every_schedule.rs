@@ -460,6 +460,8 @@ fn picked_in_scope(pool: &KeyPool) -> Option<usize> {
 fn picks_beside_a_refresh_take_each_unit_once() {
     let mut builder = Builder::new();
     builder.preemption_bound.get_or_insert(2);
+    // Each of the three takes some hundred steps.
+    builder.max_branches = 10_000;
     builder.check(|| {
         let pool = pool_with_quota(2);
         let refresher = thread::spawn({
