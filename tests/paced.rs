@@ -600,6 +600,19 @@ async fn f39_lying_headers_fail_no_request() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn nobody_waits_while_no_key_returns_in_time() {
+    let pool = keys(2).paced().build().unwrap();
+    let traits = Traits::new().scope("a");
+    let key = pool.lease(&traits).unwrap();
+    key.answered_with(Verdict::Revoked);
+    let key = pool.lease(&traits).unwrap();
+    key.answered_with(Verdict::Exhausted { wait: None });
+    let began = Instant::now();
+    let error = pool.lease_within(&traits, MINUTE).await.unwrap_err();
+    assert_eq!((error.retry_in(), began.elapsed()), (Some(24 * 60 * MINUTE), Duration::ZERO));
+}
+
+#[tokio::test(start_paused = true)]
 async fn f40_ten_thousand_waiters_go_in_order_on_time() {
     let service = Upstream::new(1_000.0, 1_000.0).silent();
     let pool = keys(1).quota(Quota::per_second(100).burst(1)).build().unwrap();
