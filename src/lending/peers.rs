@@ -2,8 +2,8 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use super::message::{Item, Message, Need, Part};
-use crate::limit::{Alike, nanos};
+use super::message::{Item, Message, Part};
+use crate::limit::nanos;
 
 /// A process that was not heard of for so long has ended, in ns.
 const ENDED: u64 = 5_000_000_000;
@@ -30,15 +30,11 @@ struct Peer {
 }
 
 /// What a peer says of a scope.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Says {
     pub(crate) process: u64,
-    pub(crate) since: u64,
-    pub(crate) need: Need,
-    pub(crate) is_sharing: bool,
-    pub(crate) is_lying: bool,
-    pub(crate) probed: f32,
-    pub(crate) alike: Option<Alike>,
+    /// Without items.
+    pub(crate) part: Part,
     /// When the peer last read messages.
     pub(crate) read_at: u64,
 }
@@ -100,8 +96,7 @@ impl Peers {
         let says = |(process, peer): (&u64, &Peer)| {
             let part = peer.message.parts.iter().find(|part| part.scope == scope)?;
             let read_at = peer.written.saturating_sub(peer.message.read_before);
-            let Part { since, need, is_sharing, is_lying, probed, alike, .. } = *part;
-            Some(Says { process: *process, since, need, is_sharing, is_lying, probed, alike, read_at })
+            Some(Says { process: *process, part: part.clone(), read_at })
         };
         self.live.iter().filter_map(says).collect()
     }

@@ -262,7 +262,7 @@ impl Lender {
         let shared = self.scopes.entry(scope).or_insert_with(|| Shared::new(scoped, now));
         shared.measure(now);
         let can_share = shared.can_share(scoped, &said, now);
-        said.retain(|peer| peer.is_sharing);
+        said.retain(|peer| peer.part.is_sharing);
         if !can_share || (said.is_empty() && !shared.is_on()) {
             shared.end(scoped, now);
             return shared.part(scope, self.number, 0.0, 0.0, now);
@@ -312,11 +312,11 @@ impl Lender {
     fn rows(&self, scope: u64, said: &[Says], supply: f64, stock: f64) -> Vec<Row> {
         let of_peer = |peer: &Says| Row {
             process: peer.process,
-            waiting: peer.need.waiting.into(),
-            oldest: peer.need.oldest.into(),
-            expected: expected(peer.need.rate.into()),
-            supply: peer.need.supply.into(),
-            stock: f64::from(peer.need.stock)
+            waiting: peer.part.need.waiting.into(),
+            oldest: peer.part.need.oldest.into(),
+            expected: expected(peer.part.need.rate.into()),
+            supply: peer.part.need.supply.into(),
+            stock: f64::from(peer.part.need.stock)
                 + self.peers.on_their_way(scope, peer.process, peer.read_at) as f64,
         };
         let mine = self.scopes.get(&scope).map(|shared| shared.row(self.me, supply, stock));

@@ -101,12 +101,12 @@ impl Shared {
     /// or nobody would know what there is to lend.
     pub(super) fn can_share(&self, scoped: &Scoped, said: &[Says], now: u64) -> bool {
         let mut sharing = scoped.lock_sharing();
-        let probed: f64 = said.iter().map(|peer| f64::from(peer.probed)).sum();
-        let is_caught = sharing.judge_with(probed, said.iter().any(|peer| peer.is_lying));
+        let probed: f64 = said.iter().map(|peer| f64::from(peer.part.probed)).sum();
+        let is_caught = sharing.judge_with(probed, said.iter().any(|peer| peer.part.is_lying));
         if probed + sharing.probed() > 0.0 && fastrand::usize(..=said.len()) < PROBES_AT_ONCE {
             scoped.lock_probing().hurry(now);
         }
-        for alike in said.iter().filter_map(|peer| peer.alike) {
+        for alike in said.iter().filter_map(|peer| peer.part.alike) {
             sharing.join_alike(alike);
         }
         let (is_lying, has_headers) = (sharing.is_lying(), sharing.has_headers());
@@ -115,7 +115,7 @@ impl Shared {
             tracing::info!(scope = scoped.scope(), "limit headers contradict the service's answers: ignored");
             scoped.distrust(now);
         }
-        !is_lying && (has_headers || said.iter().any(|peer| peer.is_sharing))
+        !is_lying && (has_headers || said.iter().any(|peer| peer.part.is_sharing))
     }
 
     // ---- ownership ----
@@ -133,7 +133,7 @@ impl Shared {
         if !self.is_on() {
             // Whoever was here before owns the limits.
             let longer = now.saturating_sub(self.since) + LONGER;
-            self.begin(scoped, said.iter().any(|peer| peer.since > longer), now);
+            self.begin(scoped, said.iter().any(|peer| peer.part.since > longer), now);
         }
         let mut members: Vec<u64> = said.iter().map(|peer| peer.process).chain([me]).collect();
         members.sort_unstable();
