@@ -8,7 +8,6 @@ use std::{
 };
 
 use axum::body::{Body, Bytes, HttpBody};
-use bytes::BytesMut;
 use futures_util::future::poll_fn;
 use hyper::body::{Frame, SizeHint};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -26,15 +25,19 @@ struct Ahead {
 ///
 /// Returns what was read, and the body as it was, without trailers.
 pub(super) async fn read_ahead(body: Body, most: usize, room: &Arc<Semaphore>) -> (Bytes, Body) {
-    let mut ahead = Ahead { read: VecDeque::new(), error: None, rest: None };
-    let mut text = BytesMut::new();
-    let mut rest = body;
-    while text.len() <= most {
-        let data = match poll_fn(|cx| Pin::new(&mut rest).poll_frame(cx)).await {
-            None => return (text.freeze(), Body::new(ahead)),
+    let mut ahead = Ahead { read: VecDeque::new(), error: None, rest: Some(body) };
+    let mut length = 0;
+    while length <= most
+        && let Some(rest) = &mut ahead.rest
+    {
+        let data = match poll_fn(|cx| Pin::new(&mut *rest).poll_frame(cx)).await {
+            None => {
+                ahead.rest = None;
+                break;
+            }
             Some(Err(error)) => {
-                ahead.error = Some(error);
-                return (text.freeze(), Body::new(ahead));
+                (ahead.error, ahead.rest) = (Some(error), None);
+                break;
             }
             Some(Ok(frame)) => match frame.into_data() {
                 Ok(data) => data,
@@ -44,14 +47,23 @@ pub(super) async fn read_ahead(body: Body, most: usize, room: &Arc<Semaphore>) -
         let size = u32::try_from(data.len()).unwrap_or(u32::MAX);
         let permit = room.clone().try_acquire_many_owned(size).ok();
         let has_room = permit.is_some();
-        text.extend_from_slice(&data);
+        length += data.len();
         ahead.read.push_back((data, permit));
         if !has_room {
             break;
         }
     }
-    ahead.rest = Some(rest);
-    (text.freeze(), Body::new(ahead))
+    (ahead.text(), Body::new(ahead))
+}
+
+impl Ahead {
+    /// All that was read. Most bodies come in one frame, which is not copied.
+    fn text(&self) -> Bytes {
+        match (self.read.front(), self.read.len()) {
+            (Some((data, _)), 1) => data.clone(),
+            _ => self.read.iter().map(|(data, _)| &**data).collect::<Vec<_>>().concat().into(),
+        }
+    }
 }
 
 impl HttpBody for Ahead {

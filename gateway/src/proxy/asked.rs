@@ -2,7 +2,7 @@
 
 use std::{borrow::Cow, fmt};
 
-use axum::http::{HeaderMap, Method, header::CONTENT_ENCODING, request::Parts};
+use axum::http::{HeaderMap, Method, request::Parts};
 use serde::{
     Deserialize, Deserializer,
     de::{DeserializeSeed, IgnoredAny, MapAccess, SeqAccess, Visitor},
@@ -10,7 +10,7 @@ use serde::{
 use serde_json::Value;
 use tower_key_rotation::Traits;
 
-use crate::media_type::media_type;
+use crate::media_type::plain_media_type;
 
 /// In UTF-8 a token of English takes about so many bytes.
 const BYTES_A_TOKEN: u64 = 4;
@@ -23,10 +23,7 @@ const SESSIONS: [&str; 2] = ["x-session-id", "session_id"];
 
 /// Whether the body says what the request asks for.
 pub(super) fn is_in_the_body(head: &Parts) -> bool {
-    let is_plain = head.headers.get(CONTENT_ENCODING).is_none_or(|encoding| encoding == "identity");
-    head.method == Method::POST
-        && is_plain
-        && media_type(&head.headers).as_deref() == Some("application/json")
+    head.method == Method::POST && plain_media_type(&head.headers).as_deref() == Some("application/json")
 }
 
 /// The traits of a request: its scope is the model, and its session is what the caller names, or else what the

@@ -8,14 +8,14 @@ use std::{
 
 use axum::{
     body::{Body, Bytes, HttpBody},
-    http::{HeaderMap, Method, header::CONTENT_ENCODING},
+    http::{HeaderMap, Method},
     response::Response,
 };
 use hyper::body::{Frame, SizeHint};
 use serde::Deserialize;
 use tower_key_rotation::{KeyId, KeyPool, Reservation, ServedBy};
 
-use crate::media_type::media_type;
+use crate::media_type::plain_media_type;
 
 /// The largest JSON that is parsed: a whole response, or one event of a stream.
 const LARGEST_JSON: usize = 8 << 20;
@@ -88,10 +88,9 @@ enum Reader {
 
 impl Reader {
     fn of(headers: &HeaderMap) -> Option<Self> {
-        let is_plain = headers.get(CONTENT_ENCODING).is_none_or(|encoding| encoding == "identity");
-        match media_type(headers)?.as_str() {
-            "application/json" if is_plain => Some(Self::Json { chunks: Vec::new(), length: 0 }),
-            "text/event-stream" if is_plain => Some(Self::Events(Events::default())),
+        match plain_media_type(headers)?.as_str() {
+            "application/json" => Some(Self::Json { chunks: Vec::new(), length: 0 }),
+            "text/event-stream" => Some(Self::Events(Events::default())),
             _ => None,
         }
     }
