@@ -133,11 +133,13 @@ async fn s09_lost_log_lines_are_counted_and_logged() {
 
 /// Reads up to the line that contains this text, and returns the line.
 fn read_until(mut reader: PipeReader, text: &str) -> String {
-    let (mut read, mut piece) = (String::new(), [0; 4096]);
+    let (mut bytes, mut piece) = (Vec::new(), [0; 4096]);
     loop {
         let count = reader.read(&mut piece).unwrap();
         assert_ne!(count, 0, "the log has ended");
-        read += str::from_utf8(&piece[..count]).unwrap();
+        bytes.extend_from_slice(&piece[..count]);
+        // A piece may end within a character.
+        let read = String::from_utf8_lossy(&bytes);
         if let Some(at) = read.find(text)
             && let Some(length) = read[at..].find('\n')
         {
