@@ -31,6 +31,8 @@ pub enum Verdict {
     },
     /// The service no longer accepts the key. The key rests until an operator resets it.
     Revoked,
+    /// The service refuses the request or the key, and the response does not say which.
+    Refused,
 }
 
 /// Decides the effect of a response on its key. Implemented for every `Fn(&ResponseHead<'_>) -> Verdict`.

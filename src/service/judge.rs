@@ -132,6 +132,7 @@ pub(super) fn apply(lease: &mut Lease, verdict: Verdict, head: &ResponseHead<'_>
         Verdict::RateLimited { wait } => (Rest::RateLimited, wait),
         Verdict::Exhausted { wait } => (Rest::Exhausted, wait),
         Verdict::Revoked => (Rest::Revoked, None),
+        Verdict::Refused => (Rest::RateLimited, None),
     };
     let status = head.status().as_u16();
     let rests_apart = rest == Rest::RateLimited && lease.rests_apart();

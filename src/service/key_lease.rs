@@ -192,6 +192,7 @@ impl KeyLease {
             Verdict::RateLimited { .. } => StatusCode::TOO_MANY_REQUESTS,
             Verdict::Exhausted { .. } => StatusCode::PAYMENT_REQUIRED,
             Verdict::Revoked => StatusCode::UNAUTHORIZED,
+            Verdict::Refused => StatusCode::FORBIDDEN,
         };
         self.apply(verdict, &ResponseHead::new(status, &HeaderMap::new()));
     }
