@@ -18,6 +18,12 @@ const BYTES_A_TOKEN: u64 = 4;
 /// A larger body holds images or files, whose size says nothing of their tokens.
 const LARGEST_TEXT: usize = 256 << 10;
 
+/// No model writes more. A caller that allows more says nothing of what its request will take.
+const LARGEST_OUTPUT: u64 = 128 << 10;
+
+/// Of a conversation that begins with more instructions, the further ones do not count for its session.
+const MOST_INSTRUCTIONS: usize = 16;
+
 /// Headers by which callers name their conversation.
 const SESSIONS: [&str; 2] = ["x-session-id", "session_id"];
 
@@ -32,7 +38,11 @@ pub(super) fn is_in_the_body(head: &Parts) -> bool {
 pub(super) fn traits(head: &Parts, body: &[u8]) -> Traits {
     let mut asked = Asked::default();
     // What is no JSON asks for nothing. What breaks off has been read so far.
-    let _ = Reading(&mut asked).deserialize(&mut serde_json::Deserializer::from_slice(body));
+    let read = Reading(&mut asked).deserialize(&mut serde_json::Deserializer::from_slice(body));
+    if read.is_err() && !asked.has_first_message {
+        // Instructions alone are the same in many conversations.
+        asked.begins_with.clear();
+    }
     let mut traits = Traits::new();
     if let Some(model) = asked.model.as_deref().or_else(|| model_in(head.uri.path())) {
         traits = traits.scope(model);
@@ -44,7 +54,8 @@ pub(super) fn traits(head: &Parts, body: &[u8]) -> Traits {
     } else if !asked.begins_with.is_empty() {
         traits = traits.session(&asked.begins_with);
     }
-    if let Some(output) = asked.max_output.filter(|_| body.len() <= LARGEST_TEXT) {
+    let is_text = body.len() <= LARGEST_TEXT;
+    if let Some(output) = asked.max_output.filter(|output| is_text && *output <= LARGEST_OUTPUT) {
         traits = traits.tokens(output.saturating_add(body.len() as u64 / BYTES_A_TOKEN));
     }
     traits
@@ -75,6 +86,8 @@ struct Asked {
     session: Option<String>,
     /// The system prompt, and the first message of the user.
     begins_with: Vec<String>,
+    /// Whether the first message of the user has been read.
+    has_first_message: bool,
     max_output: Option<u64>,
 }
 
@@ -107,18 +120,18 @@ impl<'de> Visitor<'de> for Reading<'_> {
                     asked.session = asked.session.take().or(user);
                 }
                 "max_tokens" | "max_completion_tokens" | "max_output_tokens" => {
-                    asked.max_output = fields.next_value::<Value>()?.as_u64();
+                    asked.max_output = asked.max_output.max(fields.next_value::<Value>()?.as_u64());
                 }
                 "generationConfig" | "generation_config" => {
                     let config: Value = fields.next_value()?;
-                    asked.max_output = config.get("maxOutputTokens").and_then(Value::as_u64);
+                    let output = config.get("maxOutputTokens").and_then(Value::as_u64);
+                    asked.max_output = asked.max_output.max(output);
                 }
                 "system" | "instructions" | "systemInstruction" | "system_instruction" => {
                     asked.begins_with.push(fields.next_value::<Value>()?.to_string());
                 }
                 "messages" | "input" | "contents" => {
-                    let Beginning(messages) = fields.next_value()?;
-                    asked.begins_with.extend(messages.iter().map(Value::to_string));
+                    fields.next_value_seed(Beginning(asked))?;
                 }
                 _ => _ = fields.next_value::<IgnoredAny>()?,
             }
@@ -137,69 +150,74 @@ fn text(value: Value) -> Option<String> {
 #[derive(Deserialize)]
 struct Name<'a>(#[serde(borrow)] Cow<'a, str>);
 
-/// The messages of a conversation up to the first one of the user.
-struct Beginning(Vec<Value>);
+/// Reads the messages of a conversation up to the first one of the user.
+struct Beginning<'a>(&'a mut Asked);
 
-impl<'de> Deserialize<'de> for Beginning {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(FirstMessages)
+impl Beginning<'_> {
+    fn message(&mut self, message: &Value) {
+        let role = message.get("role").and_then(Value::as_str);
+        self.0.has_first_message = !role.is_some_and(|role| ["system", "developer"].contains(&role));
+        self.0.begins_with.push(message.to_string());
     }
 }
 
-struct FirstMessages;
+impl<'de> DeserializeSeed<'de> for Beginning<'_> {
+    type Value = ();
 
-impl<'de> Visitor<'de> for FirstMessages {
-    type Value = Beginning;
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Beginning<'_> {
+    type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("messages")
     }
 
-    fn visit_str<E>(self, text: &str) -> Result<Beginning, E> {
-        Ok(Beginning(vec![text.into()]))
+    fn visit_str<E>(mut self, text: &str) -> Result<(), E> {
+        self.message(&text.into());
+        Ok(())
     }
 
-    fn visit_seq<A: SeqAccess<'de>>(self, mut messages: A) -> Result<Beginning, A::Error> {
-        let mut first: Vec<Value> = Vec::new();
-        let is_instruction = |message: &Value| {
-            message
-                .get("role")
-                .and_then(Value::as_str)
-                .is_some_and(|role| ["system", "developer"].contains(&role))
-        };
-        while first.iter().all(is_instruction) {
+    fn visit_seq<A: SeqAccess<'de>>(mut self, mut messages: A) -> Result<(), A::Error> {
+        for _ in 0..MOST_INSTRUCTIONS {
+            if self.0.has_first_message {
+                break;
+            }
             match messages.next_element()? {
-                Some(message) => first.push(message),
-                None => return Ok(Beginning(first)),
+                Some(message) => self.message(&message),
+                None => return Ok(()),
             }
         }
         while messages.next_element::<IgnoredAny>()?.is_some() {}
-        Ok(Beginning(first))
+        Ok(())
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut fields: A) -> Result<Beginning, A::Error> {
+    fn visit_map<A: MapAccess<'de>>(self, mut fields: A) -> Result<(), A::Error> {
         while fields.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
-        Ok(Beginning(Vec::new()))
+        Ok(())
     }
 
-    fn visit_unit<E>(self) -> Result<Beginning, E> {
-        Ok(Beginning(Vec::new()))
+    fn visit_unit<E>(self) -> Result<(), E> {
+        Ok(())
     }
 
-    fn visit_bool<E>(self, _: bool) -> Result<Beginning, E> {
-        Ok(Beginning(Vec::new()))
+    fn visit_bool<E>(self, _: bool) -> Result<(), E> {
+        Ok(())
     }
 
-    fn visit_i64<E>(self, _: i64) -> Result<Beginning, E> {
-        Ok(Beginning(Vec::new()))
+    fn visit_i64<E>(self, _: i64) -> Result<(), E> {
+        Ok(())
     }
 
-    fn visit_u64<E>(self, _: u64) -> Result<Beginning, E> {
-        Ok(Beginning(Vec::new()))
+    fn visit_u64<E>(self, _: u64) -> Result<(), E> {
+        Ok(())
     }
 
-    fn visit_f64<E>(self, _: f64) -> Result<Beginning, E> {
-        Ok(Beginning(Vec::new()))
+    fn visit_f64<E>(self, _: f64) -> Result<(), E> {
+        Ok(())
     }
 }
 
@@ -293,6 +311,33 @@ mod tests {
     #[test]
     fn a_body_that_breaks_off_is_read_so_far() {
         assert_eq!(of_body(r#"{"model":"m-1","messages":[{"role":"us"#), Traits::new().scope("m-1"));
+    }
+
+    #[test]
+    fn a_conversation_that_breaks_off_later_keeps_its_session() {
+        let (system, hello) =
+            (r#"{"role":"system","content":"be kind"}"#, r#"{"role":"user","content":"hello"}"#);
+        let expected = Traits::new().session(beginning(&[system, hello]));
+        assert_eq!(of_body(&format!(r#"{{"messages":[{system},{hello},{{"role":"assis"#)), expected);
+        assert_eq!(
+            of_body(&format!(r#"{{"messages":[{system},{{"role":"user","content":"hel"#)),
+            Traits::new()
+        );
+    }
+
+    #[test]
+    fn many_instructions_are_read_once() {
+        let instruction = r#"{"role":"system","content":""}"#;
+        let body = format!(r#"{{"messages":[{}],"model":"m-1"}}"#, vec![instruction; 30_000].join(","));
+        let session = beginning(&[instruction; MOST_INSTRUCTIONS]);
+        assert_eq!(of_body(&body), Traits::new().scope("m-1").session(session));
+    }
+
+    #[test]
+    fn the_largest_maximum_of_output_counts() {
+        let body = r#"{"max_completion_tokens":500,"max_tokens":null}"#;
+        assert_eq!(of_body(body), Traits::new().tokens(500 + body.len() as u64 / 4));
+        assert_eq!(of_body(r#"{"max_tokens":4000000000}"#), Traits::new());
     }
 
     #[test]
