@@ -46,10 +46,11 @@ pub(super) fn count(pool: &KeyPool, method: &Method, response: Response) -> Resp
 /// Records the usage on drop, so that it counts even if the caller stops reading early.
 impl Drop for Counted {
     fn drop(&mut self) {
-        if let Some(tokens) = self.reader.usage().tokens() {
+        let usage = self.reader.usage();
+        if let Some(tokens) = usage.tokens() {
             self.pool.record_usage(&self.key, tokens);
             if let Some(reservation) = &self.reservation {
-                reservation.used(tokens);
+                reservation.used(usage.limited_tokens(tokens));
             }
         }
     }
@@ -239,5 +240,12 @@ impl Usage {
             self.cache_read_input_tokens,
         ];
         self.total_tokens.or_else(|| parts.into_iter().flatten().reduce(u64::saturating_add))
+    }
+
+    /// Returns how many of these tokens count for the key's limit.
+    ///
+    /// Anthropic counts no input that it read from its cache (docs.claude.com, "Rate limits"), and reports it apart.
+    fn limited_tokens(self, tokens: u64) -> u64 {
+        tokens.saturating_sub(self.cache_read_input_tokens.unwrap_or(0))
     }
 }
