@@ -204,6 +204,7 @@ async fn refused_requests_wait_for_their_key() {
     assert_eq!(done.await.unwrap(), "k0");
     assert_eq!(made.into_inner(), 2);
     assert!((3 * SECOND..4 * SECOND).contains(&began.elapsed()), "{:?}", began.elapsed());
+    assert_eq!(pool.stats().waited, 1);
 }
 
 #[test]

@@ -223,11 +223,7 @@ impl KeyLeases {
     ) -> Result<KeyLease, NoKeyAvailable> {
         let before = clock.now();
         let key = self.pool.lease_by(traits, self.wait.saturating_sub(*waited), was_refused, clock).await;
-        let now_waited = clock.now().saturating_sub(before);
-        if !now_waited.is_zero() {
-            *waited += now_waited;
-            self.pool.meter().waited(now_waited);
-        }
+        *waited += clock.now().saturating_sub(before);
         key
     }
 }
