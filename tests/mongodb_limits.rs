@@ -108,7 +108,7 @@ async fn messages_are_replaced_and_those_of_ended_processes_deleted() {
     messages.insert_one(doc! { "_id": 7_i64, "body": bytes }).await.unwrap();
     let two_minutes_ago = vec![doc! { "$set": { "at": { "$subtract": ["$$NOW", 120_000] } } }];
     messages.update_one(doc! { "_id": 7_i64 }, two_minutes_ago).await.unwrap();
-    messages.insert_one(doc! { "_id": "not a message" }).await.unwrap();
+    messages.insert_one(doc! { "_id": "not a message", "at": "not a date" }).await.unwrap();
 
     store.publish(u64::MAX, vec![1]).await.unwrap();
     store.publish(u64::MAX, vec![1, 2, 3]).await.unwrap();

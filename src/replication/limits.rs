@@ -84,7 +84,7 @@ impl Exchange<'_> {
 
     async fn try_to_make(&mut self) -> Result<bool, StoreError> {
         let (store, me) = (&self.link.store, self.lender.me());
-        if self.is_failing {
+        if self.is_failing && !self.last.is_empty() {
             // Whoever cannot be heard must not act on what it hears.
             let again = store.publish(me, self.last.clone());
             self.answer(again).await?;

@@ -31,8 +31,10 @@ pub(super) fn collection(database: &Database, name: &str, limits: Limits) -> Doc
 impl Inner {
     /// Reads all messages, and deletes those of processes that have ended.
     pub(super) async fn messages(self: Arc<Self>) -> Result<Vec<Heard>, Failure> {
+        // Of a document by somebody else, the time may be no date.
+        let has_a_date = doc! { "$match": { "at": { "$type": "date" } } };
         let age = doc! { "$project": { "body": 1, "age": { "$subtract": ["$$NOW", "$at"] } } };
-        let mut cursor = self.processes.aggregate([age]).await?;
+        let mut cursor = self.processes.aggregate([has_a_date, age]).await?;
         let (mut heard, mut ended) = (Vec::new(), Vec::new());
         while cursor.advance().await? {
             match read(cursor.current()) {
