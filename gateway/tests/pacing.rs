@@ -9,7 +9,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use futures_util::future::join_all;
+use futures_util::{StreamExt, future::join_all, stream::FuturesUnordered};
 use http::Request;
 use serde_json::{Value, json};
 use support::{gateway::Gateway, *};
@@ -117,6 +117,35 @@ async fn a_model_without_room_leaves_the_others_alone() {
     }
     let of_large = upstream.requests().iter().filter(|request| model(request) == "large").count();
     assert_eq!(of_large, 2, "each key is tried once");
+}
+
+#[tokio::test]
+async fn a_429_names_the_time_of_the_first_key() {
+    let upstream = Server::start(|request| {
+        let wait = if key_of(&request) == Some("a") { "40" } else { "3600" };
+        std::future::ready(answer_with(429, [("retry-after", wait)], ""))
+    })
+    .await;
+    let gateway = Gateway::before(upstream.address(), &["a", "b"], ["--wait", "0"]).await;
+    let http = http();
+    for _ in 0..3 {
+        let body = chat("hello", "m").to_string();
+        let request = http.post(gateway.url("/v1")).header("content-type", "application/json").body(body);
+        let answer = request.send().await.unwrap();
+        let wait: u64 = answer.headers()["retry-after"].to_str().unwrap().parse().unwrap();
+        assert!(answer.status() == 429 && wait <= 40, "{answer:?}");
+    }
+}
+
+#[tokio::test]
+async fn requests_beyond_those_in_flight_may_come_again() {
+    let upstream = Server::start(|_| std::future::pending()).await;
+    let gateway = Gateway::before(upstream.address(), &["a"], ["--wait", "1"]).await;
+    let http = http();
+    let chat = chat("hello", "m");
+    let mut posts: FuturesUnordered<_> = (0..10).map(|_| post(&http, &gateway, &chat)).collect();
+    // The first ones are in flight and have no answer.
+    assert_eq!(in_time(posts.next()).await, Some(429));
 }
 
 #[tokio::test]

@@ -49,6 +49,30 @@ impl KeyPool {
     pub fn explain(&self, traits: &Traits) -> Explanation {
         self.engine().explain(traits)
     }
+
+    /// Returns the time until a key has room for a request with these traits: zero if one has, `None` if none has
+    /// before a request in flight ends, or an operator resets a key.
+    ///
+    /// [`next_return`](Self::next_return) knows nothing of scopes and limits. Takes a time that grows with the number of
+    /// keys without room.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use tower_key_rotation::{KeyPool, Quota, Traits};
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let pool = KeyPool::builder().key("alpha", "sk-1").quota(Quota::per_minute(60)).build()?;
+    /// let traits = Traits::new().scope("gpt-5-mini");
+    /// drop(pool.lease(&traits)?);
+    /// assert!(pool.next_room(&traits).unwrap() > Duration::ZERO);
+    /// assert_eq!(pool.next_return(), Some(Duration::ZERO));
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn next_room(&self, traits: &Traits) -> Option<Duration> {
+        self.engine().next_room(traits)
+    }
 }
 
 /// The keys as a pick of these traits would find them.
@@ -98,6 +122,17 @@ impl Engine {
         });
         explanation.opens_in = view.time_to(first);
         explanation
+    }
+
+    fn next_room(&self, traits: &Traits) -> Option<Duration> {
+        let snapshot = self.snapshot();
+        let view = self.view(&snapshot, traits);
+        let mut first = NEVER;
+        view.look(&mut |slot| {
+            first = first.min(view.why_not(slot).map_or(0, |(_, until)| until));
+            first > 0
+        });
+        view.time_to(first)
     }
 
     /// The keys that the next pick passes over, and why, if there are any: a text that names the first of them. Looks at

@@ -79,6 +79,12 @@ impl NoKeyAvailable {
         self.keys == 0
     }
 
+    /// Whether a key comes back without an operator: its rest ends, or the requests in flight are answered.
+    #[must_use]
+    pub fn comes_back(&self) -> bool {
+        !self.is_empty_pool() && (self.retry_in.is_some() || self.because != Because::Resting)
+    }
+
     fn reason(&self) -> String {
         match (self.keys, self.because, self.retry_in) {
             (0, _, _) => "the pool is empty".to_owned(),

@@ -8,60 +8,83 @@ use std::{
 };
 
 use axum::body::{Body, Bytes, HttpBody};
+use bytes::BytesMut;
 use futures_util::future::poll_fn;
 use hyper::body::{Frame, SizeHint};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+/// A smaller frame is copied: as it is, it would keep the whole buffer that it was read into.
+const SMALL: usize = 4 << 10;
+
 /// A body of which the first frames have been read.
 struct Ahead {
-    /// Each with its part of the room for all bodies.
-    read: VecDeque<(Bytes, Option<OwnedSemaphorePermit>)>,
-    /// What ended the reading, if not the caller's pause: an error comes after what was read.
-    error: Option<axum::Error>,
+    read: VecDeque<Bytes>,
+    /// The share of `read` in the room for all bodies.
+    room: Option<OwnedSemaphorePermit>,
     rest: Option<Body>,
 }
 
 /// Reads a body until its end or a limit, or until all bodies together take too much room.
 ///
 /// Returns what was read, and the body as it was, without trailers.
-pub(super) async fn read_ahead(body: Body, most: usize, room: &Arc<Semaphore>) -> (Bytes, Body) {
-    let mut ahead = Ahead { read: VecDeque::new(), error: None, rest: Some(body) };
+///
+/// # Errors
+///
+/// If the body breaks off.
+pub(super) async fn read_ahead(
+    body: Body,
+    most: usize,
+    room: &Arc<Semaphore>,
+) -> Result<(Bytes, Body), axum::Error> {
+    let mut ahead = Ahead { read: VecDeque::new(), room: None, rest: Some(body) };
+    let mut small = BytesMut::new();
     let mut length = 0;
     while length <= most
         && let Some(rest) = &mut ahead.rest
     {
-        let data = match poll_fn(|cx| Pin::new(&mut *rest).poll_frame(cx)).await {
-            None => {
-                ahead.rest = None;
-                break;
-            }
-            Some(Err(error)) => {
-                (ahead.error, ahead.rest) = (Some(error), None);
-                break;
-            }
-            Some(Ok(frame)) => match frame.into_data() {
-                Ok(data) => data,
-                Err(_trailers) => continue,
-            },
+        let Some(frame) = poll_fn(|cx| Pin::new(&mut *rest).poll_frame(cx)).await else {
+            ahead.rest = None;
+            break;
         };
-        let size = u32::try_from(data.len()).unwrap_or(u32::MAX);
-        let permit = room.clone().try_acquire_many_owned(size).ok();
-        let has_room = permit.is_some();
+        let Ok(data) = frame?.into_data() else { continue };
         length += data.len();
-        ahead.read.push_back((data, permit));
+        let has_room = ahead.take_room(room, data.len());
+        if data.len() < SMALL {
+            small.extend_from_slice(&data);
+        } else {
+            ahead.push(small.split());
+            ahead.read.push_back(data);
+        }
         if !has_room {
             break;
         }
     }
-    (ahead.text(), Body::new(ahead))
+    ahead.push(small);
+    Ok((ahead.text(), Body::new(ahead)))
 }
 
 impl Ahead {
-    /// All that was read. Most bodies come in one frame, which is not copied.
+    fn take_room(&mut self, room: &Arc<Semaphore>, size: usize) -> bool {
+        let size = u32::try_from(size).unwrap_or(u32::MAX);
+        let Ok(more) = room.clone().try_acquire_many_owned(size) else { return false };
+        match &mut self.room {
+            Some(room) => room.merge(more),
+            none => *none = Some(more),
+        }
+        true
+    }
+
+    fn push(&mut self, small: BytesMut) {
+        if !small.is_empty() {
+            self.read.push_back(small.freeze());
+        }
+    }
+
+    /// All that was read. Most bodies come in one frame, which is not copied again.
     fn text(&self) -> Bytes {
         match (self.read.front(), self.read.len()) {
-            (Some((data, _)), 1) => data.clone(),
-            _ => self.read.iter().map(|(data, _)| &**data).collect::<Vec<_>>().concat().into(),
+            (Some(data), 1) => data.clone(),
+            _ => self.read.iter().map(|data| &**data).collect::<Vec<_>>().concat().into(),
         }
     }
 }
@@ -74,11 +97,12 @@ impl HttpBody for Ahead {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        if let Some((data, _)) = self.read.pop_front() {
+        if let Some(data) = self.read.pop_front() {
+            if let Some(room) = &mut self.room {
+                // The last frame may have found no room.
+                drop(room.split(data.len().min(room.num_permits())));
+            }
             return Poll::Ready(Some(Ok(Frame::data(data))));
-        }
-        if let Some(error) = self.error.take() {
-            return Poll::Ready(Some(Err(error)));
         }
         match &mut self.rest {
             Some(rest) => Pin::new(rest).poll_frame(cx),
@@ -87,17 +111,12 @@ impl HttpBody for Ahead {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.read.is_empty() && self.error.is_none() && self.rest.as_ref().is_none_or(HttpBody::is_end_stream)
+        self.read.is_empty() && self.rest.as_ref().is_none_or(HttpBody::is_end_stream)
     }
 
     fn size_hint(&self) -> SizeHint {
-        let read: u64 = self.read.iter().map(|(data, _)| data.len() as u64).sum();
-        let rest = match &self.rest {
-            Some(rest) => rest.size_hint(),
-            // After an error, nobody knows how long the body would have been.
-            None if self.error.is_some() => SizeHint::default(),
-            None => SizeHint::with_exact(0),
-        };
+        let read: u64 = self.read.iter().map(|data| data.len() as u64).sum();
+        let rest = self.rest.as_ref().map_or_else(|| SizeHint::with_exact(0), HttpBody::size_hint);
         let mut hint = SizeHint::new();
         if let Some(upper) = rest.upper() {
             hint.set_upper(upper.saturating_add(read));
@@ -123,7 +142,7 @@ mod tests {
 
     async fn read(body: Body, most: usize, room: usize) -> (Bytes, Body, Arc<Semaphore>) {
         let room = Arc::new(Semaphore::new(room));
-        let (text, body) = read_ahead(body, most, &room).await;
+        let (text, body) = read_ahead(body, most, &room).await.unwrap();
         (text, body, room)
     }
 
@@ -140,19 +159,25 @@ mod tests {
     async fn long_bodies_are_read_to_the_limit() {
         let frames = [Ok("one "), Ok("two "), Ok("three")];
         for (most, room) in [(4, 100), (100, 5)] {
-            let (text, body, _) = read(body(&frames), most, room).await;
+            let (text, body, room) = read(body(&frames), most, room).await;
             assert_eq!(text, "one two ");
             assert_eq!(body.collect().await.unwrap().to_bytes(), "one two three");
+            assert!([100, 5].contains(&room.available_permits()));
         }
     }
 
     #[tokio::test]
-    async fn an_error_comes_after_what_was_read() {
-        let (text, mut body, _) = read(body(&[Ok("one"), Err("broken")]), 100, 100).await;
-        assert_eq!(text, "one");
-        assert!(!body.is_end_stream() && body.size_hint().exact().is_none());
-        assert_eq!(body.frame().await.unwrap().unwrap().into_data().unwrap(), "one");
-        assert!(body.frame().await.unwrap().is_err());
-        assert!(body.frame().await.is_none());
+    async fn tiny_frames_are_kept_together() {
+        let (text, mut body, room) = read(body(&vec![Ok("."); 10_000]), 20_000, 20_000).await;
+        assert_eq!((text.len(), room.available_permits()), (10_000, 10_000));
+        assert_eq!(body.frame().await.unwrap().unwrap().into_data().unwrap().len(), 10_000);
+        assert!(body.is_end_stream() && room.available_permits() == 20_000);
+    }
+
+    #[tokio::test]
+    async fn a_body_that_breaks_off_is_an_error() {
+        let room = Arc::new(Semaphore::new(100));
+        assert!(read_ahead(body(&[Ok("one"), Err("broken")]), 100, &room).await.is_err());
+        assert_eq!(room.available_permits(), 100);
     }
 }

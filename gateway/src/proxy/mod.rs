@@ -96,8 +96,8 @@ impl Proxy {
         let body = KeptBody::new(body, self.limits.clone());
         let caller = body.caller();
         let mut request = Request::new(body);
-        if let Some(traits) = traits {
-            request.extensions_mut().insert(traits);
+        if let Some(traits) = &traits {
+            request.extensions_mut().insert(traits.clone());
         }
         *request.method_mut() = head.method;
         *request.uri_mut() = uri;
@@ -110,7 +110,7 @@ impl Proxy {
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
             return Err(Refusal::new(StatusCode::BAD_GATEWAY, "the upstream switched to another protocol"));
         }
-        let response = self.pass_on(api, &method, response);
+        let response = self.pass_on(api, &method, traits.as_ref(), response);
         Ok(response.map(|body| Body::new(Held::new(body, place))))
     }
 
@@ -123,7 +123,8 @@ impl Proxy {
             return Ok((Some(asked::traits(head, &[])), body));
         }
         let read = ahead::read_ahead(body, self.limits.keep, &self.limits.room);
-        let (text, body) = timeout(self.body_timeout, read).await.map_err(|_| not_arrived())?;
+        let read = timeout(self.body_timeout, read).await.map_err(|_| not_arrived())?;
+        let (text, body) = read.map_err(|_| broke_off())?;
         Ok((Some(asked::traits(head, &text)), body))
     }
 
@@ -167,13 +168,19 @@ impl Proxy {
             .ok_or_else(|| Refusal::new(StatusCode::BAD_REQUEST, "this gateway does not forward this path"))
     }
 
-    fn pass_on(&self, api: Api, method: &Method, mut response: Response) -> Response {
+    fn pass_on(
+        &self,
+        api: Api,
+        method: &Method,
+        traits: Option<&Traits>,
+        mut response: Response,
+    ) -> Response {
         headers::to_caller(response.headers_mut(), &self.upstream);
         response = response.map(answer::body);
         *response.version_mut() = Version::default();
         let status = response.status();
         if status == StatusCode::TOO_MANY_REQUESTS {
-            self.correct_retry_after(&mut response);
+            self.correct_retry_after(traits, &mut response);
         }
         // Statuses above 599 are outside every class; treat them as errors.
         if self.sanitize_errors && status.as_u16() >= 400 {
@@ -191,11 +198,12 @@ impl Proxy {
         tokens::count(&self.pool, method, response)
     }
 
-    /// Replaces the `Retry-After` of a limited response, which is about one key, if no key is available.
+    /// Replaces the `Retry-After` of a limited response, which is about one key, if no key has room.
     ///
-    /// The new value is the time until the first key is available.
-    fn correct_retry_after(&self, response: &mut Response) {
-        let Some(wait) = self.pool.next_return().filter(|wait| !wait.is_zero()) else { return };
+    /// The new value is the time until the first key has room for such a request.
+    fn correct_retry_after(&self, traits: Option<&Traits>, response: &mut Response) {
+        let wait = traits.map_or_else(|| self.pool.next_return(), |traits| self.pool.next_room(traits));
+        let Some(wait) = wait.filter(|wait| !wait.is_zero()) else { return };
         // Clients prefer these headers to `Retry-After`.
         for of_one_key in ["retry-after-ms", "x-ms-retry-after-ms"] {
             response.headers_mut().remove(of_one_key);
@@ -243,6 +251,12 @@ fn no_key_available(no_key: &NoKeyAvailable) -> Refusal {
         None if no_key.is_empty_pool() => {
             Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "this gateway has no keys")
         }
+        // The keys are in use, or too many requests wait: nobody knows for how long.
+        None if no_key.comes_back() => Refusal {
+            status: StatusCode::TOO_MANY_REQUESTS,
+            message: no_key.to_string(),
+            retry_after: Some(HeaderValue::from_static("1")),
+        },
         None => Refusal::new(StatusCode::SERVICE_UNAVAILABLE, no_key.to_string()),
     }
 }
@@ -252,7 +266,7 @@ fn not_answered(error: &(dyn StdError + 'static), caller: &Caller) -> Refusal {
         return too_large();
     }
     if is_behind::<CutOff>(error) {
-        return Refusal::new(StatusCode::BAD_REQUEST, "the request's body broke off");
+        return broke_off();
     }
     if error.is::<Elapsed>() && caller.is_waited_for() {
         return not_arrived();
@@ -285,6 +299,10 @@ fn denied(denied: Denied) -> Refusal {
 
 fn not_arrived() -> Refusal {
     Refusal::new(StatusCode::REQUEST_TIMEOUT, "the request's body did not arrive in time")
+}
+
+fn broke_off() -> Refusal {
+    Refusal::new(StatusCode::BAD_REQUEST, "the request's body broke off")
 }
 
 fn too_large() -> Refusal {
