@@ -26,7 +26,7 @@ use tower_key_rotation::{
 
 const MILLISECOND: Duration = Duration::from_millis(1);
 
-/// A second, on a machine that is four times overloaded.
+/// A change takes less than a second, on a machine that is not overloaded.
 const SOON: Duration = Duration::from_secs(15);
 
 /// Counts how often keys are read.

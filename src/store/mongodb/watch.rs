@@ -25,8 +25,11 @@ use crate::store::Change;
 const BEFORE_ANOTHER_TRY: Duration = Duration::from_millis(500);
 
 /// The pause between two commands that read a stream. Without it, each change would be answered with a command of each
-/// process. A stream that broke off is opened again after the same time.
-const BETWEEN_BATCHES: Duration = Duration::from_millis(250);
+/// process.
+const BETWEEN_BATCHES: Duration = Duration::from_millis(400);
+
+/// The pause before a stream that broke off is opened again.
+const BEFORE_OPENING_AGAIN: Duration = Duration::from_millis(100);
 
 /// A server that refuses a stream this often has none. Before that, it may be in the middle of an election.
 const REFUSALS: u32 = 4;
@@ -46,7 +49,7 @@ pub(super) async fn follow(store: Arc<Inner>, changes: mpsc::Sender<Change>) {
                     return;
                 }
                 resume = forward(&store, stream, &changes).await;
-                pause(&changes, BETWEEN_BATCHES).await;
+                pause(&changes, BEFORE_OPENING_AGAIN).await;
             }
             // The server no longer has the place to resume from.
             Err(failure) if failure.is_from_server() && resume.is_some() => resume = None,
