@@ -103,8 +103,10 @@ impl<'a> Found<'a> {
         for (name, value) in headers {
             let name = name.as_str();
             // Most names end here, which is cheaper than `line`.
-            if ["x-rate", "anthropic-", "ratelimit", "openai-"].iter().any(|prefix| name.starts_with(prefix))
-                && let Some(line) = found.get_or_insert_with(Self::default).line(name)
+            if matches!(
+                name.as_bytes(),
+                [b'x', b'-', b'r', ..] | [b'a', b'n', ..] | [b'r', b'a', ..] | [b'o', b'p', ..]
+            ) && let Some(line) = found.get_or_insert_with(Self::default).line(name)
             {
                 line.get_or_insert(value);
             }
@@ -112,41 +114,46 @@ impl<'a> Found<'a> {
         found
     }
 
-    /// Returns the place of the line with this name.
+    /// Returns the place of the line with this name. Compares parts of the name: to compare it with each known name in turn
+    /// would take longer than all the rest.
     fn line(&mut self, name: &str) -> Option<&mut Option<&'a HeaderValue>> {
-        Some(match name {
-            "x-ratelimit-limit-requests" => &mut self.requests.limit,
-            "x-ratelimit-remaining-requests" => &mut self.requests.remaining,
-            "x-ratelimit-reset-requests" => &mut self.requests.reset,
-            "x-ratelimit-limit-tokens" => &mut self.tokens.limit,
-            "x-ratelimit-remaining-tokens" => &mut self.tokens.remaining,
-            "x-ratelimit-reset-tokens" => &mut self.tokens.reset,
-            "anthropic-ratelimit-requests-limit" => &mut self.anthropic_requests.limit,
-            "anthropic-ratelimit-requests-remaining" => &mut self.anthropic_requests.remaining,
-            "anthropic-ratelimit-requests-reset" => &mut self.anthropic_requests.reset,
-            "anthropic-ratelimit-tokens-limit" => &mut self.anthropic_tokens[0].limit,
-            "anthropic-ratelimit-tokens-remaining" => &mut self.anthropic_tokens[0].remaining,
-            "anthropic-ratelimit-tokens-reset" => &mut self.anthropic_tokens[0].reset,
-            "anthropic-ratelimit-input-tokens-limit" => &mut self.anthropic_tokens[1].limit,
-            "anthropic-ratelimit-input-tokens-remaining" => &mut self.anthropic_tokens[1].remaining,
-            "anthropic-ratelimit-input-tokens-reset" => &mut self.anthropic_tokens[1].reset,
-            "anthropic-ratelimit-output-tokens-limit" => &mut self.anthropic_tokens[2].limit,
-            "anthropic-ratelimit-output-tokens-remaining" => &mut self.anthropic_tokens[2].remaining,
-            "anthropic-ratelimit-output-tokens-reset" => &mut self.anthropic_tokens[2].reset,
-            "x-ratelimit-limit" => &mut self.x_ratelimit.limit,
-            "x-ratelimit-remaining" => &mut self.x_ratelimit.remaining,
-            "x-ratelimit-reset" => &mut self.x_ratelimit.reset,
-            "x-ratelimit-reset-after" => &mut self.reset_after,
-            "x-rate-limit-limit" => &mut self.x_rate_limit.limit,
-            "x-rate-limit-remaining" => &mut self.x_rate_limit.remaining,
-            "x-rate-limit-reset" => &mut self.x_rate_limit.reset,
-            "ratelimit-limit" => &mut self.ratelimit.limit,
-            "ratelimit-remaining" => &mut self.ratelimit.remaining,
-            "ratelimit-reset" => &mut self.ratelimit.reset,
-            "ratelimit" => &mut self.structured,
-            "anthropic-organization-id" | "openai-organization" => &mut self.organisation,
-            _ => return None,
-        })
+        let (lines, field) = if let Some(rest) = name.strip_prefix("x-ratelimit-") {
+            if let Some(field) = rest.strip_suffix("-requests") {
+                (&mut self.requests, field)
+            } else if let Some(field) = rest.strip_suffix("-tokens") {
+                (&mut self.tokens, field)
+            } else if rest == "reset-after" {
+                return Some(&mut self.reset_after);
+            } else {
+                (&mut self.x_ratelimit, rest)
+            }
+        } else if let Some(rest) = name.strip_prefix("anthropic-ratelimit-") {
+            if let Some(field) = rest.strip_prefix("requests-") {
+                (&mut self.anthropic_requests, field)
+            } else if let Some(field) = rest.strip_prefix("tokens-") {
+                (&mut self.anthropic_tokens[0], field)
+            } else if let Some(field) = rest.strip_prefix("input-tokens-") {
+                (&mut self.anthropic_tokens[1], field)
+            } else {
+                (&mut self.anthropic_tokens[2], rest.strip_prefix("output-tokens-")?)
+            }
+        } else if let Some(field) = name.strip_prefix("x-rate-limit-") {
+            (&mut self.x_rate_limit, field)
+        } else if let Some(field) = name.strip_prefix("ratelimit-") {
+            (&mut self.ratelimit, field)
+        } else {
+            return match name {
+                "ratelimit" => Some(&mut self.structured),
+                "anthropic-organization-id" | "openai-organization" => Some(&mut self.organisation),
+                _ => None,
+            };
+        };
+        match field {
+            "limit" => Some(&mut lines.limit),
+            "remaining" => Some(&mut lines.remaining),
+            "reset" => Some(&mut lines.reset),
+            _ => None,
+        }
     }
 }
 
