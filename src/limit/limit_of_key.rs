@@ -204,6 +204,13 @@ impl Limit {
         self.requests.full_at(now).max(self.tokens.full_at(now))
     }
 
+    /// How many requests the budgets of requests allow now.
+    pub(crate) fn room(&self, now: u64) -> f64 {
+        let quotas = self.quotas.iter().filter(|(quota, _)| !quota.is_of_tokens());
+        let budgets = quotas.map(|(_, budget)| budget).chain([&self.requests]);
+        budgets.filter_map(|budget| budget.level(now)).fold(f64::INFINITY, f64::min)
+    }
+
     /// Closes the limit until then, or longer.
     pub(crate) fn rest_until(&self, until: u64) {
         self.rest.fetch_max(until, SeqCst);

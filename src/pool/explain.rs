@@ -260,7 +260,7 @@ impl<'a> View<'a> {
         in_turn.into_iter().find(is_tried).unwrap_or(slot)
     }
 
-    /// The keys that the session prefers, in the best tier.
+    /// The keys that the session prefers, in the best tier: its first choice, and then where most is left.
     fn candidates(&self) -> Vec<usize> {
         let Some(session) = self.demand.session.filter(|_| self.demand.only.is_none()) else {
             return Vec::new();
@@ -268,8 +268,15 @@ impl<'a> View<'a> {
         let tiers = self.layout().tiers();
         let has_room = |slots: &&Range<usize>| (slots.start..slots.end).any(|slot| self.is_tried(slot));
         let Some(best) = tiers.iter().find(has_room).or(tiers.first()) else { return Vec::new() };
-        let ring = self.layout().ring(self.snapshot.keys());
-        ring.candidates(session).filter(|slot| best.contains(slot)).collect()
+        let mut candidates = self.layout().preferences(self.snapshot.keys()).candidates(session);
+        let first = candidates.next();
+        let room = |slot: usize| {
+            let limit = self.scoped.as_ref().and_then(|scoped| scoped.known_limit(slot));
+            limit.map_or(f64::INFINITY, |limit| limit.room(self.nanos()))
+        };
+        let mut others: Vec<_> = candidates.collect();
+        others.sort_by(|slot, other| room(*other).total_cmp(&room(*slot)));
+        first.into_iter().chain(others).filter(|slot| best.contains(slot)).collect()
     }
 
     fn preferred(&self) -> Option<usize> {

@@ -1,4 +1,4 @@
-//! How the keys of a snapshot stand: in tiers, in quota groups, and on the ring of sessions.
+//! How the keys of a snapshot stand: in tiers, in quota groups, and which of them sessions prefer.
 
 use std::{
     collections::HashMap,
@@ -10,7 +10,7 @@ use std::{
 use super::{key::Key, organisation::Organisation};
 use crate::{
     lending::name_of,
-    select::{Ring, round_of},
+    select::{Preferences, round_of},
 };
 
 /// `group` of a key that has none.
@@ -29,7 +29,7 @@ pub(crate) struct Layout {
     turns: Option<Turns>,
     /// Whether any key has a limit of requests in flight.
     has_caps: bool,
-    ring: OnceLock<Ring>,
+    preferences: OnceLock<Preferences>,
     names: OnceLock<Names>,
 }
 
@@ -87,7 +87,7 @@ impl Layout {
             organisations,
             turns,
             has_caps,
-            ring: OnceLock::new(),
+            preferences: OnceLock::new(),
             names: OnceLock::new(),
         }
     }
@@ -213,9 +213,9 @@ impl Layout {
         })
     }
 
-    pub(crate) fn ring(&self, keys: &[Arc<Key>]) -> &Ring {
-        self.ring.get_or_init(|| {
-            Ring::new(keys.iter().map(|key| {
+    pub(crate) fn preferences(&self, keys: &[Arc<Key>]) -> &Preferences {
+        self.preferences.get_or_init(|| {
+            Preferences::new(keys.iter().map(|key| {
                 let mut hasher = DefaultHasher::new();
                 key.id.as_str().hash(&mut hasher);
                 (hasher.finish(), key.weight())

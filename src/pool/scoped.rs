@@ -19,6 +19,7 @@ use crate::{
     lending::{Origin, Token, name_of},
     limit::{Cap, Cooldowns, Limit, NEVER, Quota, Rest, Scope, Sharing, Taken, nanos},
     meter::Meter,
+    select::CANDIDATES,
     sync::{
         Mutex, MutexGuard,
         atomic::{
@@ -699,11 +700,24 @@ impl Scoped {
             let turns = self.layout.turns_of_tier(*tier);
             self.next_open(turns.start, turns).is_some()
         })?;
-        let ring = self.layout.ring(&self.keys);
         let suits = |slot: &usize| {
             best.contains(slot) && self.is_open(*slot) && !demand.avoid.contains(&self.keys[*slot].id)
         };
-        ring.candidates(session).filter(suits).find_map(|slot| self.take(slot, demand, now).ok())
+        let mut candidates = self.layout.preferences(&self.keys).candidates(session);
+        let take = |slot: usize| self.take(slot, demand, now).ok();
+        if let Some(picked) = candidates.next().filter(suits).and_then(take) {
+            return Some(picked);
+        }
+        // First where most is left, or other sessions would lose their keys to this one.
+        let mut others = [(0.0, 0); CANDIDATES - 1];
+        let mut count = 0;
+        for (other, slot) in others.iter_mut().zip(candidates.filter(suits)) {
+            *other = (self.known_limit(slot).map_or(f64::INFINITY, |limit| limit.room(now)), slot);
+            count += 1;
+        }
+        let others = &mut others[..count];
+        others.sort_by(|(room, _), (other, _)| other.total_cmp(room));
+        others.iter().find_map(|(_, slot)| take(*slot))
     }
 
     /// The members of a quota group take turns, or the first one would serve all that its group may.

@@ -1,59 +1,83 @@
 //! The keys that a session prefers, in the same order each time.
 //!
-//! Consistent hashing: each key stands at several points of a ring, and a session's candidates are the keys behind several
-//! hashes of the session. So a key that closes moves only its own sessions, and spreads them over all others.
+//! A session's candidates are the keys behind several hashes of the session. So a key that closes moves only its own
+//! sessions, and spreads them over all others. The table behind the hashes is that of Maglev: each key has the same number
+//! of entries, and when the set of keys changes, most entries stay.
 
 /// How many keys a session tries before it takes whoever is next.
-const CANDIDATES: u64 = 8;
+pub(crate) const CANDIDATES: usize = 8;
 
-/// How often a key of mean weight stands on the ring: the arcs become more even.
-const POINTS: u64 = 8;
+/// The fewest entries of a key of mean weight: with more of them, fewer other sessions move when a key comes or goes.
+const ENTRIES: usize = 32;
+
+/// In larger pools keys have a quarter of the entries, because to fill the table takes time.
+const MANY_KEYS: usize = 10_000;
+
+const FREE: u32 = u32::MAX;
 
 #[derive(Debug)]
-pub(crate) struct Ring {
-    /// Points and their slots, in order.
-    points: Box<[(u64, u32)]>,
-    /// For each prefix of a hash, the first point that may be behind it.
-    first: Box<[u32]>,
+pub(crate) struct Preferences {
+    /// The slot for each prefix of a hash. Empty without keys.
+    table: Box<[u32]>,
     shift: u32,
 }
 
-impl Ring {
-    /// A ring of keys with these hashes and weights.
-    pub(crate) fn new(keys: impl Iterator<Item = (u64, u32)> + Clone) -> Self {
-        let weights = keys.clone().map(|(_, weight)| f64::from(weight));
-        let (count, sum) = weights.fold((0.0, 0.0), |(count, sum), weight| (count + 1.0, sum + weight));
-        let points_of = |(slot, (hash, weight)): (u32, (u64, u32))| {
-            let points = (POINTS as f64 * f64::from(weight) * count / sum).round().max(1.0) as u64;
-            (1..=points).map(move |point| (mixed(hash, point), slot))
+/// A key whose entries are not all taken yet.
+struct Filling {
+    slot: u32,
+    /// Its order of all entries: it takes the first of them that is free.
+    next: usize,
+    step: usize,
+    left: usize,
+}
+
+impl Preferences {
+    /// The preferences for keys with these hashes and weights.
+    pub(crate) fn new(keys: impl Iterator<Item = (u64, u32)>) -> Self {
+        let keys: Vec<_> = keys.collect();
+        if keys.is_empty() {
+            return Self { table: Box::default(), shift: 0 };
+        }
+        let entries = if keys.len() > MANY_KEYS { ENTRIES / 4 } else { ENTRIES };
+        let size = (entries * keys.len()).next_power_of_two();
+        let sum: f64 = keys.iter().map(|(_, weight)| f64::from(*weight)).sum();
+        let filling = |(slot, (hash, weight)): (u32, &(u64, u32))| Filling {
+            slot,
+            next: mixed(*hash, 1) as usize,
+            step: mixed(*hash, 2) as usize | 1,
+            left: ((size as f64 * f64::from(*weight) / sum) as usize).max(1),
         };
-        let mut points: Vec<_> = (0..).zip(keys).flat_map(points_of).collect();
-        points.sort_unstable();
-        let bits = (usize::BITS - points.len().leading_zeros()).max(1);
-        let shift = u64::BITS - bits;
-        let mut next = 0;
-        let first = (0..1_usize << bits)
-            .map(|prefix| {
-                while points.get(next).is_some_and(|(hash, _)| ((hash >> shift) as usize) < prefix) {
-                    next += 1;
-                }
-                next as u32
-            })
-            .collect();
-        Self { points: points.into(), first, shift }
+        let mut table = vec![FREE; size].into_boxed_slice();
+        let mut free = size;
+        let mut take = |key: &mut Filling| {
+            if free == 0 {
+                return false;
+            }
+            while table[key.next % size] != FREE {
+                key.next = key.next.wrapping_add(key.step);
+            }
+            table[key.next % size] = key.slot;
+            free -= 1;
+            key.left = key.left.saturating_sub(1);
+            key.left > 0
+        };
+        let mut all: Vec<_> = (0..).zip(&keys).map(filling).collect();
+        let mut unfinished: Vec<_> = all.iter_mut().collect();
+        while !unfinished.is_empty() {
+            unfinished.retain_mut(|key| take(key));
+        }
+        // What rounding left over.
+        all.iter_mut().for_each(|key| _ = take(key));
+        Self { table, shift: u64::BITS - size.trailing_zeros() }
     }
 
     /// The slots that a session prefers. A slot may come twice.
     #[inline]
     pub(crate) fn candidates(&self, session: u64) -> impl Iterator<Item = usize> {
-        (1..=CANDIDATES).map_while(move |choice| self.behind(mixed(session, choice)))
-    }
-
-    #[inline]
-    fn behind(&self, hash: u64) -> Option<usize> {
-        let from = self.first[(hash >> self.shift) as usize] as usize;
-        let behind = self.points[from..].iter().find(|(point, _)| *point >= hash);
-        behind.or(self.points.first()).map(|(_, slot)| *slot as usize)
+        (1..=CANDIDATES as u64).map_while(move |choice| {
+            let place = mixed(session, choice) >> self.shift;
+            self.table.get(place as usize).map(|slot| *slot as usize)
+        })
     }
 }
 
@@ -72,50 +96,70 @@ fn mixed(hash: u64, number: u64) -> u64 {
 mod tests {
     use super::*;
 
-    fn ring(keys: u64) -> Ring {
-        Ring::new((0..keys).map(|key| (mixed(key, 77), 1)))
+    fn preferences(keys: u64) -> Preferences {
+        Preferences::new((0..keys).map(|key| (mixed(key, 77), 1)))
+    }
+
+    fn first(preferences: &Preferences, session: u64) -> usize {
+        preferences.candidates(mixed(session, 3)).next().unwrap()
     }
 
     #[test]
-    fn an_empty_ring_has_no_candidates() {
-        assert_eq!(ring(0).candidates(7).count(), 0);
+    fn without_keys_there_are_no_candidates() {
+        assert_eq!(preferences(0).candidates(7).count(), 0);
     }
 
     #[test]
     fn sessions_prefer_the_same_keys_each_time() {
-        let ring = ring(100);
+        let preferences = preferences(100);
         for session in 0..1_000 {
-            assert!(ring.candidates(session).eq(ring.candidates(session)));
-            assert!(ring.candidates(session).all(|slot| slot < 100));
+            assert!(preferences.candidates(session).eq(preferences.candidates(session)));
+            assert!(preferences.candidates(session).all(|slot| slot < 100));
+        }
+    }
+
+    #[test]
+    fn each_key_has_as_many_entries() {
+        for keys in [1, 2, 3, 10, 100, 1_000, 20_000] {
+            let mut entries = vec![0_u32; keys as usize];
+            preferences(keys).table.iter().for_each(|slot| entries[*slot as usize] += 1);
+            let (fewest, most) = (entries.iter().min().unwrap(), entries.iter().max().unwrap());
+            assert!(*fewest >= 8 && most - fewest <= 1, "{keys}: {fewest} to {most}");
         }
     }
 
     #[test]
     fn sessions_spread_evenly_over_keys() {
-        let ring = ring(10);
+        let preferences = preferences(10);
         let mut sessions = [0_u32; 10];
         for session in 0..100_000 {
-            sessions[ring.candidates(mixed(session, 3)).next().unwrap()] += 1;
+            sessions[first(&preferences, session)] += 1;
         }
-        // The arcs of 8 points a key differ; the spread of the sessions of a closed key does not show them.
-        assert!(sessions.iter().all(|count| (4_000..20_000).contains(count)), "{sessions:?}");
+        assert!(sessions.iter().all(|count| (9_500..10_500).contains(count)), "{sessions:?}");
+    }
+
+    #[test]
+    fn a_new_key_moves_few_sessions() {
+        let (before, after) = (preferences(100), preferences(101));
+        let moved = (0..10_000).filter(|session| first(&before, *session) != first(&after, *session));
+        let moved = moved.count();
+        // 99 of them to the new key.
+        assert!(moved < 500, "{moved}");
     }
 
     #[test]
     fn heavy_keys_get_more_sessions() {
-        let ring = Ring::new((0..40).map(|key| (mixed(key, 77), if key % 2 == 0 { 3 } else { 1 })));
-        let heavy = (0..100_000).filter(|session| {
-            let first = ring.candidates(mixed(*session, 3)).next().unwrap();
-            first.is_multiple_of(2)
-        });
+        let weight = |key: u64| if key.is_multiple_of(2) { 3 } else { 1 };
+        let preferences = Preferences::new((0..40).map(|key| (mixed(key, 77), weight(key))));
+        let heavy = (0..100_000).filter(|session| first(&preferences, *session).is_multiple_of(2));
         let ratio = heavy.count() as f64 / 100_000.0;
         assert!((0.70..0.80).contains(&ratio), "{ratio}");
     }
 
     #[test]
     fn a_closed_key_moves_only_its_own_sessions() {
-        let ring = ring(20);
-        let chosen = |session, closed| ring.candidates(session).find(|slot| Some(*slot) != closed);
+        let preferences = preferences(20);
+        let chosen = |session, closed| preferences.candidates(session).find(|slot| Some(*slot) != closed);
         let mut moved_to = std::collections::BTreeSet::new();
         for session in 0..10_000 {
             let before = chosen(session, None);

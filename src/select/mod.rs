@@ -3,4 +3,7 @@
 mod affinity;
 mod turns;
 
-pub(crate) use self::{affinity::Ring, turns::round_of};
+pub(crate) use self::{
+    affinity::{CANDIDATES, Preferences},
+    turns::round_of,
+};
