@@ -75,7 +75,11 @@ impl KeyPool {
     pub fn lease(&self, traits: &Traits) -> Result<KeyLease, NoKeyAvailable> {
         let engine = self.engine();
         let trace = Trace::begin(self, Some(traits));
-        let lease = engine.pick_for(traits).map_err(|until| engine.no_room(until));
+        let lease = if engine.chooses() || !traits.is_empty() {
+            engine.pick_for(traits).map_err(|until| engine.no_room(until))
+        } else {
+            engine.pick_apart().ok_or_else(|| self.no_key())
+        };
         KeyLease::of(lease, trace)
     }
 
