@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     clock::Clock,
-    limit::{NEVER, Named, Traits, nanos},
+    limit::{NEVER, Named, Traits, millis, nanos},
 };
 
 /// The most requests that wait in one scope.
@@ -33,8 +33,11 @@ impl Engine {
     }
 
     fn pick_now(&self, traits: &Traits) -> Result<Lease, u64> {
-        self.in_scope(traits, |scoped| {
-            scoped.pick(&demand(traits, Some(scoped)), nanos(self.now())).map(|picked| lease(scoped, picked))
+        let now = self.now();
+        let snapshot = self.snapshot();
+        self.return_expired_at(&snapshot, millis(now));
+        snapshot.scopes.with(traits.named().scope.as_ref(), &self.limiting, |scoped| {
+            scoped.pick(&demand(traits, Some(scoped)), nanos(now)).map(|picked| lease(scoped, picked))
         })
     }
 
@@ -157,9 +160,7 @@ impl Engine {
     }
 
     fn in_scope<T>(&self, traits: &Traits, then: impl FnOnce(&Arc<Scoped>) -> T) -> T {
-        let snapshot = self.snapshot();
-        self.return_expired(&snapshot);
-        snapshot.scopes.with(traits.named().scope.as_ref(), &self.limiting, then)
+        self.snapshot().scopes.with(traits.named().scope.as_ref(), &self.limiting, then)
     }
 }
 

@@ -1,6 +1,6 @@
 //! The deadlines of resting slots in milliseconds, and the earliest of them in constant time.
 //!
-//! A tree of minima over a row of deadlines, 64 to a node: three levels of nodes reach 262,144 slots. A node may be
+//! A tree of minima over a row of deadlines, 8 to a node: six levels of nodes reach 262,144 slots. A node may be
 //! earlier than the earliest deadline below it; a search that finds nothing due there corrects it and continues. A node
 //! may be later only while another thread corrects it, which [`Deadlines::earliest_for_certain`] takes into account.
 
@@ -9,8 +9,10 @@ use crate::{
     sync::atomic::{AtomicU64, Ordering::SeqCst},
 };
 
+/// A cache line. Larger nodes take longer: each change of a deadline reads all of a node, twice.
+///
 /// Fewer for loom and shuttle, so that a few slots are spread over three levels.
-const FANOUT: usize = if cfg!(any(schedules = "loom", schedules = "shuttle")) { 2 } else { 64 };
+const FANOUT: usize = if cfg!(any(schedules = "loom", schedules = "shuttle")) { 2 } else { 8 };
 
 #[derive(Debug)]
 pub(crate) struct Deadlines {
@@ -152,12 +154,17 @@ impl Deadlines {
         loop {
             let before = node.load(SeqCst);
             let minimum = self.minimum(depth, index);
-            if minimum <= before || node.compare_exchange(before, minimum, SeqCst, SeqCst).is_ok() {
-                break;
+            let is_raised = minimum > before;
+            if is_raised && node.compare_exchange(before, minimum, SeqCst, SeqCst).is_err() {
+                continue;
             }
+            // A child may have been lowered after it was read and before the exchange.
+            let again = self.minimum(depth, index);
+            if !is_raised || again < minimum {
+                node.fetch_min(again, SeqCst);
+            }
+            break;
         }
-        // A child may have been lowered after it was read and before the exchange.
-        node.fetch_min(self.minimum(depth, index), SeqCst);
     }
 
     fn minimum(&self, depth: usize, index: usize) -> u64 {

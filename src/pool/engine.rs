@@ -230,12 +230,14 @@ impl Engine {
     #[inline]
     pub(super) fn return_expired(&self, snapshot: &Snapshot) {
         // While nothing is cooling, no clock is read.
-        let earliest = snapshot.earliest();
-        if earliest == NEVER {
-            return;
+        if snapshot.earliest() != NEVER {
+            self.return_expired_at(snapshot, self.millis());
         }
-        let now = self.millis();
-        if earliest <= now {
+    }
+
+    #[inline]
+    pub(super) fn return_expired_at(&self, snapshot: &Snapshot, now: u64) {
+        if snapshot.earliest() <= now {
             snapshot.return_expired(now, |key| self.has_returned(key, snapshot));
         }
     }

@@ -588,14 +588,30 @@ impl Scoped {
         demand: &Demand<'_>,
         now: u64,
     ) -> Result<Picked, u64> {
-        self.open_due(tier, slots, now);
         let mut too_small = NEVER;
         let mut tries = 0;
         let turns = self.layout.turns_of_tier(tier);
+        // With weights, the turns are in another order than the keys; and with limits of different sizes, a pick compares
+        // open keys.
+        let has_weights = self.layout.has_weights();
+        let opens_due = has_weights || self.common.is_mixed.load(Relaxed);
+        if opens_due {
+            self.open_due(tier, slots, now);
+        }
         while tries < TOO_SMALL_PER_PICK.min(turns.len()) {
             let cursor = self.cursors[tier].0.load(Relaxed);
             let from = if turns.contains(&cursor) { cursor } else { turns.start };
-            let Some(turn) = self.next_open(from, turns) else { break };
+            let is_any_due = !opens_due && self.due.earliest() <= now;
+            let due = if is_any_due { self.next_due(from, slots, now) } else { None };
+            if let Some(due) = due.filter(|due| self.layout.group_of(*due).is_some()) {
+                // The members of its group take turns.
+                self.refresh_limit(due, now);
+                continue;
+            }
+            // One that is due is taken as it is: opened first, it would mostly be closed again at once.
+            let order = |turn: &usize| if *turn < from { *turn + turns.end } else { *turn };
+            let open = if due == Some(from) { None } else { self.next_open(from, turns) };
+            let Some(turn) = open.into_iter().chain(due).min_by_key(order) else { break };
             let taken = self.cursors[tier].0.compare_exchange(cursor, turn + 1, Relaxed, Relaxed);
             if taken.is_err() {
                 continue;
@@ -615,7 +631,7 @@ impl Scoped {
                 }
             }
         }
-        if tries > 0 && self.layout.has_weights() {
+        if tries > 0 && has_weights {
             // All the turns may have been those of one heavy key.
             let others = slots.clone().filter(|slot| !demand.avoid.contains(&self.keys[*slot].id));
             for slot in others.take(TOO_SMALL_PER_PICK) {
@@ -741,6 +757,9 @@ impl Scoped {
         let limit = if self.limiting.is_on() { Some(self.limit(slot, now)) } else { self.known_limit(slot) };
         let Some(limit) = limit else {
             let place = self.enter(slot, now)?;
+            if !self.is_open(slot) {
+                self.refresh_slot(slot, now);
+            }
             return Ok(Picked { slot, taken: None, place, token: None });
         };
         let taken = limit.take(demand.tokens, now).map_err(|until| {
@@ -759,7 +778,8 @@ impl Scoped {
         if demand.tokens != 0 {
             self.note_tokens(demand.tokens);
         }
-        if limit.closed_until(self.usual_tokens(), now) != 0 {
+        // The key may have been due, not open.
+        if !self.is_open(slot) || limit.closed_until(self.usual_tokens(), now) != 0 {
             self.refresh_limit(slot, now);
         }
         Ok(Picked { slot, taken: Some(taken), place, token: None })
@@ -852,14 +872,23 @@ impl Scoped {
         let cursor = self.cursors[tier].0.load(Relaxed);
         let is_turn = self.layout.turns_of_tier(tier).contains(&cursor);
         let cursor = if is_turn { self.layout.slot_of_turn(cursor) } else { slots.start };
-        let within = |slot: &usize| slots.contains(slot);
         for _ in 0..OPENED_PER_PICK {
-            let due = self.due.next_due(cursor, now).filter(within);
-            match due.or_else(|| self.due.next_due(slots.start, now).filter(within)) {
+            match self.next_due(cursor, slots, now) {
                 Some(slot) => self.refresh_slot(slot, now),
-                None => return self.due.correct_first_path(now),
+                None => return,
             }
         }
+    }
+
+    /// The next key in turn whose deadline has passed.
+    fn next_due(&self, from: usize, slots: &Range<usize>, now: u64) -> Option<usize> {
+        let within = |slot: &usize| slots.contains(slot);
+        let due = self.due.next_due(from, now).filter(within);
+        let due = due.or_else(|| self.due.next_due(slots.start, now).filter(within));
+        if due.is_none() {
+            self.due.correct_first_path(now);
+        }
+        due
     }
 
     /// Brings the index in line with all keys of a limit.
@@ -892,13 +921,13 @@ impl Scoped {
     }
 
     fn refresh_slot(&self, slot: usize, now: u64) {
-        // The usual case after an answer. Whoever is just closing the key looks again.
-        if self.is_open(slot) && self.closed_until(slot, now) == 0 {
+        let mut until = self.closed_until(slot, now);
+        // The usual cases after an answer. Whoever is just changing the key looks again.
+        if if self.is_open(slot) { until == 0 } else { until != 0 && self.due.of(slot) == until } {
             return;
         }
         self.begun.fetch_add(1, SeqCst);
         loop {
-            let until = self.closed_until(slot, now);
             // For a moment a key is in both rather than in neither: a pick that finds it nowhere gives up.
             if until == 0 {
                 let closed = self.layout.turns_of(slot).filter(|turn| !self.open.contains(*turn));
@@ -910,7 +939,8 @@ impl Scoped {
                 open.for_each(|turn| self.open.remove(turn));
             }
             // Two refreshes of one slot may overlap; the one that wrote last must look again.
-            if self.closed_until(slot, now) == until {
+            let before = std::mem::replace(&mut until, self.closed_until(slot, now));
+            if before == until {
                 break;
             }
         }
