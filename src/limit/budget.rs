@@ -224,8 +224,13 @@ impl Budget {
             };
             (now as f64 + span as f64 - level_of(before) * unit).clamp(0.0, 4.0 * LATEST as f64) as u64
         });
-        self.span.store(span, SeqCst);
-        self.unit.store(fixed, SeqCst);
+        // Mostly they stay as they are: to look costs less than to write.
+        if span_before != span {
+            self.span.store(span, SeqCst);
+        }
+        if self.unit.load(Relaxed) != fixed {
+            self.unit.store(fixed, SeqCst);
+        }
     }
 
     /// Makes this a window of that limit, which ends in ns of the clock, and then begins anew. `left` gets what was left of

@@ -45,36 +45,37 @@ pub(crate) struct Answer {
     pub(crate) is_requests: bool,
 }
 
+/// The level that the newest answer proved.
 #[derive(Clone, Copy, Debug)]
 struct Observed {
     at: f64,
-    level: f64,
-    sequence: u64,
-    refused: f64,
+    level: f32,
     was_full: bool,
 }
 
+/// Every limit has one: all but times, and sequence numbers, is kept in half the bits.
 #[derive(Debug, Default)]
 pub(crate) struct Estimate {
-    /// The rate lies in between, in units per second; 0 if nothing is known.
-    low: f64,
-    high: f64,
-    /// The most likely rate, by the levels of many answers; 0 if there were none.
-    within: f64,
-    limit: f64,
+    last: Option<Observed>,
     /// The newest request with an answer: older ones say nothing new.
     seen: u64,
-    /// All that was taken and that the service did not count: what was refused, and what was reserved beyond its use.
-    refused: f64,
-    last: Option<Observed>,
+    voted_reset: f64,
+    window_end: f64,
+    /// The rate lies in between, in units per second; 0 if nothing is known.
+    low: f32,
+    high: f32,
+    /// The most likely rate, by the levels of many answers; 0 if there were none.
+    within: f32,
+    limit: f32,
+    /// What this process took since `last`, up to `seen`, less what the service did not count: what was refused, and what
+    /// was reserved beyond its use.
+    own: f32,
     /// What other processes use, in units per second; below 0 if more came back than expected.
-    foreign: f64,
+    foreign: f32,
+    voted_remaining: f32,
+    period: f32,
     /// Above 1: the reset stands still while less is left, so this is a window.
     votes: i8,
-    voted_reset: f64,
-    voted_remaining: f64,
-    window_end: f64,
-    period: f64,
     /// How often more came back than the rate allows.
     too_slow: u8,
     /// The rate comes from levels, because the resets are wrong.
@@ -84,12 +85,13 @@ pub(crate) struct Estimate {
 impl Estimate {
     /// The level that an answer proved, at its time of sending, and how fast it rises.
     pub(crate) fn last_level(&self) -> Option<(f64, f64, f64)> {
-        self.last.map(|last| (last.level, last.at, self.rate()))
+        self.last.map(|last| (f64::from(last.level), last.at, self.rate()))
     }
 
     /// The size of a bucket, and the interval of its rate; `None` if nothing is known.
     pub(crate) fn rate_interval(&self) -> Option<Alike> {
-        (self.high > 0.0).then_some(Alike { limit: self.limit, low: self.low, high: self.high })
+        let [limit, low, high] = [self.limit, self.low, self.high].map(f64::from);
+        (high > 0.0).then_some(Alike { limit, low, high })
     }
 
     /// Continues with what another process knew of a bucket some seconds ago.
@@ -98,30 +100,35 @@ impl Estimate {
         if !(limit > 0.0 && high > 0.0 && low <= high) {
             return;
         }
-        let (seen, refused, votes) = (budget.sent(), self.refused, self.votes);
-        *self = Self { low, high, limit, seen, refused, votes, ..Self::default() };
+        let (seen, votes) = (budget.sent(), self.votes);
+        // At most so much was taken.
+        let own = seen as f32;
+        let [size, low, high] = [limit, low, high].map(|number| number as f32);
+        *self = Self { low, high, limit: size, seen, own, votes, ..Self::default() };
         let rate = self.rate();
         budget.set_bucket(rate, limit, now, |_| (level + rate * passed).min(limit));
     }
 
     /// Corrects what was taken: so much of it the service did not count.
     pub(crate) fn not_counted(&mut self, by: f64) {
-        self.refused += by;
+        self.own -= by as f32;
     }
 
     pub(crate) fn observe(&mut self, budget: &Budget, answer: &Answer, sharing: &mut Sharing) {
         if answer.is_limited {
-            self.refused += answer.cost;
+            self.own -= answer.cost as f32;
         }
         if answer.sequence < self.seen {
             return;
         }
+        self.own += (answer.sequence - self.seen) as f32;
         self.seen = answer.sequence;
-        if (answer.left.limit - self.limit).abs() > 1e-9 {
+        if answer.left.limit as f32 != self.limit {
             *self = Self {
-                limit: answer.left.limit,
+                limit: answer.left.limit as f32,
                 seen: self.seen,
-                refused: self.refused,
+                // Of the first limit, all; of a changed one, at most so much was taken.
+                own: if self.limit == 0.0 { self.own } else { self.seen as f32 },
                 foreign: self.foreign,
                 votes: self.votes,
                 ..Self::default()
@@ -134,6 +141,11 @@ impl Estimate {
         }
     }
 
+    fn observed(&mut self, answer: &Answer, level: f64, was_full: bool) {
+        self.last = Some(Observed { at: answer.sent_at, level: level as f32, was_full });
+        self.own = 0.0;
+    }
+
     /// A bucket's reset moves away with each request; a window's stands still.
     fn is_window(&mut self, answer: &Answer) -> bool {
         let Left { remaining, reset, resolution, kind, .. } = answer.left;
@@ -141,7 +153,7 @@ impl Estimate {
             return kind == Kind::Window;
         }
         let reset_at = answer.sent_at + reset.as_secs_f64();
-        let fell = remaining < self.voted_remaining - 0.5;
+        let fell = remaining < f64::from(self.voted_remaining) - 0.5;
         if self.voted_reset > 0.0 && answer.sent_at < self.voted_reset && fell {
             let tolerance = resolution.as_secs_f64().max(0.05) + 0.02 * reset.as_secs_f64();
             let stands = (reset_at - self.voted_reset).abs() < tolerance;
@@ -149,7 +161,7 @@ impl Estimate {
         }
         if self.voted_reset == 0.0 || fell || answer.sent_at > self.voted_reset {
             self.voted_reset = reset_at;
-            self.voted_remaining = remaining;
+            self.voted_remaining = remaining as f32;
         }
         self.votes > 1
     }
@@ -160,16 +172,17 @@ impl Estimate {
         let moved = end - self.window_end;
         // Only an answer after its end shows the next window. A window is no shorter than what is left of it.
         if self.window_end > 0.0 && moved > 0.5 && answer.sent_at + 0.5 >= self.window_end {
-            let shortest = if self.period == 0.0 { moved } else { self.period.min(moved) };
-            self.period = shortest.max(reset.as_secs_f64());
+            let shortest = if self.period == 0.0 { moved } else { f64::from(self.period).min(moved) };
+            self.period = shortest.max(reset.as_secs_f64()) as f32;
         }
         let is_same = moved.abs() < 2.0;
         self.window_end = end;
         let usual = [60.0, 3_600.0, 86_400.0].into_iter().find(|period| reset.as_secs_f64() <= period * 1.01);
-        let period = if self.period > 0.0 { self.period } else { usual.unwrap_or(reset.as_secs_f64()) };
+        let period =
+            if self.period > 0.0 { self.period.into() } else { usual.unwrap_or(reset.as_secs_f64()) };
         if let Some(last) = self.last.filter(|_| is_same) {
-            let own = (answer.sequence as f64 - last.sequence as f64) - (self.refused - last.refused);
-            let foreign = last.level - own - remaining;
+            let own = f64::from(self.own);
+            let foreign = f64::from(last.level) - own - remaining;
             sharing.used(own / answer.per_request, foreign / answer.per_request, answer.now);
         }
         let not_counted = if answer.is_limited { answer.cost } else { 0.0 };
@@ -184,37 +197,26 @@ impl Estimate {
             };
             if sharing.is_shared() { left.min(sharing.part_of_window(remaining - after)) } else { left }
         });
-        self.last = Some(Observed {
-            at: answer.sent_at,
-            level: remaining,
-            sequence: answer.sequence,
-            refused: self.refused,
-            was_full: true,
-        });
+        self.observed(answer, remaining, true);
     }
 
     fn observe_bucket(&mut self, budget: &Budget, answer: &Answer, sharing: &mut Sharing) {
-        self.narrow_rate(answer, sharing);
+        let times = (answer.left.reset.as_secs_f64(), answer.left.resolution.as_secs_f64());
+        self.narrow_rate(answer, times, sharing);
         let rate = self.rate();
         if rate == 0.0 {
             // Full, and never used: the level is known, the rate is not.
             return;
         }
         let limit = answer.left.limit;
-        let (low, high) = self.level_at_service(answer, rate);
+        let (low, high) = self.level_at_service(answer, times, rate);
         let level = 0.5 * (low + high);
         if self.is_overtaken(answer, rate, level) {
             return;
         }
         let is_full = level > limit - 1.0 - 1e-9 && limit > 1.5;
         self.compare_with_last(answer, rate, level, is_full, sharing);
-        self.last = Some(Observed {
-            at: answer.sent_at,
-            level,
-            sequence: answer.sequence,
-            refused: self.refused,
-            was_full: is_full,
-        });
+        self.observed(answer, level, is_full);
         self.adjust_guard(answer, rate, level, sharing);
         if sharing.is_shared() {
             sharing.adjust(
@@ -249,18 +251,17 @@ impl Estimate {
     fn is_overtaken(&self, answer: &Answer, rate: f64, level: f64) -> bool {
         self.last.is_some_and(|last| {
             let passed = answer.sent_at - last.at;
-            passed < REORDERED && level > last.level + rate * passed
+            passed < REORDERED && level > f64::from(last.level) + rate * passed
         })
     }
 
     /// Between `(used - 1) / reset` and `used / reset`, in each answer.
-    fn narrow_rate(&mut self, answer: &Answer, sharing: &mut Sharing) {
+    fn narrow_rate(&mut self, answer: &Answer, (reset, resolution): (f64, f64), sharing: &mut Sharing) {
         let limit = answer.left.limit;
-        let (reset, resolution) = (answer.left.reset.as_secs_f64(), answer.left.resolution.as_secs_f64());
         let used = limit - answer.left.remaining;
         if reset > 0.0 && used > 0.0 && !self.by_levels {
-            let high = used / (reset - resolution).max(reset * 0.5);
-            let low = (used - 1.0).max(0.0) / reset;
+            let high = (used / (reset - resolution).max(reset * 0.5)) as f32;
+            let low = ((used - 1.0).max(0.0) / reset) as f32;
             let contradicts = low > self.high * 1.05 || high < self.low * 0.95;
             if self.high == 0.0 || contradicts {
                 (self.low, self.high) = (low, high);
@@ -277,7 +278,7 @@ impl Estimate {
             && reset > wait + 0.5
             && limit > answer.cost
         {
-            let exact = (limit - answer.cost) / (reset - wait);
+            let exact = ((limit - answer.cost) / (reset - wait)) as f32;
             if exact > self.low * 0.97 && exact < self.high * 1.03 {
                 (self.low, self.high) = (exact * 0.9999, exact * 1.0001);
             }
@@ -297,20 +298,21 @@ impl Estimate {
     }
 
     fn learn_from_others(&mut self, sharing: &mut Sharing) {
+        let Some(mine) = self.rate_interval() else { return };
         let known = sharing.alike;
-        let mine = Alike { limit: self.limit, low: self.low, high: self.high };
         match known {
-            Some(other) if other.limit == self.limit && other.low < self.high && other.high > self.low => {
-                if other.high - other.low > self.high - self.low {
+            Some(other) if other.limit == mine.limit && other.low < mine.high && other.high > mine.low => {
+                if other.high - other.low > mine.high - mine.low {
                     sharing.alike = Some(mine);
                 } else {
-                    (self.low, self.high) = (self.low.max(other.low), self.high.min(other.high));
+                    self.low = self.low.max(other.low as f32);
+                    self.high = self.high.min(other.high as f32);
                 }
             }
             None => sharing.alike = Some(mine),
-            Some(other) if other.limit != self.limit => {
+            Some(other) if other.limit != mine.limit => {
                 sharing.is_mixed = true;
-                if self.low > 0.8 * self.high {
+                if mine.low > 0.8 * mine.high {
                     sharing.alike = Some(mine);
                 }
             }
@@ -319,24 +321,21 @@ impl Estimate {
     }
 
     fn rate(&self) -> f64 {
-        if self.high == 0.0 {
+        let (low, high) = (f64::from(self.low), f64::from(self.high));
+        if high == 0.0 {
             0.0
-        } else if self.low > 0.6 * self.high {
-            if self.within > 0.0 {
-                self.within.clamp(self.low, self.high)
-            } else {
-                0.5 * (self.low + self.high)
-            }
+        } else if low > 0.6 * high {
+            let within = f64::from(self.within);
+            if within > 0.0 { within.clamp(low, high) } else { 0.5 * (low + high) }
         } else {
-            self.high.min(self.low.max(self.high * 0.75))
+            high.min(low.max(high * 0.75))
         }
     }
 
     /// What was left at the service when it answered: between the number that it said, rounded down, and the one above; and
     /// by the reset, to its resolution.
-    fn level_at_service(&self, answer: &Answer, rate: f64) -> (f64, f64) {
-        let Left { limit, remaining, reset, resolution, .. } = answer.left;
-        let (reset, resolution) = (reset.as_secs_f64(), resolution.as_secs_f64());
+    fn level_at_service(&self, answer: &Answer, (reset, resolution): (f64, f64), rate: f64) -> (f64, f64) {
+        let Left { limit, remaining, .. } = answer.left;
         let is_known = self.high < self.low * 1.1 && !self.by_levels;
         let (mut low, mut high) = if is_known {
             let within = |level: f64| level.clamp(remaining, remaining + 0.999);
@@ -362,13 +361,13 @@ impl Estimate {
         sharing: &mut Sharing,
     ) {
         let unit = answer.per_request;
-        let is_plenty = Sharing::is_plenty(level / unit, self.limit / unit);
+        let (own, limit) = (f64::from(self.own), f64::from(self.limit));
+        let is_plenty = Sharing::is_plenty(level / unit, limit / unit);
         let last = match self.last {
             Some(last) if !last.was_full && !is_full => last,
             None if !is_full => {
                 // No bucket holds more than its limit: what this process did not take of it, others did.
-                let own = answer.sequence as f64 - self.refused;
-                let foreign = (self.limit - own - level).max(0.0);
+                let foreign = (limit - own - level).max(0.0);
                 return sharing.used_of_bucket(own / unit, foreign / unit, is_plenty, answer.now);
             }
             _ => {
@@ -382,11 +381,11 @@ impl Estimate {
         if passed <= 0.02 {
             return;
         }
-        let own = (answer.sequence as f64 - last.sequence as f64) - (self.refused - last.refused);
-        let used_by_others = (last.level + rate * passed).min(self.limit) - own - level;
+        let expected = (f64::from(last.level) + rate * passed).min(limit);
+        let used_by_others = expected - own - level;
         if !sharing.is_shared() {
             // Nobody else takes anything, so the rate is wrong by what seems to be used or to come back.
-            self.within = (rate - used_by_others / RATE_SETTLES_IN).clamp(self.low, self.high);
+            self.within = ((rate - used_by_others / RATE_SETTLES_IN) as f32).clamp(self.low, self.high);
         }
         let bound = 3.0 * own.max(1.0) + rate * passed;
         sharing.used_of_bucket(own / unit, used_by_others.clamp(-bound, bound) / unit, is_plenty, answer.now);
@@ -395,12 +394,13 @@ impl Estimate {
         let is_too_slow = foreign < -0.2 * rate && !sharing.is_by_messages();
         self.too_slow = if is_too_slow { self.too_slow + 1 } else { self.too_slow.saturating_sub(1) };
         if self.too_slow > 6 {
-            self.high = rate - self.foreign.min(0.0);
+            self.high = rate as f32 - self.foreign.min(0.0);
             self.low = self.high;
             self.too_slow = 0;
             self.by_levels = true;
         }
-        self.foreign += (1.0 - (-passed / 10.0).exp()) * (foreign - self.foreign);
+        let before = f64::from(self.foreign);
+        self.foreign = (before + (1.0 - (-passed / 10.0).exp()) * (foreign - before)) as f32;
     }
 
     /// A refusal that came a moment too early shows how much later the service counts.
@@ -410,7 +410,7 @@ impl Estimate {
             return;
         }
         let early = (1.0 - level) / rate;
-        if early < 0.1 && self.foreign < 0.05 * rate {
+        if early < 0.1 && f64::from(self.foreign) < 0.05 * rate {
             sharing.guard = (sharing.guard + early.max(0.002)).min(0.1);
         }
     }

@@ -1,6 +1,9 @@
 //! One limit: of a key, or of the keys of a quota group, in one scope.
 
-use std::{sync::PoisonError, time::Duration};
+use std::{
+    sync::{OnceLock, PoisonError},
+    time::Duration,
+};
 
 use super::{
     budget::{Budget, Standing},
@@ -14,83 +17,167 @@ use super::{
     word::NEVER,
 };
 use crate::sync::{
-    Mutex,
+    Mutex, MutexGuard,
     atomic::{
-        AtomicBool, AtomicU32, AtomicU64,
+        AtomicU32, AtomicU64,
         Ordering::{Relaxed, SeqCst},
     },
 };
 
-/// What picks read and write comes first; what only answers need is behind the lock.
+/// In the word of a limit's cap: another process owns the limit. It is closed here, but for tokens that the owner lends.
+const ELSEWHERE: u32 = 1 << 31;
+
+/// What picks read and write comes first. What few limits have, and what only answers need, is made on first use.
 #[derive(Debug)]
 #[repr(C)]
 pub(crate) struct Limit {
     /// Closed until then, in ns of the pool's clock, whatever the budgets say.
     pub(super) rest: AtomicU64,
-    /// Until the end of the response's body.
-    in_flight: AtomicU32,
-    /// At most so many requests in flight; 0 for any number.
-    pub(super) cap: AtomicU32,
+    /// At most so many requests in flight; 0 for any number. And [`ELSEWHERE`].
+    cap: AtomicU32,
+    /// How many requests have ended, with the body of the response; wraps. All others that the budget of requests has
+    /// counted are in flight.
+    ended: AtomicU32,
+    /// What the service allows, as it was learned. Counts each request, also while nothing is known.
+    pub(super) requests: Budget,
+    more: OnceLock<Box<More>>,
+    learned: Mutex<Option<Box<Learned>>>,
     /// The requests in flight that have the head of their response.
     with_head: AtomicU32,
-    /// What the service allows, as it was learned.
-    pub(super) requests: Budget,
-    pub(super) tokens: Budget,
-    /// What the user configured.
-    pub(super) quotas: Box<[(Quota, Budget)]>,
-    pub(super) learned: Mutex<Learned>,
-    /// Another process owns the limit: closed here, but for tokens that it lends.
-    pub(super) elsewhere: AtomicBool,
     /// Requests that were lent, and not sent yet as far as is known.
     pub(super) lent: AtomicU32,
+}
+
+/// Budgets beside the one of requests.
+#[derive(Debug, Default)]
+struct More {
+    /// What the service allows, as it was learned.
+    tokens: Budget,
+    /// What the user configured.
+    quotas: Box<[(Quota, Budget)]>,
 }
 
 #[derive(Debug, Default)]
 pub(super) struct Learned {
     pub(super) requests: Estimate,
-    pub(super) tokens: Option<Box<Estimate>>,
-    pub(super) found: Found,
+    beside: Option<Box<Beside>>,
+}
+
+/// What most services need not be asked for: they limit requests, and say what is left of them.
+#[derive(Debug, Default)]
+struct Beside {
+    tokens: Option<Estimate>,
+    /// Made by the first answer without headers.
+    found: Option<Found>,
     /// The headers of this scope are ignored.
-    pub(super) ignores_headers: bool,
+    ignores_headers: bool,
+}
+
+impl Learned {
+    pub(super) fn ignores_headers(&self) -> bool {
+        self.beside.as_ref().is_some_and(|beside| beside.ignores_headers)
+    }
+
+    pub(super) fn tokens(&mut self) -> Option<&mut Estimate> {
+        self.beside.as_mut()?.tokens.as_mut()
+    }
+
+    pub(super) fn found(&mut self) -> &mut Found {
+        self.beside.get_or_insert_default().found.get_or_insert_default()
+    }
+
+    pub(super) fn known_found(&mut self) -> Option<&mut Found> {
+        self.beside.as_mut()?.found.as_mut()
+    }
 }
 
 impl Limit {
     /// A limit of a pool that learns, or one of quotas alone.
     pub(crate) fn new(quotas: &[Quota], learns: bool, now: u64) -> Self {
+        let more = OnceLock::new();
+        if !quotas.is_empty() {
+            let quotas = quotas.iter().map(|quota| (quota.clone(), quota.full(now))).collect();
+            let _ = more.set(Box::new(More { quotas, ..More::default() }));
+        }
         Self {
             rest: AtomicU64::new(0),
-            in_flight: AtomicU32::new(0),
             cap: AtomicU32::new(if learns && quotas.is_empty() { FIRST_IN_FLIGHT } else { 0 }),
-            with_head: AtomicU32::new(0),
+            ended: AtomicU32::new(0),
             requests: Budget::default(),
-            tokens: Budget::default(),
-            quotas: quotas.iter().map(|quota| (quota.clone(), quota.full(now))).collect(),
+            more,
             learned: Mutex::default(),
-            elsewhere: AtomicBool::new(false),
+            with_head: AtomicU32::new(0),
             lent: AtomicU32::new(0),
         }
+    }
+
+    #[inline]
+    pub(super) fn quotas(&self) -> &[(Quota, Budget)] {
+        self.more.get().map_or(&[], |more| &more.quotas)
+    }
+
+    /// The budget of tokens, made on first use.
+    fn tokens(&self) -> &Budget {
+        &self.more.get_or_init(Box::default).tokens
+    }
+
+    #[inline]
+    pub(super) fn known_tokens(&self) -> Option<&Budget> {
+        self.more.get().map(|more| &more.tokens)
+    }
+
+    pub(super) fn lock_learned(&self) -> MutexGuard<'_, Option<Box<Learned>>> {
+        self.learned.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether another process owns the limit.
+    #[inline]
+    pub(crate) fn is_elsewhere(&self) -> bool {
+        self.cap.load(Relaxed) & ELSEWHERE != 0
+    }
+
+    pub(crate) fn set_elsewhere(&self, is_elsewhere: bool) {
+        if is_elsewhere {
+            self.cap.fetch_or(ELSEWHERE, SeqCst);
+        } else {
+            self.cap.fetch_and(!ELSEWHERE, SeqCst);
+        }
+    }
+
+    pub(super) fn cap(&self) -> u32 {
+        self.cap.load(SeqCst) & !ELSEWHERE
+    }
+
+    pub(super) fn set_cap(&self, cap: u32) {
+        let _ = self.cap.fetch_update(SeqCst, SeqCst, |before| Some(before & ELSEWHERE | cap));
+    }
+
+    /// Whether there is a cap, and as many requests in flight; or another process owns the limit.
+    #[inline]
+    pub(super) fn is_full(&self) -> bool {
+        let cap = self.cap.load(Relaxed);
+        cap != 0 && (cap & ELSEWHERE != 0 || self.in_flight() >= cap)
     }
 
     /// Takes what a request costs from each budget. Returns what it took, or when there is room, in ns; [`NEVER`] if that is
     /// when another request has its answer.
     #[inline]
     pub(crate) fn take(&self, tokens: u64, now: u64) -> Result<Taken, u64> {
-        if self.is_elsewhere() {
-            return Err(NEVER);
-        }
         let rest = self.rest.load(SeqCst);
         if rest > now {
             return Err(rest);
         }
-        let in_flight = self.in_flight.fetch_add(1, SeqCst);
-        let cap = self.cap.load(Relaxed);
-        if cap != 0 && in_flight >= cap {
-            self.in_flight.fetch_sub(1, SeqCst);
+        if self.is_full() {
             return Err(NEVER);
         }
-        self.take_from_budgets(tokens, now).inspect_err(|_| {
-            self.in_flight.fetch_sub(1, SeqCst);
-        })
+        let taken = self.take_from_budgets(tokens, now)?;
+        let cap = self.cap.load(Relaxed);
+        if cap != 0 && self.in_flight_up_to(taken.sequence) > cap {
+            // Other threads took the last places at the same time.
+            self.put_back(&taken, now);
+            return Err(NEVER);
+        }
+        Ok(taken)
     }
 
     #[inline]
@@ -99,16 +186,17 @@ impl Limit {
         let mut token_sequence = 0;
         if tokens != 0 {
             token_sequence =
-                self.tokens.take(tokens, now).inspect_err(|_| self.requests.put_back(1, now, now))?;
+                self.tokens().take(tokens, now).inspect_err(|_| self.requests.put_back(1, now, now))?;
         }
-        for (taken, (quota, budget)) in self.quotas.iter().enumerate() {
+        let quotas = self.quotas();
+        for (taken, (quota, budget)) in quotas.iter().enumerate() {
             if let Err(when) = quota.take(budget, tokens, now) {
-                for (quota, budget) in &self.quotas[..taken] {
+                for (quota, budget) in &quotas[..taken] {
                     quota.put_back(budget, tokens, now, now);
                 }
                 self.requests.put_back(1, now, now);
                 if tokens != 0 {
-                    self.tokens.put_back(tokens, now, now);
+                    self.tokens().put_back(tokens, now, now);
                 }
                 return Err(when);
             }
@@ -118,46 +206,45 @@ impl Limit {
 
     /// Counts a request that is sent although there is no room for it.
     pub(crate) fn probe(&self, tokens: u64, now: u64) -> Taken {
-        self.in_flight.fetch_add(1, SeqCst);
-        for (quota, budget) in &self.quotas {
+        for (quota, budget) in self.quotas() {
             quota.take_anyway(budget, tokens, now);
         }
         Taken {
             at: now,
             tokens,
             sequence: self.requests.take_anyway(1, now),
-            token_sequence: self.tokens.take_anyway(tokens, now),
+            token_sequence: if tokens == 0 { 0 } else { self.tokens().take_anyway(tokens, now) },
             is_probe: true,
         }
     }
 
     /// Gives back what a request took that was not sent.
     pub(crate) fn put_back(&self, taken: &Taken, now: u64) {
-        self.requests.put_back(1, taken.at, now);
         if taken.tokens != 0 {
-            self.tokens.put_back(taken.tokens, taken.at, now);
+            self.tokens().put_back(taken.tokens, taken.at, now);
         }
-        for (quota, budget) in &self.quotas {
+        for (quota, budget) in self.quotas() {
             quota.put_back(budget, taken.tokens, taken.at, now);
         }
-        self.in_flight.fetch_sub(1, SeqCst);
+        // Last: the request is in flight until then.
+        self.requests.put_back(1, taken.at, now);
     }
 
     /// Ends a request of which nobody knows whether the service counted it.
     pub(crate) fn failed(&self) {
-        self.in_flight.fetch_sub(1, SeqCst);
+        self.ended.fetch_add(1, SeqCst);
     }
 
     /// Whether the end of a request's body makes a difference: to a cap, or to the tokens that it reserved.
     pub(crate) fn lasts_until_the_end(&self, taken: &Taken) -> bool {
-        taken.tokens != 0 || self.cap.load(Relaxed) != 0
+        taken.tokens != 0 || self.cap() != 0
     }
 
     /// Ends a request whose body has ended, or was dropped.
     pub(crate) fn body_ended(&self) {
         // In this order, or for a moment a request more would seem to have its answer.
         self.with_head.fetch_sub(1, SeqCst);
-        self.in_flight.fetch_sub(1, SeqCst);
+        self.ended.fetch_add(1, SeqCst);
     }
 
     /// Replaces the tokens that a request counts for: those that it reserved, by those that it used.
@@ -166,16 +253,15 @@ impl Limit {
             return;
         }
         let by = taken.tokens as f64 - used as f64;
-        for (quota, budget) in self.quotas.iter().filter(|(quota, _)| quota.is_of_tokens()) {
+        for (quota, budget) in self.quotas().iter().filter(|(quota, _)| quota.is_of_tokens()) {
             quota.add(budget, by, taken.at, now);
         }
         if used > taken.tokens {
             // Taken now: an answer to an earlier request does not know of it.
-            self.tokens.take_anyway(used - taken.tokens, now);
-        } else {
-            self.tokens.add(by, taken.at, now);
-            let mut learned = self.learned.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(tokens) = &mut learned.tokens {
+            self.tokens().take_anyway(used - taken.tokens, now);
+        } else if let Some(tokens) = self.known_tokens() {
+            tokens.add(by, taken.at, now);
+            if let Some(tokens) = self.lock_learned().as_mut().and_then(|learned| learned.tokens()) {
                 tokens.not_counted(by);
             }
         }
@@ -185,15 +271,14 @@ impl Limit {
     /// When the limit has room for a request of that many tokens, in ns; 0 if it has.
     #[inline]
     pub(crate) fn closed_until(&self, tokens: u64, now: u64) -> u64 {
-        let cap = self.cap.load(Relaxed);
-        if self.is_elsewhere() || (cap != 0 && self.in_flight.load(SeqCst) >= cap) {
+        if self.is_full() {
             return NEVER;
         }
         let mut until = self.rest.load(SeqCst).max(self.requests.when(1, now));
-        if tokens != 0 {
-            until = until.max(self.tokens.when(tokens, now));
+        if let Some(budget) = self.known_tokens().filter(|_| tokens != 0) {
+            until = until.max(budget.when(tokens, now));
         }
-        for (quota, budget) in &self.quotas {
+        for (quota, budget) in self.quotas() {
             until = until.max(quota.when(budget, tokens, now));
         }
         if until > now { until } else { 0 }
@@ -201,12 +286,13 @@ impl Limit {
 
     /// When the learned budgets are full, in ns: what comes back later is lost.
     pub(crate) fn full_at(&self, now: u64) -> u64 {
-        self.requests.full_at(now).max(self.tokens.full_at(now))
+        let tokens = self.known_tokens().map_or(0, |budget| budget.full_at(now));
+        self.requests.full_at(now).max(tokens)
     }
 
     /// How many requests the budgets of requests allow now.
     pub(crate) fn room(&self, now: u64) -> f64 {
-        let quotas = self.quotas.iter().filter(|(quota, _)| !quota.is_of_tokens());
+        let quotas = self.quotas().iter().filter(|(quota, _)| !quota.is_of_tokens());
         let budgets = quotas.map(|(_, budget)| budget).chain([&self.requests]);
         budgets.filter_map(|budget| budget.level(now)).fold(f64::INFINITY, f64::min)
     }
@@ -226,24 +312,31 @@ impl Limit {
         self.rest.store(0, SeqCst);
     }
 
+    /// Never too many: one that ends meanwhile does not count.
     pub(crate) fn in_flight(&self) -> u32 {
-        self.in_flight.load(SeqCst)
+        self.in_flight_up_to(self.requests.sent())
+    }
+
+    fn in_flight_up_to(&self, sequence: u64) -> u32 {
+        let in_flight = (sequence as u32).wrapping_sub(self.ended.load(SeqCst)) as i32;
+        in_flight.max(0) as u32
     }
 
     /// At most so many requests without an answer, as far as is known.
     pub(crate) fn most_in_flight(&self) -> Option<u32> {
-        Some(self.cap.load(Relaxed)).filter(|cap| *cap != 0)
+        Some(self.cap()).filter(|cap| *cap != 0)
     }
 
     /// Why there is no room for a request of that many tokens, and until when, in ns: of several reasons, the one that lasts
     /// longest; the requests in flight are named only if there is no other reason.
     pub(crate) fn why_closed(&self, tokens: u64, now: u64) -> Option<(Closed, u64)> {
+        let of_tokens = self.known_tokens().filter(|_| tokens != 0);
         let learned = [
             (Closed::Resting, self.rest.load(SeqCst)),
             (Closed::Budget(0), self.requests.when(1, now)),
-            (Closed::Budget(1), if tokens == 0 { 0 } else { self.tokens.when(tokens, now) }),
+            (Closed::Budget(1), of_tokens.map_or(0, |budget| budget.when(tokens, now))),
         ];
-        let quotas = (2..).zip(&self.quotas);
+        let quotas = (2..).zip(self.quotas());
         let quotas =
             quotas.map(|(at, (quota, budget))| (Closed::Budget(at), quota.when(budget, tokens, now)));
         let reasons = learned.into_iter().chain(quotas).filter(|(_, until)| *until > now);
@@ -259,9 +352,9 @@ impl Limit {
         let (of_requests, of_tokens) = self.known_by_answers();
         let learned = [
             (Unit::Requests, of_requests, self.requests.standing(now)),
-            (Unit::Tokens, of_tokens, self.tokens.standing(now)),
+            (Unit::Tokens, of_tokens, self.known_tokens().and_then(|budget| budget.standing(now))),
         ];
-        let configured = self.quotas.iter().map(|(quota, budget)| {
+        let configured = self.quotas().iter().map(|(quota, budget)| {
             let unit = if quota.is_of_tokens() { Unit::Tokens } else { Unit::Requests };
             (unit, Some(KnownBy::Quota), quota.standing(budget, now))
         });
@@ -276,22 +369,23 @@ impl Limit {
 
     /// How the budgets of requests and of tokens are known. A limit whose headers are ignored has the first one alone.
     fn known_by_answers(&self) -> (Option<KnownBy>, Option<KnownBy>) {
-        let learned = self.learned.lock().unwrap_or_else(PoisonError::into_inner);
-        if learned.ignores_headers {
+        let learned = self.lock_learned();
+        let learned = learned.as_ref();
+        if learned.is_some_and(|learned| learned.ignores_headers()) {
             return (Some(KnownBy::Distrusted), None);
         }
-        let has_headers = learned.requests.last_level().is_some();
+        let has_headers = learned.is_some_and(|learned| learned.requests.last_level().is_some());
         let of_requests = if has_headers { KnownBy::Headers } else { KnownBy::Refusals };
         (
             Some(of_requests).filter(|_| self.requests.is_known()),
-            Some(KnownBy::Headers).filter(|_| self.tokens.is_known()),
+            Some(KnownBy::Headers).filter(|_| self.known_tokens().is_some_and(Budget::is_known)),
         )
     }
 
     /// How the limit is known: by the surest of its budgets, unless its headers are ignored.
     pub(crate) fn known_by(&self) -> Option<KnownBy> {
         let (of_requests, of_tokens) = self.known_by_answers();
-        let by_quota = Some(KnownBy::Quota).filter(|_| !self.quotas.is_empty());
+        let by_quota = Some(KnownBy::Quota).filter(|_| !self.quotas().is_empty());
         of_tokens.or(of_requests).or(by_quota)
     }
 
@@ -303,18 +397,19 @@ impl Limit {
     /// never doubted.
     pub(crate) fn is_doubtful(&self, tokens: u64, now: u64) -> bool {
         let is_certain = self.rest.load(SeqCst) > now
-            || self.quotas.iter().any(|(quota, budget)| quota.when(budget, tokens, now) > now);
+            || self.quotas().iter().any(|(quota, budget)| quota.when(budget, tokens, now) > now);
         if is_certain {
             return false;
         }
-        let learned = self.learned.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut learned = self.lock_learned();
+        let Some(learned) = &mut *learned else { return false };
         let is_short = |estimate: &Estimate, cost: f64| {
             estimate
                 .last_level()
                 .is_some_and(|(level, at, rate)| level + rate * (seconds(now) + 0.1 - at) < 0.75 * cost)
         };
         is_short(&learned.requests, 1.0)
-            || learned.tokens.as_ref().is_some_and(|estimate| is_short(estimate, tokens as f64))
+            || learned.tokens().is_some_and(|estimate| is_short(estimate, tokens as f64))
     }
 
     /// Notes that a request has its answer, without learning from it: its end, unless the body is waited for. A refused
@@ -323,10 +418,10 @@ impl Limit {
         if has_body {
             self.with_head.fetch_add(1, SeqCst);
         } else {
-            self.in_flight.fetch_sub(1, SeqCst);
+            self.ended.fetch_add(1, SeqCst);
         }
         if is_limited {
-            for (quota, budget) in &self.quotas {
+            for (quota, budget) in self.quotas() {
                 quota.add(budget, quota.cost(taken.tokens) as f64, taken.at, now);
             }
         }
@@ -345,32 +440,37 @@ impl Limit {
         let (now, sent_at) = (seconds(now_nanos), seconds(taken.at));
         let wait = wait.map(|wait| wait.as_secs_f64());
         self.answered(taken, is_limited, has_body, now_nanos);
-        let mut learned = self.learned.lock().unwrap_or_else(PoisonError::into_inner);
-        let learned = &mut *learned;
+        let mut learned = self.lock_learned();
+        let learned = learned.get_or_insert_default();
         let caught = sharing.judge(said, taken, answered);
-        if sharing.is_lying() && !learned.ignores_headers {
+        if sharing.is_lying() && !learned.ignores_headers() {
             self.ignore_headers(learned);
         }
         let has_headers = said.is_known() && !sharing.is_lying();
-        learned.found.count(is_limited, now);
+        if !has_headers {
+            learned.found();
+        }
+        if let Some(found) = learned.known_found() {
+            found.count(is_limited, now);
+        }
         if has_headers {
             self.observe(learned, taken, said, answered, sharing);
         }
         if is_limited {
-            let rest = wait.or_else(|| (!has_headers).then(|| learned.found.rest(sent_at)));
+            let rest = wait.or_else(|| (!has_headers).then(|| learned.found().rest(sent_at)));
             if let Some(rest) = rest {
                 self.rest_until(now_nanos.saturating_add(wait_nanos(rest)));
             }
         }
-        let cap = self.cap.load(SeqCst);
-        if has_headers || self.requests.is_known() || self.tokens.is_known() {
-            self.cap.store(0, SeqCst);
-        } else if cap != 0 {
-            self.cap.store(learned.found.cap(cap, is_limited, wait, sent_at), SeqCst);
+        let cap = self.cap();
+        if cap != 0 {
+            let is_known = self.requests.is_known() || self.known_tokens().is_some_and(Budget::is_known);
+            let is_needed = !has_headers && !is_known;
+            self.set_cap(if is_needed { learned.found().cap(cap, is_limited, wait, sent_at) } else { 0 });
         }
         // A 429 of a load balancer says nothing of what the service's headers said.
-        if !has_headers && (learned.ignores_headers || learned.requests.last_level().is_none()) {
-            learned.found.adjust(&self.requests, is_limited, wait, sent_at, now);
+        if !has_headers && (learned.ignores_headers() || learned.requests.last_level().is_none()) {
+            learned.found().adjust(&self.requests, is_limited, wait, sent_at, now);
         }
         caught
     }
@@ -409,25 +509,30 @@ impl Limit {
         }
         if let Some(left) = said.tokens.filter(|_| taken.tokens != 0) {
             let answer = answer(left, tokens, taken.token_sequence, is_out(said.requests, 1.0), false);
-            learned.tokens.get_or_insert_default().observe(&self.tokens, &answer, sharing);
+            let beside = learned.beside.get_or_insert_default();
+            beside.tokens.get_or_insert_default().observe(self.tokens(), &answer, sharing);
         }
     }
 
     fn ignore_headers(&self, learned: &mut Learned) {
-        learned.ignores_headers = true;
-        learned.found.forget();
+        let beside = learned.beside.get_or_insert_default();
+        beside.ignores_headers = true;
+        beside.found.get_or_insert_default().forget();
         self.requests.forget();
-        self.tokens.forget();
-        if self.cap.load(SeqCst) == 0 {
-            self.cap.store(FIRST_IN_FLIGHT, SeqCst);
+        if let Some(tokens) = self.known_tokens() {
+            tokens.forget();
+        }
+        if self.cap() == 0 {
+            self.set_cap(FIRST_IN_FLIGHT);
         }
     }
 
     /// Ignores what was learned from headers, after another limit of the scope has caught them lying.
     pub(crate) fn distrust(&self) {
-        let mut learned = self.learned.lock().unwrap_or_else(PoisonError::into_inner);
-        if !learned.ignores_headers {
-            self.ignore_headers(&mut learned);
+        let mut learned = self.lock_learned();
+        let learned = learned.get_or_insert_default();
+        if !learned.ignores_headers() {
+            self.ignore_headers(learned);
         }
     }
 }
