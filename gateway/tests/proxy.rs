@@ -11,7 +11,10 @@ use std::{
     net::SocketAddr,
     os::unix::ffi::OsStrExt,
     process::Output,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
     time::{Duration, Instant},
 };
 
@@ -1381,6 +1384,57 @@ async fn through_frames(
     let response = in_time(http().post(gateway.url("/v1/messages")).body(body).send()).await.unwrap();
     let bodies = bodies.lock().unwrap().clone();
     (response.status().as_u16(), bodies)
+}
+
+/// A raw HTTP/2 upstream whose connections, by their number from 0, allow so many requests at once. It answers 204.
+async fn upstream_allowing(
+    requests: impl Fn(usize) -> u32 + Send + 'static,
+) -> (SocketAddr, TestFile, Arc<AtomicUsize>) {
+    let (mut listener, address, trusted) = tls::listen().await;
+    let connections = Arc::new(AtomicUsize::new(0));
+    let accepted = connections.clone();
+    tokio::spawn(async move {
+        loop {
+            let (mut connection, _) = listener.accept().await;
+            let most = requests(accepted.fetch_add(1, Relaxed));
+            tokio::spawn(async move {
+                const MAX_CONCURRENT_STREAMS: [u8; 2] = [0, 3];
+                let setting = [&MAX_CONCURRENT_STREAMS[..], &most.to_be_bytes()].concat();
+                connection.read_exact(&mut [0; "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".len()]).await?;
+                connection.write_all(&frame((4, 0, 0, setting))).await?;
+                while let Ok((kind, _, stream, _)) = read_frame(&mut connection).await {
+                    if kind == 1 {
+                        connection.write_all(&frame((1, END | 4, stream, vec![0x89]))).await?;
+                    }
+                }
+                io::Result::Ok(())
+            });
+        }
+    });
+    (address, trusted, connections)
+}
+
+#[tokio::test]
+async fn an_upstream_that_allows_no_request_gives_503_soon() {
+    let (upstream, trusted, connections) = upstream_allowing(|_| 0).await;
+    let gateway = tls::gateway(upstream.port(), &trusted, []).await;
+    let response = in_time(http().post(gateway.url("/")).body("ask").send()).await.unwrap();
+    assert_eq!((response.status().as_u16(), header(&response, "retry-after")), (503, Some("1")));
+    let body = response.text().await.unwrap();
+    assert!(body.contains("SETTINGS_MAX_CONCURRENT_STREAMS is 0"), "{body}");
+    assert_eq!(connections.load(Relaxed), 2);
+}
+
+#[tokio::test]
+async fn a_connection_that_allows_no_request_is_replaced() {
+    let (upstream, trusted, connections) =
+        upstream_allowing(|connection| if connection == 0 { 0 } else { 100 }).await;
+    let gateway = tls::gateway(upstream.port(), &trusted, []).await;
+    for _ in 0..3 {
+        let response = in_time(http().post(gateway.url("/")).body("ask").send()).await.unwrap();
+        assert_eq!(response.status(), 204);
+    }
+    assert_eq!(connections.load(Relaxed), 2);
 }
 
 #[tokio::test]

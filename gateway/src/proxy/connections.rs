@@ -1,7 +1,8 @@
 //! Several HTTP/2 connections to one upstream.
 //!
 //! hyper's client opens one HTTP/2 connection, and a request waits there while the connection has as many streams as
-//! the upstream allows. So the gateway has several clients, and uses the first one that is not busy.
+//! the upstream allows. So the gateway has several clients, and uses the first one that is not busy and whose upstream
+//! allows requests.
 
 use std::{
     sync::{
@@ -12,10 +13,11 @@ use std::{
 };
 
 use axum::body::HttpBody;
-use futures_util::{FutureExt, TryFutureExt, future::BoxFuture};
+use futures_util::{FutureExt, future::BoxFuture};
 use http::{Request, Response};
 use tower::{BoxError, Service};
 
+use super::streams::Streams;
 use crate::{held::Held, whole::Whole};
 
 /// How many requests in flight make a client busy. Most servers allow at least 100 streams, as RFC 9113 section 6.5.2
@@ -34,6 +36,7 @@ pub(super) struct Connections<C>(Arc<[Connection<C>]>);
 
 struct Connection<C> {
     client: C,
+    streams: Streams,
     in_flight: Arc<AtomicUsize>,
 }
 
@@ -47,29 +50,34 @@ impl Drop for InFlight {
 }
 
 impl<C> Connections<C> {
-    /// `client` must return a client with connections of its own each time.
-    pub(super) fn new(client: impl FnMut() -> C) -> Self {
-        let clients = std::iter::repeat_with(client).take(CLIENTS);
-        Self(clients.map(|client| Connection { client, in_flight: Arc::default() }).collect())
+    /// `client` must return a client with connections of its own each time, which note what the upstream allows on them.
+    pub(super) fn new(mut client: impl FnMut(Streams) -> C) -> Self {
+        let connection = || {
+            let streams = Streams::new();
+            Connection { client: client(streams.clone()), streams, in_flight: Arc::default() }
+        };
+        Self(std::iter::repeat_with(connection).take(CLIENTS).collect())
     }
 
-    fn begin(&self) -> (&C, InFlight) {
+    fn begin(&self) -> (&Connection<C>, InFlight) {
         let load = |connection: &&Connection<C>| connection.in_flight.load(Relaxed);
-        let idle = self.0.iter().find(|connection| load(connection) < BUSY);
+        let mut open = self.0.iter().filter(|connection| !connection.streams.are_none());
+        let idle = open.clone().find(|connection| load(connection) < BUSY);
+        let least_busy = || open.min_by_key(load).or_else(|| self.0.iter().min_by_key(load));
         // There is always a least busy one.
-        let connection = idle.or_else(|| self.0.iter().min_by_key(load)).unwrap_or(&self.0[0]);
+        let connection = idle.or_else(least_busy).unwrap_or(&self.0[0]);
         connection.in_flight.fetch_add(1, Relaxed);
-        (&connection.client, InFlight(connection.in_flight.clone()))
+        (connection, InFlight(connection.in_flight.clone()))
     }
 }
 
 impl<C, Req, B> Service<Request<Req>> for Connections<C>
 where
-    C: Service<Request<Req>, Response = Response<B>, Future: Send + 'static> + Clone,
+    C: Service<Request<Req>, Response = Response<B>, Error: Into<BoxError>, Future: Send + 'static> + Clone,
     B: HttpBody<Error: Into<BoxError>> + Unpin,
 {
     type Response = Response<Held<Whole<B>, InFlight>>;
-    type Error = C::Error;
+    type Error = BoxError;
     type Future = BoxFuture<'static, Result<Self::Response, Self::Error>>;
 
     /// hyper's clients are always ready.
@@ -78,13 +86,14 @@ where
     }
 
     fn call(&mut self, request: Request<Req>) -> Self::Future {
-        let (client, in_flight) = self.begin();
-        let response = client.clone().call(request);
-        response
-            .map_ok(|response| {
-                let version = response.version();
-                response.map(|body| Held::new(Whole::new(body, version), in_flight))
-            })
-            .boxed()
+        let (connection, in_flight) = self.begin();
+        let streams = connection.streams.clone();
+        let response = connection.client.clone().call(request);
+        async move {
+            let response = streams.send(response).await?.map_err(Into::into)?;
+            let version = response.version();
+            Ok(response.map(|body| Held::new(Whole::new(body, version), in_flight)))
+        }
+        .boxed()
     }
 }

@@ -7,6 +7,7 @@ mod asked;
 mod body;
 mod connections;
 mod headers;
+mod streams;
 mod tokens;
 mod upstream;
 
@@ -38,6 +39,7 @@ pub(crate) use self::upstream::Upstream;
 use self::{
     api::{Api, Refusal},
     body::{BodyLimits, Caller, CutOff, KeptBody, TooLarge},
+    streams::NoStreams,
     upstream::Client,
 };
 use crate::{
@@ -274,6 +276,13 @@ fn not_answered(error: &(dyn StdError + 'static), caller: &Caller) -> Refusal {
     tracing::warn!("no answer from the upstream: {}", with_sources(error));
     if error.is::<Elapsed>() {
         return Refusal::new(StatusCode::GATEWAY_TIMEOUT, "the upstream did not answer in time");
+    }
+    if error.is::<NoStreams>() {
+        return Refusal {
+            status: StatusCode::SERVICE_UNAVAILABLE,
+            message: NoStreams.to_string(),
+            retry_after: Some(HeaderValue::from_static("1")),
+        };
     }
     let unreachable = error.downcast_ref().is_some_and(legacy::Error::is_connect);
     let message = if unreachable {

@@ -15,7 +15,7 @@ use hyper_util::{
         Client as HyperClient,
         connect::{Connect, HttpConnector},
     },
-    rt::{TokioExecutor, TokioTimer},
+    rt::{TokioExecutor, TokioIo, TokioTimer},
 };
 use percent_encoding::percent_decode_str;
 use tokio::time::{Sleep, sleep};
@@ -28,7 +28,11 @@ use tower::{
 use tower_http::timeout::TimeoutBody;
 use tower_key_rotation::{Error as RotationError, Failover, KeyPool, KeyRotationLayer, classify::LlmGateway};
 
-use super::{body::KeptBody, connections::Connections};
+use super::{
+    body::KeptBody,
+    connections::Connections,
+    streams::{NoStreams, Noted},
+};
 use crate::{settings::Settings, sources, this_machine, with_sources};
 
 pub(super) type Client = BoxCloneSyncService<Request<KeptBody>, Response<Body>, RotationError<BoxError>>;
@@ -117,9 +121,14 @@ fn hyper(
         .pool_timer(TokioTimer::new())
         .http2_initial_stream_window_size(STREAM_WINDOW)
         .http2_initial_connection_window_size(CONNECTION_WINDOW)
+        // No request is sent before the upstream has said how many it allows.
+        .http2_initial_max_send_streams(0)
         .http2_keep_alive_interval((!ping.is_zero()).then_some(ping))
         .http2_keep_alive_timeout(ping / 2);
-    Ok(Connections::new(move || client.build(connect.clone())))
+    Ok(Connections::new(move |streams| {
+        let noted = move |connection| TokioIo::new(Noted::new(connection, streams.clone()));
+        client.build(ServiceBuilder::new().map_response(noted).service(connect.clone()))
+    }))
 }
 
 /// Clones a request for a further attempt, and a kept clone if its body can still be sent.
@@ -145,7 +154,9 @@ impl<B> Policy<Request<KeptBody>, Response<B>, BoxError> for NotProcessed {
         result: &mut Result<Response<B>, BoxError>,
     ) -> Option<Self::Future> {
         let error = result.as_ref().err()?;
-        if self.pauses >= RESENDS || !is_not_processed(&**error, request) || !request.body().hold() {
+        let is_not_sent = error.is::<NoStreams>() && self.pauses == 0;
+        let may_resend = is_not_sent || is_not_processed(&**error, request);
+        if self.pauses >= RESENDS || !may_resend || !request.body().hold() {
             return None;
         }
         tracing::debug!("sent again, because the upstream did not process it: {}", with_sources(&**error));
