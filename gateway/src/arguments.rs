@@ -25,7 +25,7 @@ impl FromStr for Seconds {
 }
 
 /// The place of a key in a request.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum KeyPlace {
     Bearer,
     Header(HeaderName),

@@ -1,9 +1,9 @@
 //! Assembles the gateway and serves until a stop signal.
 
-use std::{error::Error, io, net, thread};
+use std::{error::Error, io, net, sync::Arc, thread};
 
 use axum::{Router, middleware};
-use futures_util::FutureExt;
+use futures_util::{FutureExt, future::join_all};
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::{
     join,
@@ -11,31 +11,40 @@ use tokio::{
     runtime,
     sync::{oneshot, watch},
 };
-use tower_key_rotation::{KeyPool, RecoveryHandle};
 
 use crate::{
     admin::{Access, Admin},
-    health, keys, metrics,
+    config::Config,
+    health, metrics,
     proxy::Proxy,
     read_on::read_on,
     serve::{Limits, serve},
+    served::{Current, Served},
     settings::Settings,
+    upstream::Upstream,
 };
 
-pub(crate) async fn run(settings: Settings) -> Result<(), Box<dyn Error>> {
+pub(crate) async fn run(config: Config) -> Result<(), Box<dyn Error>> {
+    let settings = config.settings;
     let exporter = metrics::install()?;
-    let pool = keys::open(&settings).await?;
+    let mut upstreams = Vec::new();
+    for upstream in config.upstreams {
+        upstreams.push(Arc::new(Upstream::open(upstream).await?));
+    }
+    let current = Current::new(Served { upstreams });
     let listener = bind("--listen", settings.listen).await?;
     let admin_listener = bind("--admin-listen", settings.admin_listen).await?;
-    let recovery = RecoveryHandle::spawn(&pool);
     let signal = stop_signal()?;
-    announce(&settings, &listener, &admin_listener)?;
+    for upstream in &current.get().upstreams {
+        upstream.start();
+    }
+    announce(&settings, &current.get(), &listener, &admin_listener)?;
 
     let (stop, stopped) = watch::channel(());
-    let admin = start_admin(admin_listener.into_std()?, &pool, exporter, &settings, stopped)?;
+    let admin = start_admin(admin_listener.into_std()?, &current, exporter, &settings, stopped)?;
     let app = Router::new()
-        .merge(health::router(pool.clone()))
-        .fallback_service(Proxy::new(&pool, &settings)?.router())
+        .merge(health::router(current.clone()))
+        .fallback_service(Proxy::new(current.clone(), &settings).router())
         .layer(middleware::map_request(read_on));
     let limits = Limits::of(&settings);
     let signal = signal.inspect(move |()| {
@@ -45,7 +54,9 @@ pub(crate) async fn run(settings: Settings) -> Result<(), Box<dyn Error>> {
     // An error means that the admin's thread has ended, by a panic at worst, which the panic hook logs.
     _ = join!(serve(listener, app, signal, limits), admin);
 
-    recovery.shutdown().await?;
+    let served = current.get();
+    let written = join_all(served.upstreams.iter().map(|upstream| upstream.shutdown())).await;
+    written.into_iter().collect::<Result<(), _>>()?;
     tracing::info!("stopped");
     Ok(())
 }
@@ -59,20 +70,20 @@ async fn bind(setting: &str, address: net::SocketAddr) -> Result<TcpListener, St
 /// The receiver completes when that thread ends.
 fn start_admin(
     listener: net::TcpListener,
-    pool: &KeyPool,
+    current: &Current,
     exporter: PrometheusHandle,
     settings: &Settings,
     mut stopped: watch::Receiver<()>,
 ) -> io::Result<oneshot::Receiver<()>> {
     let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
-    let (pool, access, limits) = (pool.clone(), Access::by(settings), Limits::of(settings));
+    let (current, access, limits) = (current.clone(), Access::by(settings), Limits::of(settings));
     let (ends, ended) = oneshot::channel();
     let run = async move {
         let listener = TcpListener::from_std(listener)?;
-        let admin = Admin::of(&pool, access);
+        let admin = Admin::of(current.clone(), access);
         let app = Router::new()
             .merge(admin.router())
-            .merge(admin.guard(metrics::router(pool, exporter)))
+            .merge(admin.guard(metrics::router(current, exporter)))
             .layer(middleware::map_request(read_on));
         let stop = async {
             // The sender never sends: its drop is the signal.
@@ -92,13 +103,18 @@ fn start_admin(
 }
 
 /// Logs the listen address last, because programs that start the gateway wait for this line.
-fn announce(settings: &Settings, listener: &TcpListener, admin: &TcpListener) -> io::Result<()> {
+fn announce(
+    settings: &Settings,
+    served: &Served,
+    listener: &TcpListener,
+    admin: &TcpListener,
+) -> io::Result<()> {
     if settings.client_token.is_empty() {
         tracing::warn!("without a client token, every program on this machine can use the keys");
     }
-    let upstream = settings.upstream.authority();
+    let upstreams: Vec<_> = served.upstreams.iter().map(|upstream| upstream.config.url.authority()).collect();
     tracing::info!("the admin is at http://{}/admin", admin.local_addr()?);
-    tracing::info!("listening on http://{}, for {upstream}", listener.local_addr()?);
+    tracing::info!("listening on http://{}, for {}", listener.local_addr()?, upstreams.join(", "));
     Ok(())
 }
 

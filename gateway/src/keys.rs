@@ -1,88 +1,90 @@
-//! Opens the key pool: from a file, from MongoDB, or from both.
+//! Opens the key pool of an upstream: from files and variables, from MongoDB, or from both.
 
 use std::error::Error;
 
 use tower_key_rotation::{
-    BuildError, Inject, KeyPool, KeyPoolBuilder,
+    Inject, KeyPool, KeyPoolBuilder,
     store::mongodb::{ConnectError, DataKeys, MongoStore, MongoStoreBuilder},
 };
 
 use crate::{
     arguments::KeyPlace,
-    settings::{Settings, WrongSetting},
+    config::{Invalid, KeySource, MongoDb, UpstreamConfig},
 };
 
-pub(crate) async fn open(settings: &Settings) -> Result<KeyPool, Box<dyn Error>> {
-    let keys = builder(settings);
-    let Some(uri) = &settings.mongodb else {
-        let pool = keys.build().map_err(wrong)?;
-        return if pool.stats().keys.is_empty() { Err(no_key(&pool).into()) } else { Ok(pool) };
+pub(crate) async fn open(upstream: &UpstreamConfig) -> Result<KeyPool, Box<dyn Error>> {
+    let keys = builder(upstream);
+    let Some(mongodb) = &upstream.mongodb else {
+        let pool = keys.build().map_err(|error| wrong(upstream, error))?;
+        return if pool.stats().keys.is_empty() { Err(no_key(upstream, &pool).into()) } else { Ok(pool) };
     };
-    let store = store(settings)?;
-    if settings.keys.is_some() {
+    let store = store(upstream, mongodb)?;
+    if !upstream.keys.is_empty() {
         // The keys of the file serve until MongoDB can be reached.
-        let store = store.connect_later(uri).await.map_err(of_mongodb)?;
-        return Ok(keys.open_when_ready(store).map_err(wrong)?);
+        let store = store.connect_later(&mongodb.uri).await.map_err(|error| of_mongodb(upstream, error))?;
+        return Ok(keys.open_when_ready(store).map_err(|error| wrong(upstream, error))?);
     }
-    let store = store.connect(uri).await.map_err(of_mongodb)?;
+    let store = store.connect(&mongodb.uri).await.map_err(|error| of_mongodb(upstream, error))?;
     keys.open(store).await.map_err(|error| match error.store_error() {
         Some(_) => error.into(),
-        None => wrong(error).into(),
+        None => wrong(upstream, error).into(),
     })
 }
 
-fn builder(settings: &Settings) -> KeyPoolBuilder {
-    let host = settings.upstream.authority();
+fn builder(upstream: &UpstreamConfig) -> KeyPoolBuilder {
+    let host = upstream.url.authority();
     let mut builder = KeyPool::builder()
+        .name(upstream.name.clone())
         .allowed_hosts([host])
         .inject(
-            settings.inject.iter().map(KeyPlace::inject).reduce(Inject::and).unwrap_or_else(Inject::bearer),
+            upstream.inject.iter().map(KeyPlace::inject).reduce(Inject::and).unwrap_or_else(Inject::bearer),
         )
-        .cooldown(settings.cooldown.into());
-    if settings.pace {
+        .cooldown(upstream.cooldown);
+    if upstream.pace {
         builder = builder.paced();
     }
-    if settings.allow_cleartext {
+    if upstream.allow_cleartext {
         builder = builder.allow_cleartext_to([host]);
     }
-    if let Some(file) = &settings.keys {
-        builder = builder.keys_from_file(file);
-    }
-    builder
+    builder = upstream.quotas.iter().cloned().fold(builder, KeyPoolBuilder::quota);
+    upstream.keys.iter().fold(builder, |builder, source| match source {
+        KeySource::File(file) => builder.keys_from_file(file),
+        KeySource::Variable(name) => builder.keys_from_env(name),
+    })
 }
 
-fn store(settings: &Settings) -> Result<MongoStoreBuilder, WrongSetting> {
+fn store(upstream: &UpstreamConfig, mongodb: &MongoDb) -> Result<MongoStoreBuilder, Invalid> {
     let mut builder = MongoStore::builder();
-    if let Some(name) = &settings.mongodb_database {
+    if let Some(name) = &mongodb.database {
         builder = builder.database(name);
     }
-    if let Some(name) = &settings.mongodb_collection {
+    if let Some(name) = &mongodb.collection {
         builder = builder.collection(name);
     }
-    if let Some(name) = &settings.mongodb_standby_collection {
+    if let Some(name) = &mongodb.standby_collection {
         builder = builder.standby_collection(name);
     }
-    if let Some(file) = &settings.data_keys {
-        let keys = DataKeys::from_file(file).map_err(|error| WrongSetting::new(error.to_string()))?;
-        builder = builder.encrypt_with(keys);
+    if let Some(file) = &mongodb.data_keys {
+        builder = builder.encrypt_with(DataKeys::from_file(file).map_err(|error| wrong(upstream, error))?);
     }
     Ok(builder)
 }
 
-fn no_key(pool: &KeyPool) -> WrongSetting {
-    WrongSetting::new(match pool.rejected() {
-        [] => "--keys: the file is empty".to_owned(),
-        [rejected, ..] => format!("--keys: no key in the file can be used: {rejected}"),
+fn no_key(upstream: &UpstreamConfig, pool: &KeyPool) -> Invalid {
+    let place = upstream.place_of("keys");
+    Invalid::because(match pool.rejected() {
+        [] => format!("{place}: there is no key"),
+        [rejected, ..] => format!("{place}: no key can be used: {rejected}"),
     })
 }
 
-fn wrong(error: BuildError) -> WrongSetting {
-    WrongSetting::new(crate::with_sources(&error))
+fn wrong(upstream: &UpstreamConfig, error: impl Error + 'static) -> Invalid {
+    Invalid::because(format!("{}: {}", upstream.place_of("keys"), crate::with_sources(&error)))
 }
 
-fn of_mongodb(error: ConnectError) -> Box<dyn Error> {
+fn of_mongodb(upstream: &UpstreamConfig, error: ConnectError) -> Box<dyn Error> {
     if error.is_unreachable() {
         return error.into();
     }
-    WrongSetting::new(format!("--mongodb: {error}")).into()
+    Invalid::because(format!("{}: {error}", upstream.place_of("mongodb"))).into()
 }

@@ -7,13 +7,15 @@
 //! `keys.txt` has one `id|secret` per line. Any client of the API uses `http://127.0.0.1:8080` as its base URL and any
 //! text as its key. `--help` lists all settings; `README.md` describes the rest.
 //!
-//! To see how the gateway uses the library, begin with `proxy/upstream.rs`, which stacks the layers around a client,
+//! To see how the gateway uses the library, begin with `proxy/client.rs`, which stacks the layers around a client,
 //! and `keys.rs`, which opens the pool.
 
 mod admin;
 mod arguments;
+mod base_url;
 mod caller;
 mod callers;
+mod config;
 mod gateway;
 mod guesses;
 mod health;
@@ -25,22 +27,24 @@ mod metrics;
 mod proxy;
 mod read_on;
 mod serve;
+mod served;
 mod settings;
 mod this_machine;
 mod unread;
+mod upstream;
 mod whole;
 
-use std::{error::Error, iter, panic, process::ExitCode};
+use std::{env, error::Error, iter, panic, process::ExitCode};
 
 use tracing_subscriber::EnvFilter;
 
 use self::{
+    config::{Config, Invalid},
     log::Log,
-    settings::{Settings, WrongSetting},
 };
 
-/// The exit code for a wrong setting.
-const WRONG_SETTING: u8 = 2;
+/// The exit code for an invalid configuration.
+const INVALID: u8 = 2;
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -49,7 +53,7 @@ async fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             log.line(&format!("{}: {}", env!("CARGO_BIN_NAME"), with_sources(&*error)));
-            if error.is::<WrongSetting>() { ExitCode::from(WRONG_SETTING) } else { ExitCode::FAILURE }
+            if error.is::<Invalid>() { ExitCode::from(INVALID) } else { ExitCode::FAILURE }
         }
     };
     log.finish();
@@ -57,9 +61,8 @@ async fn main() -> ExitCode {
 }
 
 async fn run(log: &Log) -> Result<(), Box<dyn Error>> {
-    let settings = Settings::read()?;
-    let filter =
-        EnvFilter::try_new(&settings.log).map_err(|error| WrongSetting::new(format!("--log: {error}")))?;
+    let config = Config::read(&env::args_os().collect::<Vec<_>>())?;
+    let filter = EnvFilter::try_new(&config.settings.log)?;
     tracing_subscriber::fmt()
         .with_writer(log.clone())
         // The subscriber would report them to stderr, and panic if that fails.
@@ -68,8 +71,8 @@ async fn run(log: &Log) -> Result<(), Box<dyn Error>> {
         .init();
     // The default hook would block on a stderr that nobody reads.
     panic::set_hook(Box::new(|panic| tracing::error!("{panic}")));
-    settings.warn();
-    gateway::run(settings).await
+    settings::warn(config.files());
+    gateway::run(config).await
 }
 
 /// Iterates over an error and its sources.

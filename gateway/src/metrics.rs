@@ -1,4 +1,4 @@
-//! Prometheus metrics at `/metrics`: those of the key pool, and request durations.
+//! Prometheus metrics at `/metrics`: those of the key pools, and request durations.
 
 use std::{error::Error, time::Duration};
 
@@ -10,7 +10,8 @@ use axum::{
     routing::get,
 };
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
-use tower_key_rotation::KeyPool;
+
+use crate::served::Current;
 
 const REQUESTS: &str = "gateway_request_seconds";
 
@@ -30,7 +31,7 @@ pub(crate) fn install() -> Result<PrometheusHandle, Box<dyn Error>> {
     metrics::describe_histogram!(
         REQUESTS,
         metrics::Unit::Seconds,
-        "Time until the response head, by status."
+        "Time until the response head, by pool and status."
     );
     metrics::describe_counter!(LOG_LINES_LOST, "Log lines that stderr did not accept.");
     metrics::describe_counter!(WRONG_TOKENS, "Wrong tokens of callers and of the admin, by kind.");
@@ -48,9 +49,11 @@ async fn keep_up(exporter: PrometheusHandle) {
     }
 }
 
-/// Records the status of a response and the time until its head.
-pub(crate) fn answered(status: StatusCode, took: Duration) {
-    metrics::histogram!(REQUESTS, "status" => status.as_str().to_owned()).record(took);
+/// Records the status of a response and the time until its head. A request that the gateway itself refuses may have no
+/// upstream.
+pub(crate) fn answered(upstream: Option<&str>, status: StatusCode, took: Duration) {
+    let upstream = upstream.unwrap_or_default().to_owned();
+    metrics::histogram!(REQUESTS, "pool" => upstream, "status" => status.as_str().to_owned()).record(took);
 }
 
 /// Counts log lines that were not written.
@@ -63,11 +66,13 @@ pub(crate) fn wrong_tokens(of: &'static str, tokens: u64) {
     metrics::counter!(WRONG_TOKENS, "of" => of).increment(tokens);
 }
 
-pub(crate) fn router(pool: KeyPool, exporter: PrometheusHandle) -> Router {
-    Router::new().route("/metrics", get(read)).with_state((pool, exporter))
+pub(crate) fn router(current: Current, exporter: PrometheusHandle) -> Router {
+    Router::new().route("/metrics", get(read)).with_state((current, exporter))
 }
 
-async fn read(State((pool, exporter)): State<(KeyPool, PrometheusHandle)>) -> impl IntoResponse {
-    pool.record_metrics();
+async fn read(State((current, exporter)): State<(Current, PrometheusHandle)>) -> impl IntoResponse {
+    for upstream in &current.get().upstreams {
+        upstream.pool.record_metrics();
+    }
     ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], exporter.render())
 }

@@ -1,31 +1,31 @@
 //! Settings, from the command line, the environment, a TOML file and defaults, in this order of precedence.
 //!
 //! `clap` merges the sources: the file's values become the defaults of its arguments. So each setting is declared once,
-//! as a field of [`Settings`].
+//! as a field of [`Settings`]. `config` reads the file.
 
 use std::{
-    collections::BTreeMap,
     env,
     error::Error,
     ffi::OsString,
-    fmt, fs,
+    fs,
     net::SocketAddr,
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use clap::{
-    Arg, ArgMatches, Command, CommandFactory, FromArgMatches, Parser,
+    Arg, Command, CommandFactory, Parser,
     builder::BoolishValueParser,
     error::{ContextKind, ContextValue, ErrorKind},
 };
 use tokio::sync::Semaphore;
-use toml::{Table, Value};
+use tracing_subscriber::EnvFilter;
 
 use crate::{
     arguments::{KeyPlace, Seconds},
+    base_url::BaseUrl,
     callers::Token,
-    proxy::Upstream,
+    config::Values,
 };
 
 /// A reverse proxy that puts one of several API keys into each request, rests a key after a 429, and retries the
@@ -36,9 +36,9 @@ use crate::{
 #[derive(Parser)]
 #[command(name = env!("CARGO_BIN_NAME"))]
 pub(crate) struct Settings {
-    /// TOML file with any of these settings
+    /// TOML file with any of these settings, and with several upstreams
     #[arg(long, value_name = "FILE")]
-    config: Option<PathBuf>,
+    pub(crate) config: Option<PathBuf>,
 
     /// Address to listen on; without a client token, a loopback address
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8080")]
@@ -51,7 +51,7 @@ pub(crate) struct Settings {
 
     /// URL of the API; a path in it goes before the path of each request
     #[arg(long, value_name = "URL")]
-    pub(crate) upstream: Upstream,
+    pub(crate) upstream: Option<BaseUrl>,
 
     /// Allow an http upstream on another machine, which receives the keys in cleartext
     #[arg(long, value_name = "BOOL", value_parser = BoolishValueParser::new())]
@@ -186,76 +186,27 @@ fn at_least_one(text: &str) -> Result<usize, String> {
     }
 }
 
-/// The reason why a setting is invalid. It never contains the value, which may be a secret.
-#[derive(Debug)]
-pub(crate) struct WrongSetting(String);
-
-impl WrongSetting {
-    pub(crate) fn new(reason: impl Into<String>) -> Self {
-        Self(reason.into())
-    }
-}
-
-impl fmt::Display for WrongSetting {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl Error for WrongSetting {}
-
 impl Settings {
-    /// Reads all settings. For `--help` and `--version`, it prints the text and exits.
-    pub(crate) fn read() -> Result<Self, WrongSetting> {
-        let command = Self::command().mut_args(with_environment);
-        let config = parse(command.clone().mut_args(|arg| arg.required(false)))?;
-        let file = match config.get_one::<PathBuf>("config") {
-            Some(path) => read_file(path)?,
-            None => BTreeMap::new(),
-        };
-        let matches = parse(command.mut_args(|arg| with_file(arg, &file)))?;
-        let settings = Self::from_arg_matches(&matches).map_err(|error| WrongSetting(in_one_line(&error)))?;
-        settings.check()?;
-        Ok(settings)
+    /// The command line, with a variable for each setting.
+    pub(crate) fn command_with_environment() -> Command {
+        Self::command().mut_args(with_environment)
     }
 
-    /// Logs warnings of files with loose permissions and of variables without effect.
-    pub(crate) fn warn(&self) {
-        for file in [&self.config, &self.keys, &self.data_keys].into_iter().flatten() {
-            if is_open_to_others(file) {
-                tracing::warn!(
-                    "{}: other users of this machine can read or change it: chmod 600",
-                    file.display()
-                );
-            }
-        }
-        for name in unknown_variables() {
-            tracing::warn!("{name}: there is no such setting, so the variable has no effect");
-        }
+    /// The command line alone, of which nothing is required.
+    pub(crate) fn command_without_environment() -> Command {
+        Self::command().mut_args(|arg| arg.required(false))
     }
 
-    fn check(&self) -> Result<(), WrongSetting> {
-        let wrong = |reason: &str| Err(WrongSetting::new(reason));
-        if self.keys.is_none() && self.mongodb.is_none() {
-            return wrong("there are no keys: set --keys, --mongodb or both");
-        }
-        if self.mongodb.is_none() && self.data_keys.is_some() {
-            return wrong("--data-keys is for the keys in MongoDB: set --mongodb, too");
-        }
-        if self.client_token.is_empty() && !self.listen.ip().is_loopback() {
-            return wrong(
-                "--listen: without a client token it listens on loopback only: set GATEWAY_CLIENT_TOKEN",
-            );
-        }
-        let has_no_token = self.client_token.is_empty() && self.admin_token.is_none();
-        if has_no_token && !self.admin_listen.ip().is_loopback() {
-            return wrong(
-                "--admin-listen: without an admin token it listens on loopback only: set GATEWAY_ADMIN_TOKEN",
-            );
-        }
-        if !self.upstream.is_safe() && !self.allow_cleartext {
-            return wrong("--upstream: keys would travel in cleartext: use https, or set --allow-cleartext");
-        }
+    /// Replaces the defaults of settings with the file's values.
+    pub(crate) fn with_file(command: Command, file: &Values) -> Command {
+        command.mut_args(|arg| match arg.get_long().and_then(|name| file.get(name)) {
+            Some(values) => arg.required(false).default_values(values.clone()),
+            None => arg,
+        })
+    }
+
+    /// Returns the settings that are wrong, each with the reason.
+    pub(crate) fn problems(&self) -> Vec<(&'static str, String)> {
         let limits = [
             ("connect-timeout", self.connect_timeout),
             ("response-timeout", self.response_timeout),
@@ -264,10 +215,20 @@ impl Settings {
             ("keep-alive", self.keep_alive),
             ("send-timeout", self.send_timeout),
         ];
-        match limits.into_iter().find(|(_, limit)| Duration::from(*limit).is_zero()) {
-            Some((name, _)) => wrong(&format!("--{name}: it must be more than 0 seconds")),
-            None => Ok(()),
-        }
+        let zeros = limits.into_iter().filter(|(_, limit)| Duration::from(*limit).is_zero());
+        let zeros = zeros.map(|(name, _)| (name, format!("--{name}: it must be more than 0 seconds")));
+        let filter = EnvFilter::try_new(&self.log).err().map(|error| ("log", format!("--log: {error}")));
+        zeros.chain(filter).collect()
+    }
+}
+
+/// Logs warnings of files with loose permissions and of variables without effect.
+pub(crate) fn warn<'f>(files: impl Iterator<Item = &'f Path>) {
+    for file in files.filter(|file| is_open_to_others(file)) {
+        tracing::warn!("{}: other users of this machine can read or change it: chmod 600", file.display());
+    }
+    for name in unknown_variables() {
+        tracing::warn!("{name}: there is no such setting, so the variable has no effect");
     }
 }
 
@@ -318,70 +279,8 @@ fn with_environment(arg: Arg) -> Arg {
     }
 }
 
-/// Replaces an argument's default with the file's value.
-fn with_file(arg: Arg, file: &File) -> Arg {
-    match arg.get_long().and_then(|name| file.get(name)) {
-        Some(values) => arg.required(false).default_values(values.clone()),
-        None => arg,
-    }
-}
-
-fn parse(command: Command) -> Result<ArgMatches, WrongSetting> {
-    command.try_get_matches().map_err(|error| {
-        if !error.use_stderr() {
-            error.exit();
-        }
-        WrongSetting(in_one_line(&error))
-    })
-}
-
-/// The file's values by setting.
-type File = BTreeMap<String, Vec<String>>;
-
-fn read_file(path: &Path) -> Result<File, WrongSetting> {
-    let wrong = |reason: String| WrongSetting(format!("{}: {reason}", path.display()));
-    let text = fs::read_to_string(path).map_err(|error| wrong(error.to_string()))?;
-    let table: Table = toml::from_str(&text).map_err(|error| {
-        // The error's own `Display` quotes the line, which may contain a token.
-        let line = error.span().map_or(1, |span| text[..span.start].lines().count().max(1));
-        wrong(format!("line {line}: {}", error.message()))
-    })?;
-    let command = Settings::command().mut_args(|arg| arg.required(false));
-    let is_list = |name: &str| {
-        command.get_arguments().any(|arg| arg.get_long() == Some(name) && arg.get_value_delimiter().is_some())
-    };
-    let values = |(name, value): (String, Value)| match values(value) {
-        _ if name == "config" => Err(wrong("config: not allowed within a settings file".to_owned())),
-        Some(values) if is_list(&name) && values.iter().any(|value| value.contains(',')) => {
-            Err(wrong(format!("{name}: a value can't contain a comma: write several values as a list")))
-        }
-        Some(values) => Ok((name, values)),
-        None => Err(wrong(format!("{name}: it must be text, a number, true or false, or a list of these"))),
-    };
-    let file = table.into_iter().map(values).collect::<Result<File, _>>()?;
-    // Parsed as a command line of its own, so that an error names the file.
-    let arguments =
-        file.iter().flat_map(|(name, values)| values.iter().map(move |v| format!("--{name}={v}")));
-    let arguments = std::iter::once(env!("CARGO_BIN_NAME").to_owned()).chain(arguments);
-    command.try_get_matches_from(arguments).map_err(|error| wrong(in_one_line(&error)))?;
-    Ok(file)
-}
-
-fn values(value: Value) -> Option<Vec<String>> {
-    match value {
-        Value::String(text) => Some(vec![text]),
-        Value::Integer(number) => Some(vec![number.to_string()]),
-        Value::Float(number) => Some(vec![number.to_string()]),
-        Value::Boolean(flag) => Some(vec![flag.to_string()]),
-        Value::Array(list) => {
-            list.into_iter().map(values).collect::<Option<Vec<_>>>().map(|list| list.concat())
-        }
-        Value::Datetime(_) | Value::Table(_) => None,
-    }
-}
-
 /// Formats an error of `clap` on one line, without the value.
-fn in_one_line(error: &clap::Error) -> String {
+pub(crate) fn in_one_line(error: &clap::Error) -> String {
     if error.kind() == ErrorKind::InvalidUtf8 {
         return not_text();
     }

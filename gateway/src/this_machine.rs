@@ -66,6 +66,11 @@ pub(crate) fn has_valid_host(head: &Parts) -> bool {
     is_one && hosts(head).all(|host| host.is_some()) && (head.version != Version::HTTP_2 || is_same())
 }
 
+/// Returns the host that a request names, without a port.
+pub(crate) fn host(head: &Parts) -> Option<String> {
+    hosts(head).next().flatten().map(|host| host.host().to_owned())
+}
+
 /// Iterates over the values of `Host` and, in HTTP/2, `:authority`. A value that is no valid host is `None`.
 fn hosts(head: &Parts) -> impl Iterator<Item = Option<Authority>> {
     let hosts = head.headers.get_all(HOST).iter().map(|host| Authority::try_from(host.as_bytes()).ok());

@@ -830,7 +830,7 @@ async fn the_event_stream_sends_a_snapshot_then_changes() {
     assert_eq!(change_of("gamma", &mut events).await["history"][0]["status"], "healthy");
     admin.remove("gamma").await;
     let (_, changes) = in_time(events.next()).await.unwrap();
-    assert_eq!(changes["removed"], json!(["gamma"]));
+    assert_eq!(changes["removed"], json!([{ "upstream": "default", "id": "gamma" }]));
 
     let mut later = admin.events().await;
     let (_, snapshot) = in_time(later.next()).await.unwrap();

@@ -29,8 +29,8 @@ async fn prometheus_metrics_show_key_status_and_request_times() {
         r#"key_rotation_marks_total{pool="default",reason="rate_limited"} 1"#,
         r#"key_rotation_picks_total{pool="default"} 4"#,
         r#"key_rotation_failovers_total{pool="default"} 1"#,
-        r#"gateway_request_seconds_count{status="200"} 3"#,
-        r#"gateway_request_seconds_bucket{status="200",le="+Inf"} 3"#,
+        r#"gateway_request_seconds_count{pool="default",status="200"} 3"#,
+        r#"gateway_request_seconds_bucket{pool="default",status="200",le="+Inf"} 3"#,
         "# TYPE gateway_request_seconds histogram",
         "# HELP key_rotation_keys Keys by status.",
     ] {

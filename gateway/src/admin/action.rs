@@ -43,12 +43,12 @@ impl Action {
     }
 
     /// Logs the outcome. A text that is no valid id is left out, because it may be a misplaced secret.
-    pub(super) fn log(self, id: &str, outcome: &Result<(), OperateError>) {
+    pub(super) fn log(self, upstream: &str, id: &str, outcome: &Result<(), OperateError>) {
         let (id, done) = (KeyId::new(id).ok(), self.done());
         let key = id.as_ref().map(KeyId::as_str);
         match outcome {
-            Ok(()) => tracing::info!(key, "key {done} by the admin"),
-            Err(error) => tracing::warn!(key, error = with_sources(error), "key not {done}"),
+            Ok(()) => tracing::info!(key, upstream, "key {done} by the admin"),
+            Err(error) => tracing::warn!(key, upstream, error = with_sources(error), "key not {done}"),
         }
     }
 }

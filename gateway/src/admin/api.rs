@@ -26,6 +26,7 @@ use super::{
     live::Live,
     refusal::Refusal,
     search::{Page, Search, rests},
+    upstreams::{self, Named},
 };
 use crate::media_type::media_type;
 
@@ -42,6 +43,7 @@ pub(super) fn router(live: Arc<Live>) -> Router {
         .route("/openapi.json", get(([(CONTENT_TYPE, "application/json")], DESCRIPTION)))
         .route("/events", get(events))
         .route("/explain", get(explain))
+        .route("/upstreams", get(upstreams::list))
         .route("/keys", get(list).post(add))
         // Not below `/keys/`: a key may have the id `import`, or the id `.`, which browsers remove from a path.
         .route("/keys:import", post(import))
@@ -70,18 +72,21 @@ struct Described {
     scope: Option<String>,
     session: Option<String>,
     tokens: Option<u64>,
+    // `Named` reads it.
+    #[allow(dead_code)]
+    upstream: Option<String>,
 }
 
 async fn explain(
-    State(live): State<Arc<Live>>,
+    named: Named,
     described: Result<Query<Described>, QueryRejection>,
 ) -> Result<Json<Explanation>, Refusal> {
-    let Query(Described { scope, session, tokens }) =
+    let Query(Described { scope, session, tokens, .. }) =
         described.map_err(|error| Refusal::bad_request(error.body_text()))?;
     let traits = scope.into_iter().fold(Traits::new(), Traits::scope);
     let traits = session.into_iter().fold(traits, Traits::session);
     let traits = tokens.into_iter().fold(traits, Traits::tokens);
-    Ok(Json(live.pool().explain(&traits)))
+    Ok(Json(named.pool().explain(&traits)))
 }
 
 async fn list(
@@ -95,6 +100,7 @@ async fn list(
 
 async fn add(
     State(live): State<Arc<Live>>,
+    named: Named,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<(StatusCode, Json<Shown>), Refusal> {
     let spec = KeySpec::from_json(body?).map_err(|error| Refusal::bad_request(error.to_string()))?;
@@ -103,37 +109,38 @@ async fn add(
         return Err(Refusal::bad_request(reason));
     }
     let insert = |pool: KeyPool, _| async move { pool.insert_all([spec]).await.into_iter().collect() };
-    change(live, id, Action::Add, insert).await.map(|key| (StatusCode::CREATED, key))
+    change(live, named, id, Action::Add, insert).await.map(|key| (StatusCode::CREATED, key))
 }
 
 async fn import(
     State(live): State<Arc<Live>>,
+    named: Named,
     headers: HeaderMap,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Json<Imported>, Refusal> {
     let keys = import::read(&media_type(&headers).unwrap_or_default(), &body?)?;
     to_the_end(async move {
-        let imported = import::add(live.pool(), keys).await;
+        let imported = import::add(named.pool(), keys).await;
         live.look(Look::Everything);
         Ok(Json(imported))
     })
     .await
 }
 
-async fn reset(State(live): State<Arc<Live>>, Id(id): Id) -> Result<Json<Shown>, Refusal> {
-    change(live, id, Action::Reset, |pool, id| async move { pool.reset(id).await }).await
+async fn reset(State(live): State<Arc<Live>>, named: Named, Id(id): Id) -> Result<Json<Shown>, Refusal> {
+    change(live, named, id, Action::Reset, |pool, id| async move { pool.reset(id).await }).await
 }
 
-async fn disable(State(live): State<Arc<Live>>, Id(id): Id) -> Result<Json<Shown>, Refusal> {
-    change(live, id, Action::Disable, |pool, id| async move { pool.disable(id).await }).await
+async fn disable(State(live): State<Arc<Live>>, named: Named, Id(id): Id) -> Result<Json<Shown>, Refusal> {
+    change(live, named, id, Action::Disable, |pool, id| async move { pool.disable(id).await }).await
 }
 
-async fn enable(State(live): State<Arc<Live>>, Id(id): Id) -> Result<Json<Shown>, Refusal> {
-    change(live, id, Action::Enable, |pool, id| async move { pool.enable(id).await }).await
+async fn enable(State(live): State<Arc<Live>>, named: Named, Id(id): Id) -> Result<Json<Shown>, Refusal> {
+    change(live, named, id, Action::Enable, |pool, id| async move { pool.enable(id).await }).await
 }
 
-async fn remove(State(live): State<Arc<Live>>, Id(id): Id) -> Result<StatusCode, Refusal> {
-    do_with(live, id, Action::Remove, |pool, id| async move { pool.remove(id).await }).await?;
+async fn remove(State(live): State<Arc<Live>>, named: Named, Id(id): Id) -> Result<StatusCode, Refusal> {
+    do_with(live, named, id, Action::Remove, |pool, id| async move { pool.remove(id).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -149,11 +156,14 @@ struct NotReset {
     error: String,
 }
 
-async fn reset_all(State(live): State<Arc<Live>>) -> Json<Resets> {
+async fn reset_all(State(live): State<Arc<Live>>, named: Named) -> Json<Resets> {
     to_the_end(async move {
         let mut resets = Resets::default();
-        for key in live.pool().stats().keys.into_iter().filter(|key| rests(key.status)) {
-            match reset_one(live.pool(), &key.id).await {
+        let pool = named.pool();
+        for key in pool.stats().keys.into_iter().filter(|key| rests(key.status)) {
+            let done = pool.reset(&key.id).await;
+            Action::Reset.log(named.0.name(), key.id.as_str(), &done);
+            match done {
                 Ok(()) => resets.reset.push(key.id),
                 Err(error) => {
                     resets.failed.push(NotReset { id: key.id, error: Action::Reset.failed(&error) });
@@ -166,15 +176,10 @@ async fn reset_all(State(live): State<Arc<Live>>) -> Json<Resets> {
     .await
 }
 
-async fn reset_one(pool: &KeyPool, id: &KeyId) -> Result<(), OperateError> {
-    let done = pool.reset(id).await;
-    Action::Reset.log(id.as_str(), &done);
-    done
-}
-
 /// Changes a key and returns its new state.
 async fn change<F>(
     live: Arc<Live>,
+    named: Named,
     id: String,
     action: Action,
     doing: impl FnOnce(KeyPool, String) -> F,
@@ -182,13 +187,15 @@ async fn change<F>(
 where
     F: Future<Output = Result<(), OperateError>> + Send + 'static,
 {
-    do_with(live.clone(), id.clone(), action, doing).await?;
+    let upstream = named.0.name().to_owned();
+    do_with(live.clone(), named, id.clone(), action, doing).await?;
     let gone = || Refusal::new(StatusCode::NOT_FOUND, format!("there is no key {id:?} any more"));
-    live.get(&id).map(Json).ok_or_else(gone)
+    live.get(&upstream, &id).map(Json).ok_or_else(gone)
 }
 
 async fn do_with<F>(
     live: Arc<Live>,
+    named: Named,
     id: String,
     action: Action,
     doing: impl FnOnce(KeyPool, String) -> F,
@@ -196,10 +203,10 @@ async fn do_with<F>(
 where
     F: Future<Output = Result<(), OperateError>> + Send + 'static,
 {
-    let doing = doing(live.pool().clone(), id.clone());
+    let doing = doing(named.pool().clone(), id.clone());
     to_the_end(async move {
         let done = doing.await;
-        action.log(&id, &done);
+        action.log(named.0.name(), &id, &done);
         // Also after an error: the pool may have changed although the store failed.
         live.look(Look::Everything);
         done.map_err(|error| Refusal::of(action, &error))

@@ -2,10 +2,11 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    sync::Arc,
     time::Duration,
 };
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use tower_key_rotation::{KeyId, KeyPool, KeyStats, Status};
 
 use super::history::{History, Since, millis};
@@ -13,19 +14,21 @@ use super::history::{History, Since, millis};
 /// Tolerance for equal deadlines, which are recomputed from the time left at each look.
 const SAME_DEADLINE: Duration = Duration::from_millis(100);
 
+/// The keys of all upstreams, by the upstream's name.
 #[derive(Default)]
-pub(super) struct Keys(HashMap<KeyId, Key>);
+pub(super) struct Keys(HashMap<Arc<str>, HashMap<KeyId, Key>>);
 
 pub(super) struct Key {
     facts: Facts,
     history: History,
-    /// Position in the rotation.
-    place: usize,
+    /// Position of the upstream, and of the key in its rotation.
+    place: (usize, usize),
 }
 
 /// The visible state of a key.
 #[derive(Clone, PartialEq, Eq)]
 struct Facts {
+    upstream: Arc<str>,
     id: KeyId,
     masked_secret: String,
     status: Status,
@@ -38,9 +41,11 @@ struct Facts {
     used_at: Option<Duration>,
 }
 
-/// A serialized key: complete, or its id and the changed members.
+/// A serialized key: complete, or its upstream, its id and the changed members.
 #[derive(Serialize)]
 pub(super) struct Shown {
+    #[serde(serialize_with = "as_text")]
+    upstream: Arc<str>,
     id: KeyId,
     #[serde(skip_serializing_if = "Option::is_none")]
     masked_secret: Option<String>,
@@ -67,7 +72,18 @@ pub(super) struct Shown {
 #[derive(Default, Serialize)]
 pub(super) struct Changes {
     keys: Vec<Shown>,
-    removed: Vec<KeyId>,
+    removed: Vec<Removed>,
+}
+
+#[derive(Serialize)]
+struct Removed {
+    #[serde(serialize_with = "as_text")]
+    upstream: Arc<str>,
+    id: KeyId,
+}
+
+fn as_text<S: Serializer>(text: &Arc<str>, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(text)
 }
 
 impl Changes {
@@ -86,47 +102,84 @@ pub(super) enum Look {
 }
 
 impl Keys {
-    /// Takes over the pool's current state and returns the changes.
-    pub(super) fn look(&mut self, now: Duration, pool: &KeyPool, look: Look) -> Changes {
-        let stats = pool.stats().keys;
+    /// Takes over the current state of the upstreams' pools and returns the changes.
+    pub(super) fn look<'p>(
+        &mut self,
+        now: Duration,
+        pools: impl IntoIterator<Item = (&'p str, &'p KeyPool)>,
+        look: Look,
+    ) -> Changes {
         let mut changes = Changes::default();
+        let mut upstreams = HashSet::new();
+        for (place, (upstream, pool)) in pools.into_iter().enumerate() {
+            upstreams.insert(upstream);
+            self.look_at(now, (place, upstream), pool, look, &mut changes);
+        }
+        let gone = self.0.extract_if(|upstream, _| !upstreams.contains(&**upstream));
+        for (upstream, keys) in gone {
+            let removed = keys.into_keys().map(|id| Removed { upstream: upstream.clone(), id });
+            changes.removed.extend(removed);
+        }
+        changes
+    }
+
+    fn look_at(
+        &mut self,
+        now: Duration,
+        (at, upstream): (usize, &str),
+        pool: &KeyPool,
+        look: Look,
+        changes: &mut Changes,
+    ) {
+        let stats = pool.stats().keys;
+        let upstream: Arc<str> = match self.0.get_key_value(upstream) {
+            Some((upstream, _)) => upstream.clone(),
+            None => upstream.into(),
+        };
+        let keys = self.0.entry(upstream.clone()).or_default();
         for (place, stats) in stats.iter().enumerate() {
-            let new = match self.0.get_mut(&stats.id) {
+            let new = match keys.get_mut(&stats.id) {
                 Some(key) => {
-                    key.place = place;
+                    key.place = (at, place);
                     key.look(now, pool, stats, look)
                 }
                 None => {
-                    let key = Key::new(now, pool, stats, place);
+                    let key = Key::new(now, &upstream, pool, stats, (at, place));
                     let shown = key.shown(now);
-                    self.0.insert(stats.id.clone(), key);
+                    keys.insert(stats.id.clone(), key);
                     Some(shown)
                 }
             };
             changes.keys.extend(new);
         }
-        if self.0.len() > stats.len() {
+        if keys.len() > stats.len() {
             let there: HashSet<_> = stats.iter().map(|key| &key.id).collect();
-            changes.removed = self.0.extract_if(|id, _| !there.contains(id)).map(|(id, _)| id).collect();
+            let gone = keys.extract_if(|id, _| !there.contains(id));
+            changes.removed.extend(gone.map(|(id, _)| Removed { upstream: upstream.clone(), id }));
         }
-        changes
     }
 
-    pub(super) fn get(&self, id: &str) -> Option<&Key> {
-        self.0.get(id)
+    pub(super) fn get(&self, upstream: &str, id: &str) -> Option<&Key> {
+        self.0.get(upstream)?.get(id)
     }
 
-    /// Returns all keys in rotation order.
+    /// Returns all keys, in the order of the upstreams and of their rotation.
     pub(super) fn in_order(&self) -> Vec<&Key> {
-        let mut keys: Vec<_> = self.0.values().collect();
+        let mut keys: Vec<_> = self.0.values().flat_map(HashMap::values).collect();
         keys.sort_unstable_by_key(|key| key.place);
         keys
     }
 }
 
 impl Key {
-    fn new(now: Duration, pool: &KeyPool, stats: &KeyStats, place: usize) -> Self {
-        let facts = Facts::new(now, pool, stats, None);
+    fn new(
+        now: Duration,
+        upstream: &Arc<str>,
+        pool: &KeyPool,
+        stats: &KeyStats,
+        place: (usize, usize),
+    ) -> Self {
+        let facts = Facts::new(now, upstream, pool, stats, None);
         Self { history: History::beginning(now, facts.status), facts, place }
     }
 
@@ -137,10 +190,14 @@ impl Key {
         if !is_pressing && look == Look::Statuses {
             return None;
         }
-        let facts = Facts::new(now, pool, stats, Some(&self.facts));
+        let facts = Facts::new(now, &self.facts.upstream, pool, stats, Some(&self.facts));
         let new = (facts != self.facts).then(|| facts.shown(now, Some(&self.facts), None));
         self.facts = facts;
         new
+    }
+
+    pub(super) fn upstream(&self) -> &str {
+        &self.facts.upstream
     }
 
     pub(super) fn id(&self) -> &KeyId {
@@ -161,11 +218,18 @@ impl Key {
 }
 
 impl Facts {
-    fn new(now: Duration, pool: &KeyPool, stats: &KeyStats, before: Option<&Self>) -> Self {
+    fn new(
+        now: Duration,
+        upstream: &Arc<str>,
+        pool: &KeyPool,
+        stats: &KeyStats,
+        before: Option<&Self>,
+    ) -> Self {
         let returns_at = stats.time_left.map(|left| now + left);
         let unchanged = before.map(|before| before.returns_at).filter(|before| same(*before, returns_at));
         let is_used = stats.requests > before.map_or(0, |before| before.requests);
         Self {
+            upstream: upstream.clone(),
             id: stats.id.clone(),
             masked_secret: pool.masked_secret(&stats.id).unwrap_or_default(),
             status: stats.status,
@@ -181,6 +245,7 @@ impl Facts {
 
     fn shown(&self, now: Duration, before: Option<&Self>, history: Option<&History>) -> Shown {
         Shown {
+            upstream: self.upstream.clone(),
             id: self.id.clone(),
             masked_secret: news(before, self, |facts| facts.masked_secret.clone()),
             status: news(before, self, |facts| facts.status),
@@ -251,11 +316,12 @@ mod tests {
         }
 
         fn look(&mut self, look: Look) -> Value {
-            serde_json::to_value(self.keys.look(self.clock.now(), &self.pool, look)).unwrap()
+            let pools = [("openai", &self.pool)];
+            serde_json::to_value(self.keys.look(self.clock.now(), pools, look)).unwrap()
         }
 
         fn shown(&self, id: &str) -> Value {
-            serde_json::to_value(self.keys.get(id).unwrap().shown(self.clock.now())).unwrap()
+            serde_json::to_value(self.keys.get("openai", id).unwrap().shown(self.clock.now())).unwrap()
         }
     }
 
@@ -269,7 +335,7 @@ mod tests {
         assert_eq!(
             looked.shown("alpha"),
             json!({
-                "id": "alpha", "masked_secret": "…lpha", "status": "rate_limited", "time_left_ms": 1500,
+                "upstream": "openai", "id": "alpha", "masked_secret": "…lpha", "status": "rate_limited", "time_left_ms": 1500,
                 "last_reason": 429, "requests": 1, "limited": 1, "recovered": 0, "tokens": 0,
                 "last_used_ms_ago": 500,
                 "history": [{ "status": "healthy", "ms_ago": 1500 }, { "status": "rate_limited", "ms_ago": 500 }],
@@ -285,7 +351,8 @@ mod tests {
             looked.look(Look::Statuses),
             json!({
                 "keys": [{
-                    "id": "alpha", "status": "rate_limited", "time_left_ms": 2000, "last_reason": 429,
+                    "upstream": "openai", "id": "alpha", "status": "rate_limited", "time_left_ms": 2000,
+                    "last_reason": 429,
                     "requests": 1, "limited": 1, "last_used_ms_ago": 0,
                 }],
                 "removed": [],
@@ -296,7 +363,9 @@ mod tests {
         looked.clock.advance(SECOND);
         assert_eq!(
             looked.look(Look::Statuses)["keys"],
-            json!([{ "id": "alpha", "status": "healthy", "time_left_ms": null, "recovered": 1 }])
+            json!([{
+                "upstream": "openai", "id": "alpha", "status": "healthy", "time_left_ms": null, "recovered": 1,
+            }])
         );
     }
 
@@ -308,7 +377,7 @@ mod tests {
         assert_eq!(looked.look(Look::Statuses)["keys"], json!([]));
         assert_eq!(
             looked.look(Look::Everything)["keys"],
-            json!([{ "id": "alpha", "requests": 1, "tokens": 7, "last_used_ms_ago": 0 }])
+            json!([{ "upstream": "openai", "id": "alpha", "requests": 1, "tokens": 7, "last_used_ms_ago": 0 }])
         );
         assert_eq!(looked.look(Look::Everything)["keys"], json!([]));
     }
@@ -319,7 +388,8 @@ mod tests {
         looked.pool.insert("beta", "sk-b").await.unwrap();
         looked.pool.remove("gamma").await.unwrap();
         let changes = looked.look(Look::Statuses);
-        assert_eq!((&changes["keys"][0], &changes["removed"]), (&looked.shown("beta"), &json!(["gamma"])));
+        let removed = json!([{ "upstream": "openai", "id": "gamma" }]);
+        assert_eq!((&changes["keys"][0], &changes["removed"]), (&looked.shown("beta"), &removed));
         let order: Vec<_> = looked.keys.in_order().iter().map(|key| key.id().to_string()).collect();
         assert_eq!(order, ["alpha", "beta"]);
     }
@@ -329,6 +399,24 @@ mod tests {
         let mut looked = Looked::at(["alpha"]);
         looked.pool.remove("alpha").await.unwrap();
         looked.pool.insert("alpha", "sk-another").await.unwrap();
-        assert_eq!(looked.look(Look::Everything)["keys"], json!([{ "id": "alpha", "masked_secret": "…er" }]));
+        assert_eq!(
+            looked.look(Look::Everything)["keys"],
+            json!([{ "upstream": "openai", "id": "alpha", "masked_secret": "…er" }])
+        );
+    }
+
+    #[tokio::test]
+    async fn keys_of_two_upstreams_may_have_one_id() {
+        let (here, there) = (Looked::at(["alpha"]), Looked::at(["alpha"]));
+        let mut keys = Keys::default();
+        keys.look(SECOND, [("b", &here.pool), ("a", &there.pool)], Look::Everything);
+        there.request_answered_with(429).await;
+        let changes = keys.look(SECOND, [("b", &here.pool), ("a", &there.pool)], Look::Statuses);
+        let changes = serde_json::to_value(changes).unwrap();
+        assert_eq!((&changes["keys"][0]["upstream"], &changes["keys"][1]), (&json!("a"), &Value::Null));
+        let order: Vec<_> = keys.in_order().iter().map(|key| key.upstream().to_owned()).collect();
+        assert_eq!(order, ["b", "a"]);
+        let changes = serde_json::to_value(keys.look(SECOND, [("a", &there.pool)], Look::Statuses)).unwrap();
+        assert_eq!(changes["removed"], json!([{ "upstream": "b", "id": "alpha" }]));
     }
 }

@@ -15,14 +15,14 @@ use tokio::{
         broadcast::{self, error::RecvError},
         watch,
     },
-    time::{self, MissedTickBehavior},
+    time::{self, Instant, MissedTickBehavior},
 };
-use tower_key_rotation::KeyPool;
 
 use super::{
     history::{self, millis},
     keys::{Key, Keys, Look, Shown},
 };
+use crate::served::{Current, Served};
 
 const INTERVAL: Duration = Duration::from_millis(250);
 
@@ -36,7 +36,8 @@ const STREAMS: usize = 8;
 const CHANGES_WAITING: usize = 64;
 
 pub(super) struct Live {
-    pool: KeyPool,
+    current: Current,
+    began: Instant,
     /// Locked while a change is sent, so that a snapshot contains exactly the changes sent before it.
     keys: Mutex<Keys>,
     changes: broadcast::Sender<Arc<str>>,
@@ -49,14 +50,17 @@ type Listener = broadcast::Receiver<Arc<str>>;
 #[derive(Serialize)]
 struct Snapshot {
     history_ms: u64,
+    /// The names of the upstreams.
+    upstreams: Vec<String>,
     keys: Vec<Shown>,
 }
 
 impl Live {
-    /// Starts to watch the pool's keys, until the returned value is dropped.
-    pub(super) fn start(pool: KeyPool) -> Arc<Self> {
+    /// Starts to watch the upstreams' keys, until the returned value is dropped.
+    pub(super) fn start(current: Current) -> Arc<Self> {
         let live = Arc::new(Self {
-            pool,
+            current,
+            began: Instant::now(),
             keys: Mutex::default(),
             changes: broadcast::Sender::new(CHANGES_WAITING),
             streams: Arc::new(Semaphore::new(STREAMS)),
@@ -76,27 +80,29 @@ impl Live {
         live
     }
 
-    /// Takes over the pool's current state and sends the changes.
+    /// Takes over the current state of the pools and sends the changes.
     ///
     /// The API calls this method after each change, so that every page shows it at once.
     pub(super) fn look(&self, look: Look) {
         let mut keys = self.keys();
-        let changes = keys.look(self.now(), &self.pool, look);
+        let served = self.current.get();
+        let pools = served.upstreams.iter().map(|upstream| (upstream.name(), &upstream.pool));
+        let changes = keys.look(self.now(), pools, look);
         if self.changes.receiver_count() > 0 && !changes.is_empty() {
             // Sending fails if the last listener has just left.
             let _ = self.changes.send(json(&changes));
         }
     }
 
-    pub(super) fn pool(&self) -> &KeyPool {
-        &self.pool
+    pub(super) fn served(&self) -> Arc<Served> {
+        self.current.get()
     }
 
-    pub(super) fn get(&self, id: &str) -> Option<Shown> {
-        self.keys().get(id).map(|key| key.shown(self.now()))
+    pub(super) fn get(&self, upstream: &str, id: &str) -> Option<Shown> {
+        self.keys().get(upstream, id).map(|key| key.shown(self.now()))
     }
 
-    /// Calls `of` with all keys in rotation order and the current time.
+    /// Calls `of` with all keys in order and the current time.
     pub(super) fn all<T>(&self, of: impl FnOnce(Vec<&Key>, Duration) -> T) -> T {
         let keys = self.keys();
         of(keys.in_order(), self.now())
@@ -138,6 +144,7 @@ impl Live {
         let now = self.now();
         let snapshot = Snapshot {
             history_ms: millis(history::KEPT),
+            upstreams: self.served().upstreams.iter().map(|upstream| upstream.name().to_owned()).collect(),
             keys: keys.in_order().into_iter().map(|key| key.shown(now)).collect(),
         };
         (Event::default().event("snapshot").data(json(&snapshot)), self.changes.subscribe())
@@ -148,7 +155,7 @@ impl Live {
     }
 
     fn now(&self) -> Duration {
-        self.pool.clock().now()
+        self.began.elapsed()
     }
 }
 
@@ -162,11 +169,18 @@ mod tests {
     use std::pin::pin;
 
     use futures_util::{FutureExt, StreamExt};
+    use tower_key_rotation::KeyPool;
 
     use super::*;
+    use crate::upstream::Upstream;
 
-    fn pool() -> KeyPool {
-        KeyPool::builder().key("alpha", "sk-alpha").build().unwrap()
+    fn live() -> Arc<Live> {
+        let pool = KeyPool::builder().key("alpha", "sk-alpha").build().unwrap();
+        Live::start(Current::new(Served { upstreams: vec![Arc::new(Upstream::of(pool))] }))
+    }
+
+    fn pool(live: &Live) -> KeyPool {
+        live.served().upstreams[0].pool.clone()
     }
 
     fn name(event: Option<Result<Event, Infallible>>) -> String {
@@ -176,34 +190,34 @@ mod tests {
 
     #[tokio::test]
     async fn a_listener_gets_a_snapshot_then_each_change() {
-        let live = Live::start(pool());
+        let live = live();
         let mut events = pin!(live.clone().events().unwrap());
         assert_eq!(name(events.next().await), "snapshot");
         assert!(events.next().now_or_never().is_none());
-        live.pool.disable("alpha").await.unwrap();
+        pool(&live).disable("alpha").await.unwrap();
         assert_eq!(name(events.next().await), "changes");
     }
 
     #[tokio::test]
     async fn a_lagging_listener_gets_a_snapshot_then_changes() {
-        let live = Live::start(pool());
+        let live = live();
         let mut events = pin!(live.clone().events().unwrap());
         assert_eq!(name(events.next().await), "snapshot");
         for _ in 0..CHANGES_WAITING {
-            live.pool.disable("alpha").await.unwrap();
+            pool(&live).disable("alpha").await.unwrap();
             live.look(Look::Statuses);
-            live.pool.enable("alpha").await.unwrap();
+            pool(&live).enable("alpha").await.unwrap();
             live.look(Look::Statuses);
         }
         assert_eq!(name(events.next().await), "snapshot");
         assert!(events.next().now_or_never().is_none());
-        live.pool.disable("alpha").await.unwrap();
+        pool(&live).disable("alpha").await.unwrap();
         assert_eq!(name(events.next().await), "changes");
     }
 
     #[tokio::test]
     async fn event_streams_are_limited_until_one_ends() {
-        let live = Live::start(pool());
+        let live = live();
         let mut streams: Vec<_> = (0..STREAMS).map(|_| live.clone().events().unwrap()).collect();
         assert!(live.clone().events().is_none());
         streams.pop();
@@ -212,7 +226,7 @@ mod tests {
 
     #[tokio::test]
     async fn stopping_the_gateway_ends_current_and_later_streams() {
-        let live = Live::start(pool());
+        let live = live();
         let mut events = pin!(live.clone().events().unwrap());
         assert_eq!(name(events.next().await), "snapshot");
         live.stop();

@@ -10,14 +10,15 @@ mod live;
 mod page;
 mod refusal;
 mod search;
+mod upstreams;
 
 use std::sync::Arc;
 
 use axum::{Router, http::StatusCode, middleware};
-use tower_key_rotation::KeyPool;
 
 pub(crate) use self::access::Access;
 use self::{live::Live, refusal::Refusal};
+use crate::served::Current;
 
 pub(crate) struct Admin {
     live: Arc<Live>,
@@ -26,8 +27,8 @@ pub(crate) struct Admin {
 
 impl Admin {
     /// Starts to record the keys' history, whether or not a page is open.
-    pub(crate) fn of(pool: &KeyPool, access: Access) -> Self {
-        Self { live: Live::start(pool.clone()), access }
+    pub(crate) fn of(current: Current, access: Access) -> Self {
+        Self { live: Live::start(current), access }
     }
 
     /// Returns the routes at `/admin` and below. They need the peer's address as `ConnectInfo`.

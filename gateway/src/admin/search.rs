@@ -20,6 +20,7 @@ pub(super) struct Search {
     #[serde(default)]
     search: String,
     status: Option<Group>,
+    upstream: Option<String>,
     #[serde(default = "first_page")]
     page: usize,
     #[serde(default = "usual_per_page")]
@@ -96,7 +97,8 @@ impl Search {
 
     fn matches(&self, key: &Key, search: &str) -> bool {
         let holds = |text: &str| text.to_lowercase().contains(search);
-        self.status.is_none_or(|group| group.has(key.status()))
+        self.upstream.as_deref().is_none_or(|upstream| upstream == key.upstream())
+            && self.status.is_none_or(|group| group.has(key.status()))
             && (holds(key.id().as_str()) || holds(key.masked_secret()))
     }
 }

@@ -32,11 +32,13 @@ impl Refusal {
 }
 
 impl Api {
+    /// The path may have the prefix of an upstream.
     pub(super) fn of(request: &Parts) -> Self {
         let path = request.uri.path();
+        let ends_at_messages = path.split_once("/v1/messages").map(|(_, rest)| rest);
         let is_anthropic = request.headers.contains_key("anthropic-version")
-            || path == "/v1/complete"
-            || path.strip_prefix("/v1/messages").is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+            || path.ends_with("/v1/complete")
+            || ends_at_messages.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
         if is_anthropic { Self::Anthropic } else { Self::OpenAi }
     }
 

@@ -10,7 +10,7 @@ use serde::{
 use serde_json::Value;
 use tower_key_rotation::Traits;
 
-use crate::media_type::plain_media_type;
+use crate::{config::ScopeRule, media_type::plain_media_type};
 
 /// In UTF-8 a token of English takes about so many bytes.
 const BYTES_A_TOKEN: u64 = 4;
@@ -32,33 +32,47 @@ pub(super) fn is_in_the_body(head: &Parts) -> bool {
     head.method == Method::POST && plain_media_type(&head.headers).as_deref() == Some("application/json")
 }
 
-/// The traits of a request: its scope is the model, and its session is what the caller names, or else what the
-/// conversation begins with. `body` is empty if it was not read; of a body that was read in part, what comes later is not
-/// seen.
-pub(super) fn traits(head: &Parts, body: &[u8]) -> Traits {
-    let mut asked = Asked::default();
+/// What a request asks for.
+pub(super) struct Asked {
+    /// For the pool: the scope, the session and the tokens.
+    pub(super) traits: Traits,
+}
+
+/// Reads what a request asks for. Its scope is the model or what else the rule says, and its session is what the caller
+/// names, or else what the conversation begins with. `body` is empty if it was not read; of a body that was read in part,
+/// what comes later is not seen.
+pub(super) fn read(rule: ScopeRule, head: &Parts, body: &[u8]) -> Asked {
+    let mut fields = Fields::default();
     // What is no JSON asks for nothing. What breaks off has been read so far.
-    let read = Reading(&mut asked).deserialize(&mut serde_json::Deserializer::from_slice(body));
-    if read.is_err() && !asked.has_first_message {
+    let read = Reading(&mut fields).deserialize(&mut serde_json::Deserializer::from_slice(body));
+    if read.is_err() && !fields.has_first_message {
         // Instructions alone are the same in many conversations.
-        asked.begins_with.clear();
+        fields.begins_with.clear();
     }
+    let model = fields.model.or_else(|| model_in(head.uri.path()).map(str::to_owned));
     let mut traits = Traits::new();
-    if let Some(model) = asked.model.as_deref().or_else(|| model_in(head.uri.path())) {
-        traits = traits.scope(model);
+    let scope = match rule {
+        ScopeRule::Model => model.as_deref(),
+        ScopeRule::Path => Some(head.uri.path()),
+        ScopeRule::None => None,
+    };
+    if let Some(scope) = scope {
+        traits = traits.scope(scope);
     }
     if let Some(name) = named_session(&head.headers) {
         traits = traits.session(name);
-    } else if let Some(session) = &asked.session {
+    } else if let Some(session) = &fields.session {
         traits = traits.session(session);
-    } else if !asked.begins_with.is_empty() {
-        traits = traits.session(&asked.begins_with);
+    } else if !fields.begins_with.is_empty() {
+        traits = traits.session(&fields.begins_with);
     }
     let is_text = body.len() <= LARGEST_TEXT;
-    if let Some(output) = asked.max_output.filter(|output| is_text && *output <= LARGEST_OUTPUT) {
-        traits = traits.tokens(output.saturating_add(body.len() as u64 / BYTES_A_TOKEN));
+    let output = fields.max_output.filter(|output| is_text && *output <= LARGEST_OUTPUT);
+    let tokens = output.map(|output| output.saturating_add(body.len() as u64 / BYTES_A_TOKEN));
+    if let Some(tokens) = tokens {
+        traits = traits.tokens(tokens);
     }
-    traits
+    Asked { traits }
 }
 
 fn named_session(headers: &HeaderMap) -> Option<&[u8]> {
@@ -81,7 +95,7 @@ fn model_in(path: &str) -> Option<&str> {
 }
 
 #[derive(Debug, Default, PartialEq)]
-struct Asked {
+struct Fields {
     model: Option<String>,
     session: Option<String>,
     /// The system prompt, and the first message of the user.
@@ -91,7 +105,7 @@ struct Asked {
     max_output: Option<u64>,
 }
 
-struct Reading<'a>(&'a mut Asked);
+struct Reading<'a>(&'a mut Fields);
 
 impl<'de> DeserializeSeed<'de> for Reading<'_> {
     type Value = ();
@@ -151,7 +165,7 @@ fn text(value: Value) -> Option<String> {
 struct Name<'a>(#[serde(borrow)] Cow<'a, str>);
 
 /// Reads the messages of a conversation up to the first one of the user.
-struct Beginning<'a>(&'a mut Asked);
+struct Beginning<'a>(&'a mut Fields);
 
 impl Beginning<'_> {
     fn message(&mut self, message: &Value) {
@@ -233,6 +247,10 @@ mod tests {
             request = request.header(*name, *value);
         }
         request.body(()).unwrap().into_parts().0
+    }
+
+    fn traits(head: &Parts, body: &[u8]) -> Traits {
+        read(ScopeRule::Model, head, body).traits
     }
 
     fn of_body(body: &str) -> Traits {

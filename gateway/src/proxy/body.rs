@@ -29,7 +29,7 @@ pub(super) struct BodyLimits {
 ///
 /// A clone is for another attempt and starts at the first byte. Only one attempt reads from the caller: the last one
 /// that called [`hold`](Self::hold) before it was sent.
-pub(super) struct KeptBody {
+pub(crate) struct KeptBody {
     shared: Arc<Mutex<Shared>>,
     attempt: u32,
     /// Number of bytes that this attempt has sent.

@@ -61,7 +61,7 @@ impl<C> Connections<C> {
 
     fn begin(&self) -> (&Connection<C>, InFlight) {
         let load = |connection: &&Connection<C>| connection.in_flight.load(Relaxed);
-        let mut open = self.0.iter().filter(|connection| !connection.streams.are_none());
+        let open = self.0.iter().filter(|connection| !connection.streams.are_none());
         let idle = open.clone().find(|connection| load(connection) < BUSY);
         let least_busy = || open.min_by_key(load).or_else(|| self.0.iter().min_by_key(load));
         // There is always a least busy one.

@@ -13,8 +13,7 @@ use axum::{
     },
 };
 
-use super::Upstream;
-use crate::callers::CREDENTIALS;
+use crate::{base_url::BaseUrl, callers::CREDENTIALS};
 
 /// Hop-by-hop headers of RFC 9110 section 7.6.1, and those of proxy authentication, section 11.7.
 const HOP_BY_HOP: [HeaderName; 9] = [
@@ -95,13 +94,15 @@ fn join_cookies(headers: &mut HeaderMap) {
     }
 }
 
-pub(super) fn to_caller(headers: &mut HeaderMap, upstream: &Upstream) {
+/// `prefix` goes before the upstream's paths at the gateway.
+pub(super) fn to_caller(headers: &mut HeaderMap, url: &BaseUrl, prefix: &str) {
     remove_hop_by_hop(headers);
     for name in OF_ORIGIN {
         headers.remove(name);
     }
     let location = headers.get(LOCATION).and_then(|location| location.to_str().ok());
-    if let Some(path) = location.and_then(|location| upstream.path_of(location)) {
+    let path = location.and_then(|location| url.path_of(location));
+    if let Some(path) = path.and_then(|path| HeaderValue::try_from(format!("{prefix}{path}")).ok()) {
         headers.insert(LOCATION, path);
     }
 }

@@ -5,15 +5,15 @@ mod answer;
 mod api;
 mod asked;
 mod body;
+mod client;
 mod connections;
 mod headers;
 mod streams;
 mod tokens;
-mod upstream;
 
 use std::{
     error::Error as StdError,
-    io, mem,
+    mem,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -26,48 +26,61 @@ use axum::{
         HeaderValue, Method, StatusCode, Uri, Version,
         header::{CONTENT_LENGTH, RETRY_AFTER},
         request::Parts,
+        uri,
     },
     response::Response,
 };
 use hyper::ext::ReasonPhrase;
 use hyper_util::client::legacy;
-use tokio::{sync::Semaphore, time::timeout};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::timeout,
+};
 use tower::{BoxError, ServiceExt, timeout::error::Elapsed};
-use tower_key_rotation::{Error, KeyPool, NoKeyAvailable, ServedBy, Traits};
+use tower_key_rotation::{Error, NoKeyAvailable, ServedBy, Traits};
 
-pub(crate) use self::upstream::Upstream;
+pub(crate) use self::client::{Client, client};
 use self::{
     api::{Api, Refusal},
+    asked::Asked,
     body::{BodyLimits, Caller, CutOff, KeptBody, TooLarge},
     streams::NoStreams,
-    upstream::Client,
 };
 use crate::{
-    callers::Callers, guesses::Denied, held::Held, metrics, settings::Settings, sources, this_machine,
+    base_url::leads_out,
+    callers::Callers,
+    guesses::Denied,
+    held::Held,
+    metrics,
+    served::{Current, Served, without},
+    settings::Settings,
+    sources, this_machine,
+    upstream::Upstream,
     with_sources,
 };
 
 #[derive(Clone)]
 pub(crate) struct Proxy {
-    pool: KeyPool,
-    client: Client,
-    upstream: Arc<Upstream>,
+    current: Current,
     callers: Arc<Callers>,
     limits: BodyLimits,
     /// One for each request in flight.
     places: Arc<Semaphore>,
-    sanitize_errors: bool,
-    is_paced: bool,
-    /// For a body that is read before its request is sent.
-    body_timeout: Duration,
+}
+
+/// A request that may be sent.
+struct Admitted {
+    upstream: Arc<Upstream>,
+    /// What the upstream does not see of the path.
+    prefix: String,
+    uri: Uri,
+    place: OwnedSemaphorePermit,
 }
 
 impl Proxy {
-    pub(crate) fn new(pool: &KeyPool, settings: &Settings) -> io::Result<Self> {
-        Ok(Self {
-            pool: pool.clone(),
-            client: upstream::client(pool, settings)?,
-            upstream: Arc::new(settings.upstream.clone()),
+    pub(crate) fn new(current: Current, settings: &Settings) -> Self {
+        Self {
+            current,
             callers: Arc::new(Callers::with(settings.client_token.clone())),
             limits: BodyLimits {
                 keep: settings.keep_body,
@@ -75,10 +88,7 @@ impl Proxy {
                 room: Arc::new(Semaphore::new(settings.keep_bodies.min(Semaphore::MAX_PERMITS))),
             },
             places: Arc::new(Semaphore::new(settings.max_requests)),
-            sanitize_errors: settings.sanitize_errors,
-            is_paced: settings.pace,
-            body_timeout: settings.response_timeout.into(),
-        })
+        }
     }
 
     /// Returns a router that proxies every request.
@@ -86,52 +96,8 @@ impl Proxy {
         Router::new().fallback(answer).with_state(self)
     }
 
-    async fn forward(&self, api: Api, head: Parts, body: Body) -> Result<Response, Refusal> {
-        let uri = self.admit(&head, &body)?;
-        let method = head.method.clone();
-        let place = self.places.clone().try_acquire_owned().map_err(|_| Refusal {
-            status: StatusCode::SERVICE_UNAVAILABLE,
-            message: "this gateway has too many requests in flight".to_owned(),
-            retry_after: Some(HeaderValue::from_static("1")),
-        })?;
-        let (traits, body) = self.traits(&head, body).await?;
-        let body = KeptBody::new(body, self.limits.clone());
-        let caller = body.caller();
-        let mut request = Request::new(body);
-        if let Some(traits) = &traits {
-            request.extensions_mut().insert(traits.clone());
-        }
-        *request.method_mut() = head.method;
-        *request.uri_mut() = uri;
-        *request.headers_mut() = head.headers;
-        headers::to_upstream(request.headers_mut());
-        headers::announce_body(&mut request);
-
-        let response = self.client.clone().oneshot(request).await.map_err(|error| refuse(error, &caller))?;
-        // The gateway removes `Upgrade`, so no request asks for another protocol.
-        if response.status() == StatusCode::SWITCHING_PROTOCOLS {
-            return Err(Refusal::new(StatusCode::BAD_GATEWAY, "the upstream switched to another protocol"));
-        }
-        let response = self.pass_on(api, &method, traits.as_ref(), response);
-        Ok(response.map(|body| Body::new(Held::new(body, place))))
-    }
-
-    /// What the pool should know of a request, if it paces. The body is read ahead for that.
-    async fn traits(&self, head: &Parts, body: Body) -> Result<(Option<Traits>, Body), Refusal> {
-        if !self.is_paced {
-            return Ok((None, body));
-        }
-        if !asked::is_in_the_body(head) {
-            return Ok((Some(asked::traits(head, &[])), body));
-        }
-        let read = ahead::read_ahead(body, self.limits.keep, &self.limits.room);
-        let read = timeout(self.body_timeout, read).await.map_err(|_| not_arrived())?;
-        let (text, body) = read.map_err(|_| broke_off())?;
-        Ok((Some(asked::traits(head, &text)), body))
-    }
-
-    /// Authorizes a request and returns its URI at the upstream.
-    fn admit(&self, head: &Parts, body: &Body) -> Result<Uri, Refusal> {
+    /// Authorizes a request and finds its upstream.
+    fn admit(&self, served: &Served, head: &mut Parts, body: &Body) -> Result<Admitted, Refusal> {
         if !this_machine::has_valid_host(head) {
             return Err(Refusal::new(StatusCode::BAD_REQUEST, "a request must name exactly one valid host"));
         }
@@ -165,69 +131,159 @@ impl Proxy {
         if body.size_hint().lower() > self.limits.most as u64 {
             return Err(too_large());
         }
-        self.upstream
-            .uri_of(&head.uri)
-            .ok_or_else(|| Refusal::new(StatusCode::BAD_REQUEST, "this gateway does not forward this path"))
+        let (upstream, prefix, uri) = route(served, head)?;
+        let place = self.places.clone().try_acquire_owned().map_err(|_| Refusal {
+            status: StatusCode::SERVICE_UNAVAILABLE,
+            message: "this gateway has too many requests in flight".to_owned(),
+            retry_after: Some(HeaderValue::from_static("1")),
+        })?;
+        Ok(Admitted { upstream, prefix, uri, place })
     }
 
-    fn pass_on(
+    async fn forward(
         &self,
         api: Api,
-        method: &Method,
-        traits: Option<&Traits>,
-        mut response: Response,
-    ) -> Response {
-        headers::to_caller(response.headers_mut(), &self.upstream);
-        response = response.map(answer::body);
-        *response.version_mut() = Version::default();
-        let status = response.status();
-        if status == StatusCode::TOO_MANY_REQUESTS {
-            self.correct_retry_after(traits, &mut response);
+        admitted: Admitted,
+        head: Parts,
+        body: Body,
+    ) -> Result<Response, Refusal> {
+        let Admitted { upstream, prefix, uri, place } = admitted;
+        let method = head.method.clone();
+        let (asked, body) = self.ask(&upstream, &head, body).await?;
+        let body = KeptBody::new(body, self.limits.clone());
+        let caller = body.caller();
+        let mut request = Request::new(body);
+        if let Some(asked) = &asked {
+            request.extensions_mut().insert(asked.traits.clone());
         }
-        // Statuses above 599 are outside every class; treat them as errors.
-        if self.sanitize_errors && status.as_u16() >= 400 {
-            let refusal = Refusal {
-                status,
-                message: format!("the upstream answered {status}"),
-                retry_after: response.headers_mut().remove(RETRY_AFTER),
-            };
-            let mut error = api.error(refusal);
-            *error.extensions_mut() = mem::take(response.extensions_mut());
-            // The reason phrase of HTTP/1.1 is the upstream's text, too.
-            error.extensions_mut().remove::<ReasonPhrase>();
-            return error;
+        *request.method_mut() = head.method;
+        *request.uri_mut() = uri;
+        *request.headers_mut() = head.headers;
+        headers::to_upstream(request.headers_mut());
+        headers::announce_body(&mut request);
+
+        let response =
+            upstream.client.clone().oneshot(request).await.map_err(|error| refuse(error, &caller))?;
+        // The gateway removes `Upgrade`, so no request asks for another protocol.
+        if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+            return Err(Refusal::new(StatusCode::BAD_GATEWAY, "the upstream switched to another protocol"));
         }
-        tokens::count(&self.pool, method, response)
+        let route =
+            Route { upstream: &upstream, prefix: &prefix, traits: asked.as_ref().map(|asked| &asked.traits) };
+        let response = pass_on(&route, api, &method, response);
+        Ok(response.map(|body| Body::new(Held::new(body, place))))
     }
 
-    /// Replaces the `Retry-After` of a limited response, which is about one key, if no key has room.
-    ///
-    /// The new value is the time until the first key has room for such a request.
-    fn correct_retry_after(&self, traits: Option<&Traits>, response: &mut Response) {
-        let wait = traits.map_or_else(|| self.pool.next_return(), |traits| self.pool.next_room(traits));
-        let Some(wait) = wait.filter(|wait| !wait.is_zero()) else { return };
-        // Clients prefer these headers to `Retry-After`.
-        for of_one_key in ["retry-after-ms", "x-ms-retry-after-ms"] {
-            response.headers_mut().remove(of_one_key);
+    /// What a request asks for, if its upstream's limits depend on it. The body is read ahead for that.
+    async fn ask(
+        &self,
+        upstream: &Upstream,
+        head: &Parts,
+        body: Body,
+    ) -> Result<(Option<Asked>, Body), Refusal> {
+        let config = &upstream.config;
+        if !config.pace && config.quotas.is_empty() {
+            return Ok((None, body));
         }
-        response.headers_mut().insert(RETRY_AFTER, whole_seconds(wait));
+        if !asked::is_in_the_body(head) {
+            return Ok((Some(asked::read(config.scope, head, &[])), body));
+        }
+        let read = ahead::read_ahead(body, self.limits.keep, &self.limits.room);
+        let read = timeout(config.response_timeout, read).await.map_err(|_| not_arrived())?;
+        let (text, body) = read.map_err(|_| broke_off())?;
+        Ok((Some(asked::read(config.scope, head, &text)), body))
     }
+}
+
+/// Finds the upstream of a request, the prefix that its route takes away, and the URI there.
+///
+/// The path of the head becomes that at the upstream.
+fn route(served: &Served, head: &mut Parts) -> Result<(Arc<Upstream>, String, Uri), Refusal> {
+    let not_forwarded = || Refusal::new(StatusCode::BAD_REQUEST, "this gateway does not forward this path");
+    let path = head.uri.path_and_query().ok_or_else(not_forwarded)?;
+    if !path.as_str().starts_with('/') || leads_out(path.path()) {
+        return Err(not_forwarded());
+    }
+    let (upstream, prefix) = served.route(|| this_machine::host(head), path.path()).ok_or_else(|| {
+        Refusal::new(StatusCode::NOT_FOUND, "no upstream of this gateway has this path or host")
+    })?;
+    let path = without(prefix, path).ok_or_else(not_forwarded)?;
+    let uri = upstream.config.url.uri_of(path.as_str()).ok_or_else(not_forwarded)?;
+    if !prefix.is_empty() {
+        let mut parts = uri::Parts::default();
+        parts.path_and_query = Some(path);
+        head.uri = Uri::from_parts(parts).map_err(|_| not_forwarded())?;
+    }
+    Ok((upstream.clone(), prefix.to_owned(), uri))
+}
+
+/// Where a request went, and as what.
+struct Route<'a> {
+    upstream: &'a Upstream,
+    /// What the upstream does not see of the path.
+    prefix: &'a str,
+    traits: Option<&'a Traits>,
+}
+
+/// Turns the response of an upstream into one for the caller.
+fn pass_on(route: &Route<'_>, api: Api, method: &Method, mut response: Response) -> Response {
+    let upstream = route.upstream;
+    headers::to_caller(response.headers_mut(), &upstream.config.url, route.prefix);
+    response = response.map(answer::body);
+    *response.version_mut() = Version::default();
+    let status = response.status();
+    if status == StatusCode::TOO_MANY_REQUESTS {
+        correct_retry_after(route, &mut response);
+    }
+    // Statuses above 599 are outside every class; treat them as errors.
+    if upstream.config.sanitize_errors && status.as_u16() >= 400 {
+        let refusal = Refusal {
+            status,
+            message: format!("the upstream answered {status}"),
+            retry_after: response.headers_mut().remove(RETRY_AFTER),
+        };
+        let mut error = api.error(refusal);
+        *error.extensions_mut() = mem::take(response.extensions_mut());
+        // The reason phrase of HTTP/1.1 is the upstream's text, too.
+        error.extensions_mut().remove::<ReasonPhrase>();
+        return error;
+    }
+    tokens::count(&upstream.pool, method, response)
+}
+
+/// Replaces the `Retry-After` of a limited response, which is about one key, if no key has room.
+///
+/// The new value is the time until the first key has room for such a request.
+fn correct_retry_after(route: &Route<'_>, response: &mut Response) {
+    let pool = &route.upstream.pool;
+    let wait = route.traits.map_or_else(|| pool.next_return(), |traits| pool.next_room(traits));
+    let Some(wait) = wait.filter(|wait| !wait.is_zero()) else { return };
+    // Clients prefer these headers to `Retry-After`.
+    for of_one_key in ["retry-after-ms", "x-ms-retry-after-ms"] {
+        response.headers_mut().remove(of_one_key);
+    }
+    response.headers_mut().insert(RETRY_AFTER, whole_seconds(wait));
 }
 
 async fn answer(State(proxy): State<Proxy>, request: Request) -> Response {
     let began = Instant::now();
-    let (head, body) = request.into_parts();
+    let (mut head, body) = request.into_parts();
     let api = Api::of(&head);
     let (method, path) = (head.method.clone(), head.uri.path().to_owned());
     let is_navigation = headers::is_navigation(&head.headers);
-    let mut response = proxy.forward(api, head, body).await.unwrap_or_else(|refusal| api.error(refusal));
+    let (upstream, answered) = match proxy.admit(&proxy.current.get(), &mut head, &body) {
+        Ok(admitted) => (Some(admitted.upstream.clone()), proxy.forward(api, admitted, head, body).await),
+        Err(refusal) => (None, Err(refusal)),
+    };
+    let mut response = answered.unwrap_or_else(|refusal| api.error(refusal));
     if is_navigation {
         headers::sandbox(response.headers_mut());
     }
+    let upstream = upstream.as_deref().map(Upstream::name);
     let key = response.extensions().get().map(|ServedBy(key)| key.as_str());
     let (status, took) = (response.status(), began.elapsed());
-    tracing::debug!(%method, path, status = status.as_u16(), key, ?took);
-    metrics::answered(status, took);
+    tracing::debug!(%method, path, status = status.as_u16(), key, upstream, ?took);
+    metrics::answered(upstream, status, took);
     response
 }
 

@@ -239,7 +239,11 @@ impl Frames {
             if self.part.len() < whole {
                 break;
             }
-            if whole == SETTING { self.setting() } else { self.head() }
+            if whole == SETTING {
+                self.setting()
+            } else {
+                self.head()
+            }
             self.part.clear();
             // Not before the end of the frame: its last setting counts.
             if self.left == 0 {

@@ -2,7 +2,7 @@
 
 import { adding, importing, removing, sentence } from "/admin/dialogs.js";
 import { Keys } from "/admin/keys.js";
-import { call, pathOf, Stream, token } from "/admin/server.js";
+import { at, call, pathOf, Stream, token } from "/admin/server.js";
 import { Table } from "/admin/table.js";
 import { startTheme } from "/admin/theme.js";
 import { count, left, number, rounded } from "/admin/words.js";
@@ -15,7 +15,7 @@ const TICK = 250;
 const element = (id) => document.getElementById(id);
 
 const keys = new Keys();
-const view = { search: "", group: "", sort: "id", descending: false, page: 0 };
+const view = { search: "", upstream: "", group: "", sort: "id", descending: false, page: 0 };
 const table = new Table(keys, act);
 const stream = new Stream(heard, connection);
 
@@ -36,7 +36,8 @@ function schedule() {
 function show() {
   const now = performance.now();
   showTotals(now);
-  if (table.isHeld && table.shown.every((id) => keys.get(id))) return table.update(now, true);
+  showUpstreams();
+  if (table.isHeld && table.shown.every((name) => keys.get(name))) return table.update(now, true);
   const found = keys.find(view);
   const pages = Math.max(1, Math.ceil(found.length / PER_PAGE));
   view.page = Math.min(view.page, pages - 1);
@@ -65,6 +66,20 @@ function showTotals(now) {
     document.querySelector(`[data-note=${name}]`).textContent = notes[name];
   }
   element("reset-resting").disabled = totals.resting === 0;
+}
+
+/** Offers the upstreams to choose from, if there are several. */
+function showUpstreams() {
+  const names = keys.upstreams;
+  document.body.dataset.upstreams = names.length > 1 ? "several" : "one";
+  for (const [id, before] of [["upstream", [""]], ["add-upstream", []], ["import-upstream", []]]) {
+    const select = element(id);
+    const values = [...before, ...names];
+    if (values.join("/") === [...select.options].map(({ value }) => value).join("/")) continue;
+    const chosen = select.value;
+    select.replaceChildren(...values.map((name) => new Option(name || "Every upstream", name)));
+    select.value = values.includes(chosen) ? chosen : values[0];
+  }
 }
 
 let ticks = 0;
@@ -174,7 +189,7 @@ const DONE = { reset: "was reset", disable: "is out of service", enable: "is bac
 async function act(action, key) {
   if (action === "remove") return askToRemove(key);
   try {
-    await call("POST", pathOf(key.id, action));
+    await call("POST", pathOf(key, action));
     announce(`${key.id} ${DONE[action]}.`);
   } catch (error) {
     announce(`${key.id}: ${error.message}.`, true);
@@ -183,7 +198,9 @@ async function act(action, key) {
 
 element("reset-resting").addEventListener("click", async () => {
   try {
-    const { reset, failed } = await call("POST", "/keys:reset");
+    const upstreams = view.upstream ? [view.upstream] : keys.upstreams;
+    const answers = await Promise.all(upstreams.map((upstream) => call("POST", at("/keys:reset", upstream))));
+    const [reset, failed] = ["reset", "failed"].map((what) => answers.flatMap((answer) => answer[what]));
     if (failed.length) announce(`${count(failed.length, "key")} could not be reset. ${sentence(failed[0].error)}`, true);
     announce(`${count(reset.length, "key")} ${reset.length === 1 ? "was" : "were"} reset.`);
   } catch (error) {
@@ -209,6 +226,7 @@ function look(changes) {
 const beginsDescending = (sort) => !["id", "status", "left"].includes(sort);
 
 element("search").addEventListener("input", ({ target }) => look({ search: target.value.trim() }));
+element("upstream").addEventListener("change", ({ target }) => look({ upstream: target.value }));
 element("status").addEventListener("change", ({ target }) => look({ group: target.value }));
 element("sort").addEventListener("change", ({ target }) =>
   look({ sort: target.value, descending: beginsDescending(target.value) }));

@@ -1,6 +1,6 @@
 // Dialogs: add a key, import keys, confirm a removal.
 
-import { call, pathOf } from "/admin/server.js";
+import { at, call, pathOf } from "/admin/server.js";
 import { count } from "/admin/words.js";
 
 const element = (id) => document.getElementById(id);
@@ -32,7 +32,8 @@ export function adding(announce) {
   const failed = (text) => (element("add-error").textContent = text);
   const add = async () => {
     const name = id.value.trim();
-    await call("POST", "/keys", JSON.stringify({ id: name, secret: secret.value.trim() }));
+    const key = JSON.stringify({ id: name, secret: secret.value.trim() });
+    await call("POST", at("/keys", element("add-upstream").value), key);
     dialog.close();
     announce(`${name} was added.`);
   };
@@ -56,7 +57,7 @@ export function importing(announce) {
   });
   const send = async () => {
     const format = formatOf(text.value);
-    const imported = await call("POST", "/keys:import", text.value, format);
+    const imported = await call("POST", at("/keys:import", element("import-upstream").value), text.value, format);
     const summary = `${count(imported.added, "key")} added, ${imported.refused} refused`;
     element("import-summary").textContent = `${summary}.`;
     element("import-lines").replaceChildren(...imported.lines.map((line) => outcome(line, format === "application/json" ? "Entry" : "Line")));
@@ -93,11 +94,11 @@ function outcome({ line, id, error }, unit) {
 
 export function removing(announce) {
   const dialog = element("remove-key");
-  let id;
+  let removed;
   const remove = async () => {
-    await call("DELETE", pathOf(id));
+    await call("DELETE", pathOf(removed));
     dialog.close();
-    announce(`${id} was removed.`);
+    announce(`${removed.id} was removed.`);
   };
   onSubmit(dialog, remove, (error) => {
     if (!error) return;
@@ -105,8 +106,8 @@ export function removing(announce) {
     announce(error, true);
   });
   return (key) => {
-    id = key.id;
-    element("remove-id").textContent = id;
+    removed = key;
+    element("remove-id").textContent = key.id;
     dialog.showModal();
   };
 }

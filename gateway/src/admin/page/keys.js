@@ -29,11 +29,15 @@ const VALUES = {
 
 const collator = new Intl.Collator("en", { numeric: true });
 
+/** Names a key among those of all upstreams. An upstream's name has no slash. */
+export const nameOf = ({ upstream, id }) => `${upstream}/${id}`;
+
 /** Whether a key of this status can be reset. */
 export const canReset = (status) => status !== "healthy" && status !== "disabled";
 
 export class Keys {
   historyKept = 15 * 60_000;
+  upstreams = [];
   #keys = new Map();
   #ranked = true;
 
@@ -42,17 +46,21 @@ export class Keys {
     if (name === "snapshot") {
       this.#keys.clear();
       this.historyKept = data.history_ms;
+      this.upstreams = data.upstreams;
     } else {
-      for (const id of data.removed) this.#keys.delete(id);
+      for (const removed of data.removed) this.#keys.delete(nameOf(removed));
     }
     for (const shown of data.keys) this.#take(shown, now);
   }
 
   #take(shown, now) {
-    let key = this.#keys.get(shown.id);
+    const name = nameOf(shown);
+    let key = this.#keys.get(name);
     if (!key || shown.history) {
-      key = { id: shown.id, lower: shown.id.toLowerCase(), rank: key?.rank };
-      this.#keys.set(shown.id, key);
+      const { upstream, id } = shown;
+      key = { name, upstream, id, lower: id.toLowerCase(), rank: key?.rank };
+      this.#keys.set(name, key);
+      if (!this.upstreams.includes(upstream)) this.upstreams.push(upstream);
       this.#ranked &&= key.rank !== undefined;
     }
     if ("masked_secret" in shown) key.maskedSecret = shown.masked_secret;
@@ -68,8 +76,8 @@ export class Keys {
     key.status = shown.status ?? key.status;
   }
 
-  get(id) {
-    return this.#keys.get(id);
+  get(name) {
+    return this.#keys.get(name);
   }
 
   get size() {
@@ -91,13 +99,14 @@ export class Keys {
   }
 
   /** Returns the matching keys in order. */
-  find({ search, group, sort, descending }) {
+  find({ search, upstream, group, sort, descending }) {
     this.#rank();
     const wanted = search.toLowerCase();
     const statuses = group ? (GROUPS[group] ?? [group]) : null;
     const found = [];
     for (const key of this.#keys.values()) {
       if (statuses && !statuses.includes(key.status)) continue;
+      if (upstream && key.upstream !== upstream) continue;
       if (key.lower.includes(wanted) || key.maskedSecret.toLowerCase().includes(wanted)) found.push(key);
     }
     const value = VALUES[sort];
@@ -111,7 +120,7 @@ export class Keys {
   /** Ranks all ids once, because their comparison is slow. */
   #rank() {
     if (this.#ranked) return;
-    [...this.#keys.values()].sort((a, b) => collator.compare(a.id, b.id)).forEach((key, rank) => (key.rank = rank));
+    [...this.#keys.values()].sort((a, b) => collator.compare(a.id, b.id) || collator.compare(a.upstream, b.upstream)).forEach((key, rank) => (key.rank = rank));
     this.#ranked = true;
   }
 }

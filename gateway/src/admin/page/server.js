@@ -24,7 +24,11 @@ export class Refused extends Error {
   }
 }
 
-export const pathOf = (id, action) => `/keys/${encodeURIComponent(id)}${action ? `/${action}` : ""}`;
+/** Adds the upstream that a call is about. */
+export const at = (path, upstream) => `${path}?upstream=${encodeURIComponent(upstream)}`;
+
+export const pathOf = ({ upstream, id }, action) =>
+  at(`/keys/${encodeURIComponent(id)}${action ? `/${action}` : ""}`, upstream);
 
 /** Calls the API and returns its response. */
 export async function call(method, path, body, type = "application/json") {

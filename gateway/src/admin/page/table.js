@@ -20,7 +20,7 @@ export class Table {
     this.#body.addEventListener("click", ({ target }) => {
       const button = target.closest("button[data-action]");
       if (!button || button.ariaDisabled === "true") return;
-      const key = keys.get(button.closest("tr").dataset.key);
+      const key = keys.get(button.closest("tr").dataset.name);
       if (key) act(actionOf(button.dataset.action, key), key);
     });
     this.#body.addEventListener("pointermove", ({ target, clientX }) => this.#explain(target.closest("svg.timeline"), clientX));
@@ -35,8 +35,8 @@ export class Table {
   /** Shows these keys, in this order. */
   show(keys, now) {
     const before = this.#rows;
-    this.#rows = new Map(keys.map((key) => [key.id, before.get(key.id) ?? this.#row(key.id)]));
-    for (const [id, row] of before) if (!this.#rows.has(id)) row.remove();
+    this.#rows = new Map(keys.map((key) => [key.name, before.get(key.name) ?? this.#row(key)]));
+    for (const [name, row] of before) if (!this.#rows.has(name)) row.remove();
     let place = this.#body.firstElementChild;
     for (const row of this.#rows.values()) {
       if (row === place) place = place.nextElementSibling;
@@ -45,7 +45,7 @@ export class Table {
     this.update(now, true);
   }
 
-  /** The ids of the rows that are shown. */
+  /** The names of the keys that are shown. */
   get shown() {
     return [...this.#rows.keys()];
   }
@@ -53,8 +53,8 @@ export class Table {
   /** Updates the cells that change with time, and optionally the timelines. */
   update(now, timelines) {
     const width = this.#widthOfTimelines();
-    for (const [id, row] of this.#rows) {
-      const key = this.#keys.get(id);
+    for (const [name, row] of this.#rows) {
+      const key = this.#keys.get(name);
       if (!key) continue;
       fill(row, key, now);
       if (timelines) this.#draw(row.querySelector("svg.timeline"), key, now, width);
@@ -73,18 +73,20 @@ export class Table {
   }
 
   #explain(svg, x) {
-    const key = svg && this.#keys.get(svg.closest("tr").dataset.key);
+    const key = svg && this.#keys.get(svg.closest("tr").dataset.name);
     if (!key) return;
     const { left, width } = svg.getBoundingClientRect();
     svg.firstElementChild.textContent = describeAt(key, performance.now(), this.#keys.historyKept, (x - left) / width);
   }
 
-  #row(id) {
+  #row({ name, upstream, id }) {
     const row = this.#template.cloneNode(true);
+    row.dataset.name = name;
     row.dataset.key = id;
-    const name = row.querySelector(".name");
-    name.textContent = id;
-    name.title = id;
+    const cell = row.querySelector(".name");
+    cell.textContent = id;
+    cell.title = id;
+    put(row.querySelector(".upstream"), upstream);
     label(row.querySelector("[data-action=reset]"), `Reset ${id}`);
     label(row.querySelector("[data-action=remove]"), `Remove ${id}`);
     return row;

@@ -1,0 +1,147 @@
+//! The configuration: settings of the program, and its upstreams.
+//!
+//! It comes from the command line, the environment and a TOML file. Reading it finds all that is wrong with it, so that
+//! one run of `check` is enough.
+
+mod file;
+mod problems;
+mod quota;
+mod route;
+mod table;
+mod upstream;
+
+use std::{
+    collections::BTreeSet,
+    ffi::OsString,
+    mem,
+    path::{Path, PathBuf},
+};
+
+use clap::{ArgMatches, Command, FromArgMatches, parser::ValueSource};
+
+use self::{file::File, table::Fields};
+pub(crate) use self::{
+    file::Values,
+    problems::Invalid,
+    upstream::{Classifier, KeySource, MongoDb, ScopeRule, UpstreamConfig},
+};
+use crate::settings::{Settings, in_one_line};
+
+/// Settings that say what the only upstream is. An `[[upstream]]` table has fields of its own for them.
+const OF_ONE_UPSTREAM: [&str; 8] = [
+    "upstream",
+    "keys",
+    "inject",
+    "mongodb",
+    "mongodb-database",
+    "mongodb-collection",
+    "mongodb-standby-collection",
+    "data-keys",
+];
+
+pub(crate) struct Config {
+    pub(crate) settings: Settings,
+    /// At least one; no two with the same name or the same requests.
+    pub(crate) upstreams: Vec<UpstreamConfig>,
+}
+
+impl Config {
+    /// Reads the configuration that the arguments of the program and its environment say. For `--help` and `--version`,
+    /// it prints the text and exits.
+    pub(crate) fn read(arguments: &[OsString]) -> Result<Self, Invalid> {
+        let command = Settings::command_with_environment();
+        let no_setting_required = command.clone().mut_args(|arg| arg.required(false));
+        let path = parse(no_setting_required.clone(), arguments)?.get_one::<PathBuf>("config").cloned();
+        let text = path.as_deref().map(file::text).transpose()?.unwrap_or_default();
+        let mut file = match &path {
+            Some(path) => File::parse(path, &text, &Settings::command_without_environment()),
+            None => File::none(),
+        };
+        let matches = parse(Settings::with_file(command, &file.values), arguments)?;
+        let settings =
+            Settings::from_arg_matches(&matches).map_err(|error| Invalid::because(in_one_line(&error)))?;
+        for (name, reason) in settings.problems().into_iter().chain(open_addresses(&settings)) {
+            file.wrong_setting(name, reason);
+        }
+        let upstreams = upstreams(&settings, &matches, &mut file);
+        match file.problems.into_error() {
+            Some(invalid) => Err(invalid),
+            None => Ok(Self { settings, upstreams }),
+        }
+    }
+
+    /// The files that the configuration names and that should be readable by their owner only.
+    pub(crate) fn files(&self) -> impl Iterator<Item = &Path> {
+        let of_upstreams = self.upstreams.iter().flat_map(UpstreamConfig::files);
+        self.settings.config.as_deref().into_iter().chain(of_upstreams)
+    }
+}
+
+/// Without tokens, only this machine may reach the gateway.
+fn open_addresses(settings: &Settings) -> Vec<(&'static str, String)> {
+    let mut problems = Vec::new();
+    if settings.client_token.is_empty() && !settings.listen.ip().is_loopback() {
+        let reason = "--listen: without a client token it listens on loopback only: set GATEWAY_CLIENT_TOKEN";
+        problems.push(("listen", reason.to_owned()));
+    }
+    let has_no_token = settings.client_token.is_empty() && settings.admin_token.is_none();
+    if has_no_token && !settings.admin_listen.ip().is_loopback() {
+        let reason =
+            "--admin-listen: without an admin token it listens on loopback only: set GATEWAY_ADMIN_TOKEN";
+        problems.push(("admin-listen", reason.to_owned()));
+    }
+    problems
+}
+
+fn parse(command: Command, arguments: &[OsString]) -> Result<ArgMatches, Invalid> {
+    command.try_get_matches_from(arguments).map_err(|error| {
+        if !error.use_stderr() {
+            error.exit();
+        }
+        Invalid::because(in_one_line(&error))
+    })
+}
+
+fn upstreams(settings: &Settings, matches: &ArgMatches, file: &mut File<'_>) -> Vec<UpstreamConfig> {
+    let tables = mem::take(&mut file.upstreams);
+    if tables.is_empty() {
+        // Problems of the file may be the reason why there is no upstream.
+        if !file.problems.is_empty() && settings.upstream.is_none() {
+            return Vec::new();
+        }
+        return UpstreamConfig::of_settings(settings, &mut file.problems).into_iter().collect();
+    }
+    for name in OF_ONE_UPSTREAM {
+        let id = name.replace('-', "_");
+        let is_given = matches.value_source(&id).is_some_and(|source| source != ValueSource::DefaultValue);
+        if is_given || file.values.contains_key(name) {
+            file.wrong_setting(name, format!("--{name}: with [[upstream]] it belongs into these tables"));
+        }
+    }
+    let problems = &mut file.problems;
+    let mut upstreams: Vec<UpstreamConfig> = Vec::new();
+    let mut names = BTreeSet::new();
+    for table in tables {
+        let at = table.span().start;
+        let Some(fields) = Fields::of("[[upstream]]", table, problems) else { continue };
+        let Some(upstream) = UpstreamConfig::of_table(fields, settings, problems) else { continue };
+        let name = &upstream.name;
+        if !names.insert(name.clone()) {
+            problems.add_at(at, format!("upstream {name:?}: another upstream has this name"));
+        }
+        for other in &upstreams {
+            if let Some(both) = upstream.route.overlap(&other.route) {
+                problems.add_at(at, format!("upstream {name:?}: upstream {:?} gets {both}, too", other.name));
+            }
+            if let (Some(here), Some(there)) = (&upstream.mongodb, &other.mongodb)
+                && here.holds_keys_of(there)
+            {
+                let reason =
+                    format!("upstream {name:?}: upstream {:?} has the same MongoDB collection", other.name);
+                problems.add_at(at, reason);
+            }
+        }
+        upstreams.push(upstream);
+    }
+    upstreams
+}
