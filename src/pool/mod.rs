@@ -27,6 +27,7 @@ mod deadlines;
 mod engine;
 #[cfg(all(test, schedules = "loom"))]
 mod every_schedule;
+mod exchange;
 mod explain;
 mod explanation;
 mod in_flight;
