@@ -30,6 +30,12 @@ impl BaseUrl {
         self.scheme == Scheme::HTTPS || this_machine::is_loopback(self.authority.host())
     }
 
+    /// Whether its path ends with a version: `https://api.example.com/v1`.
+    pub(crate) fn has_version(&self) -> bool {
+        let last = self.base.rsplit('/').next().unwrap_or_default();
+        last.strip_prefix('v').is_some_and(|rest| rest.starts_with(|first: char| first.is_ascii_digit()))
+    }
+
     /// Returns the URI of a path and query below this URL, or `None` if they are not valid.
     pub(crate) fn uri_of(&self, path: &str) -> Option<Uri> {
         Uri::builder()

@@ -14,6 +14,7 @@ use tokio::{
 
 use crate::{
     admin::{Access, Admin},
+    callers::Callers,
     config::Config,
     health, metrics,
     proxy::Proxy,
@@ -31,14 +32,15 @@ pub(crate) async fn run(config: Config) -> Result<(), Box<dyn Error>> {
     for upstream in config.upstreams {
         upstreams.push(Arc::new(Upstream::open(upstream).await?));
     }
-    let current = Current::new(Served { upstreams });
+    let callers = Callers::new(config.callers, None);
+    let current = Current::new(Served { upstreams, callers });
     let listener = bind("--listen", settings.listen).await?;
     let admin_listener = bind("--admin-listen", settings.admin_listen).await?;
     let signal = stop_signal()?;
     for upstream in &current.get().upstreams {
         upstream.start();
     }
-    announce(&settings, &current.get(), &listener, &admin_listener)?;
+    announce(&current.get(), &listener, &admin_listener)?;
 
     let (stop, stopped) = watch::channel(());
     let admin = start_admin(admin_listener.into_std()?, &current, exporter, &settings, stopped)?;
@@ -76,7 +78,8 @@ fn start_admin(
     mut stopped: watch::Receiver<()>,
 ) -> io::Result<oneshot::Receiver<()>> {
     let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
-    let (current, access, limits) = (current.clone(), Access::by(settings), Limits::of(settings));
+    let (current, access, limits) =
+        (current.clone(), Access::by(settings, current.clone()), Limits::of(settings));
     let (ends, ended) = oneshot::channel();
     let run = async move {
         let listener = TcpListener::from_std(listener)?;
@@ -103,13 +106,8 @@ fn start_admin(
 }
 
 /// Logs the listen address last, because programs that start the gateway wait for this line.
-fn announce(
-    settings: &Settings,
-    served: &Served,
-    listener: &TcpListener,
-    admin: &TcpListener,
-) -> io::Result<()> {
-    if settings.client_token.is_empty() {
+fn announce(served: &Served, listener: &TcpListener, admin: &TcpListener) -> io::Result<()> {
+    if served.callers.are_all_here() {
         tracing::warn!("without a client token, every program on this machine can use the keys");
     }
     let upstreams: Vec<_> = served.upstreams.iter().map(|upstream| upstream.config.url.authority()).collect();

@@ -31,6 +31,23 @@ pub(crate) async fn open(upstream: &UpstreamConfig) -> Result<KeyPool, Box<dyn E
     })
 }
 
+/// Returns what is wrong with the keys of an upstream, without a look into MongoDB.
+pub(crate) fn problems(upstream: &UpstreamConfig) -> Vec<String> {
+    let place = upstream.place_of("keys");
+    let mut problems = match builder(upstream).build() {
+        Err(error) => vec![wrong(upstream, error).to_string()],
+        Ok(pool)
+            if pool.rejected().is_empty() && pool.stats().keys.is_empty() && upstream.mongodb.is_none() =>
+        {
+            vec![no_key(upstream, &pool).to_string()]
+        }
+        Ok(pool) => pool.rejected().iter().map(|rejected| format!("{place}: {rejected}")).collect(),
+    };
+    let store = upstream.mongodb.as_ref().map(|mongodb| store(upstream, mongodb));
+    problems.extend(store.and_then(Result::err).map(|invalid| invalid.to_string()));
+    problems
+}
+
 fn builder(upstream: &UpstreamConfig) -> KeyPoolBuilder {
     let host = upstream.url.authority();
     let mut builder = KeyPool::builder()

@@ -15,6 +15,7 @@ mod arguments;
 mod base_url;
 mod caller;
 mod callers;
+mod check;
 mod config;
 mod gateway;
 mod guesses;
@@ -24,6 +25,7 @@ mod keys;
 mod log;
 mod media_type;
 mod metrics;
+mod probe;
 mod proxy;
 mod read_on;
 mod serve;
@@ -34,7 +36,7 @@ mod unread;
 mod upstream;
 mod whole;
 
-use std::{env, error::Error, iter, panic, process::ExitCode};
+use std::{env, error::Error, ffi::OsString, iter, panic, process::ExitCode};
 
 use tracing_subscriber::EnvFilter;
 
@@ -43,13 +45,21 @@ use self::{
     log::Log,
 };
 
+/// The first argument of a run that only checks the configuration.
+const CHECK: &str = "check";
+
 /// The exit code for an invalid configuration.
 const INVALID: u8 = 2;
 
 #[tokio::main]
 async fn main() -> ExitCode {
+    let mut arguments: Vec<_> = env::args_os().collect();
+    if arguments.get(1).is_some_and(|argument| argument == CHECK) {
+        arguments.remove(1);
+        return check::run(arguments).await;
+    }
     let Ok(log) = Log::to_stderr() else { return ExitCode::FAILURE };
-    let code = match run(&log).await {
+    let code = match run(&arguments, &log).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             log.line(&format!("{}: {}", env!("CARGO_BIN_NAME"), with_sources(&*error)));
@@ -60,8 +70,8 @@ async fn main() -> ExitCode {
     code
 }
 
-async fn run(log: &Log) -> Result<(), Box<dyn Error>> {
-    let config = Config::read(&env::args_os().collect::<Vec<_>>())?;
+async fn run(arguments: &[OsString], log: &Log) -> Result<(), Box<dyn Error>> {
+    let config = Config::read(arguments)?;
     let filter = EnvFilter::try_new(&config.settings.log)?;
     tracing_subscriber::fmt()
         .with_writer(log.clone())
@@ -71,7 +81,9 @@ async fn run(log: &Log) -> Result<(), Box<dyn Error>> {
         .init();
     // The default hook would block on a stderr that nobody reads.
     panic::set_hook(Box::new(|panic| tracing::error!("{panic}")));
-    settings::warn(config.files());
+    for warning in settings::warnings(config.files()) {
+        tracing::warn!("{warning}");
+    }
     gateway::run(config).await
 }
 

@@ -1,4 +1,4 @@
-//! Prometheus metrics at `/metrics`: those of the key pools, and request durations.
+//! Prometheus metrics at `/metrics`: those of the key pools, request durations, and the usage of callers.
 
 use std::{error::Error, time::Duration};
 
@@ -16,6 +16,14 @@ use crate::served::Current;
 const REQUESTS: &str = "gateway_request_seconds";
 
 const LOG_LINES_LOST: &str = "gateway_log_lines_lost_total";
+
+const CALLER_REQUESTS: &str = "gateway_caller_requests_total";
+
+const CALLER_TOKENS: &str = "gateway_caller_tokens_total";
+
+const CALLER_OVER_LIMIT: &str = "gateway_caller_over_limit_total";
+
+const CALLER_IN_FLIGHT: &str = "gateway_caller_in_flight";
 
 const WRONG_TOKENS: &str = "gateway_wrong_tokens_total";
 
@@ -35,6 +43,10 @@ pub(crate) fn install() -> Result<PrometheusHandle, Box<dyn Error>> {
     );
     metrics::describe_counter!(LOG_LINES_LOST, "Log lines that stderr did not accept.");
     metrics::describe_counter!(WRONG_TOKENS, "Wrong tokens of callers and of the admin, by kind.");
+    metrics::describe_counter!(CALLER_REQUESTS, "Requests by caller, without those beyond its limits.");
+    metrics::describe_counter!(CALLER_TOKENS, "Tokens by caller, as far as responses report them.");
+    metrics::describe_counter!(CALLER_OVER_LIMIT, "Requests beyond a limit of their caller.");
+    metrics::describe_gauge!(CALLER_IN_FLIGHT, "Requests in flight by caller.");
     log_lines_lost(0);
     tokio::spawn(keep_up(exporter.clone()));
     Ok(exporter)
@@ -71,8 +83,16 @@ pub(crate) fn router(current: Current, exporter: PrometheusHandle) -> Router {
 }
 
 async fn read(State((current, exporter)): State<(Current, PrometheusHandle)>) -> impl IntoResponse {
-    for upstream in &current.get().upstreams {
+    let served = current.get();
+    for upstream in &served.upstreams {
         upstream.pool.record_metrics();
+    }
+    for caller in served.callers.shown() {
+        let name = caller.name().to_owned();
+        metrics::counter!(CALLER_REQUESTS, "caller" => name.clone()).absolute(caller.requests());
+        metrics::counter!(CALLER_TOKENS, "caller" => name.clone()).absolute(caller.tokens());
+        metrics::counter!(CALLER_OVER_LIMIT, "caller" => name.clone()).absolute(caller.over_limit());
+        metrics::gauge!(CALLER_IN_FLIGHT, "caller" => name).set(caller.in_flight() as f64);
     }
     ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], exporter.render())
 }

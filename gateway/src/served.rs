@@ -5,10 +5,11 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 use http::uri::PathAndQuery;
 
-use crate::upstream::Upstream;
+use crate::{callers::Callers, upstream::Upstream};
 
 pub(crate) struct Served {
     pub(crate) upstreams: Vec<Arc<Upstream>>,
+    pub(crate) callers: Callers,
 }
 
 /// The state that the next request sees.

@@ -31,6 +31,8 @@ use crate::{
 /// A reverse proxy that puts one of several API keys into each request, rests a key after a 429, and retries the
 /// request with another key.
 ///
+/// `check` before the settings says what is wrong with them; `check --probe` also tries each key by a request.
+///
 /// Each setting can also come from an environment variable (GATEWAY_UPSTREAM) or a TOML file (upstream = "…"). The
 /// command line overrides the environment, and the environment overrides the file.
 #[derive(Parser)]
@@ -222,14 +224,15 @@ impl Settings {
     }
 }
 
-/// Logs warnings of files with loose permissions and of variables without effect.
-pub(crate) fn warn<'f>(files: impl Iterator<Item = &'f Path>) {
-    for file in files.filter(|file| is_open_to_others(file)) {
-        tracing::warn!("{}: other users of this machine can read or change it: chmod 600", file.display());
-    }
-    for name in unknown_variables() {
-        tracing::warn!("{name}: there is no such setting, so the variable has no effect");
-    }
+/// Returns warnings of files with loose permissions and of variables without effect.
+pub(crate) fn warnings<'f>(files: impl Iterator<Item = &'f Path>) -> Vec<String> {
+    let files = files.filter(|file| is_open_to_others(file)).map(|file| {
+        format!("{}: other users of this machine can read or change it: chmod 600", file.display())
+    });
+    let variables = unknown_variables()
+        .into_iter()
+        .map(|name| format!("{name}: there is no such setting, so the variable has no effect"));
+    files.chain(variables).collect()
 }
 
 /// Finds the argument or variable that is not UTF-8. `clap` does not name it.

@@ -18,6 +18,7 @@ use crate::{
     callers::Token,
     guesses::{Denied, Guesses, Tokens},
     proxy::seconds_up,
+    served::Current,
     settings::Settings,
     this_machine,
 };
@@ -35,8 +36,8 @@ pub(crate) struct AdminToken {
 #[derive(Clone)]
 pub(crate) enum Access {
     WithToken(Arc<AdminToken>),
-    OnThisMachine,
-    Nobody,
+    /// Programs on this machine, unless callers have tokens.
+    OnThisMachine(Current),
 }
 
 impl Access {
@@ -44,15 +45,14 @@ impl Access {
     ///
     /// Client tokens mean that callers are on other machines. They may come through a proxy on this machine, which
     /// makes them look local, so a local peer is no proof then.
-    pub(crate) fn by(settings: &Settings) -> Self {
+    pub(crate) fn by(settings: &Settings, current: Current) -> Self {
         match &settings.admin_token {
             Some(token) => {
                 let guesses = Guesses::new(Tokens::Admin);
                 Self::WithToken(Arc::new(AdminToken { token: token.clone(), guesses }))
             }
-            // Without client tokens, `Settings` allows only a loopback address.
-            None if settings.client_token.is_empty() => Self::OnThisMachine,
-            None => Self::Nobody,
+            // The configuration allows only a loopback address then, unless callers have tokens.
+            None => Self::OnThisMachine(current),
         }
     }
 }
@@ -64,8 +64,10 @@ pub(super) async fn on_this_machine(State(access): State<Access>, request: Reque
         return Refusal::bad_request("a request must name exactly one valid host").into_response();
     }
     let refusal = match access {
-        Access::Nobody => "because client tokens are set, the admin needs a token, too: set --admin-token",
-        Access::OnThisMachine if !this_machine::asks(&head) => {
+        Access::OnThisMachine(current) if !current.get().callers.are_all_here() => {
+            "because client tokens are set, the admin needs a token, too: set --admin-token"
+        }
+        Access::OnThisMachine(_) if !this_machine::asks(&head) => {
             "without an admin token the admin answers only requests to localhost or a loopback address, not through a \
              proxy: set --admin-token"
         }
@@ -88,7 +90,7 @@ pub(super) async fn with_the_token(State(access): State<Access>, request: Reques
                 Err(denied) => refuse(denied),
             }
         }
-        Access::OnThisMachine if this_machine::is_for_another_page(&head) => {
+        Access::OnThisMachine(_) if this_machine::is_for_another_page(&head) => {
             let refusal =
                 "without an admin token the admin answers no page of another origin: set --admin-token";
             Refusal::new(StatusCode::FORBIDDEN, refusal).into_response()

@@ -21,6 +21,7 @@ use tower_key_rotation::{Explanation, KeyId, KeyPool, KeySpec, OperateError, Tra
 
 use super::{
     action::{Action, cannot_name},
+    callers,
     import::{self, Imported},
     keys::{Look, Shown},
     live::Live,
@@ -44,6 +45,7 @@ pub(super) fn router(live: Arc<Live>) -> Router {
         .route("/events", get(events))
         .route("/explain", get(explain))
         .route("/upstreams", get(upstreams::list))
+        .route("/callers", get(callers::list))
         .route("/keys", get(list).post(add))
         // Not below `/keys/`: a key may have the id `import`, or the id `.`, which browsers remove from a path.
         .route("/keys:import", post(import))

@@ -172,11 +172,14 @@ mod tests {
     use tower_key_rotation::KeyPool;
 
     use super::*;
-    use crate::upstream::Upstream;
+    use crate::{callers::Callers, upstream::Upstream};
 
     fn live() -> Arc<Live> {
         let pool = KeyPool::builder().key("alpha", "sk-alpha").build().unwrap();
-        Live::start(Current::new(Served { upstreams: vec![Arc::new(Upstream::of(pool))] }))
+        Live::start(Current::new(Served {
+            upstreams: vec![Arc::new(Upstream::of(pool))],
+            callers: Callers::new(Vec::new(), None),
+        }))
     }
 
     fn pool(live: &Live) -> KeyPool {

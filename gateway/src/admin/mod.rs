@@ -3,6 +3,7 @@
 mod access;
 mod action;
 mod api;
+mod callers;
 mod history;
 mod import;
 mod keys;

@@ -1,4 +1,4 @@
-//! The configuration file: settings under the names of the command line, and tables for upstreams.
+//! The configuration file: settings under the names of the command line, and tables for upstreams and callers.
 
 use std::{collections::BTreeMap, ffi::OsString, fs, path::Path};
 
@@ -18,6 +18,8 @@ pub(super) struct File<'t> {
     pub(super) values: Values,
     /// `[[upstream]]` tables.
     pub(super) upstreams: Vec<Spanned<DeValue<'t>>>,
+    /// `[[caller]]` tables.
+    pub(super) callers: Vec<Spanned<DeValue<'t>>>,
     pub(super) problems: Problems,
     /// Where each setting stands.
     places: BTreeMap<String, usize>,
@@ -34,6 +36,7 @@ impl<'t> File<'t> {
         Self {
             values: Values::new(),
             upstreams: Vec::new(),
+            callers: Vec::new(),
             problems: Problems::default(),
             places: BTreeMap::new(),
         }
@@ -55,6 +58,7 @@ impl<'t> File<'t> {
             let at = name.span().start;
             match (&**name.get_ref(), value.get_ref()) {
                 ("upstream", DeValue::Array(_)) => file.upstreams = array(value),
+                ("caller", DeValue::Array(_)) => file.callers = array(value),
                 _ => file.read_setting(name.into_inner().into_owned(), at, value.into_inner(), command),
             }
         }

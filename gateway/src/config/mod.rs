@@ -3,6 +3,7 @@
 //! It comes from the command line, the environment and a TOML file. Reading it finds all that is wrong with it, so that
 //! one run of `check` is enough.
 
+mod caller;
 mod file;
 mod problems;
 mod quota;
@@ -19,12 +20,13 @@ use std::{
 
 use clap::{ArgMatches, Command, FromArgMatches, parser::ValueSource};
 
-use self::{file::File, table::Fields};
 pub(crate) use self::{
+    caller::CallerConfig,
     file::Values,
     problems::Invalid,
     upstream::{Classifier, KeySource, MongoDb, ScopeRule, UpstreamConfig},
 };
+use self::{file::File, table::Fields};
 use crate::settings::{Settings, in_one_line};
 
 /// Settings that say what the only upstream is. An `[[upstream]]` table has fields of its own for them.
@@ -43,12 +45,22 @@ pub(crate) struct Config {
     pub(crate) settings: Settings,
     /// At least one; no two with the same name or the same requests.
     pub(crate) upstreams: Vec<UpstreamConfig>,
+    /// Those with a token; no two with the same name or token.
+    pub(crate) callers: Vec<CallerConfig>,
 }
 
 impl Config {
     /// Reads the configuration that the arguments of the program and its environment say. For `--help` and `--version`,
     /// it prints the text and exits.
     pub(crate) fn read(arguments: &[OsString]) -> Result<Self, Invalid> {
+        match Self::read_in_part(arguments)? {
+            (config, None) => Ok(config),
+            (_, Some(invalid)) => Err(invalid),
+        }
+    }
+
+    /// The same, for one who wants to look further: what could be read of an invalid configuration, beside the problems.
+    pub(crate) fn read_in_part(arguments: &[OsString]) -> Result<(Self, Option<Invalid>), Invalid> {
         let command = Settings::command_with_environment();
         let no_setting_required = command.clone().mut_args(|arg| arg.required(false));
         let path = parse(no_setting_required.clone(), arguments)?.get_one::<PathBuf>("config").cloned();
@@ -60,14 +72,12 @@ impl Config {
         let matches = parse(Settings::with_file(command, &file.values), arguments)?;
         let settings =
             Settings::from_arg_matches(&matches).map_err(|error| Invalid::because(in_one_line(&error)))?;
-        for (name, reason) in settings.problems().into_iter().chain(open_addresses(&settings)) {
+        for (name, reason) in settings.problems().into_iter().chain(open_addresses(&settings, &file)) {
             file.wrong_setting(name, reason);
         }
         let upstreams = upstreams(&settings, &matches, &mut file);
-        match file.problems.into_error() {
-            Some(invalid) => Err(invalid),
-            None => Ok(Self { settings, upstreams }),
-        }
+        let callers = callers(&settings, &upstreams, &mut file);
+        Ok((Self { settings, upstreams, callers }, file.problems.into_error()))
     }
 
     /// The files that the configuration names and that should be readable by their owner only.
@@ -78,14 +88,14 @@ impl Config {
 }
 
 /// Without tokens, only this machine may reach the gateway.
-fn open_addresses(settings: &Settings) -> Vec<(&'static str, String)> {
+fn open_addresses(settings: &Settings, file: &File<'_>) -> Vec<(&'static str, String)> {
     let mut problems = Vec::new();
-    if settings.client_token.is_empty() && !settings.listen.ip().is_loopback() {
+    let has_no_callers = settings.client_token.is_empty() && file.callers.is_empty();
+    if has_no_callers && !settings.listen.ip().is_loopback() {
         let reason = "--listen: without a client token it listens on loopback only: set GATEWAY_CLIENT_TOKEN";
         problems.push(("listen", reason.to_owned()));
     }
-    let has_no_token = settings.client_token.is_empty() && settings.admin_token.is_none();
-    if has_no_token && !settings.admin_listen.ip().is_loopback() {
+    if has_no_callers && settings.admin_token.is_none() && !settings.admin_listen.ip().is_loopback() {
         let reason =
             "--admin-listen: without an admin token it listens on loopback only: set GATEWAY_ADMIN_TOKEN";
         problems.push(("admin-listen", reason.to_owned()));
@@ -144,4 +154,33 @@ fn upstreams(settings: &Settings, matches: &ArgMatches, file: &mut File<'_>) -> 
         upstreams.push(upstream);
     }
     upstreams
+}
+
+/// `upstreams` are those without problems.
+fn callers(settings: &Settings, upstreams: &[UpstreamConfig], file: &mut File<'_>) -> Vec<CallerConfig> {
+    let tables = mem::take(&mut file.callers);
+    let all_upstreams_are_known = file.problems.is_empty();
+    let problems = &mut file.problems;
+    let mut callers = CallerConfig::of_settings(settings);
+    for table in tables {
+        let at = table.span().start;
+        let Some(fields) = Fields::of("[[caller]]", table, problems) else { continue };
+        let Some(caller) = CallerConfig::of_table(fields, problems) else { continue };
+        let name = &caller.name;
+        for other in &callers {
+            if other.name == *name {
+                problems.add_at(at, format!("caller {name:?}: another caller has this name"));
+            }
+            if other.token == caller.token {
+                problems.add_at(at, format!("caller {name:?}: caller {:?} has the same token", other.name));
+            }
+        }
+        for wanted in &caller.upstreams {
+            if all_upstreams_are_known && !upstreams.iter().any(|upstream| upstream.name == *wanted) {
+                problems.add_at(at, format!("caller {name:?}: upstreams: there is no upstream {wanted:?}"));
+            }
+        }
+        callers.push(caller);
+    }
+    callers
 }

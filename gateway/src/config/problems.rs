@@ -30,6 +30,10 @@ impl Invalid {
     pub(crate) fn because(reason: impl Into<String>) -> Self {
         Self(vec![Problem { file: None, line: None, reason: reason.into() }])
     }
+
+    pub(crate) fn problems(&self) -> &[Problem] {
+        &self.0
+    }
 }
 
 /// Shows the first problem, and how many more there are.

@@ -34,6 +34,14 @@ pub(super) fn is_in_the_body(head: &Parts) -> bool {
 
 /// What a request asks for.
 pub(super) struct Asked {
+    /// In the body.
+    model: Option<String>,
+    /// In the path.
+    model_of_path: Option<String>,
+    /// Whether all of the body was read, and names no field twice that matters.
+    is_clear: bool,
+    /// An estimate of input and output; `None` if the body names no maximum, or is no text.
+    pub(super) tokens: Option<u64>,
     /// For the pool: the scope, the session and the tokens.
     pub(super) traits: Traits,
 }
@@ -44,15 +52,18 @@ pub(super) struct Asked {
 pub(super) fn read(rule: ScopeRule, head: &Parts, body: &[u8]) -> Asked {
     let mut fields = Fields::default();
     // What is no JSON asks for nothing. What breaks off has been read so far.
-    let read = Reading(&mut fields).deserialize(&mut serde_json::Deserializer::from_slice(body));
+    let mut json = serde_json::Deserializer::from_slice(body);
+    let read = Reading(&mut fields).deserialize(&mut json);
     if read.is_err() && !fields.has_first_message {
         // Instructions alone are the same in many conversations.
         fields.begins_with.clear();
     }
-    let model = fields.model.or_else(|| model_in(head.uri.path()).map(str::to_owned));
+    let is_whole = read.and_then(|()| json.end()).is_ok();
+    let is_clear = (is_whole || body.is_empty()) && fields.models <= 1;
+    let model_of_path = model_in(head.uri.path()).map(str::to_owned);
     let mut traits = Traits::new();
     let scope = match rule {
-        ScopeRule::Model => model.as_deref(),
+        ScopeRule::Model => fields.model.as_deref().or(model_of_path.as_deref()),
         ScopeRule::Path => Some(head.uri.path()),
         ScopeRule::None => None,
     };
@@ -72,7 +83,16 @@ pub(super) fn read(rule: ScopeRule, head: &Parts, body: &[u8]) -> Asked {
     if let Some(tokens) = tokens {
         traits = traits.tokens(tokens);
     }
-    Asked { traits }
+    Asked { model: fields.model, model_of_path, is_clear, tokens, traits }
+}
+
+impl Asked {
+    /// Whether the request is for models that are allowed, without doubt: servers differ in what they read from an
+    /// unclear body.
+    pub(super) fn is_for(&self, is_allowed: impl Fn(&str) -> bool) -> bool {
+        let mut models = self.model.iter().chain(&self.model_of_path).peekable();
+        self.is_clear && models.peek().is_some() && models.all(|model| is_allowed(model))
+    }
 }
 
 fn named_session(headers: &HeaderMap) -> Option<&[u8]> {
@@ -97,6 +117,8 @@ fn model_in(path: &str) -> Option<&str> {
 #[derive(Debug, Default, PartialEq)]
 struct Fields {
     model: Option<String>,
+    /// How often a model is named.
+    models: usize,
     session: Option<String>,
     /// The system prompt, and the first message of the user.
     begins_with: Vec<String>,
@@ -126,7 +148,10 @@ impl<'de> Visitor<'de> for Reading<'_> {
         let asked = self.0;
         while let Some(name) = fields.next_key::<Name<'de>>()? {
             match &*name.0 {
-                "model" => asked.model = text(fields.next_value()?),
+                "model" => {
+                    asked.models += 1;
+                    asked.model = text(fields.next_value()?);
+                }
                 "prompt_cache_key" => asked.session = text(fields.next_value()?).or(asked.session.take()),
                 "metadata" => {
                     let mut metadata: Value = fields.next_value()?;
@@ -289,6 +314,26 @@ mod tests {
     fn output_of_gemini_counts() {
         let body = r#"{"contents":[],"generationConfig":{"maxOutputTokens":40}}"#;
         assert_eq!(of_body(body), Traits::new().tokens(40 + body.len() as u64 / 4));
+    }
+
+    #[test]
+    fn only_a_clear_body_is_for_an_allowed_model() {
+        let is_for_m = |path: &str, body: &str| {
+            read(ScopeRule::Model, &head(path, &[]), body.as_bytes()).is_for(|model| model == "m")
+        };
+        assert!(is_for_m("/v1/chat/completions", r#"{"model":"m"}"#));
+        assert!(is_for_m("/v1beta/models/m:generateContent", ""));
+        for body in [
+            r#"{"model":"n"}"#,
+            r#"{}"#,
+            "",
+            r#"{"model":"m","model":"n"}"#,
+            r#"{"model":"m","#,
+            r#"{"model":"m"} x"#,
+        ] {
+            assert!(!is_for_m("/v1/chat/completions", body), "{body}");
+        }
+        assert!(!is_for_m("/v1beta/models/n:generateContent", r#"{"model":"m"}"#));
     }
 
     #[test]

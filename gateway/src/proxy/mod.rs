@@ -48,8 +48,8 @@ use self::{
 };
 use crate::{
     base_url::leads_out,
-    callers::Callers,
-    guesses::Denied,
+    callers::{NamedCaller, OverLimit, UnderWay},
+    guesses::{Denied, Guesses, Tokens},
     held::Held,
     metrics,
     served::{Current, Served, without},
@@ -62,7 +62,7 @@ use crate::{
 #[derive(Clone)]
 pub(crate) struct Proxy {
     current: Current,
-    callers: Arc<Callers>,
+    guesses: Arc<Guesses>,
     limits: BodyLimits,
     /// One for each request in flight.
     places: Arc<Semaphore>,
@@ -74,6 +74,8 @@ struct Admitted {
     /// What the upstream does not see of the path.
     prefix: String,
     uri: Uri,
+    caller: Arc<NamedCaller>,
+    under_way: UnderWay,
     place: OwnedSemaphorePermit,
 }
 
@@ -81,7 +83,7 @@ impl Proxy {
     pub(crate) fn new(current: Current, settings: &Settings) -> Self {
         Self {
             current,
-            callers: Arc::new(Callers::with(settings.client_token.clone())),
+            guesses: Arc::new(Guesses::new(Tokens::Client)),
             limits: BodyLimits {
                 keep: settings.keep_body,
                 most: settings.max_body,
@@ -108,9 +110,9 @@ impl Proxy {
                 "a request must not have several content-length headers",
             ));
         }
-        self.callers.admit(head).map_err(denied)?;
+        let caller = served.callers.admit(&self.guesses, head).map_err(denied)?;
         let is_asked_here = this_machine::asks(head) && !this_machine::is_for_another_page(head);
-        if self.callers.are_all_here() && !is_asked_here {
+        if served.callers.are_all_here() && !is_asked_here {
             return Err(Refusal::new(
                 StatusCode::FORBIDDEN,
                 "without a client token this gateway answers only requests to localhost or a loopback address, not \
@@ -131,13 +133,21 @@ impl Proxy {
         if body.size_hint().lower() > self.limits.most as u64 {
             return Err(too_large());
         }
+        let path_here = head.uri.path().to_owned();
         let (upstream, prefix, uri) = route(served, head)?;
+        if !caller.may_use(upstream.name(), &path_here) {
+            return Err(Refusal::new(
+                StatusCode::FORBIDDEN,
+                "this client token is not for this upstream or path",
+            ));
+        }
         let place = self.places.clone().try_acquire_owned().map_err(|_| Refusal {
             status: StatusCode::SERVICE_UNAVAILABLE,
             message: "this gateway has too many requests in flight".to_owned(),
             retry_after: Some(HeaderValue::from_static("1")),
         })?;
-        Ok(Admitted { upstream, prefix, uri, place })
+        let under_way = caller.begin().map_err(over_limit)?;
+        Ok(Admitted { upstream, prefix, uri, caller, under_way, place })
     }
 
     async fn forward(
@@ -147,9 +157,18 @@ impl Proxy {
         head: Parts,
         body: Body,
     ) -> Result<Response, Refusal> {
-        let Admitted { upstream, prefix, uri, place } = admitted;
+        let Admitted { upstream, prefix, uri, caller, mut under_way, place } = admitted;
         let method = head.method.clone();
-        let (asked, body) = self.ask(&upstream, &head, body).await?;
+        let (asked, body) = self.ask(&upstream, &caller, &head, body).await?;
+        let may_use_model = |asked: &Asked| asked.is_for(|model| caller.may_use_model(model));
+        if caller.has_models() && !method.is_safe() && !asked.as_ref().is_some_and(may_use_model) {
+            return Err(Refusal::new(
+                StatusCode::FORBIDDEN,
+                "this client token is for certain models only, and the request names none of them",
+            ));
+        }
+        under_way.reserve(asked.as_ref().and_then(|asked| asked.tokens)).map_err(over_limit)?;
+        let under_way = Arc::new(under_way);
         let body = KeptBody::new(body, self.limits.clone());
         let caller = body.caller();
         let mut request = Request::new(body);
@@ -168,21 +187,30 @@ impl Proxy {
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
             return Err(Refusal::new(StatusCode::BAD_GATEWAY, "the upstream switched to another protocol"));
         }
-        let route =
-            Route { upstream: &upstream, prefix: &prefix, traits: asked.as_ref().map(|asked| &asked.traits) };
+        if response.status().as_u16() < 400 {
+            under_way.was_served();
+        }
+        let route = Route {
+            upstream: &upstream,
+            prefix: &prefix,
+            caller: &under_way,
+            traits: asked.as_ref().map(|asked| &asked.traits),
+        };
         let response = pass_on(&route, api, &method, response);
-        Ok(response.map(|body| Body::new(Held::new(body, place))))
+        Ok(response.map(|body| Body::new(Held::new(body, (place, under_way)))))
     }
 
-    /// What a request asks for, if its upstream's limits depend on it. The body is read ahead for that.
+    /// What a request asks for, if limits of its upstream or its caller depend on it. The body is read ahead for that.
     async fn ask(
         &self,
         upstream: &Upstream,
+        caller: &NamedCaller,
         head: &Parts,
         body: Body,
     ) -> Result<(Option<Asked>, Body), Refusal> {
         let config = &upstream.config;
-        if !config.pace && config.quotas.is_empty() {
+        let matters_to_caller = caller.has_models() || caller.limits_tokens();
+        if !config.pace && config.quotas.is_empty() && !matters_to_caller {
             return Ok((None, body));
         }
         if !asked::is_in_the_body(head) {
@@ -222,6 +250,7 @@ struct Route<'a> {
     upstream: &'a Upstream,
     /// What the upstream does not see of the path.
     prefix: &'a str,
+    caller: &'a Arc<UnderWay>,
     traits: Option<&'a Traits>,
 }
 
@@ -248,7 +277,7 @@ fn pass_on(route: &Route<'_>, api: Api, method: &Method, mut response: Response)
         error.extensions_mut().remove::<ReasonPhrase>();
         return error;
     }
-    tokens::count(&upstream.pool, method, response)
+    tokens::count(&upstream.pool, route.caller, method, response)
 }
 
 /// Replaces the `Retry-After` of a limited response, which is about one key, if no key has room.
@@ -360,6 +389,22 @@ fn denied(denied: Denied) -> Refusal {
             retry_after: Some(whole_seconds(wait)),
         },
     }
+}
+
+fn over_limit(over: OverLimit) -> Refusal {
+    // A limit that has room in less than a second has none now.
+    let seconds = seconds_up(over.wait).max(1);
+    Refusal {
+        status: StatusCode::TOO_MANY_REQUESTS,
+        message: format!("this client token has reached its limit of {}: wait {seconds} s", over.limit),
+        retry_after: Some(seconds.into()),
+    }
+}
+
+/// The body of a request that has none.
+pub(crate) fn without_body() -> KeptBody {
+    let room = Arc::new(Semaphore::new(0));
+    KeptBody::new(Body::empty(), BodyLimits { keep: 0, most: 0, room })
 }
 
 fn not_arrived() -> Refusal {

@@ -1,8 +1,9 @@
-//! Token usage: read from a response as it streams by, and credited to the key that served it.
+//! Token usage: read from a response as it streams by, and credited to the key that served it and to the caller.
 
 use std::{
     mem,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
 };
 
@@ -15,7 +16,7 @@ use hyper::body::{Frame, SizeHint};
 use serde::Deserialize;
 use tower_key_rotation::{KeyId, KeyPool, Reservation, ServedBy};
 
-use crate::media_type::plain_media_type;
+use crate::{callers::UnderWay, media_type::plain_media_type};
 
 /// The largest JSON that is parsed: a whole response, or one event of a stream.
 const LARGEST_JSON: usize = 8 << 20;
@@ -28,19 +29,21 @@ struct Counted {
     key: KeyId,
     /// The tokens that a paced request reserved.
     reservation: Option<Reservation>,
+    caller: Arc<UnderWay>,
 }
 
 /// Counts the tokens of a response to a `POST`.
 ///
 /// Other methods use no tokens: a `GET` of a stored response reports the same usage each time.
-pub(super) fn count(pool: &KeyPool, method: &Method, response: Response) -> Response {
+pub(super) fn count(pool: &KeyPool, caller: &Arc<UnderWay>, method: &Method, response: Response) -> Response {
     if method != Method::POST {
         return response;
     }
     let key = response.extensions().get().map(|ServedBy(key)| key.clone());
     let (Some(key), Some(reader)) = (key, Reader::of(response.headers())) else { return response };
-    let (pool, reservation) = (pool.clone(), response.extensions().get().cloned());
-    response.map(|body| Body::new(Counted { body, reader, pool, key, reservation }))
+    let (pool, caller) = (pool.clone(), caller.clone());
+    let reservation = response.extensions().get().cloned();
+    response.map(|body| Body::new(Counted { body, reader, pool, key, reservation, caller }))
 }
 
 /// Records the usage on drop, so that it counts even if the caller stops reading early.
@@ -49,6 +52,7 @@ impl Drop for Counted {
         let usage = self.reader.usage();
         if let Some(tokens) = usage.tokens() {
             self.pool.record_usage(&self.key, tokens);
+            self.caller.used(tokens);
             if let Some(reservation) = &self.reservation {
                 reservation.used(usage.limited_tokens(tokens));
             }

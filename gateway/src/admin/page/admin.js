@@ -1,5 +1,6 @@
 // Assembles the page: sign-in, view and actions.
 
+import { startCallers } from "/admin/callers.js";
 import { adding, importing, removing, sentence } from "/admin/dialogs.js";
 import { Keys } from "/admin/keys.js";
 import { at, call, pathOf, Stream, token } from "/admin/server.js";
@@ -120,6 +121,7 @@ function connection(state, detail) {
   if (state === "live") {
     delete document.body.dataset.stale;
     signedIn(true);
+    updateCallers();
   } else if (state === "waiting") {
     document.body.dataset.stale = "";
     countDown(performance.now() + detail.wait);
@@ -249,5 +251,6 @@ addEventListener("keydown", (event) => {
 });
 
 startTheme(element("theme-switch"));
+const updateCallers = startCallers(() => !element("overview").hidden);
 look({});
 stream.start();
