@@ -6,7 +6,7 @@ use http::HeaderName;
 use tower_key_rotation::Inject;
 
 /// A duration in seconds, with or without a fraction.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Seconds(Duration);
 
 impl From<Seconds> for Duration {

@@ -1,6 +1,6 @@
 //! Assembles the gateway and serves until a stop signal.
 
-use std::{error::Error, io, net, sync::Arc, thread};
+use std::{error::Error, io, mem, net, sync::Arc, thread};
 
 use axum::{Router, middleware};
 use futures_util::{FutureExt, future::join_all};
@@ -19,43 +19,51 @@ use crate::{
     health, metrics,
     proxy::Proxy,
     read_on::read_on,
+    reload::Reload,
     serve::{Limits, serve},
     served::{Current, Served},
     settings::Settings,
     upstream::Upstream,
+    watch::Files,
 };
 
-pub(crate) async fn run(config: Config) -> Result<(), Box<dyn Error>> {
-    let settings = config.settings;
+pub(crate) async fn run(mut config: Config) -> Result<(), Box<dyn Error>> {
     let exporter = metrics::install()?;
+    let files = Files::now(config.files());
     let mut upstreams = Vec::new();
-    for upstream in config.upstreams {
+    for upstream in mem::take(&mut config.upstreams) {
         upstreams.push(Arc::new(Upstream::open(upstream).await?));
     }
-    let callers = Callers::new(config.callers, None);
+    let callers = Callers::new(mem::take(&mut config.callers), None);
     let current = Current::new(Served { upstreams, callers });
+    let settings = &config.settings;
     let listener = bind("--listen", settings.listen).await?;
     let admin_listener = bind("--admin-listen", settings.admin_listen).await?;
     let signal = stop_signal()?;
     for upstream in &current.get().upstreams {
         upstream.start();
     }
-    announce(&current.get(), &listener, &admin_listener)?;
-
+    let admin_address = admin_listener.local_addr()?;
+    let limits = Limits::of(settings);
+    let proxy = Proxy::new(current.clone(), settings);
     let (stop, stopped) = watch::channel(());
-    let admin = start_admin(admin_listener.into_std()?, &current, exporter, &settings, stopped)?;
+    let admin = start_admin(admin_listener.into_std()?, &current, exporter, settings, stopped)?;
+    let reload = Reload::new(config, files, current.clone())?;
+    announce(&current.get(), listener.local_addr()?, admin_address);
+
     let app = Router::new()
         .merge(health::router(current.clone()))
-        .fallback_service(Proxy::new(current.clone(), &settings).router())
+        .fallback_service(proxy.router())
         .layer(middleware::map_request(read_on));
-    let limits = Limits::of(&settings);
     let signal = signal.inspect(move |()| {
         tracing::info!("stopping: requests in flight have {:?} to finish", limits.shutdown);
         drop(stop);
     });
+    let reload = tokio::spawn(reload.run());
     // An error means that the admin's thread has ended, by a panic at worst, which the panic hook logs.
     _ = join!(serve(listener, app, signal, limits), admin);
 
+    reload.abort();
     let served = current.get();
     let written = join_all(served.upstreams.iter().map(|upstream| upstream.shutdown())).await;
     written.into_iter().collect::<Result<(), _>>()?;
@@ -106,14 +114,13 @@ fn start_admin(
 }
 
 /// Logs the listen address last, because programs that start the gateway wait for this line.
-fn announce(served: &Served, listener: &TcpListener, admin: &TcpListener) -> io::Result<()> {
+fn announce(served: &Served, address: net::SocketAddr, admin: net::SocketAddr) {
     if served.callers.are_all_here() {
         tracing::warn!("without a client token, every program on this machine can use the keys");
     }
     let upstreams: Vec<_> = served.upstreams.iter().map(|upstream| upstream.config.url.authority()).collect();
-    tracing::info!("the admin is at http://{}/admin", admin.local_addr()?);
-    tracing::info!("listening on http://{}, for {}", listener.local_addr()?, upstreams.join(", "));
-    Ok(())
+    tracing::info!("the admin is at http://{admin}/admin");
+    tracing::info!("listening on http://{address}, for {}", upstreams.join(", "));
 }
 
 /// Returns a future that completes on SIGTERM or Ctrl-C.

@@ -3,7 +3,7 @@
 use std::error::Error;
 
 use tower_key_rotation::{
-    Inject, KeyPool, KeyPoolBuilder,
+    Inject, KeyPool, KeyPoolBuilder, KeySpec,
     store::mongodb::{ConnectError, DataKeys, MongoStore, MongoStoreBuilder},
 };
 
@@ -12,20 +12,29 @@ use crate::{
     config::{Invalid, KeySource, MongoDb, UpstreamConfig},
 };
 
-pub(crate) async fn open(upstream: &UpstreamConfig) -> Result<KeyPool, Box<dyn Error>> {
-    let keys = builder(upstream);
+/// Reads the keys that the files and variables of an upstream name. Logs those that can't be used.
+pub(crate) fn given(upstream: &UpstreamConfig) -> Result<Vec<KeySpec>, Invalid> {
+    let pool =
+        with_sources_of_keys(builder(upstream), upstream).build().map_err(|error| wrong(upstream, error))?;
+    let keys = pool.specs();
+    if keys.is_empty() && upstream.mongodb.is_none() { Err(no_key(upstream, &pool)) } else { Ok(keys) }
+}
+
+/// Opens a pool with these keys, and those in MongoDB.
+pub(crate) async fn open(upstream: &UpstreamConfig, keys: Vec<KeySpec>) -> Result<KeyPool, Box<dyn Error>> {
+    let has_sources = !upstream.keys.is_empty();
+    let builder = keys.into_iter().fold(builder(upstream), KeyPoolBuilder::key_spec);
     let Some(mongodb) = &upstream.mongodb else {
-        let pool = keys.build().map_err(|error| wrong(upstream, error))?;
-        return if pool.stats().keys.is_empty() { Err(no_key(upstream, &pool).into()) } else { Ok(pool) };
+        return Ok(builder.build().map_err(|error| wrong(upstream, error))?);
     };
     let store = store(upstream, mongodb)?;
-    if !upstream.keys.is_empty() {
+    if has_sources {
         // The keys of the file serve until MongoDB can be reached.
         let store = store.connect_later(&mongodb.uri).await.map_err(|error| of_mongodb(upstream, error))?;
-        return Ok(keys.open_when_ready(store).map_err(|error| wrong(upstream, error))?);
+        return Ok(builder.open_when_ready(store).map_err(|error| wrong(upstream, error))?);
     }
     let store = store.connect(&mongodb.uri).await.map_err(|error| of_mongodb(upstream, error))?;
-    keys.open(store).await.map_err(|error| match error.store_error() {
+    builder.open(store).await.map_err(|error| match error.store_error() {
         Some(_) => error.into(),
         None => wrong(upstream, error).into(),
     })
@@ -34,7 +43,7 @@ pub(crate) async fn open(upstream: &UpstreamConfig) -> Result<KeyPool, Box<dyn E
 /// Returns what is wrong with the keys of an upstream, without a look into MongoDB.
 pub(crate) fn problems(upstream: &UpstreamConfig) -> Vec<String> {
     let place = upstream.place_of("keys");
-    let mut problems = match builder(upstream).build() {
+    let mut problems = match with_sources_of_keys(builder(upstream), upstream).build() {
         Err(error) => vec![wrong(upstream, error).to_string()],
         Ok(pool)
             if pool.rejected().is_empty() && pool.stats().keys.is_empty() && upstream.mongodb.is_none() =>
@@ -63,7 +72,10 @@ fn builder(upstream: &UpstreamConfig) -> KeyPoolBuilder {
     if upstream.allow_cleartext {
         builder = builder.allow_cleartext_to([host]);
     }
-    builder = upstream.quotas.iter().cloned().fold(builder, KeyPoolBuilder::quota);
+    upstream.quotas.iter().cloned().fold(builder, KeyPoolBuilder::quota)
+}
+
+fn with_sources_of_keys(builder: KeyPoolBuilder, upstream: &UpstreamConfig) -> KeyPoolBuilder {
     upstream.keys.iter().fold(builder, |builder, source| match source {
         KeySource::File(file) => builder.keys_from_file(file),
         KeySource::Variable(name) => builder.keys_from_env(name),

@@ -28,12 +28,14 @@ mod metrics;
 mod probe;
 mod proxy;
 mod read_on;
+mod reload;
 mod serve;
 mod served;
 mod settings;
 mod this_machine;
 mod unread;
 mod upstream;
+mod watch;
 mod whole;
 
 use std::{env, error::Error, ffi::OsString, iter, panic, process::ExitCode};

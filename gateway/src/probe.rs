@@ -61,7 +61,7 @@ pub(crate) async fn keys(upstream: &UpstreamConfig) -> Result<Vec<(KeyId, Outcom
     // Each key gets one request, whatever its limits.
     (upstream.attempts, upstream.wait, upstream.pace) = (Some(1), Duration::ZERO, false);
     upstream.quotas.clear();
-    let pool = keys::open(&upstream).await?;
+    let pool = keys::open(&upstream, keys::given(&upstream)?).await?;
     let client = client(&pool, &upstream)?;
     let ids = pool.stats().keys.into_iter().map(|key| key.id);
     let outcomes = stream::iter(ids).map(|id| {

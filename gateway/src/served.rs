@@ -24,6 +24,11 @@ impl Current {
     pub(crate) fn get(&self) -> Arc<Served> {
         self.0.load_full()
     }
+
+    /// Changes what the next request sees.
+    pub(crate) fn set(&self, served: Served) {
+        self.0.store(Arc::new(served));
+    }
 }
 
 impl Served {

@@ -169,6 +169,11 @@ pub(crate) struct Settings {
     #[arg(long, value_name = "TOKEN")]
     pub(crate) admin_token: Option<Token>,
 
+    /// Read the files again when they change, as on SIGHUP
+    #[arg(long, value_name = "BOOL", value_parser = BoolishValueParser::new())]
+    #[arg(num_args = 0..=1, require_equals = true, default_value = "true", default_missing_value = "true")]
+    pub(crate) watch: bool,
+
     /// Replace the upstream's errors, which may contain details of accounts and billing, with the gateway's own
     #[arg(long, value_name = "BOOL", value_parser = BoolishValueParser::new())]
     #[arg(num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true")]
@@ -205,6 +210,28 @@ impl Settings {
             Some(values) => arg.required(false).default_values(values.clone()),
             None => arg,
         })
+    }
+
+    /// Returns the names of settings that differ, and take effect only at the start.
+    pub(crate) fn fixed_differences(&self, other: &Self) -> Vec<&'static str> {
+        let is_same = |name, is_same: bool| (!is_same).then_some(name);
+        let differences = [
+            is_same("listen", self.listen == other.listen),
+            is_same("admin-listen", self.admin_listen == other.admin_listen),
+            is_same("admin-token", self.admin_token == other.admin_token),
+            is_same("keep-body", self.keep_body == other.keep_body),
+            is_same("keep-bodies", self.keep_bodies == other.keep_bodies),
+            is_same("max-body", self.max_body == other.max_body),
+            is_same("head-timeout", self.head_timeout == other.head_timeout),
+            is_same("keep-alive", self.keep_alive == other.keep_alive),
+            is_same("send-timeout", self.send_timeout == other.send_timeout),
+            is_same("max-connections", self.max_connections == other.max_connections),
+            is_same("max-requests", self.max_requests == other.max_requests),
+            is_same("shutdown-limit", self.shutdown_limit == other.shutdown_limit),
+            is_same("watch", self.watch == other.watch),
+            is_same("log", self.log == other.log),
+        ];
+        differences.into_iter().flatten().collect()
     }
 
     /// Returns the settings that are wrong, each with the reason.

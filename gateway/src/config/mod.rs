@@ -42,6 +42,8 @@ const OF_ONE_UPSTREAM: [&str; 8] = [
 ];
 
 pub(crate) struct Config {
+    /// What the configuration was read by.
+    pub(crate) arguments: Vec<OsString>,
     pub(crate) settings: Settings,
     /// At least one; no two with the same name or the same requests.
     pub(crate) upstreams: Vec<UpstreamConfig>,
@@ -77,7 +79,8 @@ impl Config {
         }
         let upstreams = upstreams(&settings, &matches, &mut file);
         let callers = callers(&settings, &upstreams, &mut file);
-        Ok((Self { settings, upstreams, callers }, file.problems.into_error()))
+        let config = Self { arguments: arguments.to_vec(), settings, upstreams, callers };
+        Ok((config, file.problems.into_error()))
     }
 
     /// The files that the configuration names and that should be readable by their owner only.

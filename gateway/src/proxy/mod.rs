@@ -300,7 +300,9 @@ async fn answer(State(proxy): State<Proxy>, request: Request) -> Response {
     let api = Api::of(&head);
     let (method, path) = (head.method.clone(), head.uri.path().to_owned());
     let is_navigation = headers::is_navigation(&head.headers);
-    let (upstream, answered) = match proxy.admit(&proxy.current.get(), &mut head, &body) {
+    // Not held while the request is in flight: a reload waits for the requests of an upstream.
+    let admitted = proxy.admit(&proxy.current.get(), &mut head, &body);
+    let (upstream, answered) = match admitted {
         Ok(admitted) => (Some(admitted.upstream.clone()), proxy.forward(api, admitted, head, body).await),
         Err(refusal) => (None, Err(refusal)),
     };

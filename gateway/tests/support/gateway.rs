@@ -105,8 +105,17 @@ impl Gateway {
 
     /// Sends SIGTERM, as process managers do.
     pub async fn terminate(&self) {
+        self.signal("-TERM").await;
+    }
+
+    /// Sends SIGHUP, which asks for a reload.
+    pub async fn hang_up(&self) {
+        self.signal("-HUP").await;
+    }
+
+    async fn signal(&self, signal: &str) {
         let id = self.child.id().expect("the gateway has exited").to_string();
-        assert!(Command::new("kill").args(["-TERM", &id]).status().await.unwrap().success());
+        assert!(Command::new("kill").args([signal, &id]).status().await.unwrap().success());
     }
 
     /// Waits for its exit and for the rest of its log.
