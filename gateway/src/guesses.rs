@@ -14,7 +14,7 @@ use std::{
 
 use axum::{extract::ConnectInfo, http::request::Parts};
 
-use crate::metrics;
+use crate::{audit::AUDIT, metrics};
 
 /// How many wrong tokens an address may send within a [`WINDOW`].
 const MOST: usize = 20;
@@ -147,10 +147,10 @@ impl Guesses {
         let (count, of) = (wrong.count, self.of.name());
         drop(addresses);
         if before == 0 {
-            tracing::warn!(address = %peer, "wrong {of} token");
+            tracing::warn!(target: AUDIT, address = %peer, "wrong {of} token");
         }
         if before < MOST && count >= MOST {
-            tracing::warn!(address = %peer, count, "too many wrong {of} tokens within a minute");
+            tracing::warn!(target: AUDIT, address = %peer, count, "too many wrong {of} tokens within a minute");
         }
     }
 }

@@ -12,6 +12,7 @@
 
 mod admin;
 mod arguments;
+mod audit;
 mod base_url;
 mod caller;
 mod callers;

@@ -9,6 +9,7 @@ use tokio::time::sleep;
 use tower_key_rotation::KeySpec;
 
 use crate::{
+    audit::AUDIT,
     callers::Callers,
     config::{CallerConfig, Config, UpstreamConfig},
     served::{Current, Served},
@@ -67,7 +68,7 @@ impl Reload {
                 self.files.take_over();
                 let error = with_sources(&*error);
                 if self.said.as_ref() != Some(&error) {
-                    tracing::error!("the configuration was not reloaded, and nothing has changed: {error}");
+                    tracing::error!(target: AUDIT, "the configuration was not reloaded, and nothing has changed: {error}");
                 }
                 self.said = Some(error);
             }
@@ -101,12 +102,12 @@ impl Reload {
                 Next::Same(upstream, keys) => {
                     if let Some(keys) = keys {
                         let taken = upstream.take_keys(keys).await;
-                        tracing::info!(upstream = upstream.name(), ?taken, "keys read again");
+                        tracing::info!(target: AUDIT, upstream = upstream.name(), ?taken, "keys read again");
                     }
                     upstream
                 }
                 Next::New(upstream) => {
-                    tracing::info!(upstream = upstream.name(), "upstream configured anew");
+                    tracing::info!(target: AUDIT, upstream = upstream.name(), "upstream configured anew");
                     upstream.start();
                     upstream
                 }
@@ -116,7 +117,7 @@ impl Reload {
         let gone: Vec<_> = served.upstreams.iter().filter(|old| !is_kept(old)).cloned().collect();
         let callers = Callers::new(callers, Some(&served.callers));
         self.current.set(Served { upstreams, callers });
-        tracing::info!("configuration reloaded");
+        tracing::info!(target: AUDIT, "configuration reloaded");
         for upstream in gone {
             tokio::spawn(close(upstream));
         }

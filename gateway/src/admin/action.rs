@@ -2,7 +2,8 @@
 
 use tower_key_rotation::{KeyId, OperateError};
 
-use crate::with_sources;
+use super::upstreams::Named;
+use crate::{audit::AUDIT, with_sources};
 
 /// Returns the reason why the admin refuses an id that the pool would accept: no URL could name such a key.
 pub(super) fn cannot_name(id: &str) -> Option<&'static str> {
@@ -43,12 +44,15 @@ impl Action {
     }
 
     /// Logs the outcome. A text that is no valid id is left out, because it may be a misplaced secret.
-    pub(super) fn log(self, upstream: &str, id: &str, outcome: &Result<(), OperateError>) {
+    pub(super) fn log(self, named: &Named, id: &str, outcome: &Result<(), OperateError>) {
         let (id, done) = (KeyId::new(id).ok(), self.done());
         let key = id.as_ref().map(KeyId::as_str);
+        let (upstream, from) = (named.name(), named.from());
         match outcome {
-            Ok(()) => tracing::info!(key, upstream, "key {done} by the admin"),
-            Err(error) => tracing::warn!(key, upstream, error = with_sources(error), "key not {done}"),
+            Ok(()) => tracing::info!(target: AUDIT, key, upstream, from, "key {done} by the admin"),
+            Err(error) => {
+                tracing::warn!(target: AUDIT, key, upstream, from, error = with_sources(error), "key not {done}")
+            }
         }
     }
 }

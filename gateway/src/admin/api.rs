@@ -122,7 +122,7 @@ async fn import(
 ) -> Result<Json<Imported>, Refusal> {
     let keys = import::read(&media_type(&headers).unwrap_or_default(), &body?)?;
     to_the_end(async move {
-        let imported = import::add(named.pool(), keys).await;
+        let imported = import::add(&named, keys).await;
         live.look(Look::Everything);
         Ok(Json(imported))
     })
@@ -164,7 +164,7 @@ async fn reset_all(State(live): State<Arc<Live>>, named: Named) -> Json<Resets> 
         let pool = named.pool();
         for key in pool.stats().keys.into_iter().filter(|key| rests(key.status)) {
             let done = pool.reset(&key.id).await;
-            Action::Reset.log(named.0.name(), key.id.as_str(), &done);
+            Action::Reset.log(&named, key.id.as_str(), &done);
             match done {
                 Ok(()) => resets.reset.push(key.id),
                 Err(error) => {
@@ -189,7 +189,7 @@ async fn change<F>(
 where
     F: Future<Output = Result<(), OperateError>> + Send + 'static,
 {
-    let upstream = named.0.name().to_owned();
+    let upstream = named.name().to_owned();
     do_with(live.clone(), named, id.clone(), action, doing).await?;
     let gone = || Refusal::new(StatusCode::NOT_FOUND, format!("there is no key {id:?} any more"));
     live.get(&upstream, &id).map(Json).ok_or_else(gone)
@@ -208,7 +208,7 @@ where
     let doing = doing(named.pool().clone(), id.clone());
     to_the_end(async move {
         let done = doing.await;
-        action.log(named.0.name(), &id, &done);
+        action.log(&named, &id, &done);
         // Also after an error: the pool may have changed although the store failed.
         live.look(Look::Everything);
         done.map_err(|error| Refusal::of(action, &error))

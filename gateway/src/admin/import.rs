@@ -2,12 +2,14 @@
 
 use axum::http::StatusCode;
 use serde::Serialize;
-use tower_key_rotation::{KeyId, KeyPool, KeySpec, OperateError, Rejected};
+use tower_key_rotation::{KeyId, KeySpec, OperateError, Rejected};
 
 use super::{
     action::{Action, cannot_name},
     refusal::Refusal,
+    upstreams::Named,
 };
+use crate::audit::AUDIT;
 
 /// Most keys of one import.
 const MOST: usize = 20_000;
@@ -50,7 +52,7 @@ pub(super) fn read(media_type: &str, body: &[u8]) -> Result<Vec<Line>, Refusal> 
     if keys.len() > MOST { Err(too_many()) } else { Ok(keys) }
 }
 
-pub(super) async fn add(pool: &KeyPool, keys: Vec<Line>) -> Imported {
+pub(super) async fn add(named: &Named, keys: Vec<Line>) -> Imported {
     let (mut outcomes, mut specs) = (Vec::new(), Vec::new());
     for (line, key) in keys {
         let (id, error) = match key {
@@ -66,10 +68,10 @@ pub(super) async fn add(pool: &KeyPool, keys: Vec<Line>) -> Imported {
         outcomes.push(Outcome { line, id, error });
     }
     let (places, specs): (Vec<_>, Vec<_>) = specs.into_iter().unzip();
-    for (place, added) in places.into_iter().zip(pool.insert_all(specs).await) {
+    for (place, added) in places.into_iter().zip(named.pool().insert_all(specs).await) {
         outcomes[place].settle(added);
     }
-    Imported::of(outcomes)
+    Imported::of(named, outcomes)
 }
 
 impl Outcome {
@@ -84,10 +86,11 @@ impl Outcome {
 }
 
 impl Imported {
-    fn of(lines: Vec<Outcome>) -> Self {
+    fn of(named: &Named, lines: Vec<Outcome>) -> Self {
         let added = lines.iter().filter(|line| line.error.is_none()).count();
         let refused = lines.len() - added;
-        tracing::info!(added, refused, "keys imported by the admin");
+        let (upstream, from) = (named.name(), named.from());
+        tracing::info!(target: AUDIT, added, refused, upstream, from, "keys imported by the admin");
         Self { added, refused, lines }
     }
 }

@@ -1,10 +1,13 @@
 //! The upstreams, and the one that a call of the API names.
 
-use std::sync::Arc;
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use axum::{
     Json,
-    extract::{FromRequestParts, Query, State, rejection::QueryRejection},
+    extract::{ConnectInfo, FromRequestParts, Query, State, rejection::QueryRejection},
     http::{StatusCode, request::Parts},
 };
 use serde::{Deserialize, Serialize};
@@ -51,7 +54,11 @@ impl Shown {
 }
 
 /// The upstream of a call: the query's `upstream`, or the only one.
-pub(super) struct Named(pub(super) Arc<Upstream>);
+pub(super) struct Named {
+    upstream: Arc<Upstream>,
+    /// The caller's address, for the log.
+    from: Option<IpAddr>,
+}
 
 #[derive(Deserialize)]
 struct Name {
@@ -60,7 +67,15 @@ struct Name {
 
 impl Named {
     pub(super) fn pool(&self) -> &KeyPool {
-        &self.0.pool
+        &self.upstream.pool
+    }
+
+    pub(super) fn name(&self) -> &str {
+        self.upstream.name()
+    }
+
+    pub(super) fn from(&self) -> Option<String> {
+        self.from.map(|from| from.to_canonical().to_string())
     }
 }
 
@@ -71,14 +86,16 @@ impl FromRequestParts<Arc<Live>> for Named {
         let name: Result<Query<Name>, QueryRejection> = Query::from_request_parts(parts, live).await;
         let Query(Name { upstream }) = name.map_err(|error| Refusal::bad_request(error.body_text()))?;
         let served = live.served();
-        match (upstream, &served.upstreams[..]) {
-            (Some(name), _) => {
-                served.upstream(&name).cloned().map(Self).ok_or_else(|| {
-                    Refusal::new(StatusCode::NOT_FOUND, format!("there is no upstream {name:?}"))
-                })
+        let upstream = match (upstream, &served.upstreams[..]) {
+            (Some(name), _) => served.upstream(&name).ok_or_else(|| {
+                Refusal::new(StatusCode::NOT_FOUND, format!("there is no upstream {name:?}"))
+            })?,
+            (None, [only]) => only,
+            (None, _) => {
+                return Err(Refusal::bad_request("there are several upstreams: name one by ?upstream=NAME"));
             }
-            (None, [only]) => Ok(Self(only.clone())),
-            (None, _) => Err(Refusal::bad_request("there are several upstreams: name one by ?upstream=NAME")),
-        }
+        };
+        let peer: Option<&ConnectInfo<SocketAddr>> = parts.extensions.get();
+        Ok(Self { upstream: upstream.clone(), from: peer.map(|ConnectInfo(peer)| peer.ip()) })
     }
 }

@@ -6,7 +6,7 @@ use std::sync::{
 };
 
 use super::limits::{Budgets, CallerLimits, Held, OverLimit};
-use crate::config::CallerConfig;
+use crate::config::{CallerConfig, below};
 
 pub(crate) struct NamedCaller {
     config: CallerConfig,
@@ -50,16 +50,15 @@ impl NamedCaller {
         self.config.token.as_ref().is_some_and(|token| token.is(given))
     }
 
-    /// Whether the caller may use an upstream, and a path as it sends it.
-    pub(crate) fn may_use(&self, upstream: &str, path: &str) -> bool {
-        let allows = |allowed: &[String], is: &dyn Fn(&str) -> bool| {
-            allowed.is_empty() || allowed.iter().any(|allowed| is(allowed))
-        };
-        let is_below = |prefix: &str| {
-            path.strip_prefix(prefix).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
-        };
-        allows(&self.config.upstreams, &|allowed| allowed == upstream)
-            && allows(&self.config.paths, &is_below)
+    pub(crate) fn may_use_upstream(&self, upstream: &str) -> bool {
+        let upstreams = &self.config.upstreams;
+        upstreams.is_empty() || upstreams.iter().any(|allowed| allowed == upstream)
+    }
+
+    /// Whether the caller may use a path, as it sends it.
+    pub(crate) fn may_use_path(&self, path: &str) -> bool {
+        let paths = &self.config.paths;
+        paths.is_empty() || paths.iter().any(|prefix| below(path, prefix).is_some())
     }
 
     /// Whether the caller may use some models only.
@@ -157,16 +156,26 @@ mod tests {
     #[test]
     fn a_caller_may_use_what_its_lists_name() {
         let any = caller(|_| {});
-        assert!(any.may_use("openai", "/v1") && any.may_use_model("gpt-5") && !any.has_models());
+        assert!(
+            any.may_use_upstream("openai")
+                && any.may_use_path("/v1")
+                && any.may_use_model("gpt-5")
+                && !any.has_models()
+        );
         let some = caller(|config| {
             config.upstreams = vec!["openai".to_owned()];
             config.paths = vec!["/openai/v1/chat".to_owned(), "/openai/v1/models".to_owned()];
             config.models = vec!["gpt-5-mini".to_owned(), "gpt-4*".to_owned()];
         });
-        assert!(some.may_use("openai", "/openai/v1/chat/completions"));
-        assert!(some.may_use("openai", "/openai/v1/models"));
-        assert!(!some.may_use("gemini", "/openai/v1/models"));
-        assert!(!some.may_use("openai", "/openai/v1/chats"));
+        assert!(some.may_use_upstream("openai") && !some.may_use_upstream("gemini"));
+        for (path, is_allowed) in [
+            ("/openai/v1/chat/completions", true),
+            ("/openai/v1/models", true),
+            ("/openai/v1/chats", false),
+            ("/v1/models", false),
+        ] {
+            assert_eq!(some.may_use_path(path), is_allowed, "{path}");
+        }
         for (model, is_allowed) in [("gpt-5-mini", true), ("gpt-4o", true), ("gpt-5", false), ("", false)] {
             assert_eq!(some.may_use_model(model), is_allowed, "{model}");
         }

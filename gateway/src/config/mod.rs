@@ -24,6 +24,7 @@ pub(crate) use self::{
     caller::CallerConfig,
     file::Values,
     problems::Invalid,
+    route::below,
     upstream::{Classifier, KeySource, MongoDb, ScopeRule, UpstreamConfig},
 };
 use self::{file::File, table::Fields};

@@ -98,7 +98,7 @@ impl Route {
 }
 
 /// Returns the rest of a path below a prefix, which begins with `/` or is empty.
-fn below<'p>(path: &'p str, prefix: &str) -> Option<&'p str> {
+pub(crate) fn below<'p>(path: &'p str, prefix: &str) -> Option<&'p str> {
     path.strip_prefix(prefix).filter(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 

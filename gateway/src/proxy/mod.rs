@@ -133,9 +133,9 @@ impl Proxy {
         if body.size_hint().lower() > self.limits.most as u64 {
             return Err(too_large());
         }
-        let path_here = head.uri.path().to_owned();
+        let may_use_path = caller.may_use_path(head.uri.path());
         let (upstream, prefix, uri) = route(served, head)?;
-        if !caller.may_use(upstream.name(), &path_here) {
+        if !may_use_path || !caller.may_use_upstream(upstream.name()) {
             return Err(Refusal::new(
                 StatusCode::FORBIDDEN,
                 "this client token is not for this upstream or path",
