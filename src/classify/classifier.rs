@@ -21,12 +21,21 @@ pub enum Verdict {
         /// The wait that the service asks for.
         wait: Option<Duration>,
     },
-    /// The key's quota is used up, and the key rests for 24 hours by default.
+    /// The key's quota is used up. The key rests until the quota is reset, or for 24 hours if the service does not say
+    /// when that is.
     ///
-    /// A hint changes the rest within the pool's limits: see
-    /// [`KeyPoolBuilder::hint_limits`](crate::KeyPoolBuilder::hint_limits).
+    /// It rests for no longer than [`KeyPoolBuilder::hint_limits`](crate::KeyPoolBuilder::hint_limits) allow: 24 hours by
+    /// default. Then a request finds out whether the quota was reset.
     Exhausted {
-        /// The wait that the service asks for.
+        /// The time until the quota is reset, if the service says.
+        wait: Option<Duration>,
+    },
+    /// A quota of one part of the service is used up, such as the requests per day of one model.
+    ///
+    /// The key rests as after [`Exhausted`](Self::Exhausted), but only for requests of the same
+    /// [scope](crate::Traits::scope). After a request without a scope, the whole key rests.
+    ScopeExhausted {
+        /// The time until the quota is reset, if the service says.
         wait: Option<Duration>,
     },
     /// The service no longer accepts the key. The key rests until an operator resets it.

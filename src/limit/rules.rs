@@ -37,7 +37,8 @@ impl Cooldowns {
         let hint = hint.map(|hint| hint.max(self.shortest_hint).min(longest));
         Some(match hint {
             None => by_default,
-            Some(hint) if self.exact_hints => hint,
+            // The time of a reset is exact: until then no request succeeds, and from then on all do.
+            Some(hint) if rest == Rest::Exhausted || self.exact_hints => hint,
             Some(hint) => hint.max(by_default),
         })
     }

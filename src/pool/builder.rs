@@ -252,7 +252,8 @@ impl KeyPoolBuilder {
         self
     }
 
-    /// Sets how long a key rests once its quota is exhausted: the default is 24 hours.
+    /// Sets how long a key rests once its quota is exhausted, if the service does not say when the quota is reset: the
+    /// default is 24 hours.
     pub fn exhausted_for(mut self, rest: Duration) -> Self {
         self.config.cooldowns.exhausted = rest;
         self

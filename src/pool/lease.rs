@@ -70,6 +70,14 @@ impl Lease {
         }
     }
 
+    /// Rests the key's limit in the scope of the request: a quota of that scope is used up.
+    pub(crate) fn exhaust_scope(&mut self, wait: Option<Duration>, http_status: u16) {
+        if let Some(ticket) = &mut self.ticket {
+            ticket.exhausted(wait);
+        }
+        self.count_limited(http_status);
+    }
+
     /// Counts a refusal of which the limit rests, not the whole key.
     pub(crate) fn count_limited(&self, http_status: u16) {
         self.key.counts.limited.fetch_add(1, Relaxed);

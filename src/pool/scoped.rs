@@ -408,9 +408,9 @@ impl Scoped {
         self.common.scope.as_ref().map(Scope::as_str)
     }
 
-    /// How long a limit rests after a refusal, in a pool that does not learn.
-    pub(crate) fn cooldown(&self, wait: Option<Duration>) -> Option<Duration> {
-        self.limiting.cooldowns.how_long(Rest::RateLimited, wait)
+    /// How long a limit rests after a refusal that the pool does not learn from.
+    pub(crate) fn cooldown(&self, reason: Rest, wait: Option<Duration>) -> Option<Duration> {
+        self.limiting.cooldowns.how_long(reason, wait)
     }
 
     /// Whether no request used the scope since then, in seconds, and none is waiting or in flight.

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     lending::Token,
-    limit::{Answered, Limit, NEVER, Remaining, Taken, nanos},
+    limit::{Answered, Limit, NEVER, Remaining, Rest, Taken, nanos},
 };
 
 /// Dropped without an answer, it gives back what nobody knows to be used. Dropped after that, it ends the request.
@@ -131,18 +131,32 @@ impl Ticket {
             self.scoped.common.tokens_are_limited(tokens.limit as u64);
         }
         if is_limited && !self.scoped.learns() {
-            let rest = self.scoped.cooldown(wait);
-            let until = rest.map_or(NEVER, |rest| now.saturating_add(nanos(rest)));
-            // The key may have got its limit since, in another snapshot.
-            self.scoped.in_newest(|newest| match newest.slot_of(self.key()) {
-                Some(slot) => newest.limit(slot, now).rest_until(until),
-                None => self.limit(now).rest_until(until),
-            });
+            self.rest_for(Rest::RateLimited, wait, now);
         }
         self.refresh(now);
         if said.organisation != 0 && self.scoped.learns() {
             self.scoped.note_organisation(self.key(), said.organisation);
         }
+    }
+
+    /// The service refused the request because a quota of its scope is used up: the limit rests. That says nothing of
+    /// the rate that the service allows, so the pool does not learn from it.
+    pub(crate) fn exhausted(&mut self, wait: Option<Duration>) {
+        let said = &Remaining::default();
+        self.answered(Head { is_limited: false, is_error: true, wait: None, said });
+        let now = self.scoped.now();
+        self.rest_for(Rest::Exhausted, wait, now);
+        self.refresh(now);
+    }
+
+    fn rest_for(&self, reason: Rest, wait: Option<Duration>, now: u64) {
+        let rest = self.scoped.cooldown(reason, wait);
+        let until = rest.map_or(NEVER, |rest| now.saturating_add(nanos(rest)));
+        // The key may have got its limit since, in another snapshot.
+        self.scoped.in_newest(|newest| match newest.slot_of(self.key()) {
+            Some(slot) => newest.limit(slot, now).rest_until(until),
+            None => self.limit(now).rest_until(until),
+        });
     }
 
     /// Whether the request has its answer, and is in flight until its body ends.

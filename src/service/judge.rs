@@ -131,6 +131,10 @@ pub(super) fn apply(lease: &mut Lease, verdict: Verdict, head: &ResponseHead<'_>
         }
         Verdict::RateLimited { wait } => (Rest::RateLimited, wait),
         Verdict::Exhausted { wait } => (Rest::Exhausted, wait),
+        Verdict::ScopeExhausted { wait } if lease.rests_apart() => {
+            return lease.exhaust_scope(wait, head.status().as_u16());
+        }
+        Verdict::ScopeExhausted { wait } => (Rest::Exhausted, wait),
         Verdict::Revoked => (Rest::Revoked, None),
         Verdict::Refused => (Rest::RateLimited, None),
     };

@@ -193,7 +193,7 @@ impl KeyLease {
         // What a service would have answered.
         let status = match verdict {
             Verdict::Nothing => StatusCode::OK,
-            Verdict::RateLimited { .. } => StatusCode::TOO_MANY_REQUESTS,
+            Verdict::RateLimited { .. } | Verdict::ScopeExhausted { .. } => StatusCode::TOO_MANY_REQUESTS,
             Verdict::Exhausted { .. } => StatusCode::PAYMENT_REQUIRED,
             Verdict::Revoked => StatusCode::UNAUTHORIZED,
             Verdict::Refused => StatusCode::FORBIDDEN,
