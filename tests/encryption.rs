@@ -14,7 +14,6 @@ use support::{mongo::*, *};
 use tower::Layer;
 use tower_key_rotation::{
     KeyPool, KeyRotationLayer, RecoveryHandle, Secret, Status,
-    classify::LlmGateway,
     store::mongodb::{DataKeys, MongoStore, MongoStoreBuilder},
 };
 
@@ -88,7 +87,7 @@ async fn s05_a_dump_of_the_server_holds_no_secret() {
 
     let pool = KeyPool::builder().keys(SECRETS).open(store(&mongo, ["a"]).await).await.unwrap();
     let recovery = RecoveryHandle::spawn_with(&pool, passes_by_hand());
-    let client = KeyRotationLayer::new(&pool).classify(LlmGateway::new()).layer(http());
+    let client = KeyRotationLayer::new(&pool).classify(ByStatus).layer(http());
     for _ in SECRETS {
         get(&client, &upstream.url()).await.unwrap();
     }
@@ -394,7 +393,7 @@ async fn an_encrypted_standby_key_replaces_a_failed_one() {
         std::future::ready(answer(if key_of(&request) == Some("alpha") { 401 } else { 200 }, ""))
     });
     let upstream = upstream.await;
-    let client = KeyRotationLayer::new(&pool).classify(LlmGateway::new()).layer(http());
+    let client = KeyRotationLayer::new(&pool).classify(ByStatus).layer(http());
     assert_eq!(status(&client, &upstream.url()).await, 401);
     eventually("the mark is written", || pool.stats().marks_waiting == 0).await;
     recovery.sweep_now().await.outcome.unwrap();

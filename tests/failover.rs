@@ -32,9 +32,7 @@ use tower::{
     retry::budget::{Budget, TpsBudget},
     service_fn,
 };
-use tower_key_rotation::{
-    Failover, KeyRotationLayer, NoKeyAvailable, Status, classify::LlmGateway, clock::ManualClock,
-};
+use tower_key_rotation::{Failover, KeyRotationLayer, NoKeyAvailable, Status, clock::ManualClock};
 
 #[tokio::test]
 async fn a_limited_request_is_retried_with_another_key() {
@@ -500,7 +498,7 @@ async fn a_revoked_key_fails_over_as_well() {
         answer(if key_of(&request) == Some("alpha") { 401 } else { 200 }, "")
     })
     .await;
-    let client = failover(&pool).classify(LlmGateway::new()).read_error_bodies(1_000).layer(http());
+    let client = failover(&pool).classify(ByStatus).layer(http());
     assert_eq!(status(&client, &server.url()).await, 200);
     assert_eq!(server.keys(), ["alpha", "beta"]);
     assert_eq!(stats_of(&pool, "alpha").status, Status::Revoked);

@@ -27,7 +27,7 @@ use tokio::sync::oneshot;
 use tower::{Layer, Service, service_fn, util::BoxService};
 use tower_key_rotation::{
     Error, KeyPool, KeyPoolBuilder, KeyRotationLayer, KeySpec, NoKeyAvailable, Quota, Traits,
-    classify::LlmGateway, clock::ManualClock, store::Scope,
+    clock::ManualClock, store::Scope,
 };
 
 /// How far apart the pool's ns and the model's levels may be, in seconds.
@@ -548,7 +548,7 @@ impl Client {
                 Ok(response.body(()).expect("a response"))
             }
         });
-        let layer = KeyRotationLayer::new(pool).classify(LlmGateway::new());
+        let layer = KeyRotationLayer::new(pool).classify(support::ByStatus);
         Self { service: BoxService::new(layer.layer(inner)), sent }
     }
 

@@ -14,7 +14,7 @@ use support::*;
 use tower::{Layer, Service, service_fn};
 use tower_key_rotation::{
     Failover, KeyPool, KeyRotationLayer, Quota, RecoveryHandle, Traits,
-    classify::{LlmGateway, ResponseHead, TooManyRequests},
+    classify::{ResponseHead, TooManyRequests},
     clock::ManualClock,
 };
 
@@ -58,7 +58,7 @@ fn client(
         };
         Ok::<_, io::Error>(Response::builder().status(status).body(String::new()).unwrap())
     });
-    layer.classify(LlmGateway::new()).layer(answer)
+    layer.classify(ByStatus).layer(answer)
 }
 
 fn request() -> Request<String> {

@@ -12,9 +12,7 @@ use futures_util::future::join_all;
 use mongodb::bson::{Bson, DateTime, Document, doc, oid::ObjectId};
 use support::{mongo::*, *};
 use tower::Layer;
-use tower_key_rotation::{
-    KeyPool, KeyRotation, KeyRotationLayer, RecoveryHandle, Status, classify::LlmGateway, store::KeyStore,
-};
+use tower_key_rotation::{KeyPool, KeyRotation, KeyRotationLayer, RecoveryHandle, Status, store::KeyStore};
 
 const COLLECTION: &str = "standby_keys";
 const LONG_AGO: i64 = 1_700_000_000_000;
@@ -66,7 +64,7 @@ impl Bench {
         let pool = KeyPool::builder().open(store).await.unwrap();
         Process {
             recovery: RecoveryHandle::spawn_with(&pool, passes_by_hand()),
-            client: KeyRotationLayer::new(&pool).classify(LlmGateway::new()).layer(http()),
+            client: KeyRotationLayer::new(&pool).classify(ByStatus).layer(http()),
             url: self.server.url(),
             pool,
         }
@@ -129,7 +127,7 @@ impl Bench {
 struct Process {
     pool: KeyPool,
     recovery: RecoveryHandle,
-    client: KeyRotation<reqwest::Client, LlmGateway>,
+    client: KeyRotation<reqwest::Client, ByStatus>,
     url: String,
 }
 
@@ -643,7 +641,7 @@ async fn failed_keys_are_only_marked_without_standby_collection() {
     let bench = Bench::new(&["alpha"], &["one"]).await;
     let pool = KeyPool::builder().open(bench.mongo.store().await).await.unwrap();
     let recovery = RecoveryHandle::spawn(&pool);
-    let client = KeyRotationLayer::new(&pool).classify(LlmGateway::new()).layer(http());
+    let client = KeyRotationLayer::new(&pool).classify(ByStatus).layer(http());
     bench.says("alpha", 401);
     assert_eq!(status(&client, &bench.server.url()).await, 401);
     recovery.sweep_now().await.outcome.unwrap();

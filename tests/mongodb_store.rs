@@ -28,7 +28,6 @@ use tokio::{
 use tower::{Layer, Service, service_fn};
 use tower_key_rotation::{
     Error, KeyId, KeyPool, KeyPoolBuilder, KeyRotation, KeyRotationLayer, KeyStats, RecoveryHandle, Status,
-    classify::LlmGateway,
     store::{
         KeyStore, Recovered,
         mongodb::{MongoStore, MongoStoreBuilder},
@@ -95,8 +94,8 @@ async fn quiet_store(mongo: &Mongo) -> MongoStore {
     quiet(mongo).connect(&mongo.uri).await.unwrap()
 }
 
-fn gateway(pool: &KeyPool) -> KeyRotation<reqwest::Client, LlmGateway> {
-    KeyRotationLayer::new(pool).classify(LlmGateway::new()).layer(http())
+fn gateway(pool: &KeyPool) -> KeyRotation<reqwest::Client, ByStatus> {
+    KeyRotationLayer::new(pool).classify(ByStatus).layer(http())
 }
 
 /// A database with the key `alpha`, a process over it that was answered so, and the document before and after.
@@ -483,7 +482,7 @@ fn answered(pool: &KeyPool, reply: Reply) -> impl Future<Output = u16> + Send + 
     }
     let response = response.body(()).unwrap();
     let inner = service_fn(move |_: Request<()>| ready(Ok::<_, Infallible>(response.clone())));
-    let mut service = KeyRotationLayer::new(pool).classify(LlmGateway::new()).layer(inner);
+    let mut service = KeyRotationLayer::new(pool).classify(ByStatus).layer(inner);
     let response = service.call(Request::get("https://api.example.com/").body(()).unwrap());
     async { response.await.unwrap().status().as_u16() }
 }

@@ -18,7 +18,6 @@ use tower::Layer;
 use tower_key_rotation::{
     KeyId, KeyPool, KeyRotationLayer, KeySpec, MarksNotWritten, OperateError, RecoveryConfig, RecoveryHandle,
     Rest, Status,
-    classify::LlmGateway,
     clock::ManualClock,
     store::{
         Change, KeyStore, Mark, MemoryStore, Operation, Resting, Scope, StoreError, Until, Usage, Words,
@@ -594,7 +593,7 @@ async fn a_failed_key_without_replacement_triggers_no_load() {
     let recovery = RecoveryHandle::spawn_with(&bench.pool, passes_by_hand());
     let loads = bench.store.loads.begun();
     let refusing = Server::answering(|| answer(401, "")).await;
-    let client = KeyRotationLayer::new(&bench.pool).classify(LlmGateway::new()).layer(http());
+    let client = KeyRotationLayer::new(&bench.pool).classify(support::ByStatus).layer(http());
     assert_eq!(status(&client, &refusing.url()).await, 401);
     bench.mark_is_written().await;
     settle().await;

@@ -13,7 +13,6 @@ use tokio::{task::JoinSet, time::sleep};
 use tower::{Service, ServiceBuilder, ServiceExt, layer::layer_fn};
 use tower_key_rotation::{
     Failover, KeyPool, KeyRotationLayer, NoKeyAvailable, RecoveryConfig, RecoveryHandle,
-    classify::LlmGateway,
     clock::{Clock, Sleep, SystemClock},
 };
 
@@ -21,7 +20,7 @@ use crate::{
     figures::Figures,
     ledger::{Books, Ledger},
     service::EXHAUSTED_FOR,
-    support::{ClientError, MINUTE, Proxy, SECOND, http, mongo::Mongo},
+    support::{ByStatus, ClientError, MINUTE, Proxy, SECOND, http, mongo::Mongo},
     watch::{AroundRotation, InsideRotation, Witness},
 };
 
@@ -86,7 +85,7 @@ fn client(
     ledger: &Arc<Ledger>,
 ) -> impl Service<Request, Response = Response, Error = ClientError, Future: Send> + Clone + Send + use<> {
     let (around, inside) = (ledger.clone(), ledger.clone());
-    let rotation = KeyRotationLayer::new(pool).classify(LlmGateway::new()).failover(Failover::attempts(3));
+    let rotation = KeyRotationLayer::new(pool).classify(ByStatus).failover(Failover::attempts(3));
     ServiceBuilder::new()
         .layer(layer_fn(move |inner| AroundRotation::new(inner, around.clone())))
         .layer(rotation.wait_up_to(wait))

@@ -29,7 +29,8 @@ use std::time::Duration;
 use tower::{Layer, Service};
 use tower_key_rotation::{
     Failover, KeyPool, KeyPoolBuilder, KeyRotation, KeyRotationLayer, KeyStats, RecoveryConfig,
-    classify::TooManyRequests, clock::ManualClock,
+    classify::{ClassifyResponse, ResponseHead, TooManyRequests, Verdict},
+    clock::ManualClock,
 };
 
 #[cfg(feature = "mongodb")]
@@ -70,6 +71,21 @@ pub fn passes_by_hand() -> RecoveryConfig {
 #[cfg(feature = "reqwest")]
 pub fn rotating(pool: &KeyPool) -> KeyRotation<reqwest::Client> {
     KeyRotationLayer::new(pool).layer(http())
+}
+
+/// Judges by the status alone, so that a test can have a key revoked or exhausted by it.
+#[derive(Clone, Copy, Debug)]
+pub struct ByStatus;
+
+impl ClassifyResponse for ByStatus {
+    fn classify(&self, response: &ResponseHead<'_>) -> Verdict {
+        match response.status().as_u16() {
+            401 | 403 => Verdict::Revoked,
+            402 => Verdict::Exhausted { wait: None },
+            429 => Verdict::RateLimited { wait: response.wait() },
+            _ => Verdict::Nothing,
+        }
+    }
 }
 
 pub type FailoverLayer = KeyRotationLayer<TooManyRequests, Failover>;

@@ -12,9 +12,7 @@ use futures_util::{FutureExt, future::BoxFuture};
 use http::{Request, Response};
 use tokio::sync::oneshot;
 use tower::{Layer, Service, service_fn, util::BoxService};
-use tower_key_rotation::{
-    Error, KeyId, KeyPool, KeyRotationLayer, NoKeyAvailable, Status, classify::LlmGateway,
-};
+use tower_key_rotation::{Error, KeyId, KeyPool, KeyRotationLayer, NoKeyAvailable, Status};
 
 pub const COOLDOWN: Duration = Duration::from_secs(120);
 pub const EXHAUSTED: Duration = Duration::from_secs(24 * 60 * 60);
@@ -175,7 +173,7 @@ impl Caller {
                 Ok(response.body(()).expect("a response"))
             }
         });
-        let layer = KeyRotationLayer::new(pool).classify(LlmGateway::new()).expose_key();
+        let layer = KeyRotationLayer::new(pool).classify(super::ByStatus).expose_key();
         Self { client: BoxService::new(layer.layer(inner)), sent }
     }
 

@@ -7,17 +7,16 @@ use std::{
 
 use tower::Layer;
 use tower_key_rotation::{
-    KeyPool, KeyRotation, KeyRotationLayer, RecoveryHandle, Status, classify::LlmGateway,
-    store::mongodb::MongoStore,
+    KeyPool, KeyRotation, KeyRotationLayer, RecoveryHandle, Status, store::mongodb::MongoStore,
 };
 
-use super::{Server, http, passes_by_hand, status};
+use super::{ByStatus, Server, http, passes_by_hand, status};
 
 /// A process that makes a pass only when asked, and a service whose answers the test sets.
 pub struct Process {
     pub pool: KeyPool,
     pub recovery: RecoveryHandle,
-    pub client: KeyRotation<reqwest::Client, LlmGateway>,
+    pub client: KeyRotation<reqwest::Client, ByStatus>,
     pub server: Server,
     pub answers: Arc<Mutex<HashMap<String, u16>>>,
 }
@@ -29,7 +28,7 @@ impl Process {
         let server = Server::by_key(&answers).await;
         Self {
             recovery: RecoveryHandle::spawn_with(&pool, passes_by_hand()),
-            client: KeyRotationLayer::new(&pool).classify(LlmGateway::new()).layer(http()),
+            client: KeyRotationLayer::new(&pool).classify(ByStatus).layer(http()),
             server,
             answers,
             pool,
