@@ -10,7 +10,11 @@ use std::{
 use futures_util::FutureExt;
 use http::{Request, Response};
 use tower::{Layer, Service};
-use tower_key_rotation::{Failover, Inject, KeyPool, KeyRotationLayer, clock::ManualClock};
+use tower_key_rotation::{
+    Failover, Inject, KeyPool, KeyRotationLayer,
+    classify::{ClassifyResponse, GitHub, Grpc, LlmGateway, OpenAi},
+    clock::ManualClock,
+};
 
 type Req = Request<String>;
 
@@ -143,4 +147,18 @@ fn failover_allocates_only_the_request_clone() {
     let clone = built_and_cloned.count_total - clones.count_total;
     assert!(clone > 0);
     assert_eq!(allocations(&mut client, "200"), clone);
+}
+
+fn classified<C: ClassifyResponse + Clone>(classifier: C) -> u64 {
+    let pool = pool(100, &ManualClock::new());
+    let mut client = KeyRotationLayer::new(&pool).classify(classifier).layer(Echo);
+    allocations(&mut client, "200")
+}
+
+#[test]
+fn classifiers_of_services_allocate_nothing_for_successes() {
+    let without = allocations(&mut Echo, "200");
+    // The last two look at the headers of successes.
+    let counts = [classified(OpenAi), classified(LlmGateway::new()), classified(GitHub), classified(Grpc)];
+    assert_eq!(counts, [without; 4]);
 }

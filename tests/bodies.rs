@@ -235,7 +235,7 @@ async fn endless_error_bodies_are_read_for_one_second() {
     });
     eventually("the request is there", || server.count() == 1).await;
     let mut body = bodies.lock().unwrap().remove(0);
-    body.send_data("insufficient_quota, ".into()).await.unwrap();
+    body.send_data("Budget has been exceeded! ".into()).await.unwrap();
     settle().await;
     assert!(!response.is_finished());
     clock.advance(SECOND);
@@ -243,7 +243,7 @@ async fn endless_error_bodies_are_read_for_one_second() {
     assert_eq!(pool.stats().exhausted, 1, "what was read by then counts");
     body.send_data("and the rest".into()).await.unwrap();
     drop(body);
-    assert_eq!(in_time(response.text()).await.unwrap(), "insufficient_quota, and the rest");
+    assert_eq!(in_time(response.text()).await.unwrap(), "Budget has been exceeded! and the rest");
 }
 
 #[tokio::test]

@@ -44,7 +44,11 @@ use tokio_rustls::{
 };
 use tower::{Layer, Service, ServiceBuilder, ServiceExt, service_fn, timeout::TimeoutLayer};
 use tower_key_rotation::{
-    classify::{LlmGateway, ResponseHead, TooManyRequests, Verdict},
+    classify::{
+        Anthropic, AzureOpenAi, Cohere, DeepSeek, Discord, Gemini, Generic, GitHub, Groq, Grpc, HuggingFace,
+        LlmGateway, Mistral, Notion, OpenAi, OpenRouter, ResponseHead, Shopify, Slack, Stripe,
+        TooManyRequests, Verdict, XAi,
+    },
     clock::{ManualClock, SystemClock},
     service::TryClone,
     store::{
@@ -625,7 +629,7 @@ async fn s01_operator_calls_and_failing_stores_show_no_key() {
     show!(pool.reset("spare").await.unwrap_err(), pool.remove("spare").await.unwrap_err());
 
     let server = Server::start(quoting).await;
-    let client = KeyRotationLayer::new(pool).classify(LlmGateway::new()).layer(http());
+    let client = KeyRotationLayer::new(pool).classify(ByStatus).layer(http());
     for path in ["200", "429", "402", "401"] {
         get(&client, &format!("{}/{path}", server.url())).await.unwrap();
     }
@@ -980,7 +984,9 @@ fn sources_below(folder: &Path) -> Vec<String> {
 fn names_after(text: &str, keywords: &[&str]) -> Vec<String> {
     let name = |line: &str| {
         let rest = keywords.iter().find_map(|keyword| line.trim_start().strip_prefix(keyword))?;
-        rest.split(|c: char| !c.is_alphanumeric() && c != '_').next().map(str::to_owned)
+        let name = rest.split(|c: char| !c.is_alphanumeric() && c != '_').next()?;
+        // A macro's variable has a `$` before it.
+        (!name.is_empty()).then(|| name.to_owned())
     };
     text.lines().filter_map(name).collect()
 }
@@ -1184,8 +1190,11 @@ async fn show_layers() {
     show!(no_key, *NoKeyAvailable::find(&no_key).unwrap(), Error::Inner(io::Error::other("closed")));
     let headers = HeaderMap::new();
     show!(ResponseHead::new(StatusCode::OK, &headers), TooManyRequests::new(), LlmGateway::new());
+    show!(Generic, OpenAi, AzureOpenAi, Anthropic, Gemini, Mistral, Groq, OpenRouter, XAi, DeepSeek, Cohere);
+    show!(HuggingFace, GitHub, Slack, Discord, Stripe, Shopify, Notion, Grpc);
     let wait = None;
     show!(Verdict::Nothing, Verdict::RateLimited { wait }, Verdict::Exhausted { wait }, Verdict::Revoked);
+    show!(Verdict::ScopeExhausted { wait }, Verdict::Refused);
 }
 
 fn show_explanations() {

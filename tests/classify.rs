@@ -4,7 +4,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header::RETRY_AFTER};
 use proptest::{collection::vec, prelude::*, sample::select};
-use tower_key_rotation::classify::{ClassifyResponse, LlmGateway, ResponseHead, TooManyRequests, Verdict};
+use tower_key_rotation::classify::{
+    ClassifyResponse, Generic, Groq, LlmGateway, ResponseHead, TooManyRequests, Verdict,
+};
 
 // ---- hints ----
 
@@ -354,148 +356,16 @@ fn only_a_missing_hint_wants_a_body() {
     assert!(!wants_body(500, None) && !wants_body(500, Some("30")));
 }
 
-// ---- LLM services and gateways ----
-
-fn gateway(status: u16, body: &str) -> Verdict {
-    let headers = HeaderMap::new();
-    let head = ResponseHead::new(StatusCode::from_u16(status).unwrap(), &headers);
-    LlmGateway::new().classify(&head.with_body(body.as_bytes()))
-}
-
-const EXHAUSTED: Verdict = Verdict::Exhausted { wait: None };
-const LIMITED: Verdict = Verdict::RateLimited { wait: None };
+// ---- services ----
 
 #[test]
-fn auth_and_payment_errors_count_without_a_body() {
-    assert_eq!(gateway(401, ""), Verdict::Revoked);
-    assert_eq!(gateway(403, ""), Verdict::Revoked);
-    assert_eq!(gateway(402, ""), EXHAUSTED);
-    for status in [200, 404, 500, 529] {
-        assert_eq!(gateway(status, "banned budget exceeded"), Verdict::Nothing, "{status}");
-    }
-}
-
-#[test]
-fn only_400_401_403_429_want_a_body() {
-    let wants_body = |status: &u16| {
+fn only_statuses_that_rules_know_want_a_body() {
+    let wanted = |classifier: &dyn ClassifyResponse| -> Vec<u16> {
         let headers = HeaderMap::new();
-        let head = ResponseHead::new(StatusCode::from_u16(*status).unwrap(), &headers);
-        LlmGateway::new().wants_body(&head)
+        let head = |status: &u16| ResponseHead::new(StatusCode::from_u16(*status).unwrap(), &headers);
+        (400..600).filter(|status| classifier.wants_body(&head(status))).collect()
     };
-    let wanted: Vec<_> = (400..600).filter(wants_body).collect();
-    assert_eq!(wanted, [400, 401, 403, 429]);
-}
-
-#[test]
-fn the_body_of_a_429_tells_its_cause() {
-    assert_eq!(gateway(429, r#"{"error":"slow down"}"#), LIMITED);
-    for word in ["banned", "Blocked", "SUSPENDED", "disabled"] {
-        assert_eq!(gateway(429, &format!(r#"{{"error":"key is {word}."}}"#)), Verdict::Revoked, "{word}");
-    }
-    assert_eq!(gateway(429, r#"{"error":{"code":"insufficient_quota"}}"#), EXHAUSTED);
-}
-
-#[test]
-fn part_of_a_longer_word_does_not_count() {
-    assert_eq!(gateway(429, "unblocked requests, abandoned, of acme/un-blocked-7b"), LIMITED);
-}
-
-#[test]
-fn code_or_message_prefix_decides_about_a_400() {
-    assert_eq!(gateway(400, "Budget has been exceeded! Current cost: 12"), EXHAUSTED);
-    assert_eq!(gateway(400, r#"{"error":{"type":"budget_exceeded","code":"400"}}"#), EXHAUSTED);
-    let no_credit = r#"{"type":"error","error":{"type":"invalid_request_error",
-        "message":"Your credit balance is too low to access the Anthropic API."}}"#;
-    assert_eq!(gateway(400, no_credit), EXHAUSTED);
-    let invalid = r#"{"error":{"code":400,"status":"INVALID_ARGUMENT","message":"API key not valid.",
-        "details":[{"reason":"API_KEY_INVALID","domain":"googleapis.com"}]}}"#;
-    assert_eq!(gateway(400, invalid), Verdict::Revoked);
-    assert_eq!(gateway(400, &format!("[{invalid}]")), Verdict::Revoked);
-    assert_eq!(gateway(400, r#"{"error":"Budget has been exceeded!"}"#), EXHAUSTED);
-    let disabled = r#"{"error":{"message":"This organization has been disabled."}}"#;
-    assert_eq!(gateway(400, disabled), Verdict::Revoked);
-    assert_eq!(gateway(400, "thinking.budget_tokens must be less than max_tokens"), Verdict::Nothing);
-    assert_eq!(gateway(400, "budget_tokens exceeded max_tokens"), Verdict::Nothing);
-    assert_eq!(gateway(400, "maximum context length exceeded"), Verdict::Nothing);
-}
-
-#[test]
-fn quoted_request_text_in_a_400_is_ignored() {
-    for value in ["budget exceeded", "budget_exceeded", "api_key_invalid", "your credit balance is too low"] {
-        let body = format!(
-            r#"{{"error":{{"message":"Invalid value: '{value}'. Supported values are: 'system'.",
-            "type":"invalid_request_error","param":"messages[0].role","code":"invalid_value"}}}}"#
-        );
-        assert_eq!(gateway(400, &body), Verdict::Nothing, "{body}");
-        assert_eq!(gateway(400, &format!("Invalid value: '{value}'.")), Verdict::Nothing, "{value}");
-    }
-}
-
-#[test]
-fn auth_errors_about_the_request_are_ignored() {
-    for (status, body) in [
-        (403, r#"{"error":{"type":"invalid_request_error","code":"model_not_found"}}"#),
-        (401, r#"{"error":{"message":"no","code":"mismatched_organization"}}"#),
-        (403, r#"{"error":{"code":"unsupported_country_region_territory"}}"#),
-        (403, r#"{"type":"error","error":{"type":"permission_error"}}"#),
-        (403, "\n<!DOCTYPE html><title>Attention Required!</title>"),
-        (403, r#"[{"error":{"code":"model_not_found"}}]"#),
-        (403, r#"{"error":{"code":"model_not_found","message":"cut o"#),
-        (401, r#"{"error":{"type":"invalid_request_error","code":"missing_scope","message":"You have"}}"#),
-        (
-            401,
-            r#"{"error":{"message":"You have insufficient permissions for this operation. Missing","code":null}}"#,
-        ),
-        (403, r#"{"error":{"message":"You are not allowed to sample from this model","code":null}}"#),
-        (403, r#"{"error":{"type":"permissions_error","code":"model_permission_blocked_project"}}"#),
-        (401, r#"{"error":{"message":"no","type":"key_model_access_denied","code":"401"}}"#),
-        (
-            403,
-            r#"{"error":{"code":403,"message":"flagged","metadata":{"flagged_input":"…","reasons":["x"]}}}"#,
-        ),
-        (403, r#"{"code":"permission-denied","error":"Content violates usage guidelines. "}"#),
-        (
-            403,
-            r#"{"error":{"code":403,"message":"You do not have permission to access the File abc or it may not exist.","status":"PERMISSION_DENIED"}}"#,
-        ),
-        (
-            403,
-            r#"[{"error":{"status":"PERMISSION_DENIED","message":"The caller does not have permission"}}]"#,
-        ),
-        (
-            403,
-            r#"{"error":{"status":"PERMISSION_DENIED","message":"no","details":[{"reason":"IAM_PERMISSION_DENIED"}]}}"#,
-        ),
-    ] {
-        assert_eq!(gateway(status, body), Verdict::Nothing, "{body}");
-    }
-    for (status, body) in [
-        (401, r#"{"error":{"code":"invalid_api_key"}}"#),
-        (401, r#"{"type":"error","error":{"type":"authentication_error"}}"#),
-        (403, r#"{"error":{"status":"PERMISSION_DENIED","details":[{"reason":"CONSUMER_SUSPENDED"}]}}"#),
-        (403, r#"{"error":{"status":"PERMISSION_DENIED","message":"Your API key was reported as leaked."}}"#),
-        (
-            403,
-            r#"{"error":{"status":"PERMISSION_DENIED","message":"This service has been disabled in this account"}}"#,
-        ),
-        (403, r#"{"code":"permission-denied","error":"Access to the chat endpoint is denied."}"#),
-        (
-            401,
-            r#"{"error":{"type":"auth_error","code":"401","message":"Invalid proxy server token passed."}}"#,
-        ),
-        (401, "<html><title>401 Authorization Required</title>"),
-        (403, r#"{"error":{"type":"permission_error","message":"OAuth token has been revoked."}}"#),
-        (403, r#"{"error":"you are not allowed here"}"#),
-        (403, "no"),
-    ] {
-        assert_eq!(gateway(status, body), Verdict::Revoked, "{body}");
-    }
-}
-
-#[test]
-fn binary_429_bodies_are_rate_limited() {
-    let headers = HeaderMap::new();
-    let head = ResponseHead::new(StatusCode::TOO_MANY_REQUESTS, &headers);
-    assert_eq!(LlmGateway::new().classify(&head.with_body(&[0xff, 0x00, 0xfe])), LIMITED);
-    assert_eq!(LlmGateway::new().classify(&head), LIMITED);
+    assert_eq!(wanted(&Generic), [401, 402, 403, 429]);
+    assert_eq!(wanted(&Groq), [400, 401, 402, 403, 429, 498]);
+    assert_eq!(wanted(&LlmGateway::new()), [400, 401, 402, 403, 429, 498, 503, 529]);
 }

@@ -146,6 +146,18 @@ async fn f28_a_retry_after_is_capped_at_an_hour() {
     assert_eq!(rest_after(429, [("retry-after", "18446744073709551615")], true).await, HOUR);
 }
 
+#[test]
+fn the_reset_of_a_quota_is_exact() {
+    let pool = pool(["alpha"], &ManualClock::new());
+    let used_up =
+        |_: Request<()>| ready(Response::builder().status(429).header("retry-after", "600").body(()));
+    let request = Request::get("https://api.example.com").body(()).unwrap();
+    let client = KeyRotationLayer::new(&pool).classify(exhausts).layer(service_fn(used_up));
+    client.oneshot(request).now_or_never().unwrap().unwrap();
+    let key = stats_of(&pool, "alpha");
+    assert_eq!((key.status, key.time_left), (Status::Exhausted, Some(10 * MINUTE)));
+}
+
 /// A classifier for which each response exhausts the key.
 fn exhausts(response: &ResponseHead<'_>) -> Verdict {
     Verdict::Exhausted { wait: response.wait() }
@@ -716,14 +728,10 @@ async fn llm_gateway(status: u16, body: &'static str, read_bodies: bool) -> (Sta
 }
 
 #[tokio::test]
-async fn llm_gateway_preset_classifies_statuses_without_bodies() {
-    let day = Some(24 * HOUR);
+async fn llm_gateway_preset_takes_no_key_out_without_bodies() {
     assert_eq!(llm_gateway(200, "", false).await, (Status::Healthy, None));
-    assert_eq!(llm_gateway(401, "", false).await, (Status::Revoked, None));
-    assert_eq!(llm_gateway(403, "", false).await, (Status::Revoked, None));
-    assert_eq!(llm_gateway(402, "", false).await, (Status::Exhausted, day));
     assert_eq!(llm_gateway(429, "insufficient_quota", false).await, (Status::RateLimited, Some(2 * MINUTE)));
-    assert_eq!(llm_gateway(400, "budget exceeded", false).await, (Status::Healthy, None));
+    assert_eq!(llm_gateway(400, "Budget has been exceeded!", false).await, (Status::Healthy, None));
     assert_eq!(llm_gateway(500, "suspended", false).await, (Status::Healthy, None));
 }
 
@@ -732,7 +740,14 @@ async fn llm_gateway_preset_refines_verdicts_from_bodies() {
     let day = Some(24 * HOUR);
     let quota = r#"{"error":{"code":"insufficient_quota"}}"#;
     assert_eq!(llm_gateway(429, quota, true).await, (Status::Exhausted, day));
-    assert_eq!(llm_gateway(429, "this account is suspended", true).await, (Status::Revoked, None));
+    let invalid = r#"{"error":{"code":"invalid_api_key"}}"#;
+    assert_eq!(llm_gateway(401, invalid, true).await, (Status::Revoked, None));
+    assert_eq!(
+        llm_gateway(402, r#"{"error":{"message":"Insufficient Balance"}}"#, true).await,
+        (Status::Exhausted, day)
+    );
+    let model = r#"{"error":{"code":"model_not_found"}}"#;
+    assert_eq!(llm_gateway(403, model, true).await, (Status::Healthy, None));
     assert_eq!(llm_gateway(429, "slow down", true).await, (Status::RateLimited, Some(2 * MINUTE)));
     assert_eq!(llm_gateway(400, "Budget has been exceeded!", true).await, (Status::Exhausted, day));
     assert_eq!(llm_gateway(400, "bad request", true).await, (Status::Healthy, None));
@@ -749,7 +764,7 @@ async fn a_revoked_key_stays_unavailable_until_reset() {
         move |_| std::future::ready(answer(if revoked.load(SeqCst) { 401 } else { 200 }, ""))
     })
     .await;
-    let client = KeyRotationLayer::new(&pool).classify(LlmGateway::new()).layer(http());
+    let client = KeyRotationLayer::new(&pool).classify(ByStatus).layer(http());
     assert_eq!(status(&client, &server.url()).await, 401);
     revoked.store(false, SeqCst);
     clock.advance(1_000 * HOUR);

@@ -136,7 +136,9 @@ fn of_value(value: &Value) -> (Option<String>, Option<String>) {
     let Some(fields) = value.as_object() else { return (None, text(value)) };
     let is_good = fields.iter().all(|(name, value)| match name.as_str() {
         "id" | "secret" | "note" | "group" => value.is_string(),
-        "weight" | "max_in_flight" => value.as_u64().is_some_and(|count| u32::try_from(count).is_ok_and(|count| count > 0)),
+        "weight" | "max_in_flight" => {
+            value.as_u64().is_some_and(|count| u32::try_from(count).is_ok_and(|count| count > 0))
+        }
         "tier" => value.as_u64().is_some_and(|tier| u8::try_from(tier).is_ok()),
         _ => false,
     });

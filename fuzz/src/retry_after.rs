@@ -100,7 +100,6 @@ fn plain_wait(headers: &HeaderMap) -> Option<Duration> {
 /// Asserts that both classifiers agree with the tables in their documentation.
 fn assert_as_documented(head: &ResponseHead<'_>) {
     let limited = Verdict::RateLimited { wait: head.wait() };
-    let exhausted = Verdict::Exhausted { wait: None };
     let has_body = head.body().is_some_and(|body| !body.is_empty());
     let status = head.status().as_u16();
 
@@ -111,12 +110,15 @@ fn assert_as_documented(head: &ResponseHead<'_>) {
     let counts = status == 429 || (status == 503 && head.wait().is_some());
     assert_eq!(verdict, if counts { limited } else { Verdict::Nothing });
 
+    // Without a body, no words count. A refusal with a wait never takes the key out.
     let verdict = LlmGateway::new().classify(head);
+    let takes_out =
+        matches!(verdict, Verdict::Revoked | Verdict::Exhausted { .. } | Verdict::ScopeExhausted { .. });
     let is_documented = match status {
-        401 | 403 => verdict == Verdict::Revoked || (has_body && verdict == Verdict::Nothing),
-        402 => verdict == exhausted,
-        429 => verdict == limited || (has_body && [Verdict::Revoked, exhausted].contains(&verdict)),
-        400 => verdict == Verdict::Nothing || (has_body && [Verdict::Revoked, exhausted].contains(&verdict)),
+        401..=403 if head.wait().is_none() => has_body || !takes_out,
+        401..=403 => !plain_wait(head.headers()).is_some_and(|_| takes_out),
+        429 => has_body || verdict == limited,
+        400 | 498 | 503 | 529 => has_body || verdict == Verdict::Nothing,
         _ => verdict == Verdict::Nothing,
     };
     assert!(is_documented, "{status}: {verdict:?}");
@@ -167,14 +169,18 @@ impl Rules {
         let (status, by_default, wait) = match verdict {
             Verdict::RateLimited { wait } => (Status::RateLimited, self.cooldown, wait),
             Verdict::Exhausted { wait } => (Status::Exhausted, self.exhausted_for, wait),
+            Verdict::ScopeExhausted { wait } => (Status::Exhausted, self.exhausted_for, wait),
+            // Whose refusal it is shows another key's answer. There is none here.
+            Verdict::Refused => return,
             Verdict::Revoked => return assert_eq!((key.status, key.time_left), (Status::Revoked, None)),
             _ => return assert_eq!((key.status, key.time_left), (Status::Healthy, None)),
         };
         // If the limits cross, `most` wins. Only after a 429, and with exact hints, may `most` be shorter than the rest
-        // without a hint.
-        let may_be_less = self.exact && status == Status::RateLimited;
-        let most = if may_be_less { self.most } else { self.most.max(by_default) };
-        let least = if self.exact { self.least.min(most) } else { self.least.clamp(by_default, most) };
+        // without a hint. The time of a quota's reset is always exact.
+        let is_quota = status == Status::Exhausted;
+        let most = if self.exact && !is_quota { self.most } else { self.most.max(by_default) };
+        let is_exact = self.exact || is_quota;
+        let least = if is_exact { self.least.min(most) } else { self.least.clamp(by_default, most) };
         let rest = wait.map_or(by_default, |wait| wait.clamp(least, most));
         let rest = if rest.is_zero() { rest } else { self.deadline(rest).saturating_sub(self.clock) };
         let status = if rest.is_zero() { Status::Healthy } else { status };

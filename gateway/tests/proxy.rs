@@ -774,7 +774,7 @@ async fn a_rewritten_retry_after_drops_the_millisecond_hints() {
 
 #[tokio::test]
 async fn revoked_keys_alone_mean_503_and_not_ready() {
-    let upstream = Server::answering(|| answer(401, "no such key")).await;
+    let upstream = Server::answering(|| answer(401, r#"{"error":{"code":"invalid_api_key"}}"#)).await;
     let gateway = Gateway::before(upstream.address(), &["a", "b"], []).await;
     let ready = async || http().get(gateway.url("/readyz")).send().await.unwrap().status();
     assert_eq!(ready().await, 200);

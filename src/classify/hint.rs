@@ -83,7 +83,7 @@ fn explicit_at(headers: &HeaderMap, now: Duration) -> Option<Duration> {
 }
 
 /// The time of the response, counted from the epoch.
-fn now(headers: &HeaderMap) -> Duration {
+pub(super) fn now(headers: &HeaderMap) -> Duration {
     // A local clock before the epoch counts as the epoch: the caller caps the wait.
     first(headers, "date", http_date)
         .unwrap_or_else(|| SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default())
@@ -112,10 +112,30 @@ fn retry_info(detail: &Value) -> Option<Duration> {
     if kind.ends_with("google.rpc.RetryInfo") { duration(delay.trim()) } else { None }
 }
 
+/// Returns the latest reset among the windows of which the headers say that nothing remains.
+pub(super) fn from_exhausted_windows(headers: &HeaderMap) -> Option<Duration> {
+    let (single, several) = windows(headers, now(headers));
+    latest_exhausted(single.iter().chain(&several))
+}
+
 /// Returns the latest reset among the exhausted windows.
 ///
 /// If no window says what remains, the latest reset among the `SINGLE` windows counts.
 fn from_windows(headers: &HeaderMap, now: Duration) -> Option<Duration> {
+    let (single, several) = windows(headers, now);
+    let all = || single.iter().chain(&several);
+    if all().all(|window| window.exhausted.is_none()) {
+        return single.iter().map(|window| window.wait).max();
+    }
+    latest_exhausted(all())
+}
+
+fn latest_exhausted<'a>(windows: impl Iterator<Item = &'a Window>) -> Option<Duration> {
+    windows.filter(|window| window.exhausted == Some(true)).map(|window| window.wait).max()
+}
+
+/// Returns the `SINGLE` windows, and all others.
+fn windows(headers: &HeaderMap, now: Duration) -> (Vec<Window>, Vec<Window>) {
     let read = |&(reset_name, remaining_name): &(&str, &str)| {
         Some(Window {
             wait: first(headers, reset_name, |value| reset(value, now))?,
@@ -125,12 +145,7 @@ fn from_windows(headers: &HeaderMap, now: Duration) -> Option<Duration> {
     let single: Vec<Window> = SINGLE.iter().filter_map(read).collect();
     let mut several: Vec<Window> = SEVERAL.iter().filter_map(read).collect();
     several.extend(values(headers, "ratelimit").flat_map(structured));
-
-    let all = || single.iter().chain(&several);
-    if all().all(|window| window.exhausted.is_none()) {
-        return single.iter().map(|window| window.wait).max();
-    }
-    all().filter(|window| window.exhausted == Some(true)).map(|window| window.wait).max()
+    (single, several)
 }
 
 /// Reads the windows of one `RateLimit` line.
@@ -193,7 +208,7 @@ fn retry_after(value: &str, now: Duration) -> Option<Duration> {
 }
 
 /// Reads a window's reset in any format that services use: a number, a duration or a date.
-fn reset(value: &str, now: Duration) -> Option<Duration> {
+pub(super) fn reset(value: &str, now: Duration) -> Option<Duration> {
     number_or_timestamp(value, now)
         .or_else(|| duration(value))
         .or_else(|| http_date(value).or_else(|| rfc3339(value))?.checked_sub(now))

@@ -1,7 +1,8 @@
 //! Classifiers: they decide from a response whether its key rests.
 //!
 //! A [`ClassifyResponse`] turns a response into a [`Verdict`]. [`TooManyRequests`] is the default.
-//! [`LlmGateway`] knows the errors of LLM services and LLM gateways. For any other service, pass a function:
+//! Each of the others knows the errors of one service, and [`LlmGateway`] those of all LLM services. [`Generic`] is for a
+//! service that is not here. Or pass a function:
 //!
 //! ```
 //! use http::StatusCode;
@@ -21,16 +22,26 @@
 //! # }
 //! ```
 
+mod answer;
 mod classifier;
+mod decoded;
 mod formats;
+mod grpc_status;
 mod hint;
 mod llm_gateway;
-// Nothing reads the budgets yet.
 mod remaining;
+mod rules;
+mod services;
 mod too_many_requests;
+
+pub(crate) use self::decoded::decoded;
 
 pub use self::{
     classifier::{ClassifyResponse, ResponseHead, Verdict},
     llm_gateway::LlmGateway,
+    services::{
+        Anthropic, AzureOpenAi, Cohere, DeepSeek, Discord, Gemini, Generic, GitHub, Groq, Grpc, HuggingFace,
+        Mistral, Notion, OpenAi, OpenRouter, Shopify, Slack, Stripe, XAi,
+    },
     too_many_requests::TooManyRequests,
 };

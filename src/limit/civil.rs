@@ -108,6 +108,11 @@ impl Civil {
         budget.roll(end, next, next - begin, is_over);
     }
 
+    /// When the day after the one of a second begins, in seconds since 1970.
+    pub(crate) fn next_day(&self, second: u64) -> u64 {
+        self.day_of(second).1
+    }
+
     /// When the day of a second began, and when the next one does.
     fn day_of(&self, second: u64) -> (u64, u64) {
         self.try_day_of(second).unwrap_or((second, second + 24 * 60 * 60))

@@ -23,7 +23,7 @@ mod words;
 
 pub(crate) use self::{
     cap::Cap,
-    civil::InvalidReset,
+    civil::{Civil, InvalidReset},
     known::Known,
     left::{Kind, Left, Remaining},
     limit_of_key::Limit,

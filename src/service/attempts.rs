@@ -13,10 +13,10 @@ use super::{
     trace::Trace,
 };
 use crate::{
-    classify::ClassifyResponse,
+    classify::{ClassifyResponse, decoded},
     clock::Sleep,
     limit::Traits,
-    message::RequestMessage,
+    message::{JudgedResponse, RequestMessage},
     pool::{Key, Lease, NoKeyAvailable},
 };
 
@@ -173,7 +173,7 @@ where
             && let Ok(response) = answer
         {
             let (response, read) = M::read(response, most, self.time_for_a_body()).await;
-            beginning = Some(read);
+            beginning = Some(decoded(response.headers(), read, most));
             answer = Ok(response);
         }
         let outcome = self.rotation.judge.settle(lease, &mut answer, beginning.as_deref(), |_, _| {});
