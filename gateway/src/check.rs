@@ -1,6 +1,10 @@
 //! `check`: says what is wrong with a configuration, and with `--probe`, whether each key works.
 
-use std::{ffi::OsString, process::ExitCode};
+use std::{
+    ffi::OsString,
+    io::{self, Write},
+    process::ExitCode,
+};
 
 use crate::{
     config::{Config, Invalid, UpstreamConfig},
@@ -29,18 +33,18 @@ pub(crate) async fn run(mut arguments: Vec<OsString>) -> ExitCode {
     let mut problems: Vec<_> = invalid.iter().flat_map(Invalid::problems).map(ToString::to_string).collect();
     problems.extend(upstreams.iter().flat_map(keys::problems));
     for problem in &problems {
-        eprintln!("{problem}");
+        say(io::stderr(), problem);
     }
     if let Some(config) = &config {
         for warning in settings::warnings(config.files()) {
-            eprintln!("warning: {warning}");
+            say(io::stderr(), &format!("warning: {warning}"));
         }
     }
     if !problems.is_empty() {
-        eprintln!("the configuration has {} problem(s)", problems.len());
+        say(io::stderr(), &format!("the configuration has {} problem(s)", problems.len()));
         return ExitCode::from(INVALID);
     }
-    println!("the configuration is valid");
+    say(io::stdout(), "the configuration is valid");
     if probes && !all_work(upstreams).await { ExitCode::from(BROKEN_KEY) } else { ExitCode::SUCCESS }
 }
 
@@ -52,14 +56,22 @@ async fn all_work(upstreams: &[UpstreamConfig]) -> bool {
             Ok(keys) => {
                 for (key, outcome) in keys {
                     all_work &= outcome.works();
-                    println!("upstream {name:?}: key {key} {outcome}");
+                    say(io::stdout(), &format!("upstream {name:?}: key {key} {outcome}"));
                 }
             }
             Err(error) => {
                 all_work = false;
-                println!("upstream {name:?}: its keys can't be read: {}", with_sources(&*error));
+                say(
+                    io::stdout(),
+                    &format!("upstream {name:?}: its keys can't be read: {}", with_sources(&*error)),
+                );
             }
         }
     }
     all_work
+}
+
+/// Writes a line. A reader that is gone changes nothing of the exit code.
+fn say(mut to: impl Write, line: &str) {
+    _ = writeln!(to, "{line}");
 }

@@ -25,6 +25,7 @@ use crate::{
     settings::Settings,
     upstream::Upstream,
     watch::Files,
+    webhook::Webhook,
 };
 
 pub(crate) async fn run(mut config: Config) -> Result<(), Box<dyn Error>> {
@@ -48,6 +49,10 @@ pub(crate) async fn run(mut config: Config) -> Result<(), Box<dyn Error>> {
     let proxy = Proxy::new(current.clone(), settings);
     let (stop, stopped) = watch::channel(());
     let admin = start_admin(admin_listener.into_std()?, &current, exporter, settings, stopped)?;
+    let webhook = settings.webhook.clone().map(|url| {
+        let webhook = Webhook::new(url, settings.webhook_below, current.clone());
+        tokio::spawn(webhook.run())
+    });
     let reload = Reload::new(config, files, current.clone())?;
     announce(&current.get(), listener.local_addr()?, admin_address);
 
@@ -64,6 +69,9 @@ pub(crate) async fn run(mut config: Config) -> Result<(), Box<dyn Error>> {
     _ = join!(serve(listener, app, signal, limits), admin);
 
     reload.abort();
+    if let Some(webhook) = webhook {
+        webhook.abort();
+    }
     let served = current.get();
     let written = join_all(served.upstreams.iter().map(|upstream| upstream.shutdown())).await;
     written.into_iter().collect::<Result<(), _>>()?;

@@ -37,6 +37,7 @@ mod this_machine;
 mod unread;
 mod upstream;
 mod watch;
+mod webhook;
 mod whole;
 
 use std::{env, error::Error, ffi::OsString, iter, panic, process::ExitCode};

@@ -26,6 +26,7 @@ use crate::{
     base_url::BaseUrl,
     callers::Token,
     config::Values,
+    webhook::WebhookUrl,
 };
 
 /// A reverse proxy that puts one of several API keys into each request, rests a key after a 429, and retries the
@@ -169,6 +170,15 @@ pub(crate) struct Settings {
     #[arg(long, value_name = "TOKEN")]
     pub(crate) admin_token: Option<Token>,
 
+    /// URL that is told, by a POST of JSON, that a key is revoked or few keys are healthy. Prefer GATEWAY_WEBHOOK or the
+    /// file if it holds a secret
+    #[arg(long, value_name = "URL")]
+    pub(crate) webhook: Option<WebhookUrl>,
+
+    /// With fewer healthy keys than this, an upstream has few
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) webhook_below: usize,
+
     /// Read the files again when they change, as on SIGHUP
     #[arg(long, value_name = "BOOL", value_parser = BoolishValueParser::new())]
     #[arg(num_args = 0..=1, require_equals = true, default_value = "true", default_missing_value = "true")]
@@ -228,6 +238,8 @@ impl Settings {
             is_same("max-connections", self.max_connections == other.max_connections),
             is_same("max-requests", self.max_requests == other.max_requests),
             is_same("shutdown-limit", self.shutdown_limit == other.shutdown_limit),
+            is_same("webhook", self.webhook == other.webhook),
+            is_same("webhook-below", self.webhook_below == other.webhook_below),
             is_same("watch", self.watch == other.watch),
             is_same("log", self.log == other.log),
         ];

@@ -219,6 +219,12 @@ mod tests {
     }
 
     #[test]
+    fn a_request_larger_than_the_limit_takes_all_of_it() {
+        let some = caller(|config| config.limits.tokens_per_minute = Some(1_000));
+        some.begin().unwrap().reserve(Some(5_000)).unwrap();
+    }
+
+    #[test]
     fn a_changed_caller_keeps_its_usage_and_equal_limits() {
         let before = caller(|config| config.limits.requests_per_minute = Some(1));
         assert!(before.begin().is_ok());

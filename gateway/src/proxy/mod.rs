@@ -190,13 +190,13 @@ impl Proxy {
         if response.status().as_u16() < 400 {
             under_way.was_served();
         }
-        let route = Route {
+        let sent = Sent {
             upstream: &upstream,
             prefix: &prefix,
             caller: &under_way,
             traits: asked.as_ref().map(|asked| &asked.traits),
         };
-        let response = pass_on(&route, api, &method, response);
+        let response = pass_on(&sent, api, &method, response);
         Ok(response.map(|body| Body::new(Held::new(body, (place, under_way)))))
     }
 
@@ -246,7 +246,7 @@ fn route(served: &Served, head: &mut Parts) -> Result<(Arc<Upstream>, String, Ur
 }
 
 /// Where a request went, and as what.
-struct Route<'a> {
+struct Sent<'a> {
     upstream: &'a Upstream,
     /// What the upstream does not see of the path.
     prefix: &'a str,
@@ -255,14 +255,14 @@ struct Route<'a> {
 }
 
 /// Turns the response of an upstream into one for the caller.
-fn pass_on(route: &Route<'_>, api: Api, method: &Method, mut response: Response) -> Response {
-    let upstream = route.upstream;
-    headers::to_caller(response.headers_mut(), &upstream.config.url, route.prefix);
+fn pass_on(sent: &Sent<'_>, api: Api, method: &Method, mut response: Response) -> Response {
+    let upstream = sent.upstream;
+    headers::to_caller(response.headers_mut(), &upstream.config.url, sent.prefix);
     response = response.map(answer::body);
     *response.version_mut() = Version::default();
     let status = response.status();
     if status == StatusCode::TOO_MANY_REQUESTS {
-        correct_retry_after(route, &mut response);
+        correct_retry_after(sent, &mut response);
     }
     // Statuses above 599 are outside every class; treat them as errors.
     if upstream.config.sanitize_errors && status.as_u16() >= 400 {
@@ -277,15 +277,15 @@ fn pass_on(route: &Route<'_>, api: Api, method: &Method, mut response: Response)
         error.extensions_mut().remove::<ReasonPhrase>();
         return error;
     }
-    tokens::count(&upstream.pool, route.caller, method, response)
+    tokens::count(&upstream.pool, sent.caller, method, response)
 }
 
 /// Replaces the `Retry-After` of a limited response, which is about one key, if no key has room.
 ///
 /// The new value is the time until the first key has room for such a request.
-fn correct_retry_after(route: &Route<'_>, response: &mut Response) {
-    let pool = &route.upstream.pool;
-    let wait = route.traits.map_or_else(|| pool.next_return(), |traits| pool.next_room(traits));
+fn correct_retry_after(sent: &Sent<'_>, response: &mut Response) {
+    let pool = &sent.upstream.pool;
+    let wait = sent.traits.map_or_else(|| pool.next_return(), |traits| pool.next_room(traits));
     let Some(wait) = wait.filter(|wait| !wait.is_zero()) else { return };
     // Clients prefer these headers to `Retry-After`.
     for of_one_key in ["retry-after-ms", "x-ms-retry-after-ms"] {

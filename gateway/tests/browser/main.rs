@@ -409,6 +409,56 @@ async fn a_gateway_that_says_nothing_is_asked_again() {
     page.end_with(["ERR_CONNECTION_REFUSED"]).await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "it needs a browser"]
+async fn upstreams_and_callers_are_told_apart() {
+    let (service, keys) = (Server::limiting([]).await, keys_file("alpha|sk-alpha\n"));
+    let upstream = |name: &str| {
+        let (address, keys) = (service.address(), keys.path());
+        format!(
+            "[[upstream]]\nname = {name:?}\npath = \"/{name}\"\nurl = \"http://{address}\"\nkeys = {keys:?}\n"
+        )
+    };
+    let caller = "[[caller]]\nname = \"website\"\ntoken = \"token-of-website\"\nrequests-per-minute = 5\n";
+    let text = format!("admin-token = {TOKEN:?}\n{}{}{caller}", upstream("one"), upstream("two"));
+    let config = file("toml", &text);
+    let gateway = Gateway::start(command(["--config", config.path()])).await;
+    let page = Page { browser: Browser::start().await, gateway, service, http: http() };
+    for _ in 0..2 {
+        let request = page.http.get(page.gateway.url("/two/v1")).bearer_auth("token-of-website");
+        assert_eq!(request.send().await.unwrap().status(), 200);
+    }
+    page.browser.open(&page.gateway.admin_url("/admin")).await;
+    page.see("!document.querySelector('#sign-in').hidden").await;
+    page.type_into("#token", TOKEN).await;
+    page.click("#sign-in-form button").await;
+    page.see("document.querySelector('#rows').innerText.match(/one|two/g)?.join() === 'one,two'").await;
+    page.see("document.querySelector('#caller-rows').innerText.match(/website\\s+2\\s+[23] of 5/)").await;
+
+    let choose = "(() => { const s = document.querySelector('#upstream'); s.value = 'two'; \
+                  s.dispatchEvent(new Event('change')); })()";
+    page.eval(choose).await;
+    page.see("document.querySelectorAll('#rows tr').length === 1").await;
+    page.act("alpha", "toggle").await;
+    page.see_said("alpha is out of service.").await;
+    page.see_status("alpha", "Disabled").await;
+    let log = r#"key disabled by the admin key="alpha" upstream="two""#;
+    eventually("it is logged", || page.gateway.log().contains(log)).await;
+
+    page.click("#add-key").await;
+    page.eval("document.querySelector('#add-upstream').value = 'one'").await;
+    page.type_into("#add-id", "beta").await;
+    page.type_into("#add-secret", "sk-beta").await;
+    page.click("#add button.primary").await;
+    page.see_said("beta was added.").await;
+    page.eval("(() => { const s = document.querySelector('#upstream'); s.value = ''; s.dispatchEvent(new Event('change')); })()").await;
+    page.see("document.querySelectorAll('#rows tr').length === 3").await;
+    if let Ok(path) = env::var("SCREENSHOT_OF_UPSTREAMS") {
+        fs::write(path, page.browser.screenshot().await).unwrap();
+    }
+    page.end_with(["401"]).await;
+}
+
 /// The longest time for a reaction of the page, chromedriver's overhead included.
 const AT_ONCE: Duration = Duration::from_millis(1_500);
 
@@ -417,7 +467,7 @@ const AT_ONCE: Duration = Duration::from_millis(1_500);
 async fn ten_thousand_keys_are_paged_and_searched_quickly() {
     let names: Vec<_> = (1..=10_000).map(|number| format!("key-{number}")).collect();
     let page = Page::of(&names.iter().map(String::as_str).collect::<Vec<_>>(), []).await;
-    let rows = "document.querySelectorAll('tbody tr').length";
+    let rows = "document.querySelectorAll('#rows tr').length";
     page.see("document.querySelector('#range').innerText === '1–50 of 10,000'").await;
     assert_eq!(page.eval(rows).await, 50);
 
