@@ -18,6 +18,7 @@ mod caller;
 mod callers;
 mod check;
 mod config;
+mod exchange;
 mod gateway;
 mod guesses;
 mod health;

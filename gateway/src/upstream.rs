@@ -1,17 +1,18 @@
 //! An upstream as it runs: its keys, and the client that sends requests with them.
 
 use std::{
+    collections::HashMap,
     error::Error,
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use tower_key_rotation::{KeyPool, KeySpec, MarksNotWritten, OperateError, RecoveryHandle};
+use tower_key_rotation::{KeyPool, KeySpec, MarksNotWritten, RecoveryHandle};
 
 use crate::{
     config::{Invalid, UpstreamConfig},
+    exchange::{Taken, exchange},
     keys,
     proxy::{Client, client},
-    with_sources,
 };
 
 pub(crate) struct Upstream {
@@ -36,13 +37,14 @@ impl Upstream {
     pub(crate) async fn changed(&self, config: UpstreamConfig) -> Result<Self, Box<dyn Error>> {
         let given = keys::given(&config)?;
         let (before, there) = (lock(&self.given).clone(), self.pool.specs());
-        let is_in = |keys: &[KeySpec], key: &KeySpec| keys.iter().any(|other| other.id == key.id);
-        let was_removed = |key: &&KeySpec| before.contains(key) && !is_in(&there, key);
+        let by_id = |keys: &[KeySpec]| keys.iter().map(|key| (key.id.clone(), key.clone())).collect();
+        let [old, now, in_pool]: [HashMap<_, _>; 3] = [by_id(&before), by_id(&given), by_id(&there)];
+        let was_removed = |key: &KeySpec| old.get(&key.id) == Some(key) && !in_pool.contains_key(&key.id);
         let mut keys: Vec<_> = given.iter().filter(|key| !was_removed(key)).cloned().collect();
         // Where the store is another one now, keys that were added in the old one stay there.
         if config.mongodb.is_none() && self.config.mongodb.is_none() {
-            let added = there.iter().filter(|key| !is_in(&before, key) && !is_in(&given, key));
-            keys.extend(added.cloned());
+            let was_added = |key: &KeySpec| !old.contains_key(&key.id) && !now.contains_key(&key.id);
+            keys.extend(there.into_iter().filter(was_added));
         }
         let changed = Self::with_keys(config, keys, given).await?;
         changed.pool.adopt_rests(&self.pool);
@@ -78,55 +80,15 @@ impl Upstream {
         Ok((given != *lock(&self.given)).then_some(given))
     }
 
-    /// Makes the pool's keys those that its files and variables name now. Keys that stay keep their rests, and keys that
-    /// an operator has added stay.
+    /// Makes the pool's keys those that its files and variables name now.
     pub(crate) async fn take_keys(&self, now: Vec<KeySpec>) -> Taken {
-        let before = std::mem::replace(&mut *lock(&self.given), now.clone());
-        let old = |key: &KeySpec| before.iter().find(|old| old.id == key.id);
-        let (new, kept): (Vec<_>, Vec<_>) = now.iter().cloned().partition(|key| old(key).is_none());
-        let different: Vec<_> = kept.into_iter().filter(|key| old(key) != Some(key)).collect();
-        let gone = before.iter().filter(|old| !now.iter().any(|key| key.id == old.id));
-
-        let mut taken = Taken::default();
-        // The new keys come first, so that the pool is never without any. The secret of a key that goes may be that of a
-        // new one, which then has to wait.
-        let late = self.insert(new, &mut taken).await;
-        for key in gone {
-            match self.pool.remove(&key.id).await {
-                Err(error) if !error.is_unknown_key() => self.fails(key, &error, &mut taken),
-                _ => taken.removed += 1,
-            }
-        }
-        for key in different {
-            match self.pool.replace(key.clone()).await {
-                Ok(()) => taken.replaced += 1,
-                // An operator has removed it, but the file has changed since.
-                Err(error) if error.is_unknown_key() => {
-                    for (key, error) in self.insert(vec![key], &mut taken).await {
-                        self.fails(&key, &error, &mut taken);
-                    }
-                }
-                Err(error) => self.fails(&key, &error, &mut taken),
-            }
-        }
-        let late = late.into_iter().map(|(key, _)| key).collect();
-        for (key, error) in self.insert(late, &mut taken).await {
-            self.fails(&key, &error, &mut taken);
+        let before = lock(&self.given).clone();
+        let taken = exchange(&self.pool, self.name(), &before, &now).await;
+        // What has failed is tried again with the next reload.
+        if taken.failed == 0 {
+            *lock(&self.given) = now;
         }
         taken
-    }
-
-    /// Inserts keys, and returns those that could not be.
-    async fn insert(&self, keys: Vec<KeySpec>, taken: &mut Taken) -> Vec<(KeySpec, OperateError)> {
-        let outcomes = self.pool.insert_all(keys.clone()).await;
-        taken.added += outcomes.iter().filter(|outcome| outcome.is_ok()).count();
-        keys.into_iter().zip(outcomes).filter_map(|(key, outcome)| Some((key, outcome.err()?))).collect()
-    }
-
-    fn fails(&self, key: &KeySpec, error: &OperateError, taken: &mut Taken) {
-        taken.failed += 1;
-        let (key, error) = (key.id.as_str(), with_sources(error));
-        tracing::warn!(key, upstream = self.name(), error, "key of the file not taken over");
     }
 
     /// Begins to recover keys and to exchange their state with the store.
@@ -142,15 +104,6 @@ impl Upstream {
             None => Ok(()),
         }
     }
-}
-
-/// How many keys of a file were taken over.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct Taken {
-    pub(crate) added: usize,
-    pub(crate) replaced: usize,
-    pub(crate) removed: usize,
-    pub(crate) failed: usize,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
