@@ -52,8 +52,8 @@ use tower_key_rotation::{
     clock::{ManualClock, SystemClock},
     service::TryClone,
     store::{
-        Born, Change, Heard, KeyRecord, KeyStore, Loaded, Mark, MemoryStore, Operation, Recovered, Replaced,
-        Resting, Scope, Standing, StoreError, StoreFuture, Unreadable, Until, Usage, Words,
+        Born, Change, Heard, KeyRecord, KeyStore, Loaded, Mark, MemoryStore, Operation, Planted, Recovered,
+        Replaced, Resting, Scope, Standing, StoreError, StoreFuture, Unreadable, Until, Usage, Words, Writes,
         mongodb::{ConnectError, DataKeys, Encrypted, Fields, InvalidDataKeys, MongoStore},
     },
     *,
@@ -1042,7 +1042,7 @@ fn show_keys_and_stores() {
     show!(Unreadable::new("alpha", "no secret"), Change::Keys(vec![id("alpha")]), Change::Anything);
     show!(Change::Standing(id("alpha"), standing), usage, Replaced::new(id("alpha"), id("beta")));
     show!(Recovered::new(1, vec![id("alpha")]), StoreError::new("gone"), ServedBy(id("alpha")));
-    show!(Heard::new(1, SECOND, vec![1]));
+    show!(Heard::new(1, SECOND, vec![1]), Planted::new(id("alpha"), id("beta")), Writes::default());
     show!(Status::Healthy, Status::RateLimited, Status::Exhausted, Status::Revoked, Status::Disabled);
     show!(Rest::RateLimited, Rest::Exhausted, Rest::Revoked);
 

@@ -21,9 +21,8 @@ use crate::{
     sync::JoinSet,
 };
 
-/// The most insertions in flight. After as many failures in a row the other keys are not tried: each would wait for a
-/// store that is gone.
-const AT_ONCE: usize = 8;
+/// After so many failures in a row the other keys are not tried: each would wait for a store that is gone.
+const FAILURES_IN_A_ROW: usize = 8;
 
 /// The keys that are inserted in one turn; then loads and other operators have theirs.
 const IN_A_TURN: usize = 500;
@@ -174,16 +173,17 @@ impl Insertion {
     /// If the store has just failed, no key is tried.
     async fn insert(&mut self, keys: &mut [Result<NewKey, Cause>], mut failure: Option<StoreError>) {
         if failure.is_some() {
-            self.failures_in_a_row = AT_ONCE;
+            self.failures_in_a_row = FAILURES_IN_A_ROW;
         }
+        let at_once = self.link.at_once();
         for place in 0..keys.len() {
-            if self.in_flight.len() == AT_ONCE {
+            if self.in_flight.len() == at_once {
                 self.finish_one(keys).await;
             }
             if keys[place].is_err() {
                 continue;
             }
-            if self.failures_in_a_row >= AT_ONCE {
+            if self.failures_in_a_row >= FAILURES_IN_A_ROW {
                 keys[place] = Err(failure.take().map_or(Cause::NotTried, Cause::Store));
                 continue;
             }

@@ -43,6 +43,11 @@ impl Link {
         Self { engine, store, turn, open, complaints, round, sharing, key_failed, gone }
     }
 
+    /// The most writes to the store in flight.
+    pub(crate) fn at_once(&self) -> usize {
+        self.store.writes().at_once.max(1)
+    }
+
     /// Does in the store what an operator asks for.
     pub(crate) async fn operate(
         &self,

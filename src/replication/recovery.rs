@@ -16,9 +16,6 @@ use crate::{
     store::{Recovered, StoreError},
 };
 
-/// The pause after a round of writes: a storm of marks on one key becomes two writes.
-const BETWEEN_WRITES: Duration = Duration::from_millis(250);
-
 /// The time until marks that could not be written are tried again.
 const AFTER_A_FAILURE: Duration = Duration::from_secs(1);
 
@@ -449,6 +446,7 @@ fn follow_changes(pool: &KeyPool, stop: watch::Receiver<()>) {
 async fn write_marks(pool: KeyPool, mut stop: watch::Receiver<()>) {
     let Some(link) = pool.link() else { return };
     let clock = pool.clock().clone();
+    let between_rounds = link.store.writes().pause;
     let mut failing = false;
     loop {
         tokio::select! {
@@ -463,7 +461,7 @@ async fn write_marks(pool: KeyPool, mut stop: watch::Receiver<()>) {
                     // Beside the writer, since it may take a while. If it fails, the next pass does it.
                     tokio::spawn(replace_and_reload(pool.clone()));
                 }
-                BETWEEN_WRITES
+                between_rounds
             }
             Err(error) => {
                 // Once an outage, not once a second: passes report it as well.

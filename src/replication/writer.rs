@@ -11,9 +11,8 @@ use crate::{
     sync::{JoinSet, atomic::Ordering::SeqCst},
 };
 
-/// The most writes in flight. After as many failures in a row the round ends: the store is gone, and each further write
-/// would wait for it in its turn.
-const WRITES_AT_ONCE: usize = 8;
+/// After so many failures in a row the round ends: the store is gone, and each further write would wait for it in its turn.
+const FAILURES_IN_A_ROW: usize = 8;
 
 impl Link {
     /// Writes every pending mark. A mark that could not be written stays pending.
@@ -38,14 +37,15 @@ impl Link {
         let mut next = self.round.lock().await;
         let snapshot = self.engine.snapshot().clone();
         let mut round = Round::default();
+        let at_once = self.at_once();
         let first = (*next).min(snapshot.keys().len());
         for mut slots in [first..snapshot.keys().len(), 0..first] {
-            while round.failures_in_a_row < WRITES_AT_ONCE
+            while round.failures_in_a_row < FAILURES_IN_A_ROW
                 && let Some((slot, key)) = snapshot.take_pending(slots.clone())
             {
                 slots.start = slot + 1;
                 *next = slots.start;
-                if round.in_flight.len() == WRITES_AT_ONCE {
+                if round.in_flight.len() == at_once {
                     self.finish_one(&mut round).await;
                 }
                 round.in_flight.spawn(self.clone().write_mark(key.clone()));

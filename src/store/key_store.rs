@@ -1,6 +1,13 @@
 //! What a pool asks of a store.
 
-use std::{error::Error, fmt, future::Future, pin::Pin, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    error::Error,
+    fmt,
+    future::Future,
+    pin::Pin,
+    time::Duration,
+};
 
 use tokio::sync::mpsc;
 
@@ -31,9 +38,10 @@ pub type StoreFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, StoreError>>
 /// use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 /// use tokio::sync::mpsc;
 /// use tower_key_rotation::{
-///     KeyId,
+///     KeyId, KeySpec,
 ///     store::{
-///         Change, Heard, KeyStore, Loaded, Mark, MemoryStore, Operation, Recovered, Replaced, Standing, StoreFuture, Usage,
+///         Change, Heard, KeyStore, Loaded, Mark, MemoryStore, Operation, Planted, Recovered, Replaced, Standing, StoreFuture,
+///         Usage, Writes,
 ///     },
 /// };
 ///
@@ -56,6 +64,12 @@ pub type StoreFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, StoreError>>
 ///     }
 ///     fn sweep(&self) -> StoreFuture<'_, Recovered> {
 ///         self.inner.sweep()
+///     }
+///     fn plant<'a>(&'a self, seeds: &'a [KeySpec]) -> StoreFuture<'a, Vec<Planted>> {
+///         self.inner.plant(seeds)
+///     }
+///     fn writes(&self) -> Writes {
+///         self.inner.writes()
 ///     }
 ///     fn changes(&self) -> Option<mpsc::Receiver<Change>> {
 ///         self.inner.changes()
@@ -92,6 +106,34 @@ pub trait KeyStore: fmt::Debug + Send + Sync + 'static {
     /// Resets every rest that has ended, and answers how many keys had one. This is for those who look at the
     /// store: pools know when a rest ends.
     fn sweep(&self) -> StoreFuture<'_, Recovered>;
+
+    /// Gives the store the keys that a pool was built with, and answers which of them it has under another id: the pool
+    /// then uses that id. A pool calls this before its first load, unless it was built without keys.
+    ///
+    /// By default a key is inserted if the store has neither its id nor its secret; all other keys of the store stay as
+    /// they are.
+    fn plant<'a>(&'a self, seeds: &'a [KeySpec]) -> StoreFuture<'a, Vec<Planted>> {
+        Box::pin(async move {
+            let records = self.load(None).await?.records;
+            let ids: HashSet<_> = records.iter().map(|key| &key.spec.id).collect();
+            let by_secret: HashMap<_, _> =
+                records.iter().map(|key| (&key.spec.secret, &key.spec.id)).collect();
+            let mut planted = Vec::new();
+            for seed in seeds {
+                match by_secret.get(&seed.secret) {
+                    _ if ids.contains(&seed.id) => {}
+                    Some(same) => planted.push(Planted::new(seed.id.clone(), (*same).clone())),
+                    None => _ = self.operate(seed.id.clone(), Operation::Insert(seed.clone())).await?,
+                }
+            }
+            Ok(planted)
+        })
+    }
+
+    /// How a pool writes marks and new keys to this store.
+    fn writes(&self) -> Writes {
+        Writes::default()
+    }
 
     /// Tells of changes for as long as the receiver lives, so that pools need not wait for the next pass. `None`
     /// if the store does not know of any. It is called within a tokio runtime.
@@ -292,6 +334,49 @@ impl Usage {
     #[must_use]
     pub fn new(id: KeyId, requests: u64, tokens: u64) -> Self {
         Self { id, requests, tokens }
+    }
+}
+
+/// A key of a pool's builder that the store has under another id.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Planted {
+    /// The id in the builder.
+    pub given_as: KeyId,
+    /// The id in the store.
+    pub id: KeyId,
+}
+
+impl Planted {
+    /// `given_as`, which the store has as `id`.
+    #[must_use]
+    pub fn new(given_as: KeyId, id: KeyId) -> Self {
+        Self { given_as, id }
+    }
+}
+
+/// How a pool writes marks and new keys to a store: some at once, and then a pause.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Writes {
+    /// The most writes in flight, by default 8. Each of them is about another key.
+    pub at_once: usize,
+    /// The pause between two rounds of marks, by default 250 ms. A storm of marks on one key becomes one write in each
+    /// round.
+    pub pause: Duration,
+}
+
+impl Writes {
+    /// So many at once, and that pause.
+    #[must_use]
+    pub fn new(at_once: usize, pause: Duration) -> Self {
+        Self { at_once, pause }
+    }
+}
+
+impl Default for Writes {
+    fn default() -> Self {
+        Self::new(8, Duration::from_millis(250))
     }
 }
 

@@ -4,10 +4,11 @@ use std::{
     collections::BTreeMap,
     future::ready,
     sync::{Arc, PoisonError},
-    time::Duration,
 };
 
-use super::{Heard, KeyRecord, KeyStore, Loaded, Mark, Operation, Recovered, Standing, StoreFuture};
+use super::{
+    Heard, KeyRecord, KeyStore, Loaded, Mark, Operation, Recovered, Standing, StoreFuture, messages::Messages,
+};
 use crate::{
     clock::{Clock, SystemClock},
     key::KeyId,
@@ -36,14 +37,8 @@ pub struct MemoryStore {
     clock: Arc<dyn Clock>,
     /// With words that count from the clock's start.
     keys: Arc<Mutex<BTreeMap<KeyId, KeyRecord>>>,
-    /// Each process's message, and when it was published.
-    messages: Arc<Mutex<Messages>>,
+    messages: Arc<Messages>,
 }
-
-type Messages = BTreeMap<u64, (Duration, Vec<u8>)>;
-
-/// Older messages are dropped.
-const MESSAGES_LIVE: Duration = Duration::from_secs(60);
 
 impl MemoryStore {
     /// An empty store.
@@ -60,16 +55,6 @@ impl MemoryStore {
 
     fn keys(&self) -> MutexGuard<'_, BTreeMap<KeyId, KeyRecord>> {
         self.keys.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn heard(&self) -> Vec<Heard> {
-        let now = self.clock.now();
-        let mut messages = self.messages.lock().unwrap_or_else(PoisonError::into_inner);
-        messages.retain(|_, (at, _)| now.saturating_sub(*at) < MESSAGES_LIVE);
-        let heard = |(process, (at, body)): (&u64, &(Duration, Vec<u8>))| {
-            Heard::new(*process, now.saturating_sub(*at), body.clone())
-        };
-        messages.iter().map(heard).collect()
     }
 
     /// How a key stands, with words that count from now.
@@ -151,12 +136,11 @@ impl KeyStore for MemoryStore {
     }
 
     fn messages(&self) -> StoreFuture<'_, Option<Vec<Heard>>> {
-        Box::pin(ready(Ok(Some(self.heard()))))
+        Box::pin(ready(Ok(Some(self.messages.heard(self.clock.now())))))
     }
 
     fn publish(&self, process: u64, body: Vec<u8>) -> StoreFuture<'_, ()> {
-        let message = (self.clock.now(), body);
-        self.messages.lock().unwrap_or_else(PoisonError::into_inner).insert(process, message);
+        self.messages.publish(process, body, self.clock.now());
         Box::pin(ready(Ok(())))
     }
 }

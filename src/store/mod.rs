@@ -10,15 +10,20 @@
 //! [`MemoryStore`] is for several pools in one process; `MongoStore`, with the feature `mongodb`, for several processes,
 //! and for state that outlives a restart.
 
+#[cfg(feature = "mongodb")]
+mod encryption;
 mod key_store;
 mod memory;
+mod messages;
 #[cfg(feature = "mongodb")]
 pub mod mongodb;
 
+#[cfg(all(feature = "encryption", feature = "mongodb"))]
+pub use self::encryption::{DataKeys, InvalidDataKeys};
 pub use self::{
     key_store::{
-        Born, Change, Heard, KeyRecord, KeyStore, Loaded, Mark, Operation, Recovered, Replaced, Standing,
-        StoreError, StoreFuture, Unreadable, Usage,
+        Born, Change, Heard, KeyRecord, KeyStore, Loaded, Mark, Operation, Planted, Recovered, Replaced,
+        Standing, StoreError, StoreFuture, Unreadable, Usage, Writes,
     },
     memory::MemoryStore,
 };

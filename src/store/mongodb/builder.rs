@@ -5,16 +5,16 @@ use std::{sync::Arc, time::Duration};
 use ::mongodb::{Client, bson::doc, options::ClientOptions};
 use tokio::time::timeout;
 
-#[cfg(feature = "encryption")]
-use super::data_keys::DataKeys;
 use super::{
-    at_rest::AtRest,
     error::Failure,
     fields::Fields,
     inner::{Inner, Limits, collection},
     messages,
     store::MongoStore,
 };
+use crate::store::encryption::AtRest;
+#[cfg(feature = "encryption")]
+use crate::store::encryption::DataKeys;
 
 /// The most milliseconds that a `wtimeout` can have are 32 bits.
 const LONGEST_LIMIT: Duration = Duration::from_secs(24 * 24 * 60 * 60);

@@ -5,14 +5,13 @@ use std::{collections::BTreeMap, num::NonZeroU32, time::Duration};
 use ::mongodb::bson::{Bson, RawBsonRef, RawDocument};
 
 use super::{
-    at_rest::AtRest,
     fields::{Fields, KNOWN, computed, ours},
     stored::resting,
 };
 use crate::{
     key::{KeyId, KeySpec},
     limit::{Resting, Scope, Words},
-    store::{Born, KeyRecord, Standing, Unreadable},
+    store::{Born, KeyRecord, Standing, Unreadable, encryption::AtRest},
 };
 
 /// A document that can be read as a key.

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use ::mongodb::error::{Error, ErrorKind, WriteFailure};
 
-use crate::store::StoreError;
+use crate::store::{StoreError, encryption::NotEncrypted};
 
 /// Why an operation failed. It holds texts of this crate and the driver's own, never the server's: a server's
 /// error may quote the command that it refused, keys included.
@@ -20,9 +20,8 @@ pub(super) enum Failure {
     TookTooLong(Duration),
     #[error("the same operation, begun more than {0:?} ago, is still under way")]
     StillUnderWay(Duration),
-    #[cfg(feature = "encryption")]
-    #[error("a secret could not be encrypted")]
-    NotEncrypted,
+    #[error(transparent)]
+    NotEncrypted(#[from] NotEncrypted),
     #[cfg(feature = "encryption")]
     #[error("there are no data keys: give them to `MongoStoreBuilder::encrypt_with`")]
     NoDataKeys,

@@ -3,14 +3,15 @@
 use ::mongodb::bson::RawDocument;
 
 use super::{
-    at_rest::AtRest,
-    data_keys::DataKeys,
     document::{self, Read},
     fields::Fields,
 };
 use crate::{
     key::{KeyId, Secret},
-    store::{KeyRecord, Unreadable},
+    store::{
+        KeyRecord, Unreadable,
+        encryption::{AtRest, DataKeys},
+    },
 };
 
 /// Documents with the usual names.

@@ -11,7 +11,6 @@ use ::mongodb::{
 };
 
 use super::{
-    at_rest::AtRest,
     clock::ServerClock,
     error::Failure,
     fields::Fields,
@@ -19,7 +18,7 @@ use super::{
 };
 use crate::{
     key::KeyId,
-    store::{StoreFuture, Usage},
+    store::{StoreFuture, Usage, encryption::AtRest},
 };
 
 /// The limit of one command about all keys. A recovery pass has a limit of its own.

@@ -1,12 +1,9 @@
 //! Keys in MongoDB, for many processes.
 
-mod at_rest;
 mod builder;
 mod bulk;
 mod clock;
 mod commands;
-#[cfg(feature = "encryption")]
-mod data_keys;
 mod document;
 #[cfg(feature = "encryption")]
 mod encrypt;
@@ -28,13 +25,12 @@ mod usage;
 mod watch;
 mod words;
 
+#[cfg(feature = "encryption")]
+pub use self::encrypt::Encrypted;
 pub use self::{
     builder::{ConnectError, MongoStoreBuilder},
     fields::Fields,
     store::MongoStore,
 };
 #[cfg(feature = "encryption")]
-pub use self::{
-    data_keys::{DataKeys, InvalidDataKeys},
-    encrypt::Encrypted,
-};
+pub use super::encryption::{DataKeys, InvalidDataKeys};

@@ -1,35 +1,35 @@
-//! How a secret stands in a document: in the clear or, with the feature `encryption`, encrypted.
+//! How a secret stands in a store: in the clear or, with the feature `encryption`, encrypted.
 
 #[cfg(feature = "encryption")]
 use super::data_keys::DataKeys;
-use super::error::Failure;
+use super::not_encrypted::NotEncrypted;
 use crate::key::{KeyId, Secret, is_encrypted};
 
 /// The field that secrets stand in, and the data keys if they are encrypted.
-pub(super) struct AtRest {
+pub(crate) struct AtRest {
     field: String,
     data_keys: Option<DataKeys>,
 }
 
 /// Without the feature there are none.
 #[cfg(not(feature = "encryption"))]
-pub(super) enum DataKeys {}
+pub(crate) enum DataKeys {}
 
 impl AtRest {
-    pub(super) fn new(field: String, data_keys: Option<DataKeys>) -> Self {
+    pub(crate) fn new(field: String, data_keys: Option<DataKeys>) -> Self {
         Self { field, data_keys }
     }
 
-    /// The value that a new document holds.
-    pub(super) fn stored(&self, id: &KeyId, secret: &Secret) -> Result<String, Failure> {
+    /// The value that a new record holds.
+    pub(crate) fn stored(&self, id: &KeyId, secret: &Secret) -> Result<String, NotEncrypted> {
         match &self.data_keys {
             None => Ok(secret.expose().to_owned()),
             Some(data_keys) => data_keys.seal(&self.field, id.as_str(), secret.expose()),
         }
     }
 
-    /// The secret that a document holds, or why it cannot be told.
-    pub(super) fn secret(&self, id: &KeyId, stored: &str) -> Result<Secret, String> {
+    /// The secret that a record holds, or why it cannot be told.
+    pub(crate) fn secret(&self, id: &KeyId, stored: &str) -> Result<Secret, String> {
         match &self.data_keys {
             _ if !is_encrypted(stored) => Ok(stored.into()),
             Some(data_keys) => data_keys.open(&self.field, id.as_str(), stored),
@@ -37,20 +37,21 @@ impl AtRest {
         }
     }
 
-    pub(super) fn encrypts(&self) -> bool {
+    #[cfg(feature = "mongodb")]
+    pub(crate) fn encrypts(&self) -> bool {
         self.data_keys.is_some()
     }
 
-    /// Whether a new document would hold it in the same form.
+    /// Whether a new record would hold it in the same form.
     #[cfg(feature = "encryption")]
-    pub(super) fn is_current(&self, stored: &str) -> bool {
+    pub(crate) fn is_current(&self, stored: &str) -> bool {
         self.data_keys.as_ref().is_none_or(|data_keys| data_keys.is_current(stored))
     }
 }
 
 #[cfg(not(feature = "encryption"))]
 impl DataKeys {
-    fn seal(&self, _: &str, _: &str, _: &str) -> Result<String, Failure> {
+    fn seal(&self, _: &str, _: &str, _: &str) -> Result<String, NotEncrypted> {
         match *self {}
     }
 

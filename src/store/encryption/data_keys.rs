@@ -1,4 +1,4 @@
-//! The keys that secrets are encrypted with in documents.
+//! The keys that secrets are encrypted with in stores.
 
 use std::{env, fmt, fs, io, path::Path, path::PathBuf, sync::Arc};
 
@@ -6,7 +6,7 @@ use aes_siv::{KeyInit, siv::Aes256Siv};
 use base64::{Engine, prelude::BASE64_STANDARD, prelude::BASE64_URL_SAFE_NO_PAD};
 use zeroize::Zeroizing;
 
-use super::error::Failure;
+use super::not_encrypted::NotEncrypted;
 use crate::key::Secret;
 
 /// What an encrypted value begins with: then the data key's name, a dot, and base64.
@@ -14,8 +14,8 @@ const VERSION_1: &str = "encrypted.v1.";
 
 const BYTES: usize = 64;
 
-/// Data keys: the secrets of API keys are encrypted with them in MongoDB, by
-/// [`MongoStoreBuilder::encrypt_with`](super::MongoStoreBuilder::encrypt_with).
+/// Data keys: stores encrypt the secrets of API keys with them, by `MongoStoreBuilder::encrypt_with` or
+/// `FileStoreBuilder::encrypt_with`.
 ///
 /// A list of `name=base64`, an entry a line or divided by commas. New values are encrypted with the **first**
 /// one; the others are for values that were encrypted before. Each is 64 random bytes in base64, on one line:
@@ -29,14 +29,14 @@ const BYTES: usize = 64;
 /// # How
 ///
 /// AES-256 in SIV mode ([RFC 5297]), with the name of the field and the key's id as associated data: a value
-/// that was copied into another document, or changed in any way, is not accepted. It takes no nonce: the same
+/// that was copied to another key, or changed in any way, is not accepted. It takes no nonce: the same
 /// secret of the same key id always becomes the same value, so that a document can be found by its secret
 /// without telling the server that.
 ///
 /// [RFC 5297]: https://datatracker.ietf.org/doc/html/rfc5297
 ///
 /// ```
-/// use tower_key_rotation::store::mongodb::DataKeys;
+/// use tower_key_rotation::store::DataKeys;
 ///
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// let base64 = format!("{}==", "A".repeat(86)); // of 64 bytes that are, here, not random at all
@@ -100,15 +100,15 @@ impl DataKeys {
     }
 
     /// The secret of the key of that id, as it shall stand in that field.
-    pub(super) fn seal(&self, field: &str, id: &str, secret: &str) -> Result<String, Failure> {
+    pub(crate) fn seal(&self, field: &str, id: &str, secret: &str) -> Result<String, NotEncrypted> {
         let key = &self.0[0];
         let sealed = key.cipher().encrypt([field, id], secret.as_bytes());
-        let sealed = sealed.map_err(|_| Failure::NotEncrypted)?;
+        let sealed = sealed.map_err(|_| NotEncrypted)?;
         Ok(format!("{VERSION_1}{}.{}", key.name, BASE64_URL_SAFE_NO_PAD.encode(sealed)))
     }
 
     /// What was sealed, or why that can't be said.
-    pub(super) fn open(&self, field: &str, id: &str, stored: &str) -> Result<Secret, String> {
+    pub(crate) fn open(&self, field: &str, id: &str, stored: &str) -> Result<Secret, String> {
         let Some(sealed) = stored.strip_prefix(VERSION_1) else {
             return Err(format!("{field} is encrypted in a form that this version does not know"));
         };
@@ -122,14 +122,14 @@ impl DataKeys {
         let opened = key.cipher().decrypt([field, id], &sealed).map_err(|_| {
             format!(
                 "{field} can't be decrypted with the data key {name}: that is another data key than it was, or \
-                 the value was changed, or comes from another document or field"
+                 the value was changed, or comes from another key or field"
             )
         })?;
         String::from_utf8(opened).map(Secret::new).map_err(|_| damaged())
     }
 
     /// Whether it was sealed with the data key that is used for new values.
-    pub(super) fn is_current(&self, stored: &str) -> bool {
+    pub(crate) fn is_current(&self, stored: &str) -> bool {
         let name = stored.strip_prefix(VERSION_1).and_then(|sealed| sealed.split_once('.'));
         name.is_some_and(|(name, _)| name == self.0[0].name)
     }
