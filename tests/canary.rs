@@ -54,6 +54,7 @@ use tower_key_rotation::{
     store::{
         Born, Change, Heard, KeyRecord, KeyStore, Loaded, Mark, MemoryStore, Operation, Planted, Recovered,
         Replaced, Resting, Scope, Standing, StoreError, StoreFuture, Unreadable, Until, Usage, Words, Writes,
+        file::{FileStore, OpenError},
         mongodb::{ConnectError, DataKeys, Encrypted, Fields, InvalidDataKeys, MongoStore},
     },
     *,
@@ -1089,6 +1090,7 @@ async fn show_errors() {
     let cleartext = refused_in_cleartext("name").await;
     show!(cleartext, Error::<io::Error>::Inject(cleartext.clone()));
     show_data_keys();
+    show_file().await;
     let uri = format!("mongodb://user:{}@127.0.0.1:1/keys", forms(secret("password"))[1].1);
     show!(MongoStore::builder().connect_later(&uri).await.unwrap());
     let unreachable: ConnectError =
@@ -1097,6 +1099,17 @@ async fn show_errors() {
         unreachable,
         MongoStore::builder().connect_later(uri.replace("/keys", "/?w=none")).await.unwrap_err()
     );
+}
+
+async fn show_file() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = FileStore::open(directory.path().join("keys.redb")).unwrap();
+    let insert = Operation::Insert(KeySpec::new(id("alpha"), secret("alpha")));
+    store.operate(id("alpha"), insert).await.unwrap().unwrap();
+    show!(store, FileStore::builder());
+    let in_use: OpenError = FileStore::open(store.path()).unwrap_err();
+    let lines = file("txt", format!("alpha|{}", secret("alpha")));
+    show!(in_use, FileStore::open(&lines).unwrap_err());
 }
 
 async fn show_failures_of_operators() {

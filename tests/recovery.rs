@@ -88,12 +88,12 @@ impl Bench {
         let standing = self.store.record("alpha").await.standing;
         let words = Words { key: limited(left), generation: standing.words.generation, ..Words::default() };
         let mark = Mark::new(id("alpha"), standing.born, words);
-        self.store.memory.merge(mark).await.unwrap().unwrap();
+        self.store.tested.merge(mark).await.unwrap().unwrap();
     }
 
     /// Another pool over what is in the store, as another process has it.
     async fn another(&self) -> KeyPool {
-        KeyPool::builder().clock(self.clock.clone()).open(self.store.memory.clone()).await.unwrap()
+        KeyPool::builder().clock(self.clock.clone()).open(self.store.tested.clone()).await.unwrap()
     }
 }
 
@@ -1517,7 +1517,7 @@ async fn f16_the_mark_of_a_deleted_key_inserts_nothing() {
     // The refusal alone tells the pool that the key is gone.
     eventually("the key is gone", || bench.ids() == ["beta"]).await;
     assert_eq!(bench.pool.stats().marks_waiting, 0);
-    assert_eq!(bench.store.memory.load(None).await.unwrap().records.len(), 1);
+    assert_eq!(bench.store.tested.load(None).await.unwrap().records.len(), 1);
     drop(recovery);
 }
 
@@ -1557,7 +1557,7 @@ async fn f14_a_restart_honours_the_remaining_cooldown() {
     bench.clock.advance(30 * SECOND);
 
     // The new process gives its keys again, as programs do when they start.
-    let restarted = builder(["alpha", "beta"], &bench.clock).open(bench.store.memory.clone()).await.unwrap();
+    let restarted = builder(["alpha", "beta"], &bench.clock).open(bench.store.tested.clone()).await.unwrap();
     assert_eq!(time_left(&restarted, "alpha"), Some(90 * SECOND));
     let client = rotating(&restarted);
     bench.server.lift("alpha");
@@ -1612,7 +1612,7 @@ async fn no_interval_is_too_long_or_too_short() {
 #[tokio::test]
 async fn resetting_a_scope_leaves_the_other_rests() {
     let bench = Bench::new(["alpha", "beta"]).await;
-    let (store, resting) = (&bench.store.memory, limited(MINUTE).unwrap());
+    let (store, resting) = (&bench.store.tested, limited(MINUTE).unwrap());
     let scopes = ["a", "b"].map(|name| (Scope::new(name).unwrap(), resting)).into();
     let words = Words { key: Some(resting), scopes, ..Words::default() };
     let born = bench.store.record("alpha").await.standing.born;

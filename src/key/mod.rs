@@ -10,7 +10,7 @@ mod spec;
 pub(crate) mod unkeyed;
 mod unusable;
 
-#[cfg(feature = "mongodb")]
+#[cfg(any(feature = "file", feature = "mongodb"))]
 pub(crate) use self::secret::is_encrypted;
 pub use self::{
     inject::{Credentials, Inject, InjectError},

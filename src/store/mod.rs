@@ -10,15 +10,17 @@
 //! [`MemoryStore`] is for several pools in one process; `MongoStore`, with the feature `mongodb`, for several processes,
 //! and for state that outlives a restart.
 
-#[cfg(feature = "mongodb")]
+#[cfg(any(feature = "file", feature = "mongodb"))]
 mod encryption;
+#[cfg(feature = "file")]
+pub mod file;
 mod key_store;
 mod memory;
 mod messages;
 #[cfg(feature = "mongodb")]
 pub mod mongodb;
 
-#[cfg(all(feature = "encryption", feature = "mongodb"))]
+#[cfg(all(feature = "encryption", any(feature = "file", feature = "mongodb")))]
 pub use self::encryption::{DataKeys, InvalidDataKeys};
 pub use self::{
     key_store::{

@@ -7,6 +7,8 @@ use std::{
 };
 
 use tokio::sync::{mpsc, watch};
+#[cfg(feature = "file")]
+use tower_key_rotation::store::file::FileStore;
 use tower_key_rotation::{
     KeyId, KeySpec,
     clock::{Clock, ManualClock},
@@ -68,10 +70,59 @@ impl Method {
     }
 }
 
-/// A [`MemoryStore`] that fails, panics or hangs on demand, and counts its calls. Clones share all.
+/// The store that a test is about: in memory, or in a file where the test's name begins so.
+#[derive(Clone, Debug)]
+pub enum Tested {
+    Memory(MemoryStore),
+    #[cfg(feature = "file")]
+    File(FileStore, Arc<tempfile::TempDir>),
+}
+
+impl Tested {
+    fn new(clock: &ManualClock) -> Self {
+        #[cfg(feature = "file")]
+        if env!("CARGO_CRATE_NAME").starts_with("file_") {
+            let directory = tempfile::tempdir().unwrap();
+            let builder = FileStore::builder().clock(clock.clone());
+            return Self::File(
+                builder.open(directory.path().join("keys.redb")).unwrap(),
+                Arc::new(directory),
+            );
+        }
+        Self::Memory(MemoryStore::with_clock(Arc::new(clock.clone())))
+    }
+
+    fn store(&self) -> &dyn KeyStore {
+        match self {
+            Self::Memory(store) => store,
+            #[cfg(feature = "file")]
+            Self::File(store, _) => store,
+        }
+    }
+}
+
+impl KeyStore for Tested {
+    fn load<'a>(&'a self, only: Option<&'a [KeyId]>) -> StoreFuture<'a, Loaded> {
+        self.store().load(only)
+    }
+
+    fn merge(&self, mark: Mark) -> StoreFuture<'_, Option<Standing>> {
+        self.store().merge(mark)
+    }
+
+    fn operate(&self, id: KeyId, operation: Operation) -> StoreFuture<'_, Option<Standing>> {
+        self.store().operate(id, operation)
+    }
+
+    fn sweep(&self) -> StoreFuture<'_, Recovered> {
+        self.store().sweep()
+    }
+}
+
+/// A store that fails, panics or hangs on demand, and counts its calls. Clones share all.
 #[derive(Clone, Debug)]
 pub struct FaultyStore {
-    pub memory: MemoryStore,
+    pub tested: Tested,
     clock: ManualClock,
     pub loads: Method,
     pub writes: Method,
@@ -91,14 +142,18 @@ pub struct FaultyStore {
 
 impl FaultyStore {
     pub fn new(clock: &ManualClock) -> Self {
-        Self::over(MemoryStore::with_clock(Arc::new(clock.clone())), clock)
+        Self::around(Tested::new(clock), clock)
     }
 
     /// One more connection to that store, whose clock this is, with faults of its own.
     pub fn over(memory: MemoryStore, clock: &ManualClock) -> Self {
+        Self::around(Tested::Memory(memory), clock)
+    }
+
+    fn around(tested: Tested, clock: &ManualClock) -> Self {
         let (refused, marks, used, watchers) = Default::default();
         Self {
-            memory,
+            tested,
             clock: clock.clone(),
             loads: Method::new(),
             writes: Method::new(),
@@ -145,7 +200,7 @@ impl FaultyStore {
 
     /// The record of a key, whatever the modes.
     pub async fn record(&self, id: &str) -> KeyRecord {
-        let loaded = self.memory.load(Some(&[KeyId::new(id).unwrap()])).await.unwrap();
+        let loaded = self.tested.load(Some(&[KeyId::new(id).unwrap()])).await.unwrap();
         loaded.records.into_iter().next().unwrap()
     }
 
@@ -162,7 +217,7 @@ impl FaultyStore {
 
     /// Does what another program asks for.
     pub async fn operate_elsewhere(&self, id: &str, operation: Operation) -> Standing {
-        self.memory.operate(KeyId::new(id).unwrap(), operation).await.unwrap().unwrap()
+        self.tested.operate(KeyId::new(id).unwrap(), operation).await.unwrap().unwrap()
     }
 }
 
@@ -174,7 +229,7 @@ impl KeyStore for FaultyStore {
     /// Held up after the read: the answer is as old as that, and its times are corrected by that.
     fn load<'a>(&'a self, only: Option<&'a [KeyId]>) -> StoreFuture<'a, Loaded> {
         Box::pin(async move {
-            let mut loaded = self.memory.load(only).await?;
+            let mut loaded = self.tested.load(only).await?;
             let read_at = self.clock.now();
             self.loads.run().await?;
             let held_up = self.clock.now() - read_at;
@@ -193,7 +248,7 @@ impl KeyStore for FaultyStore {
             }
             mark.words = mark.words.after(self.clock.now() - asked_at);
             self.marks.lock().unwrap().push(mark.clone());
-            let mut standing = self.memory.merge(mark).await?;
+            let mut standing = self.tested.merge(mark).await?;
             let done_at = self.clock.now();
             self.replies.run().await?;
             let held_up = self.clock.now() - done_at;
@@ -205,7 +260,7 @@ impl KeyStore for FaultyStore {
     fn operate(&self, id: KeyId, operation: Operation) -> StoreFuture<'_, Option<Standing>> {
         Box::pin(async move {
             self.operators.run().await?;
-            let mut standing = self.memory.operate(id, operation).await?;
+            let mut standing = self.tested.operate(id, operation).await?;
             let done_at = self.clock.now();
             self.confirmations.run().await?;
             let held_up = self.clock.now() - done_at;
@@ -217,7 +272,7 @@ impl KeyStore for FaultyStore {
     fn sweep(&self) -> StoreFuture<'_, Recovered> {
         Box::pin(async {
             self.recovers.run().await?;
-            self.memory.sweep().await
+            self.tested.sweep().await
         })
     }
 
