@@ -356,6 +356,18 @@ fn f42_a_daily_quota_rests_its_model_until_midnight() {
 }
 
 #[test]
+fn a_daily_quota_teaches_a_paced_pool_no_rate() {
+    let budgets = |verdict| {
+        let pool = KeyPool::builder().key("alpha", "sk-1").paced().clock(ManualClock::new()).build().unwrap();
+        let traits = Traits::new().scope("a model");
+        pool.lease(&traits).unwrap().answered_with(verdict);
+        pool.explain(&traits).keys[0].budgets.len()
+    };
+    assert_eq!(budgets(Verdict::ScopeExhausted { wait: None }), 0);
+    assert_eq!(budgets(Verdict::RateLimited { wait: None }), 1);
+}
+
+#[test]
 fn f42_a_daily_quota_without_a_scope_rests_the_key() {
     let classifier = classifier_of("gemini");
     let rest = |name, scope| {

@@ -85,7 +85,7 @@ impl<'a> ResponseHead<'a> {
         Self { status, headers, body: None }
     }
 
-    /// Adds the body, or the beginning of the body.
+    /// Adds the body, or the beginning of the body, without its compression.
     #[must_use]
     pub fn with_body(self, body: &'a [u8]) -> Self {
         Self { body: Some(body), ..self }
