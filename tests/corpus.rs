@@ -356,15 +356,17 @@ fn f42_a_daily_quota_rests_its_model_until_midnight() {
 }
 
 #[test]
-fn a_daily_quota_teaches_a_paced_pool_no_rate() {
-    let budgets = |verdict| {
-        let pool = KeyPool::builder().key("alpha", "sk-1").paced().clock(ManualClock::new()).build().unwrap();
+fn a_used_up_quota_lowers_no_pace() {
+    let in_flight_after = |verdict| {
+        let clock = ManualClock::new();
+        let pool = KeyPool::builder().key("alpha", "sk-1").paced().clock(clock.clone()).build().unwrap();
         let traits = Traits::new().scope("a model");
         pool.lease(&traits).unwrap().answered_with(verdict);
-        pool.explain(&traits).keys[0].budgets.len()
+        clock.advance(Duration::from_secs(25 * 60 * 60));
+        std::iter::from_fn(|| pool.lease(&traits).ok()).take(100).collect::<Vec<_>>().len()
     };
-    assert_eq!(budgets(Verdict::ScopeExhausted { wait: None }), 0);
-    assert_eq!(budgets(Verdict::RateLimited { wait: None }), 1);
+    let (limited, used_up) = (Verdict::RateLimited { wait: None }, Verdict::ScopeExhausted { wait: None });
+    assert!(in_flight_after(used_up) > in_flight_after(limited));
 }
 
 #[test]

@@ -140,7 +140,7 @@ impl Ticket {
     }
 
     /// The service refused the request because a quota of its scope is used up: the limit rests. That says nothing of
-    /// the rate that the service allows, so the pool does not learn from it.
+    /// the rate that the service allows, so the pool does not slow down.
     pub(crate) fn exhausted(&mut self, wait: Option<Duration>) {
         let said = &Remaining::default();
         self.answered(Head { is_limited: false, is_error: true, wait: None, said });
