@@ -234,7 +234,7 @@ async fn an_invalid_file_names_the_line() {
             r#"line 3: upstream "one": url: keys would travel in cleartext"#,
         ),
         (upstream("").replace("\"one\"", "\"a b\""), "line 2: [[upstream]]: name: it must be 1 to 64"),
-        (format!("keys = \"k.txt\"\n{}", upstream("")), "line 1: --keys: with [[upstream]] it belongs into"),
+        (format!("keys = \"k.txt\"\n{}", upstream("")), "line 1: --keys: with [[upstream]] it belongs in"),
         ("upstream = 5".to_owned(), "line 1: --upstream <URL>"),
         ("pace = \"canary\"\nwait = \"canary\"".to_owned(), "line 1: --pace"),
     ] {
@@ -248,5 +248,5 @@ async fn an_invalid_file_names_the_line() {
     let file = file("toml", &upstream(""));
     let output = refusal(["--config", file.path(), "--upstream", "https://example.com"]).await;
     let said = String::from_utf8(output.stderr).unwrap();
-    assert!(said.contains("--upstream: with [[upstream]] it belongs into these tables"), "{said}");
+    assert!(said.contains("--upstream: with [[upstream]] it belongs in these tables"), "{said}");
 }

@@ -129,7 +129,7 @@ fn upstreams(settings: &Settings, matches: &ArgMatches, file: &mut File<'_>) -> 
         let id = name.replace('-', "_");
         let is_given = matches.value_source(&id).is_some_and(|source| source != ValueSource::DefaultValue);
         if is_given || file.values.contains_key(name) {
-            file.wrong_setting(name, format!("--{name}: with [[upstream]] it belongs into these tables"));
+            file.wrong_setting(name, format!("--{name}: with [[upstream]] it belongs in these tables"));
         }
     }
     let problems = &mut file.problems;
