@@ -83,7 +83,7 @@ const WRITES: Writes = Writes { at_once: 1_024, pause: Duration::from_millis(5) 
 /// # One process
 ///
 /// While a store is open, the file is locked, and a second process or store gets an
-/// [error](OpenError::is_in_use). Dropping the last clone waits for the commit in progress, and unlocks the file. The lock is
+/// [error](super::OpenError::is_in_use). Dropping the last clone waits for the commit in progress, and unlocks the file. The lock is
 /// the operating system's: a file system that has no locks, as some network file systems, is not for this store.
 ///
 /// # Time
@@ -101,8 +101,6 @@ const WRITES: Writes = Writes { at_once: 1_024, pause: Duration::from_millis(5) 
 ///
 /// A file of [redb](https://docs.rs/redb), with a format number of this crate. A file of a later format is refused. To back it
 /// up, copy it while no process has it open.
-///
-/// [`OpenError::is_in_use`]: super::OpenError::is_in_use
 #[derive(Clone)]
 pub struct FileStore {
     inner: Arc<Inner>,
