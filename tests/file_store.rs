@@ -18,7 +18,7 @@ use support::{MINUTE, SECOND, all_that_it_says, eventually, passes_by_hand};
 use tempfile::TempDir;
 use tokio::{runtime, task::JoinSet};
 use tower_key_rotation::{
-    KeyId, KeyPool, KeySpec, RecoveryHandle, Rest, Status, Traits,
+    KeyId, KeyPool, KeySpec, Quota, RecoveryHandle, Rest, Status, Traits,
     classify::Verdict,
     clock::ManualClock,
     store::{
@@ -519,6 +519,76 @@ async fn s05_no_secret_is_in_an_encrypted_file() {
         assert_eq!((pool.stats().keys.len(), pool.stats().unreadable), (0, 300));
     }
     assert_eq!(open(&[("b", "B")]).unwrap().load(None).await.unwrap(), before);
+}
+
+// ---- quotas ----
+
+/// Sends requests until no key has room. Returns how many there were.
+fn drain(pool: &KeyPool, scope: &str) -> usize {
+    let traits = Traits::new().scope(scope);
+    std::iter::from_fn(|| pool.lease(&traits).ok()).count()
+}
+
+#[tokio::test]
+async fn what_is_left_of_daily_quotas_survives_a_restart() {
+    let place = Place::new();
+    place.set_wall(1_000_000 * HOUR);
+    let by_day = Quota::per_day(100).resets_at("00:00", "America/Los_Angeles");
+    let open = async |quota: &Quota| {
+        let builder = KeyPool::builder().keys([("alpha", "sk-1"), ("beta", "sk-2")]).quota(quota.clone());
+        builder.clock(place.clock.clone()).open(place.open()).await.unwrap()
+    };
+    for quota in [by_day, Quota::per_day(100).window()] {
+        let pool = open(&quota).await;
+        for _ in 0..60 {
+            drop(pool.lease(&Traits::new().scope("gpt-5").key(id("alpha"))).unwrap());
+        }
+        let recovery = RecoveryHandle::spawn_with(&pool, passes_by_hand());
+        recovery.shutdown().await.unwrap();
+        drop(pool);
+
+        // Of a restart that uses nothing, nothing is lost either.
+        for _ in 0..2 {
+            let pool = open(&quota).await;
+            let recovery = RecoveryHandle::spawn_with(&pool, passes_by_hand());
+            recovery.shutdown().await.unwrap();
+        }
+        let pool = open(&quota).await;
+        assert_eq!((drain(&pool, "gpt-5"), drain(&pool, "sora")), (40 + 100, 200), "{quota:?}");
+        drop(pool);
+        place.clock.advance(25 * HOUR);
+        assert_eq!(drain(&open(&quota).await, "gpt-5"), 200, "{quota:?}");
+        // Another quota than the one that was used.
+        assert_eq!(drain(&open(&Quota::per_day(50).window()).await, "gpt-5"), 100);
+        fs::remove_file(place.path()).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn quotas_are_kept_once_a_second() {
+    let place = Place::new();
+    let store = place.open();
+    let builder = KeyPool::builder().key("alpha", "sk-1").quota(Quota::per_day(100).window());
+    let pool = builder.clock(place.clock.clone()).open(store.clone()).await.unwrap();
+    let recovery = RecoveryHandle::spawn_with(&pool, passes_by_hand());
+    for _ in 0..60 {
+        drop(pool.lease(&Traits::new().scope("gpt-5")).unwrap());
+    }
+    let kept = async || store.quotas().await.unwrap();
+    for _ in 0..2_000 {
+        place.clock.advance(SECOND);
+        if kept().await.is_some() {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    // As if the process were killed now.
+    let other = Place::new();
+    fs::copy(place.path(), other.path()).unwrap();
+    let builder = KeyPool::builder().key("alpha", "sk-1").quota(Quota::per_day(100).window());
+    let pool = builder.clock(place.clock.clone()).open(other.open()).await.unwrap();
+    assert_eq!(drain(&pool, "gpt-5"), 40);
+    drop(recovery);
 }
 
 // ---- beside the store in memory ----

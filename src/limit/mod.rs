@@ -7,6 +7,7 @@ mod estimate;
 #[cfg(all(test, schedules = "loom"))]
 mod every_schedule;
 mod found;
+mod kept;
 mod known;
 mod left;
 mod lent;
@@ -24,6 +25,7 @@ mod words;
 pub(crate) use self::{
     cap::Cap,
     civil::{Civil, InvalidReset},
+    kept::KeptWindow,
     known::Known,
     left::{Kind, Left, Remaining},
     limit_of_key::Limit,

@@ -100,7 +100,8 @@ impl Quota {
     ///
     /// The day follows the wall clock, also if that is set while the pool runs: set forward over the time, the day begins;
     /// set back over it by an hour or less, it does not begin again; set back by more, the next day begins at the next such
-    /// time by the new clock, and what is left stays. A process begins with the whole quota, whatever it used before.
+    /// time by the new clock, and what is left stays. A process begins with the whole quota, unless the pool's store
+    /// [keeps](crate::store::KeyStore::keep_quotas) what was left of it.
     ///
     /// [`KeyPoolBuilder::build`](crate::KeyPoolBuilder::build) reports a time, a zone or a quota that can't be used.
     ///
@@ -151,6 +152,15 @@ impl Quota {
 
     pub(crate) fn is_of_tokens(&self) -> bool {
         self.is_of_tokens
+    }
+
+    /// Whether all of it comes back at once.
+    pub(crate) fn is_window(&self) -> bool {
+        self.is_window || self.is_civil()
+    }
+
+    pub(super) fn period(&self) -> Duration {
+        self.period
     }
 
     /// The limit of tokens, if it is one.

@@ -16,6 +16,7 @@ use tokio::{
 };
 
 use super::{
+    kept::Kept,
     key::{Home, Key, UsableKey},
     lease::Lease,
     scoped::{Limiting, Regrouping},
@@ -108,6 +109,7 @@ impl Engine {
                 learns: config.learns,
                 has_store,
                 quotas: config.quotas.clone(),
+                kept: Kept::default(),
                 fills_first: config.fills_first,
                 regrouping: Regrouping::default(),
                 meter: config.meter.clone(),

@@ -243,6 +243,12 @@ impl Names {
         &self.limits
     }
 
+    /// The name of the limit that a slot holds.
+    pub(crate) fn of(&self, slot: usize) -> Option<u64> {
+        let at = self.limits.binary_search_by_key(&slot, |(slot, _)| *slot).ok()?;
+        Some(self.limits[at].1)
+    }
+
     /// The slot of a limit, by the lower half of its name.
     pub(crate) fn slot(&self, limit: u32) -> Option<usize> {
         self.slots.get(&limit).copied()

@@ -32,6 +32,7 @@ mod explain;
 mod explanation;
 mod in_flight;
 mod insert;
+mod kept;
 mod key;
 mod key_pool;
 mod layout;
@@ -53,6 +54,7 @@ mod snapshot;
 mod stats;
 mod ticket;
 mod waiting;
+mod windows;
 
 pub use self::{
     builder::{BuildError, KeyPoolBuilder},

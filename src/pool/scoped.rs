@@ -10,8 +10,14 @@ use std::{
 };
 
 use super::{
-    bitset::AtomicBitSet, borrowing::Borrowing, deadlines::Deadlines, in_flight::InFlight, key::Key,
-    layout::Layout, waiting::Waiting,
+    bitset::AtomicBitSet,
+    borrowing::Borrowing,
+    deadlines::Deadlines,
+    in_flight::InFlight,
+    kept::{Kept, wall_millis},
+    key::Key,
+    layout::Layout,
+    waiting::Waiting,
 };
 use crate::{
     clock::Clock,
@@ -61,6 +67,8 @@ pub(crate) struct Limiting {
     /// Other processes may use the same keys.
     pub(crate) has_store: bool,
     pub(crate) quotas: Vec<Quota>,
+    /// What is left of their windows by the last process.
+    pub(crate) kept: Kept,
     /// The first key with room serves, not the next one in turn.
     pub(crate) fills_first: bool,
     pub(crate) regrouping: Regrouping,
@@ -367,8 +375,19 @@ impl Scoped {
 
     /// The limit of a key, made on first use.
     pub(crate) fn limit(&self, slot: usize, now: u64) -> &Arc<Limit> {
-        let new = || Arc::new(Limit::new(&self.limiting.quotas, self.limiting.learns, now));
-        self.limits[self.layout.leader(slot)].get_or_init(new)
+        let leader = self.layout.leader(slot);
+        self.limits[leader].get_or_init(|| self.new_limit(leader, now))
+    }
+
+    fn new_limit(&self, leader: usize, now: u64) -> Arc<Limit> {
+        let limit = Limit::new(&self.limiting.quotas, self.limiting.learns, now);
+        if !self.limiting.kept.is_empty()
+            && let Some(name) = self.layout.names(&self.keys).of(leader)
+        {
+            let windows = self.limiting.kept.of(self.common.name(), name);
+            limit.restore(&windows, now, wall_millis(&*self.limiting.clock));
+        }
+        Arc::new(limit)
     }
 
     /// The limit of a key, if there is one.

@@ -60,6 +60,12 @@ impl Link {
         let only = only.filter(|_| self.is_open());
         let loading = async {
             seeds::plant(&mut turn, &*self.store, &self.engine).await?;
+            if !self.is_open()
+                && self.engine.has_windows()
+                && let Some(kept) = self.store.quotas().await?
+            {
+                self.engine.restore_windows(&kept);
+            }
             self.store.load(only.as_deref()).await
         };
         let loaded = loading.await.inspect_err(|_| self.engine.store_failed(Counted::Load))?;

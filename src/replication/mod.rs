@@ -9,6 +9,7 @@ mod limits;
 mod link;
 mod loader;
 mod log;
+mod quotas;
 mod recovery;
 mod seeds;
 mod usage;

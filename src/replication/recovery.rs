@@ -8,7 +8,7 @@ use tokio::{
     task::JoinHandle,
 };
 
-use super::{follow::follow, limits::share_limits, log::Chain};
+use super::{follow::follow, limits::share_limits, log::Chain, quotas::keep_quotas};
 use crate::{
     clock::Clock,
     limit::{millis, nanos},
@@ -139,6 +139,7 @@ impl RecoveryHandle {
         let (stop, stopped) = watch::channel(());
         follow_changes(pool, stopped.clone());
         let sharing = tokio::spawn(share_limits(pool.clone(), stopped.clone()));
+        let keeping = tokio::spawn(keep_quotas(pool.clone(), stopped.clone()));
         tracing::info!(interval_ms = millis(config.interval_or_default()), "recovery started");
         let recovery = Recovery {
             pool: pool.clone(),
@@ -147,6 +148,7 @@ impl RecoveryHandle {
             reports,
             writer: tokio::spawn(write_marks(pool.clone(), stopped)),
             sharing,
+            keeping,
             stop,
             overdue: None,
             passes: 0,
@@ -259,6 +261,7 @@ struct Recovery {
     reports: watch::Sender<Option<Report>>,
     writer: JoinHandle<()>,
     sharing: JoinHandle<()>,
+    keeping: JoinHandle<()>,
     /// Dropped to stop the writer and the follower.
     stop: watch::Sender<()>,
     /// A pass that took longer than its limit and is still in progress.
@@ -367,11 +370,12 @@ impl Recovery {
         // A value, so that the other processes are told; dropping the sender tells nobody.
         let _ = self.stop.send(());
         let pool = self.pool.clone();
-        let (writer, sharing, overdue) = (self.writer, self.sharing, self.overdue);
+        let (writer, sharing, keeping, overdue) = (self.writer, self.sharing, self.keeping, self.overdue);
         let last_writes = tokio::spawn(async move {
             write_last(&pool).await;
             let _ = writer.await;
             let _ = sharing.await;
+            let _ = keeping.await;
             if let Some(pass) = overdue {
                 let _ = pass.await;
             }

@@ -77,6 +77,12 @@ pub type StoreFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, StoreError>>
 ///     fn add_usage(&self, usage: Vec<Usage>) -> StoreFuture<'_, ()> {
 ///         self.inner.add_usage(usage)
 ///     }
+///     fn quotas(&self) -> StoreFuture<'_, Option<Vec<u8>>> {
+///         self.inner.quotas()
+///     }
+///     fn keep_quotas(&self, quotas: Vec<u8>) -> StoreFuture<'_, bool> {
+///         self.inner.keep_quotas(quotas)
+///     }
 ///     fn replace_failed(&self) -> StoreFuture<'_, Vec<Replaced>> {
 ///         self.inner.replace_failed()
 ///     }
@@ -150,6 +156,21 @@ pub trait KeyStore: fmt::Debug + Send + Sync + 'static {
     fn add_usage(&self, usage: Vec<Usage>) -> StoreFuture<'_, ()> {
         drop(usage);
         Box::pin(std::future::ready(Ok(())))
+    }
+
+    /// Reads what the last call to [`keep_quotas`](Self::keep_quotas) kept, here or in an earlier process. `None` if
+    /// nothing is kept.
+    fn quotas(&self) -> StoreFuture<'_, Option<Vec<u8>>> {
+        Box::pin(std::future::ready(Ok(None)))
+    }
+
+    /// Keeps what is left of the windows of the pool's [quotas](crate::Quota), in place of what was kept before, and
+    /// answers whether the store keeps it. A pool calls this once a second, if anything has changed.
+    ///
+    /// A store that several processes share keeps nothing: each process counts its own requests.
+    fn keep_quotas(&self, quotas: Vec<u8>) -> StoreFuture<'_, bool> {
+        drop(quotas);
+        Box::pin(std::future::ready(Ok(false)))
     }
 
     /// Puts standby keys in the place of keys that were marked as exhausted or revoked, and answers which. It

@@ -8,7 +8,7 @@ use super::{
     create::{open, replace},
     error::{Failure, OpenError},
     record::Record,
-    tables::{KEYS, RESTS, Tables, USAGE, last_moment},
+    tables::{KEYS, RESTS, Tables, USAGE, last_moment, quotas},
 };
 use crate::{key::KeyId, store::encryption::AtRest};
 
@@ -61,6 +61,9 @@ fn copy(transaction: &ReadTransaction, tables: &mut Tables<'_>, at_rest: &AtRest
     for entry in transaction.open_table(USAGE)?.iter()? {
         let (id, sums) = entry?;
         tables.usage.insert(id.value(), sums.value())?;
+    }
+    if let Some(kept) = quotas(transaction)? {
+        tables.keep_quotas(&kept)?;
     }
     Ok(())
 }

@@ -71,6 +71,11 @@ const WRITES: Writes = Writes { at_once: 1_024, pause: Duration::from_millis(5) 
 /// A pool without keys in its builder takes all keys from the file. All pools over one file have the same keys; a further
 /// pool in the same process removes no key.
 ///
+/// # Quotas
+///
+/// What is left of the windows of the pool's [quotas](crate::Quota) is kept once a second: a day's quota is not whole again
+/// after a restart. It is that of the pool that kept it last: a second pool over the file should have no such quotas.
+///
 /// # Durability
 ///
 /// When a call to the store completes, its change is on the disk (`fsync`), and a process that is killed at any point
@@ -228,6 +233,17 @@ impl KeyStore for FileStore {
 
     fn add_usage(&self, usage: Vec<Usage>) -> StoreFuture<'_, ()> {
         Box::pin(self.inner.add_usage(usage))
+    }
+
+    fn quotas(&self) -> StoreFuture<'_, Option<Vec<u8>>> {
+        let read = self.inner.owner.read(tables::quotas);
+        Box::pin(async { self.inner.done(read.wait().await) })
+    }
+
+    fn keep_quotas(&self, quotas: Vec<u8>) -> StoreFuture<'_, bool> {
+        let at = self.inner.clock.moment();
+        let kept = self.inner.owner.change(at, move |tables| tables.keep_quotas(&quotas));
+        Box::pin(async { self.inner.done(kept.wait().await).map(|()| true) })
     }
 
     fn messages(&self) -> StoreFuture<'_, Option<Vec<Heard>>> {

@@ -33,12 +33,17 @@ pub(super) const RESTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new(
 /// Requests and tokens of each key that was ever used.
 pub(super) const USAGE: TableDefinition<'_, &str, (u64, u64)> = TableDefinition::new("usage");
 
+/// What is left of the pool's quotas.
+const QUOTAS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("quotas");
+const WINDOWS: &str = "windows";
+
 /// The tables in a transaction that writes.
 pub(super) struct Tables<'t> {
     file: Table<'t, &'static str, u64>,
     pub(super) keys: Table<'t, &'static str, &'static [u8]>,
     pub(super) rests: Table<'t, &'static str, &'static [u8]>,
     pub(super) usage: Table<'t, &'static str, (u64, u64)>,
+    quotas: Table<'t, &'static str, &'static [u8]>,
     /// Whether there is anything to commit.
     pub(super) changed: bool,
 }
@@ -50,6 +55,7 @@ impl<'t> Tables<'t> {
             keys: transaction.open_table(KEYS)?,
             rests: transaction.open_table(RESTS)?,
             usage: transaction.open_table(USAGE)?,
+            quotas: transaction.open_table(QUOTAS)?,
             changed: false,
         })
     }
@@ -149,6 +155,12 @@ impl<'t> Tables<'t> {
             self.usage.insert(id, (sums.0.saturating_add(*requests), sums.1.saturating_add(*tokens)))?;
             self.changed = true;
         }
+        Ok(())
+    }
+
+    pub(super) fn keep_quotas(&mut self, quotas: &[u8]) -> Result<(), Failure> {
+        self.quotas.insert(WINDOWS, quotas)?;
+        self.changed = true;
         Ok(())
     }
 
@@ -279,6 +291,11 @@ pub(super) fn ended(transaction: &ReadTransaction, at: Moment) -> Result<Vec<Key
         }
     }
     Ok(ended)
+}
+
+/// What was kept of the pool's quotas.
+pub(super) fn quotas(transaction: &ReadTransaction) -> Result<Option<Vec<u8>>, Failure> {
+    Ok(transaction.open_table(QUOTAS)?.get(WINDOWS)?.map(|quotas| quotas.value().to_vec()))
 }
 
 pub(super) fn usage(transaction: &ReadTransaction) -> Result<Vec<Usage>, Failure> {
