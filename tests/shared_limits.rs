@@ -3,6 +3,8 @@
 mod support;
 
 use std::{
+    borrow::Borrow,
+    num::NonZeroU32,
     sync::{
         Arc,
         atomic::{
@@ -21,7 +23,8 @@ use support::{
 use tokio::time::{Instant, sleep};
 use tower::ServiceExt;
 use tower_key_rotation::{
-    KeyId, KeyPool, RecoveryHandle, Traits,
+    KeyId, KeyLease, KeyPool, KeyPoolBuilder, KeySpec, Quota, RecoveryHandle, Traits,
+    classify::{ResponseHead, Verdict},
     store::{
         Heard, KeyStore, Loaded, Mark, MemoryStore, Operation, Recovered, Standing, StoreError, StoreFuture,
     },
@@ -84,16 +87,40 @@ struct Process {
     client: LimitedClient,
 }
 
+fn key(id: &str) -> KeySpec {
+    KeySpec::new(KeyId::new(id).unwrap(), format!("sk-{id}"))
+}
+
 impl Process {
     async fn start(store: &Store, service: &Limited, keys: usize) -> Self {
-        let keys = (0..keys).map(|key| (format!("k{key}"), format!("sk-{key}")));
-        let pool = KeyPool::builder().keys(keys).paced().open(store.clone()).await.unwrap();
+        Self::with_keys(store, service, (0..keys).map(|place| key(&format!("k{place}")))).await
+    }
+
+    async fn with_keys(store: &Store, service: &Limited, keys: impl IntoIterator<Item = KeySpec>) -> Self {
+        let builder = keys.into_iter().fold(KeyPool::builder(), |builder, key| builder.key_spec(key));
+        Self::build(store, service, builder).await
+    }
+
+    async fn build(store: &Store, service: &Limited, builder: KeyPoolBuilder) -> Self {
+        let pool = builder.paced().open(store.clone()).await.unwrap();
         let recovery = RecoveryHandle::spawn(&pool);
         Self { client: service.client(&pool, MINUTE), recovery, pool }
     }
 
     async fn offer(&self, per_second: f64, seconds: f64) -> usize {
         offer(&self.client, per_second, seconds, post).await
+    }
+
+    fn in_flight(&self) -> u64 {
+        self.pool.scopes().iter().map(|scope| scope.in_flight).sum()
+    }
+
+    /// Sends a request by hand, and returns its lease with the head of its answer applied.
+    async fn send(&self, service: &Limited, traits: &Traits) -> Option<KeyLease> {
+        let lease = self.pool.lease_within(traits, 5 * SECOND).await.ok()?;
+        let (head, _) = service.answer(lease.secret().expose()).into_parts();
+        lease.answered(&ResponseHead::new(head.status, &head.headers));
+        Some(lease)
     }
 }
 
@@ -106,8 +133,9 @@ async fn processes<const N: usize>(store: &Store, service: &Limited, keys: usize
 }
 
 /// How many requests fail if each process sends that many a second.
-async fn offer_each(processes: &[Process], per_second: f64, seconds: f64) -> usize {
-    join_all(processes.iter().map(|process| process.offer(per_second, seconds))).await.into_iter().sum()
+async fn offer_each(processes: &[impl Borrow<Process>], per_second: f64, seconds: f64) -> usize {
+    let offer = |process| Process::offer(Borrow::borrow(process), per_second, seconds);
+    join_all(processes.iter().map(offer)).await.into_iter().sum()
 }
 
 #[tokio::test(start_paused = true)]
@@ -295,3 +323,6 @@ async fn a_request_for_one_key_waits_for_no_owner() {
         }
     }
 }
+
+/// Which process owns which limit is random: so are the rounds.
+const ROUNDS: usize = 12;

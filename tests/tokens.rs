@@ -11,7 +11,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{Request, Response, StatusCode, Version};
+use http::{HeaderMap, Request, Response, StatusCode, Version};
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::BodyExt;
 use reqwest::ResponseBuilderExt;
@@ -19,7 +19,8 @@ use support::{MINUTE, SECOND};
 use tower::{Layer, ServiceExt, service_fn};
 use tower_key_rotation::{
     Failover, KeyId, KeyPool, KeyPoolBuilder, KeyRotationLayer, KeySpec, Quota, Reservation, Traits,
-    classify::Verdict, clock::ManualClock,
+    classify::{ResponseHead, Verdict},
+    clock::ManualClock,
 };
 
 /// A body of so many bytes, one a frame. The last frame may be an error, or a panic.
@@ -192,6 +193,52 @@ fn leases_count_what_was_used() {
     assert_eq!(left(&pool), 750);
     pool.lease(&tokens(100)).unwrap().used(50);
     assert_eq!(left(&pool), 700);
+}
+
+/// Say, the difference of two numbers of tokens, of which a service reports the second one larger.
+#[test]
+fn impossible_usage_closes_no_key() {
+    let too_many = [1_000_u64.wrapping_sub(2_000), 1_000_u32.wrapping_sub(2_000).into()];
+    for too_many in too_many {
+        let pool = thousand_tokens();
+        for is_answered in [true, false] {
+            let lease = pool.lease(&tokens(100)).unwrap();
+            if is_answered {
+                lease.answered_with(Verdict::Nothing);
+            }
+            lease.used(too_many);
+            lease.used(too_many);
+        }
+        // The answered request counts for what it reserved, the other one for nothing.
+        assert_eq!(left(&pool), 900, "{too_many}");
+        // Nor does it count for the average usage.
+        assert!(pool.lease(&Traits::new()).is_ok(), "{too_many}");
+        // What is said beside it counts.
+        let lease = pool.lease(&tokens(100)).unwrap();
+        lease.used(200);
+        lease.used(too_many);
+        drop(lease);
+        assert_eq!(left(&pool), 700, "{too_many}");
+    }
+}
+
+/// In a gateway, the caller names the most tokens that an answer may have.
+#[test]
+fn one_huge_estimate_closes_no_key() {
+    let (clock, quota) = (ManualClock::new(), Quota::per_day(1_000).window().tokens());
+    let pool = keys(1).quota(quota).clock(clock.clone()).build().unwrap();
+    for _ in 0..3 {
+        pool.lease(&tokens(1)).unwrap().answered_with(Verdict::Nothing);
+        clock.advance(24 * 60 * MINUTE);
+    }
+    let lease = pool.lease(&tokens(u64::MAX)).unwrap();
+    lease.answered(&ResponseHead::new(StatusCode::BAD_REQUEST, &HeaderMap::new()));
+    drop(lease);
+    let served = (0..100).filter(|_| {
+        let lease = pool.lease(&tokens(1));
+        lease.is_ok_and(|lease| lease.answered_with(Verdict::Nothing) == ())
+    });
+    assert_eq!(served.count(), 100);
 }
 
 #[tokio::test(start_paused = true)]

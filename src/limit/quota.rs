@@ -163,9 +163,9 @@ impl Quota {
         self.period
     }
 
-    /// The limit of tokens, if it is one.
+    /// The most tokens in a period, or at once, if it is a quota of tokens.
     pub(crate) fn tokens_in_all(&self) -> Option<u64> {
-        self.is_of_tokens.then_some(u64::from(self.units))
+        self.is_of_tokens.then_some(u64::from(self.units.max(self.burst.unwrap_or(0))))
     }
 
     /// What a request takes of it.

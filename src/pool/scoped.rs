@@ -125,6 +125,8 @@ pub(crate) struct Common {
     used_tokens: AtomicU64,
     /// What a request reserves while nothing better is known; 0 if tokens are not limited.
     guessed_tokens: AtomicU64,
+    /// The largest limit of tokens: a usual request takes no more. 0 if tokens are not limited.
+    token_limit: AtomicU64,
     /// In seconds of the pool's clock.
     last_used: AtomicU64,
     /// Refusals that pacing failed to avoid.
@@ -151,11 +153,31 @@ impl Common {
         if before == 0 || guess < before {
             self.guessed_tokens.store(guess, Relaxed);
         }
+        if self.token_limit.load(Relaxed) < limit {
+            let limit = limit.max(self.token_limit.fetch_max(limit, Relaxed));
+            // Those that were noted before.
+            self.usual_tokens.fetch_min(limit, Relaxed);
+            self.used_tokens.fetch_min(limit, Relaxed);
+        }
     }
 
     /// A request has used so many tokens.
     pub(crate) fn note_used(&self, tokens: u64) {
-        note(&self.used_tokens, tokens);
+        self.note(&self.used_tokens, tokens);
+    }
+
+    /// Moves an average towards a value. One huge request moves it a little: keys that have room for many usual requests must
+    /// not seem closed.
+    fn note(&self, average: &AtomicU64, tokens: u64) {
+        let (before, limit) = (average.load(Relaxed), self.token_limit.load(Relaxed));
+        let tokens = if limit == 0 { tokens } else { tokens.min(limit) };
+        let next = match before {
+            0 => tokens,
+            before => (before * 15 + tokens.min((before * 4).max(FIRST_GUESS))) / 16,
+        };
+        if next != before {
+            average.store(next, Relaxed);
+        }
     }
 
     pub(crate) fn scope(&self) -> Option<&Scope> {
@@ -849,7 +871,7 @@ impl Scoped {
     }
 
     fn note_tokens(&self, tokens: u64) {
-        note(&self.common.usual_tokens, tokens);
+        self.common.note(&self.common.usual_tokens, tokens);
     }
 
     /// A key that has no room as far as is known, for a request that finds out whether that is so.
@@ -1010,15 +1032,6 @@ impl Scoped {
 
     pub(crate) fn lock_probing(&self) -> MutexGuard<'_, Probing> {
         self.common.probing.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Moves an average towards a value.
-fn note(average: &AtomicU64, value: u64) {
-    let before = average.load(Relaxed);
-    let next = if before == 0 { value } else { (before * 15 + value) / 16 };
-    if next != before {
-        average.store(next, Relaxed);
     }
 }
 

@@ -15,6 +15,9 @@ use crate::{
     limit::{Answered, Limit, NEVER, Remaining, Rest, Taken, nanos},
 };
 
+/// No request uses more tokens: a larger number comes from a subtraction below zero, in 32 or 64 bits.
+const MOST_TOKENS: u64 = 1_000_000_000;
+
 /// Dropped without an answer, it gives back what nobody knows to be used. Dropped after that, it ends the request.
 #[derive(Debug)]
 pub(crate) struct Ticket {
@@ -169,6 +172,11 @@ impl Ticket {
     /// In flight, it counts for what it reserved at least: there may be more to come.
     pub(crate) fn used(&mut self, tokens: u64) {
         let used = self.used.unwrap_or(0).saturating_add(tokens);
+        if used > MOST_TOKENS {
+            // It would close the key for years.
+            tracing::debug!(key = %self.key().id, tokens, "usage ignored: no request uses so many tokens");
+            return;
+        }
         self.used = Some(used);
         if self.stage == Stage::Ended || self.taken.is_some_and(|taken| used > taken.tokens) {
             let now = self.scoped.now();

@@ -217,6 +217,8 @@ impl KeyLease {
     ///
     /// Without it, the request counts for what it reserved: see [`Traits::tokens`]. For the statistics of a key, see
     /// [`KeyPool::record_usage`].
+    ///
+    /// A number above 1,000,000,000 is taken for a mistake, such as a subtraction below zero, and ignored.
     pub fn used(&self, tokens: u64) {
         if let Some(ticket) = &mut self.lock().lease.ticket {
             ticket.used(tokens);

@@ -30,7 +30,7 @@ use crate::{
 /// /// Of a service that does not count cached input towards its limit.
 /// fn correct<B>(response: &Response<B>, usage: &Usage) {
 ///     if let Some(reservation) = response.extensions().get::<Reservation>() {
-///         reservation.used(usage.input - usage.cached_input + usage.output);
+///         reservation.used(usage.input.saturating_sub(usage.cached_input) + usage.output);
 ///     }
 /// }
 /// ```
@@ -57,6 +57,8 @@ impl Reservation {
     ///
     /// It may be called at any time, also after the end of the body. Until the body ends, the request counts for what it has
     /// reserved at least. For the statistics of a key, see [`KeyPool::record_usage`](crate::KeyPool::record_usage).
+    ///
+    /// A number above 1,000,000,000 is taken for a mistake, such as a subtraction below zero, and ignored.
     pub fn used(&self, tokens: u64) {
         self.0.lock().used(tokens);
     }

@@ -17,8 +17,7 @@ pub type LimitedClient = BoxCloneService<Request<String>, u16, BoxError>;
 pub struct Limited {
     rate: f64,
     burst: f64,
-    /// Says that nothing is left, whatever is.
-    is_lying: bool,
+    answers_after: Duration,
     seen: Arc<Mutex<Seen>>,
 }
 
@@ -28,23 +27,72 @@ struct Seen {
     buckets: BTreeMap<String, (f64, Option<Instant>)>,
     served: usize,
     refused: usize,
+    /// By the keys' secrets.
+    served_by: BTreeMap<String, usize>,
+    /// Says that nothing is left, whatever is.
+    is_lying: bool,
+    /// All keys share one bucket.
+    is_one_bucket: bool,
+    /// Answers name the organisation of all keys.
+    has_organisation: bool,
+    /// Refuses everything until then.
+    closed_until: Option<Instant>,
 }
 
 impl Limited {
     /// Each key may send `rate` requests per second, and `burst` at once.
     pub fn new(rate: f64, burst: f64) -> Self {
-        Self { rate, burst, is_lying: false, seen: Arc::default() }
+        let answers_after = Duration::from_millis(50);
+        Self { rate, burst, answers_after, seen: Arc::default() }
     }
 
     /// The same, with headers that say that nothing is left.
     pub fn lying(self) -> Self {
-        Self { is_lying: true, ..self }
+        self.lies(true);
+        self
+    }
+
+    /// From now on, headers say that nothing is left; or they are right again.
+    pub fn lies(&self, is_lying: bool) {
+        self.seen.lock().unwrap().is_lying = is_lying;
+    }
+
+    /// The same, with one bucket for all keys, whose organisation answers name.
+    pub fn of_one_organisation(self) -> Self {
+        self.seen.lock().unwrap().is_one_bucket = true;
+        self.names_organisation();
+        self
+    }
+
+    /// From now on, answers say that all keys are of one organisation.
+    pub fn names_organisation(&self) {
+        self.seen.lock().unwrap().has_organisation = true;
+    }
+
+    /// The same, with answers that come after that time.
+    pub fn answering_after(self, answers_after: Duration) -> Self {
+        Self { answers_after, ..self }
+    }
+
+    /// Refuses everything for so long, and says so.
+    pub fn close_for(&self, time: Duration) {
+        self.seen.lock().unwrap().closed_until = Some(Instant::now() + time);
     }
 
     /// Forgets what was counted so far.
     pub fn count_from_now(&self) {
         let mut seen = self.seen.lock().unwrap();
         (seen.served, seen.refused) = (0, 0);
+        seen.served_by.clear();
+    }
+
+    /// The requests that were served with a key.
+    pub fn served_by(&self, secret: &str) -> usize {
+        self.seen.lock().unwrap().served_by.get(secret).copied().unwrap_or(0)
+    }
+
+    pub fn refused(&self) -> usize {
+        self.seen.lock().unwrap().refused
     }
 
     pub fn served(&self) -> usize {
@@ -57,10 +105,19 @@ impl Limited {
         100.0 * seen.refused as f64 / seen.served as f64
     }
 
-    fn answer(&self, key: &str) -> Response<String> {
-        let mut seen = self.seen.lock().unwrap();
+    /// The answer to a request with that key, which comes now.
+    pub fn answer(&self, key: &str) -> Response<String> {
+        let seen = &mut *self.seen.lock().unwrap();
         let now = Instant::now();
-        let (level, at) = seen.buckets.entry(key.to_owned()).or_insert((self.burst, None));
+        if let Some(closed_for) = seen.closed_until.and_then(|until| until.checked_duration_since(now))
+            && !closed_for.is_zero()
+        {
+            seen.refused += 1;
+            let response = Response::builder().status(429).header("retry-after", closed_for.as_secs() + 1);
+            return response.body(String::new()).unwrap();
+        }
+        let bucket = if seen.is_one_bucket { "all" } else { key };
+        let (level, at) = seen.buckets.entry(bucket.to_owned()).or_insert((self.burst, None));
         let passed = at.map_or(Duration::ZERO, |at| now - at).as_secs_f64();
         *level = (*level + passed * self.rate).min(self.burst);
         *at = Some(now);
@@ -69,19 +126,25 @@ impl Limited {
             *level -= 1.0;
         }
         let (left, wait) = (*level, (1.0 - *level) / self.rate);
-        let reset = if self.is_lying { 60.0 } else { (self.burst - left) / self.rate };
-        let left = if self.is_lying { 0.0 } else { left };
+        let is_lying = seen.is_lying;
+        let reset = if is_lying { 60.0 } else { (self.burst - left) / self.rate };
+        let left = if is_lying { 0.0 } else { left };
         if is_refused {
             seen.refused += 1
         } else {
-            seen.served += 1
+            seen.served += 1;
+            let secret = key.trim_start_matches("Bearer ").to_owned();
+            *seen.served_by.entry(secret).or_default() += 1;
         }
         let mut response = Response::builder()
             .status(if is_refused { 429 } else { 200 })
             .header("x-ratelimit-limit-requests", self.burst as u64)
             .header("x-ratelimit-remaining-requests", left as u64)
             .header("x-ratelimit-reset-requests", format!("{reset:.3}s"));
-        if is_refused && !self.is_lying {
+        if seen.has_organisation {
+            response = response.header("openai-organization", "org-1");
+        }
+        if is_refused && !is_lying {
             response = response.header("retry-after-ms", (wait * 1_000.0).ceil() as u64);
         }
         response.body(String::new()).unwrap()
@@ -96,7 +159,7 @@ impl Limited {
                 sleep(Duration::from_millis(20)).await;
                 let key = request.headers()["authorization"].to_str().unwrap();
                 let response = service.answer(key);
-                sleep(Duration::from_millis(50)).await;
+                sleep(service.answers_after).await;
                 Ok::<_, std::io::Error>(response)
             }
         });
