@@ -326,3 +326,21 @@ async fn a_request_for_one_key_waits_for_no_owner() {
 
 /// Which process owns which limit is random: so are the rounds.
 const ROUNDS: usize = 12;
+
+#[tokio::test(start_paused = true)]
+async fn processes_share_organisations_that_only_some_know() {
+    for round in 0..ROUNDS {
+        let service = Limited::new(5.0, 10.0).of_one_organisation().answering_after(SECOND);
+        let store = Store::default();
+        let keys = [format!("a{round}"), format!("b{round}")];
+        let keys = || keys.iter().map(|id| key(id));
+        let knows = Process::with_keys(&store, &service, keys()).await;
+        assert_eq!(knows.offer(1.0, 10.0).await, 0);
+        let joins = Process::with_keys(&store, &service, keys()).await;
+        service.count_from_now();
+        let start = Instant::now();
+        assert_eq!(offer_each(&[knows, joins], 1.5, 60.0).await, 0);
+        assert!(start.elapsed() < Duration::from_secs(95), "{:?}", start.elapsed());
+        assert!(service.refused_per_100() <= 5.0, "{}", service.refused_per_100());
+    }
+}

@@ -234,11 +234,9 @@ fn one_huge_estimate_closes_no_key() {
     let lease = pool.lease(&tokens(u64::MAX)).unwrap();
     lease.answered(&ResponseHead::new(StatusCode::BAD_REQUEST, &HeaderMap::new()));
     drop(lease);
-    let served = (0..100).filter(|_| {
-        let lease = pool.lease(&tokens(1));
-        lease.is_ok_and(|lease| lease.answered_with(Verdict::Nothing) == ())
-    });
-    assert_eq!(served.count(), 100);
+    for _ in 0..100 {
+        pool.lease(&tokens(1)).unwrap().answered_with(Verdict::Nothing);
+    }
 }
 
 #[tokio::test(start_paused = true)]

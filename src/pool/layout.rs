@@ -199,16 +199,24 @@ impl Layout {
         keys - in_groups + self.groups()
     }
 
+    /// The names do not depend on the organisations that this process knows: another one may know fewer or more.
     pub(crate) fn names(&self, keys: &[Arc<Key>]) -> &Names {
         self.names.get_or_init(|| {
-            let leaders = (0..keys.len()).filter(|slot| self.leader(*slot) == *slot);
+            let own_name = |slot: usize| name_of(&format!("key {}", keys[slot].id.as_str()));
             let name = |slot: usize| match (self.group_of(slot), keys[slot].group()) {
                 (Some(_), Some(group)) => name_of(&format!("group {group}")),
-                (Some(_), None) => name_of(&format!("organisation {}", self.organisation(slot))),
-                (None, _) => name_of(&format!("key {}", keys[slot].id.as_str())),
+                (Some((_, members)), None) => {
+                    let first = members.iter().min_by_key(|member| &keys[**member as usize].id);
+                    own_name(first.map_or(slot, |member| *member as usize))
+                }
+                (None, _) => own_name(slot),
             };
+            let leaders = (0..keys.len()).filter(|slot| self.leader(*slot) == *slot);
             let limits: Vec<_> = leaders.map(|slot| (slot, name(slot))).collect();
-            let slots = limits.iter().map(|(slot, name)| (*name as u32, *slot)).collect();
+            // A process that does not know the group lends tokens of its keys.
+            let members = (0..keys.len()).filter(|slot| self.group_of(*slot).is_some());
+            let of_members = members.map(|slot| (own_name(slot) as u32, self.leader(slot)));
+            let slots = of_members.chain(limits.iter().map(|(slot, name)| (*name as u32, *slot))).collect();
             Names { limits, slots }
         })
     }

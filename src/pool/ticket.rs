@@ -97,7 +97,8 @@ impl Ticket {
             let common = &self.scoped.common;
             let wait = head.wait.map(|wait| wait.min(self.scoped.longest_wait()));
             common.borrowing.answered(&token, taken.at, head.is_limited, wait, head.said, now);
-            return common.waiting.look_again();
+            common.waiting.look_again();
+            return self.note_organisation(head.said);
         }
         let has_body = !head.is_limited && !head.is_error && self.lasts_until_the_end(now);
         self.stage = if has_body { Stage::HasHead } else { Stage::Ended };
@@ -137,6 +138,10 @@ impl Ticket {
             self.rest_for(Rest::RateLimited, wait, now);
         }
         self.refresh(now);
+        self.note_organisation(said);
+    }
+
+    fn note_organisation(&self, said: &Remaining) {
         if said.organisation != 0 && self.scoped.learns() {
             self.scoped.note_organisation(self.key(), said.organisation);
         }
