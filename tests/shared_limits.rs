@@ -344,3 +344,24 @@ async fn processes_share_organisations_that_only_some_know() {
         assert!(service.refused_per_100() <= 5.0, "{}", service.refused_per_100());
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn spare_keys_serve_little_while_preferred_ones_have_room() {
+    for round in 0..ROUNDS {
+        let (store, service) = (Store::default(), Limited::new(5.0, 20.0));
+        let (preferred, mut spare) = (key(&format!("k{round}")), key("spare"));
+        spare.tier = Some(1);
+        let keys = || [preferred.clone(), spare.clone()];
+        let one = Process::with_keys(&store, &service, keys()).await;
+        let two = Process::with_keys(&store, &service, keys()).await;
+        let processes = [one, two];
+        assert_eq!(offer_each(&processes, 1.0, 15.0).await, 0);
+        service.count_from_now();
+        assert_eq!(offer_each(&processes, 1.0, 60.0).await, 0);
+        let spare = 100 * service.served_by("sk-spare") / service.served();
+        assert!(spare <= 5, "{spare} %");
+        // Without them, the requests would wait.
+        assert_eq!(offer_each(&processes, 4.0, 60.0).await, 0);
+        assert!(service.served_by("sk-spare") > 50);
+    }
+}

@@ -1,7 +1,7 @@
 //! Who lends how many tokens to whom. All processes compute the same table, and each serves its own part of it.
 
 /// What one process needs and has in a scope.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct Row {
     pub(crate) process: u64,
     /// Requests that wait.
@@ -10,8 +10,10 @@ pub(crate) struct Row {
     pub(crate) oldest: f64,
     /// Requests that arrive within the horizon.
     pub(crate) expected: f64,
-    /// Tokens of its own limits until the horizon.
+    /// Tokens of its own limits until the horizon: of preferred keys.
     pub(crate) supply: f64,
+    /// The same of spare keys, which serve while no preferred one has room.
+    pub(crate) spare: f64,
     /// Tokens that it holds, and those that are on their way to it.
     pub(crate) stock: f64,
 }
@@ -19,11 +21,12 @@ pub(crate) struct Row {
 /// With plenty, so many standard deviations of the expected requests are lent beyond them.
 const SPARE: f64 = 3.0;
 
-/// Returns how many tokens `me` sets aside for each process. `rows` are sorted by process.
+/// Returns how many tokens of preferred keys `me` sets aside for each process. `rows` are sorted by process.
 ///
 /// With plenty, each process needs what waits and arrives, and some more against chance. If tokens are scarce, they are for
-/// the requests that have been waiting longest, wherever that is. The surpluses, one after the other, meet the deficits in the same order, so two lenders do not serve the
-/// same need. While tokens are scarce, `me` sets its own part aside too: the loans would take what comes first, each time.
+/// the requests that have been waiting longest, wherever that is. The surpluses, one after the other, meet the deficits in
+/// the same order, so two lenders do not serve the same need. While tokens are scarce, `me` sets its own part aside too: the
+/// loans would take what comes first, each time.
 pub(crate) fn shares(rows: &[Row], me: u64) -> Vec<(u64, f64)> {
     let mut needs: Vec<f64> = rows.iter().map(|row| row.waiting + row.expected).collect();
     let there: f64 = rows.iter().map(|row| row.supply + row.stock).sum();
@@ -68,6 +71,25 @@ pub(crate) fn shares(rows: &[Row], me: u64) -> Vec<(u64, f64)> {
         begin = end;
     }
     shares
+}
+
+/// Returns what spare keys have to serve: the needs that the preferred keys leave, and the spare keys' supply in the place
+/// of theirs. `None` if there is no such need, or no such key.
+pub(crate) fn left_to_spare(rows: &[Row]) -> Option<Vec<Row>> {
+    let there: f64 = rows.iter().map(|row| row.supply + row.stock).sum();
+    let needed: f64 = rows.iter().map(|row| row.waiting + row.expected).sum();
+    if needed <= there || rows.iter().all(|row| row.spare <= 0.0) {
+        return None;
+    }
+    let left = |(row, served): (&Row, f64)| Row {
+        waiting: (row.waiting - served).max(0.0),
+        expected: row.expected - (served - row.waiting).clamp(0.0, row.expected),
+        stock: (row.stock - served).max(0.0),
+        supply: row.spare,
+        spare: 0.0,
+        ..*row
+    };
+    Some(rows.iter().zip(first_come(rows, there)).map(left).collect())
 }
 
 /// Returns how many requests of each process are among the first ones of all, of which there are so many. A process's
@@ -142,6 +164,25 @@ mod tests {
     }
 
     #[test]
+    fn spare_keys_serve_what_preferred_ones_leave() {
+        let spare = |row: Row, spare| Row { spare, ..row };
+        let plenty = [spare(row(1, 4.0, 10.0), 9.0), spare(row(2, 5.0, 0.0), 9.0)];
+        assert_eq!(left_to_spare(&plenty), None);
+        // The first one has to lend although the other one has spare keys.
+        assert!(shares(&plenty, 1).iter().any(|(to, share)| (*to, *share >= 5.0) == (2, true)));
+
+        let scarce = [spare(row(1, 4.0, 6.0), 0.0), spare(row(2, 8.0, 0.0), 9.0)];
+        assert_eq!(rounded(shares(&scarce, 1)), [(1, 20), (2, 40)]);
+        let left = left_to_spare(&scarce).unwrap();
+        let of = |row: &Row| (row.waiting.round() as u32, row.supply as u32, row.spare as u32);
+        assert_eq!(left.iter().map(of).collect::<Vec<_>>(), [(2, 0, 0), (4, 9, 0)]);
+        // With one more, since there are plenty of them.
+        assert_eq!(rounded(shares(&left, 2)), [(1, 30)]);
+        let without = [row(1, 4.0, 6.0), row(2, 8.0, 0.0)];
+        assert_eq!(left_to_spare(&without), None);
+    }
+
+    #[test]
     fn nobody_gives_away_more_than_it_has() {
         let mut random = fastrand::Rng::with_seed(5);
         for _ in 0..1_000 {
@@ -152,6 +193,7 @@ mod tests {
                     oldest: random.f64() * 20.0,
                     expected: random.f64() * 8.0,
                     supply: random.f64() * 10.0,
+                    spare: random.f64() * 10.0,
                     stock: f64::from(random.u32(0..5)),
                 })
                 .collect();

@@ -48,8 +48,10 @@ pub(crate) struct Need {
     pub(crate) oldest: f32,
     /// Requests per second.
     pub(crate) rate: f32,
-    /// Tokens that the process's own limits have until its horizon.
+    /// Tokens that the process's own limits have until its horizon: those of preferred keys.
     pub(crate) supply: f32,
+    /// The same of spare keys.
+    pub(crate) spare: f32,
     /// Tokens that it holds.
     pub(crate) stock: f32,
 }
@@ -125,8 +127,8 @@ impl Message {
         for part in &self.parts {
             to.u64(part.scope);
             to.span(part.since);
-            let Need { waiting, oldest, rate, supply, stock } = part.need;
-            for number in [waiting, oldest, rate, supply, stock] {
+            let Need { waiting, oldest, rate, supply, spare, stock } = part.need;
+            for number in [waiting, oldest, rate, supply, spare, stock] {
                 to.f32(number);
             }
             to.u8(u8::from(part.is_sharing) | u8::from(part.is_lying) << 1);
@@ -155,6 +157,7 @@ impl Message {
                 oldest: from.amount()?,
                 rate: from.amount()?,
                 supply: from.amount()?,
+                spare: from.amount()?,
                 stock: from.amount()?,
             };
             let flags = from.u8()?;
@@ -461,7 +464,7 @@ mod tests {
             (0, Item::Report(report)),
         ];
         let alike = Alike { limit: 10.0, low: 0.5, high: 1.5 };
-        let need = Need { waiting: 3.0, oldest: 4.5, rate: 0.5, supply: 2.25, stock: 1.0 };
+        let need = Need { waiting: 3.0, oldest: 4.5, rate: 0.5, supply: 2.25, spare: 1.5, stock: 1.0 };
         let parts = vec![
             Part {
                 scope: 77,
@@ -516,6 +519,6 @@ mod tests {
         let loan = Loan { to: 1, number: 2, limit: 3, at: SECOND, until: 7 * SECOND, reports: false };
         let part = Part { items: vec![(0, Item::Loan(loan)), (1, Item::Loan(loan))], ..Part::default() };
         let message = Message { parts: vec![part; 2], ..Message::default() };
-        assert_eq!(message.encode(0).len(), 9 + 2 * (51 + 2 * 19));
+        assert_eq!(message.encode(0).len(), 9 + 2 * (55 + 2 * 19));
     }
 }

@@ -14,7 +14,7 @@ mod peers;
 mod stock;
 
 pub(crate) use self::{
-    matching::{Row, shares},
+    matching::{Row, left_to_spare, shares},
     message::{Back, Item, Loan, Message, Need, Part, Release, Report, Spent, Used},
     names::{name_of, owner},
     outbox::Outbox,

@@ -13,11 +13,12 @@ use std::{
 use super::{
     engine::Engine,
     scoped::Scoped,
-    shared::{HORIZON, Shared, expected},
+    shared::{HORIZON, Shared, Tokens, expected},
 };
 use crate::{
     lending::{
-        Back, Item, Loan, Message, Origin, Part, Peers, Report, Row, Says, Spent, Token, Used, shares,
+        Back, Item, Loan, Message, Origin, Part, Peers, Report, Row, Says, Spent, Token, Used, left_to_spare,
+        shares,
     },
     limit::{Answered, Limit, NEVER, Taken, nanos},
     store::Heard,
@@ -265,7 +266,7 @@ impl Lender {
         said.retain(|peer| peer.part.is_sharing);
         if !can_share || (said.is_empty() && !shared.is_on()) {
             shared.end(scoped, now);
-            return shared.part(scope, self.number, 0.0, 0.0, now);
+            return shared.part(scope, self.number, Tokens::default(), now);
         }
         shared.meet(scoped, scope, &said, self.me, self.number, now);
         self.return_tokens(scope, scoped, now);
@@ -273,16 +274,25 @@ impl Lender {
         let owned: Vec<_> = limits.iter().filter_map(|limit| Owned::new(scoped, *limit)).collect();
         let usual = scoped.usual_tokens();
         owned.iter().for_each(|owned| owned.limit.hold_back_lent(now));
-        let supply = owned.iter().map(|owned| owned.limit.supply(usual, now, now + HORIZON)).sum();
+        let first_tier = &scoped.layout.tiers()[0];
+        let (preferred, spare): (Vec<_>, Vec<_>) =
+            owned.into_iter().partition(|owned| first_tier.contains(&owned.slot));
+        let supply = |owned: &[Owned<'_>]| {
+            owned.iter().map(|owned| owned.limit.supply(usual, now, now + HORIZON)).sum()
+        };
         let stock = scoped.common.borrowing.lock_stock().count_at(now + HORIZON) as f64;
-        let rows = self.rows(scope, &said, supply, stock);
-        self.lend(scope, scoped, &owned, shares(&rows, self.me), now);
+        let tokens = Tokens { supply: supply(&preferred), spare: supply(&spare), stock };
+        let rows = self.rows(scope, &said, tokens);
+        self.lend(scope, scoped, &preferred, shares(&rows, self.me), now);
+        if let Some(rows) = left_to_spare(&rows) {
+            self.lend(scope, scoped, &spare, shares(&rows, self.me), now);
+        }
         let number = self.number;
         let Some(shared) = self.scopes.get_mut(&scope) else { return Part::default() };
         if shared.is_last(scoped) {
             shared.end(scoped, now);
         }
-        shared.part(scope, number, supply, stock, now)
+        shared.part(scope, number, tokens, now)
     }
 
     /// Tokens that were not used go back to their lenders.
@@ -309,23 +319,24 @@ impl Lender {
     }
 
     /// What each process needs and has, as far as is known.
-    fn rows(&self, scope: u64, said: &[Says], supply: f64, stock: f64) -> Vec<Row> {
+    fn rows(&self, scope: u64, said: &[Says], tokens: Tokens) -> Vec<Row> {
         let of_peer = |peer: &Says| Row {
             process: peer.process,
             waiting: peer.part.need.waiting.into(),
             oldest: peer.part.need.oldest.into(),
             expected: expected(peer.part.need.rate.into()),
             supply: peer.part.need.supply.into(),
+            spare: peer.part.need.spare.into(),
             stock: f64::from(peer.part.need.stock)
                 + self.peers.on_their_way(scope, peer.process, peer.read_at) as f64,
         };
-        let mine = self.scopes.get(&scope).map(|shared| shared.row(self.me, supply, stock));
+        let mine = self.scopes.get(&scope).map(|shared| shared.row(self.me, tokens));
         let mut rows: Vec<_> = said.iter().map(of_peer).chain(mine).collect();
         rows.sort_by_key(|row| row.process);
         rows
     }
 
-    /// Sets so many tokens aside for each process: each time the one that comes first, of all limits.
+    /// Sets so many tokens of these limits aside for each process: each time the one that comes first in the lowest tier.
     fn lend(&mut self, scope: u64, scoped: &Scoped, owned: &[Owned<'_>], shares: Vec<(u64, f64)>, now: u64) {
         let Some(shared) = self.scopes.get_mut(&scope) else { return };
         let is_scarce = shares.iter().any(|(process, _)| *process == self.me);
@@ -339,12 +350,14 @@ impl Lender {
         let usual = scoped.usual_tokens();
         let next = |place: usize| {
             let at = owned[place].limit.next_to_lend(usual, now);
-            (at != NEVER && at <= now + HORIZON).then(|| Reverse((at, fastrand::u32(..), place)))
+            let tier = scoped.key(owned[place].slot).tier();
+            let tie = if scoped.fills_first() { 0 } else { fastrand::u32(..) };
+            (at != NEVER && at <= now + HORIZON).then_some(Reverse((tier, at, tie, place)))
         };
         let mut earliest: BinaryHeap<_> = (0..owned.len()).filter_map(next).collect();
         let mut changed = Vec::new();
         for to in wanted {
-            let Some(Reverse((at, _, place))) = earliest.pop() else { break };
+            let Some(Reverse((_, at, _, place))) = earliest.pop() else { break };
             let Owned { slot, name, limit } = owned[place];
             let (taken, until) = (limit.lend(usual, now), at + lives);
             if to == self.me {

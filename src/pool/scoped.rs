@@ -441,6 +441,10 @@ impl Scoped {
         self.limiting.learns
     }
 
+    pub(crate) fn fills_first(&self) -> bool {
+        self.limiting.fills_first
+    }
+
     pub(crate) fn now(&self) -> u64 {
         nanos(self.limiting.clock.now())
     }
@@ -507,9 +511,10 @@ impl Scoped {
     #[cold]
     fn pick_shared(&self, demand: &Demand<'_>, now: u64) -> Result<Picked, u64> {
         let of_session = demand.session.filter(|_| demand.only.is_none());
-        let picked = match of_session.and_then(|session| self.pick_for_session(session, demand, now)) {
+        let of_session = || of_session.and_then(|session| self.pick_for_session(session, demand, now));
+        let picked = match self.pick_preferred(demand, now).or_else(of_session) {
             Some(picked) => picked,
-            None => match self.take_token(demand, now) {
+            None => match self.take_token(&(0..self.keys.len()), demand, now) {
                 Ok(picked) => picked,
                 Err(token_at) => match self.pick_elsewhere(demand, now) {
                     Some(picked) => picked,
@@ -521,10 +526,24 @@ impl Scoped {
         Ok(picked)
     }
 
-    fn take_token(&self, demand: &Demand<'_>, now: u64) -> Result<Picked, u64> {
+    /// A key of any tier but the last one: spare keys serve only while none of them has room.
+    fn pick_preferred(&self, demand: &Demand<'_>, now: u64) -> Option<Picked> {
+        let (_, preferred) = self.layout.tiers().split_last().filter(|_| demand.only.is_none())?;
+        preferred.iter().enumerate().find_map(|(tier, slots)| {
+            self.open_due(tier, slots, now);
+            let turns = self.layout.turns_of_tier(tier);
+            let session = demand.session.filter(|_| self.next_open(turns.start, turns).is_some());
+            let of_session = session.and_then(|session| self.pick_for_session(session, demand, now));
+            of_session
+                .or_else(|| self.take_token(slots, demand, now).ok())
+                .or_else(|| self.pick_in_tier(tier, slots, demand, now).ok())
+        })
+    }
+
+    fn take_token(&self, slots: &Range<usize>, demand: &Demand<'_>, now: u64) -> Result<Picked, u64> {
         let mut slot = None;
         let token = self.common.borrowing.lock_stock().take(now, |token| {
-            slot = self.member_for(token.limit, demand);
+            slot = self.member_for(token.limit, slots, demand);
             slot.is_some()
         });
         let token = token.map_err(|later| later.unwrap_or(NEVER))?;
@@ -553,11 +572,12 @@ impl Scoped {
     }
 
     /// The key of a limit whose turn it is, and which may serve the request.
-    fn member_for(&self, limit: u32, demand: &Demand<'_>) -> Option<usize> {
+    fn member_for(&self, limit: u32, slots: &Range<usize>, demand: &Demand<'_>) -> Option<usize> {
         let leader = self.layout.names(&self.keys).slot(limit)?;
         let may_serve = |slot: &usize| {
             let key = &self.keys[*slot];
-            key.state.load().is_available()
+            slots.contains(slot)
+                && key.state.load().is_available()
                 && !self.is_full(*slot)
                 && demand.only.is_none_or(|id| key.id == *id)
                 && !demand.avoid.contains(&key.id)
@@ -598,12 +618,7 @@ impl Scoped {
         }
         let mut earliest = NEVER;
         for (tier, slots) in self.layout.tiers().iter().enumerate() {
-            let picked = if self.limiting.fills_first {
-                self.pick_first_of_tier(tier, slots, demand, now)
-            } else {
-                self.pick_of_tier(tier, slots, demand, now)
-            };
-            match picked {
+            match self.pick_in_tier(tier, slots, demand, now) {
                 Ok(picked) => return Ok(picked),
                 Err(until) => earliest = earliest.min(until),
             }
@@ -620,6 +635,20 @@ impl Scoped {
             }
         }
         Err(earliest)
+    }
+
+    fn pick_in_tier(
+        &self,
+        tier: usize,
+        slots: &Range<usize>,
+        demand: &Demand<'_>,
+        now: u64,
+    ) -> Result<Picked, u64> {
+        if self.limiting.fills_first {
+            self.pick_first_of_tier(tier, slots, demand, now)
+        } else {
+            self.pick_of_tier(tier, slots, demand, now)
+        }
     }
 
     fn pick_of_tier(

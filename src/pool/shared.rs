@@ -38,6 +38,16 @@ const TOLD_FOR: u64 = 10 * SECOND;
 /// While the store is away, limits stay with their owners if each process has so many of them.
 const MANY: usize = 4;
 
+/// The tokens that this process has until the horizon.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Tokens {
+    /// Of its own limits: of preferred keys, and of spare ones.
+    pub(super) supply: f64,
+    pub(super) spare: f64,
+    /// That it holds.
+    pub(super) stock: f64,
+}
+
 pub(super) struct Shared {
     since: u64,
     common: Arc<Common>,
@@ -266,12 +276,12 @@ impl Shared {
     }
 
     /// What this process needs and has.
-    pub(super) fn row(&self, process: u64, supply: f64, stock: f64) -> Row {
-        let expected = expected(self.rate);
-        Row { process, waiting: self.waiting as f64, oldest: self.oldest, expected, supply, stock }
+    pub(super) fn row(&self, process: u64, tokens: Tokens) -> Row {
+        let (expected, Tokens { supply, spare, stock }) = (expected(self.rate), tokens);
+        Row { process, waiting: self.waiting as f64, oldest: self.oldest, expected, supply, spare, stock }
     }
 
-    pub(super) fn part(&mut self, scope: u64, message: u32, supply: f64, stock: f64, now: u64) -> Part {
+    pub(super) fn part(&mut self, scope: u64, message: u32, tokens: Tokens, now: u64) -> Part {
         let items = self.outbox.items(message).iter();
         let mut items: Vec<_> =
             items.map(|(first, item)| (message.wrapping_sub(*first) as u8, item.clone())).collect();
@@ -285,8 +295,9 @@ impl Shared {
             waiting: self.waiting as f32,
             oldest: self.oldest as f32,
             rate: self.rate as f32,
-            supply: supply as f32,
-            stock: stock as f32,
+            supply: tokens.supply as f32,
+            spare: tokens.spare as f32,
+            stock: tokens.stock as f32,
         };
         let sharing = self.common.lock_sharing();
         Part {
