@@ -365,3 +365,16 @@ async fn spare_keys_serve_little_while_preferred_ones_have_room() {
         assert!(service.served_by("sk-spare") > 50);
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn owners_learn_from_answers_that_take_long() {
+    let (store, service) = (Store::default(), Limited::new(1.0, 10.0).answering_after(10 * SECOND));
+    let [quiet, busy] = processes(&store, &service, 12).await;
+    // One request, so it uses the scope, and knows next to nothing of the limits that it owns.
+    assert_eq!(quiet.offer(1.0, 1.0).await, 0);
+    let start = Instant::now();
+    // All limits are needed.
+    assert_eq!(busy.offer(11.0, 60.0).await, 0);
+    assert!(start.elapsed() < Duration::from_secs(85), "{:?}", start.elapsed());
+    assert!(service.refused_per_100() <= 3.0, "{}", service.refused_per_100());
+}

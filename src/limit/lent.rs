@@ -3,9 +3,10 @@
 use super::{
     budget::Budget,
     known::Known,
+    left::Remaining,
     limit_of_key::{Learned, Limit},
-    sharing::Alike,
-    taken::{Taken, seconds},
+    sharing::{Alike, Sharing},
+    taken::{Answered, Taken, seconds},
     word::NEVER,
 };
 use crate::sync::atomic::Ordering::SeqCst;
@@ -96,6 +97,19 @@ impl Limit {
     /// A lent request has ended, and nobody says how.
     pub(crate) fn settle(&self, taken: &Taken, now: u64) {
         self.answered(taken, false, false, now);
+    }
+
+    /// Learns from the answer of a request that was settled before the answer came.
+    pub(crate) fn learn_late(
+        &self,
+        taken: &Taken,
+        said: &Remaining,
+        answered: Answered,
+        sharing: &mut Sharing,
+    ) -> bool {
+        // What it learns from ends the request, which has ended already.
+        self.ended.fetch_sub(1, SeqCst);
+        self.learn(taken, said, answered, sharing)
     }
 
     /// Whether what is left of the limit is known from headers.

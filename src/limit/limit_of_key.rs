@@ -37,7 +37,7 @@ pub(crate) struct Limit {
     cap: AtomicU32,
     /// How many requests have ended, with the body of the response; wraps. All others that the budget of requests has
     /// counted are in flight.
-    ended: AtomicU32,
+    pub(super) ended: AtomicU32,
     /// What the service allows, as it was learned. Counts each request, also while nothing is known.
     pub(super) requests: Budget,
     more: OnceLock<Box<More>>,

@@ -36,6 +36,9 @@ const SETTLED: u64 = 4 * SECOND;
 /// Answers that are older than a request with a token say nothing of it. They come within this time.
 const ANSWERED: u64 = 2 * SECOND;
 
+/// So long after the end of a loan the borrower may say what became of the request: an answer may take minutes.
+const HEARD_OF: u64 = 120 * SECOND;
+
 /// Who has not used a scope for so many seconds leaves its limits to the others.
 const LEFT: u64 = 60;
 
@@ -66,6 +69,8 @@ struct Lent {
     until: u64,
     /// When the token was used at the latest, if that is known.
     spent: Option<u64>,
+    /// It counts no more as in flight.
+    is_settled: bool,
 }
 
 impl Lent {
@@ -77,9 +82,18 @@ impl Lent {
     }
 
     fn is_over(&self, now: u64) -> bool {
-        match self.spent {
+        let is_over = match self.spent {
             Some(spent) => spent + ANSWERED <= now,
             None => self.until + SETTLED <= now,
+        };
+        is_over && !self.is_settled
+    }
+
+    /// Nothing counts as in flight any more, whatever became of the request.
+    fn settle(&mut self, now: u64) {
+        self.spent(now);
+        if !std::mem::replace(&mut self.is_settled, true) {
+            self.limit.settle(&self.taken, now);
         }
     }
 }
@@ -105,7 +119,8 @@ impl Lender {
 
     /// Whether there is nothing to read and nothing to say: no scope was used of late.
     pub(crate) fn is_idle(&self, engine: &Engine) -> bool {
-        self.says_nothing && self.lent.is_empty() && in_use(engine, nanos_now(engine)).is_empty()
+        let is_settled = || self.lent.values().all(|lent| lent.is_settled);
+        self.says_nothing && is_settled() && in_use(engine, nanos_now(engine)).is_empty()
     }
 
     // ---- what others say ----
@@ -146,6 +161,9 @@ impl Lender {
                 scoped.common.waiting.look_again();
             }
             Item::Back(Back { lender, number }) if lender == me => {
+                if self.lent.get(&number).is_none_or(|lent| lent.is_settled) {
+                    return;
+                }
                 let Some(mut lent) = self.lent.remove(&number) else { return };
                 lent.spent(now);
                 lent.limit.give_back(&lent.taken, now);
@@ -184,7 +202,14 @@ impl Lender {
             waiting: scoped.common.waiting.queued(),
         };
         let taken = lent.taken.used_at(report.sent_at.min(now));
-        let is_caught = lent.limit.learn(&taken, &report.said, answered, &mut scoped.lock_sharing());
+        let is_caught = {
+            let mut sharing = scoped.lock_sharing();
+            if lent.is_settled {
+                lent.limit.learn_late(&taken, &report.said, answered, &mut sharing)
+            } else {
+                lent.limit.learn(&taken, &report.said, answered, &mut sharing)
+            }
+        };
         if is_caught {
             scoped.distrust(now);
         }
@@ -237,9 +262,9 @@ impl Lender {
 
     /// Loans that are over, and were used.
     fn settle(&mut self, scopes: &HashMap<u64, Arc<Scoped>>, now: u64) {
-        for (_, mut lent) in self.lent.extract_if(|_, lent| lent.is_over(now)) {
-            lent.spent(now);
-            lent.limit.settle(&lent.taken, now);
+        self.lent.retain(|_, lent| lent.until + HEARD_OF > now || !lent.is_settled);
+        for lent in self.lent.values_mut().filter(|lent| lent.is_over(now)) {
+            lent.settle(now);
             if let Some(scoped) = scopes.get(&lent.scope) {
                 refresh(scoped, lent.name, now);
             }
@@ -370,7 +395,10 @@ impl Lender {
                 shared.outbox.push(self.number, Item::Loan(loan));
                 self.peers.lent(scope, to as u32, now);
                 let (to, limit) = (to as u32, limit.clone());
-                self.lent.insert(number, Lent { scope, to, name, limit, taken, until, spent: None });
+                self.lent.insert(
+                    number,
+                    Lent { scope, to, name, limit, taken, until, spent: None, is_settled: false },
+                );
             }
             changed.push(slot);
             earliest.extend(next(place));
