@@ -378,3 +378,22 @@ async fn owners_learn_from_answers_that_take_long() {
     assert!(start.elapsed() < Duration::from_secs(85), "{:?}", start.elapsed());
     assert!(service.refused_per_100() <= 3.0, "{}", service.refused_per_100());
 }
+
+#[tokio::test(start_paused = true)]
+async fn f41_loans_of_a_dropped_handle_are_ended() {
+    let (store, service) = (Store::default(), Limited::new(20.0, 40.0));
+    let [one, two] = processes(&store, &service, 1).await;
+    let (clients, pools) = ([one.client.clone(), two.client.clone()], [one.pool.clone(), two.pool.clone()]);
+    let offers = join_all(clients.iter().map(|client| offer(client, 5.0, 20.0, post)));
+    let drops = async {
+        sleep(15 * SECOND).await;
+        assert!(one.in_flight() + two.in_flight() > 5, "little is lent");
+        drop((one.recovery, two.recovery));
+    };
+    let (failed, ()) = tokio::join!(offers, drops);
+    assert_eq!(failed, [0, 0]);
+    for pool in pools {
+        let in_flight: u64 = pool.scopes().iter().map(|scope| scope.in_flight).sum();
+        assert_eq!(in_flight, 0);
+    }
+}

@@ -257,7 +257,10 @@ impl Lender {
 
     /// Goes on as if there were no other processes.
     pub(crate) fn end(&mut self, engine: &Engine) {
-        self.leave(engine, nanos_now(engine), |_| true);
+        let now = nanos_now(engine);
+        // Nobody says any more what becomes of them.
+        self.lent.drain().for_each(|(_, mut lent)| lent.settle(now));
+        self.leave(engine, now, |_| true);
     }
 
     /// Loans that are over, and were used.
