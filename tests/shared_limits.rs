@@ -397,3 +397,24 @@ async fn f41_loans_of_a_dropped_handle_are_ended() {
         assert_eq!(in_flight, 0);
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn f41_tokens_outlive_another_name_of_their_limit() {
+    for round in 0..ROUNDS {
+        let service = Limited::new(1.0, 2.0);
+        let store = Store::default();
+        let keys = || (0..2).map(|place| key(&format!("k{place}-{round}")));
+        let processes = [
+            Process::with_keys(&store, &service, keys()).await,
+            Process::with_keys(&store, &service, keys()).await,
+        ];
+        // Too much, so each owner sets tokens aside for itself.
+        assert_eq!(offer_each(&processes, 2.0, 15.0).await, 0);
+        service.names_organisation();
+        assert_eq!(offer_each(&processes, 0.3, 30.0).await, 0);
+        sleep(30 * SECOND).await;
+        for process in &processes {
+            assert_eq!(process.in_flight(), 0, "round {round}");
+        }
+    }
+}

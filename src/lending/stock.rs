@@ -1,11 +1,14 @@
 //! The tokens that a process holds in one scope: borrowed ones, and its own that are set aside.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+};
 
-use crate::limit::Taken;
+use crate::limit::{Limit, Taken};
 
 /// The right to send one request with the keys of a limit. Times are ns of the pool's clock.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub(crate) struct Token {
     /// The lower half of the limit's name.
     pub(crate) limit: u32,
@@ -15,10 +18,10 @@ pub(crate) struct Token {
 }
 
 /// Whose token it is.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub(crate) enum Origin {
-    /// This process owns the limit, and has taken the token out of its budgets.
-    Here(Taken),
+    /// This process owns the limit, and has taken the token out of its budgets. The limit may get another name meanwhile.
+    Here(Arc<Limit>, Taken),
     /// The loan of another process.
     Lender {
         process: u32,
@@ -108,7 +111,7 @@ mod tests {
     fn number(token: &Token) -> u32 {
         match token.origin {
             Origin::Lender { number, .. } => number,
-            Origin::Here(_) => u32::MAX,
+            Origin::Here(..) => u32::MAX,
         }
     }
 

@@ -94,6 +94,12 @@ impl Limit {
         }
     }
 
+    /// Ends a request for which this process set a token aside, and which it does not send.
+    pub(crate) fn not_sent(&self, taken: &Taken, now: u64) {
+        self.is_spent();
+        self.give_back(taken, now);
+    }
+
     /// A lent request has ended, and nobody says how.
     pub(crate) fn settle(&self, taken: &Taken, now: u64) {
         self.answered(taken, false, false, now);

@@ -329,12 +329,9 @@ impl Lender {
         let ended = scoped.common.borrowing.lock_stock().take_ended(now);
         for token in ended {
             match token.origin {
-                Origin::Here(taken) => {
-                    if let Some(slot) = scoped.layout.names(&scoped.keys).slot(token.limit) {
-                        scoped.limit(slot, now).is_spent();
-                        scoped.limit(slot, now).give_back(&taken, now);
-                        scoped.refresh_limit(slot, now);
-                    }
+                Origin::Here(limit, taken) => {
+                    limit.not_sent(&taken, now);
+                    refresh(scoped, token.limit, now);
                 }
                 Origin::Lender { process, number, .. } => {
                     shared.outbox.push(self.number, Item::Back(Back { lender: process, number }));
@@ -389,8 +386,8 @@ impl Lender {
             let Owned { slot, name, limit } = owned[place];
             let (taken, until) = (limit.lend(usual, now), at + lives);
             if to == self.me {
-                let token = Token { limit: name, at, until, origin: Origin::Here(taken) };
-                scoped.common.borrowing.lock_stock().add(token);
+                let origin = Origin::Here(limit.clone(), taken);
+                scoped.common.borrowing.lock_stock().add(Token { limit: name, at, until, origin });
             } else {
                 self.loans = self.loans.wrapping_add(1);
                 let (number, reports) = (self.loans, limit.wants_reports(now));

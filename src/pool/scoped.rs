@@ -543,19 +543,27 @@ impl Scoped {
     fn take_token(&self, slots: &Range<usize>, demand: &Demand<'_>, now: u64) -> Result<Picked, u64> {
         let mut slot = None;
         let token = self.common.borrowing.lock_stock().take(now, |token| {
-            slot = self.member_for(token.limit, slots, demand);
+            slot = self.member_for(token.limit, slots, demand).filter(|slot| self.is_usable(token, *slot));
             slot.is_some()
         });
         let token = token.map_err(|later| later.unwrap_or(NEVER))?;
         let slot = slot.ok_or(NEVER)?;
         let Ok(place) = self.enter(slot, now) else {
-            self.common.borrowing.lock_stock().add(token);
+            match token.origin {
+                // Not into the stock, which is empty for good if the scope is shared no more.
+                Origin::Here(limit, taken) => limit.not_sent(&taken, now),
+                Origin::Lender { .. } => self.common.borrowing.lock_stock().add(token),
+            }
             return Err(NEVER);
         };
-        let picked = match token.origin {
-            Origin::Here(mut taken) => {
-                self.limit(slot, now).is_spent();
-                self.limit(slot, now).correct_tokens(&mut taken, demand.tokens, now);
+        if demand.tokens != 0 {
+            self.common.borrowing.uses(&token, demand.tokens);
+            self.note_tokens(demand.tokens);
+        }
+        Ok(match token.origin {
+            Origin::Here(limit, mut taken) => {
+                limit.is_spent();
+                limit.correct_tokens(&mut taken, demand.tokens, now);
                 taken.at = now;
                 Picked { slot, taken: Some(taken), place, token: None }
             }
@@ -563,12 +571,15 @@ impl Scoped {
                 let taken = Taken::of_a_loan(demand.tokens, now);
                 Picked { slot, taken: Some(taken), place, token: Some(token) }
             }
-        };
-        if demand.tokens != 0 {
-            self.common.borrowing.uses(&token, demand.tokens);
-            self.note_tokens(demand.tokens);
+        })
+    }
+
+    fn is_usable(&self, token: &Token, slot: usize) -> bool {
+        match &token.origin {
+            Origin::Lender { .. } => true,
+            // The key may have another limit since: that of its organisation.
+            Origin::Here(limit, _) => self.known_limit(slot).is_some_and(|known| Arc::ptr_eq(known, limit)),
         }
-        Ok(picked)
     }
 
     /// The key of a limit whose turn it is, and which may serve the request.

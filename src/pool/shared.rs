@@ -226,9 +226,8 @@ impl Shared {
         let tokens = scoped.common.borrowing.lock_stock().take_all();
         let names = scoped.layout.names(&scoped.keys);
         for token in tokens {
-            if let (Origin::Here(taken), Some(slot)) = (token.origin, names.slot(token.limit)) {
-                scoped.limit(slot, now).is_spent();
-                scoped.limit(slot, now).give_back(&taken, now);
+            if let Origin::Here(limit, taken) = token.origin {
+                limit.not_sent(&taken, now);
             }
         }
         for (slot, _) in names.limits() {

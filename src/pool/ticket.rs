@@ -73,7 +73,7 @@ impl Ticket {
         self.stage = Stage::Ended;
         if let Some(taken) = &self.taken {
             let now = self.scoped.now();
-            if let Some(token) = self.token {
+            if let Some(token) = self.token.take() {
                 self.scoped.common.borrowing.lock_stock().add(token);
                 return self.scoped.common.waiting.look_again();
             }
@@ -91,7 +91,7 @@ impl Ticket {
         if head.is_limited {
             self.scoped.count_refused();
         }
-        if let Some((token, taken)) = self.token.zip(self.taken) {
+        if let Some((token, taken)) = self.token.as_ref().zip(self.taken) {
             self.stage = Stage::Ended;
             self.place = None;
             let common = &self.scoped.common;
