@@ -418,3 +418,58 @@ async fn f41_tokens_outlive_another_name_of_their_limit() {
         }
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_cap_counts_bodies_of_requests_with_loans() {
+    for round in 0..ROUNDS {
+        let (store, service) = (Store::default(), Limited::new(10.0, 20.0));
+        let mut capped = key(&format!("k{round}"));
+        capped.max_in_flight = NonZeroU32::new(2);
+        let processes = [
+            Process::with_keys(&store, &service, [capped.clone()]).await,
+            Process::with_keys(&store, &service, [capped]).await,
+        ];
+        assert_eq!(offer_each(&processes, 2.0, 10.0).await, 0);
+        for process in &processes {
+            let traits = Traits::new();
+            let held = [process.send(&service, &traits).await, process.send(&service, &traits).await];
+            assert!(held.iter().all(Option::is_some));
+            assert!(process.send(&service, &traits).await.is_none());
+            drop(held);
+            assert!(process.send(&service, &traits).await.is_some());
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn owners_hear_what_requests_with_loans_used() {
+    for round in 0..ROUNDS {
+        let (store, service) = (Store::default(), Limited::new(10.0, 20.0));
+        let quota = || {
+            KeyPool::builder()
+                .key_spec(key(&format!("k{round}")))
+                .quota(Quota::per_day(100_000).window().tokens())
+        };
+        let processes = [
+            Process::build(&store, &service, quota()).await,
+            Process::build(&store, &service, quota()).await,
+        ];
+        let few = Traits::new().tokens(10);
+        for _ in 0..20 {
+            for process in &processes {
+                drop(process.send(&service, &few).await.unwrap());
+            }
+            sleep(SECOND / 2).await;
+        }
+        for process in &processes {
+            let lease = process.send(&service, &few).await.unwrap();
+            // The usage is known when the body has ended.
+            sleep(20 * SECOND).await;
+            lease.used(30_000);
+        }
+        sleep(5 * SECOND).await;
+        let left = |process: &Process| process.pool.scopes()[0].tokens_left.unwrap();
+        let least = processes.iter().map(left).fold(f64::INFINITY, f64::min);
+        assert!(least < 41_000.0, "round {round}: {least}");
+    }
+}

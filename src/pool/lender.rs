@@ -191,7 +191,7 @@ impl Lender {
     }
 
     fn learn(&mut self, scoped: &Scoped, report: Report, now: u64) {
-        let Some(mut lent) = self.lent.remove(&report.number) else { return };
+        let Some(lent) = self.lent.get_mut(&report.number) else { return };
         lent.spent(now);
         let answered = Answered {
             is_limited: report.is_limited,
@@ -204,12 +204,17 @@ impl Lender {
         let taken = lent.taken.used_at(report.sent_at.min(now));
         let is_caught = {
             let mut sharing = scoped.lock_sharing();
-            if lent.is_settled {
+            // The entry stays: the borrower may say later how many tokens the request used.
+            if std::mem::replace(&mut lent.is_settled, true) {
                 lent.limit.learn_late(&taken, &report.said, answered, &mut sharing)
             } else {
                 lent.limit.learn(&taken, &report.said, answered, &mut sharing)
             }
         };
+        if report.is_limited {
+            // Given back with the refusal.
+            lent.taken.tokens = 0;
+        }
         if is_caught {
             scoped.distrust(now);
         }

@@ -30,7 +30,7 @@ pub(crate) struct Ticket {
     place: Option<InFlight>,
     /// The tokens that the request used, as far as the caller has said.
     used: Option<u64>,
-    /// The token of another process that the request uses: then the key's limit here has nothing to do with it.
+    /// The token of another process that the request uses: then that process counts it, not the key's limit here.
     token: Option<Token>,
 }
 
@@ -91,18 +91,12 @@ impl Ticket {
         if head.is_limited {
             self.scoped.count_refused();
         }
-        if let Some((token, taken)) = self.token.as_ref().zip(self.taken) {
-            self.stage = Stage::Ended;
-            self.place = None;
-            let common = &self.scoped.common;
-            let wait = head.wait.map(|wait| wait.min(self.scoped.longest_wait()));
-            common.borrowing.answered(&token, taken.at, head.is_limited, wait, head.said, now);
-            common.waiting.look_again();
-            return self.note_organisation(head.said);
-        }
         let has_body = !head.is_limited && !head.is_error && self.lasts_until_the_end(now);
         self.stage = if has_body { Stage::HasHead } else { Stage::Ended };
-        self.note_answer(head, has_body, now);
+        match self.token.is_some() {
+            true => self.report_answer(head, now),
+            false => self.note_answer(head, has_body, now),
+        }
         if !has_body {
             // Last: that wakes others.
             self.place = None;
@@ -111,8 +105,26 @@ impl Ticket {
 
     /// Whether the end of the body makes a difference.
     fn lasts_until_the_end(&self, now: u64) -> bool {
-        let lasts = |taken: &Taken| self.limit(now).lasts_until_the_end(taken);
+        let lasts = |taken: &Taken| match self.token {
+            // Its owner counts a loan as in flight for some seconds, however long its request takes.
+            Some(_) => taken.tokens != 0,
+            None => self.limit(now).lasts_until_the_end(taken),
+        };
         self.place.is_some() || self.taken.as_ref().is_some_and(lasts)
+    }
+
+    /// Tells the owner of the limit what became of a request that used a token of it.
+    fn report_answer(&mut self, Head { is_limited, is_error, wait, said }: Head<'_>, now: u64) {
+        let common = &self.scoped.common;
+        let wait = wait.map(|wait| wait.min(self.scoped.longest_wait()));
+        if let Some((token, taken)) = self.token.as_ref().zip(self.taken) {
+            common.borrowing.answered(token, taken.at, is_limited, wait, said, now);
+        }
+        if is_error && !is_limited {
+            self.count_tokens(self.used.unwrap_or(0), now);
+        }
+        self.scoped.common.waiting.look_again();
+        self.note_organisation(said);
     }
 
     fn note_answer(&mut self, head: Head<'_>, has_body: bool, now: u64) {
@@ -183,7 +195,9 @@ impl Ticket {
             return;
         }
         self.used = Some(used);
-        if self.stage == Stage::Ended || self.taken.is_some_and(|taken| used > taken.tokens) {
+        // The owner of a token is told once, when the request has ended.
+        let counts_now = self.token.is_none() && self.taken.is_some_and(|taken| used > taken.tokens);
+        if self.stage == Stage::Ended || counts_now {
             let now = self.scoped.now();
             self.count_tokens(used, now);
             self.refresh(now);
@@ -199,7 +213,9 @@ impl Ticket {
         self.stage = Stage::Ended;
         if let Some(taken) = self.taken {
             let now = self.scoped.now();
-            self.limit(now).body_ended();
+            if self.token.is_none() {
+                self.limit(now).body_ended();
+            }
             let unsaid = if is_whole { taken.tokens } else { taken.tokens.div_ceil(2) };
             self.count_tokens(self.used.unwrap_or(unsaid), now);
             self.refresh(now);
@@ -218,9 +234,14 @@ impl Ticket {
     }
 
     fn count_tokens(&mut self, used: u64, now: u64) {
-        let Self { scoped, slot, taken, .. } = self;
-        if let Some(taken) = taken.as_mut().filter(|_| self.token.is_none()) {
-            scoped.limit(*slot as usize, now).correct_tokens(taken, used, now);
+        let Self { scoped, slot, taken, token, .. } = self;
+        match (taken, token) {
+            (Some(taken), None) => scoped.limit(*slot as usize, now).correct_tokens(taken, used, now),
+            (Some(taken), Some(token)) if taken.tokens != used => {
+                taken.tokens = used;
+                scoped.common.borrowing.uses(token, used);
+            }
+            _ => {}
         }
     }
 
@@ -261,11 +282,13 @@ impl Ticket {
 impl Drop for Ticket {
     fn drop(&mut self) {
         match self.stage {
-            Stage::Sent if self.taken.is_some() && self.token.is_none() => {
+            Stage::Sent if self.taken.is_some() => {
                 self.stage = Stage::Ended;
                 let now = self.scoped.now();
                 self.count_tokens(self.used.unwrap_or(0), now);
-                self.limit(now).failed();
+                if self.token.is_none() {
+                    self.limit(now).failed();
+                }
                 self.refresh(now);
             }
             Stage::HasHead => self.body_ended(true),
