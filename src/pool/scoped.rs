@@ -516,10 +516,11 @@ impl Scoped {
             Some(picked) => picked,
             None => match self.take_token(&(0..self.keys.len()), demand, now) {
                 Ok(picked) => picked,
-                Err(token_at) => match self.pick_elsewhere(demand, now) {
-                    Some(picked) => picked,
-                    None => self.pick_own(demand, now).map_err(|until| until.min(token_at))?,
-                },
+                // The next token may be of any limit.
+                Err(_) if demand.only.is_some() => {
+                    self.pick_elsewhere(demand, now).unwrap_or_else(|| self.pick_own(demand, now))?
+                }
+                Err(token_at) => self.pick_own(demand, now).map_err(|until| until.min(token_at))?,
             },
         };
         self.common.borrowing.count_served();
@@ -609,14 +610,20 @@ impl Scoped {
         }
     }
 
-    /// A request that only one key may serve does not wait for a token of this very key: its owner sees what it takes.
-    fn pick_elsewhere(&self, demand: &Demand<'_>, now: u64) -> Option<Picked> {
+    /// A request that only one key may serve does not wait for a token of this very key: its owner sees what it takes. It
+    /// waits only while the service said so to another such request.
+    fn pick_elsewhere(&self, demand: &Demand<'_>, now: u64) -> Option<Result<Picked, u64>> {
         let id = demand.only?;
         let slot = self.keys.iter().position(|key| key.id == *id)?;
         let limit = self.limit(slot, now);
-        let is_free = limit.is_elsewhere() && self.keys[slot].state.load().is_available();
-        let place = if is_free { self.enter(slot, now).ok()? } else { return None };
-        Some(Picked { slot, taken: Some(limit.take_anyway(demand.tokens, now)), place, token: None })
+        if !limit.is_elsewhere() || !self.keys[slot].state.load().is_available() {
+            return None;
+        }
+        if limit.rests_until() > now {
+            return Some(Err(limit.rests_until()));
+        }
+        let place = self.enter(slot, now).ok()?;
+        Some(Ok(Picked { slot, taken: Some(limit.take_anyway(demand.tokens, now)), place, token: None }))
     }
 
     fn pick_own(&self, demand: &Demand<'_>, now: u64) -> Result<Picked, u64> {

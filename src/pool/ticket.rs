@@ -123,6 +123,10 @@ impl Ticket {
         if is_error && !is_limited {
             self.count_tokens(self.used.unwrap_or(0), now);
         }
+        if let Some(wait) = wait.filter(|_| is_limited) {
+            // Until the owner hears of it, and for requests that wait for no owner.
+            self.limit(now).rest_until(now.saturating_add(nanos(wait)));
+        }
         self.scoped.common.waiting.look_again();
         self.note_organisation(said);
     }
