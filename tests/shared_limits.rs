@@ -494,3 +494,19 @@ async fn requests_for_one_key_wait_while_it_rests() {
     }
     assert!(start.elapsed() > 50 * SECOND, "{:?}", start.elapsed());
 }
+
+#[tokio::test(start_paused = true)]
+async fn tokens_wait_while_their_limit_rests() {
+    let (store, service) = (Store::default(), Limited::new(20.0, 10.0));
+    let processes = processes::<2>(&store, &service, 1).await;
+    let overload = async {
+        sleep(15 * SECOND).await;
+        service.close_for(30 * SECOND);
+        service.count_from_now();
+        sleep(20 * SECOND).await;
+        service.refused()
+    };
+    let (_, refused) = tokio::join!(offer_each(&processes, 18.0, 30.0), overload);
+    // Those in flight, and the tokens of the other process until it hears of it.
+    assert!(refused <= 8, "{refused}");
+}

@@ -544,7 +544,8 @@ impl Scoped {
     fn take_token(&self, slots: &Range<usize>, demand: &Demand<'_>, now: u64) -> Result<Picked, u64> {
         let mut slot = None;
         let token = self.common.borrowing.lock_stock().take(now, |token| {
-            slot = self.member_for(token.limit, slots, demand).filter(|slot| self.is_usable(token, *slot));
+            slot =
+                self.member_for(token.limit, slots, demand).filter(|slot| self.is_usable(token, *slot, now));
             slot.is_some()
         });
         let token = token.map_err(|later| later.unwrap_or(NEVER))?;
@@ -575,12 +576,15 @@ impl Scoped {
         })
     }
 
-    fn is_usable(&self, token: &Token, slot: usize) -> bool {
-        match &token.origin {
+    /// A rest counts for tokens, too, which were set aside or lent before it began.
+    fn is_usable(&self, token: &Token, slot: usize, now: u64) -> bool {
+        let known = self.known_limit(slot);
+        let is_it = match &token.origin {
             Origin::Lender { .. } => true,
             // The key may have another limit since: that of its organisation.
-            Origin::Here(limit, _) => self.known_limit(slot).is_some_and(|known| Arc::ptr_eq(known, limit)),
-        }
+            Origin::Here(limit, _) => known.is_some_and(|known| Arc::ptr_eq(known, limit)),
+        };
+        is_it && known.is_none_or(|limit| limit.rests_until() <= now)
     }
 
     /// The key of a limit whose turn it is, and which may serve the request.
