@@ -239,6 +239,25 @@ fn one_huge_estimate_closes_no_key() {
     }
 }
 
+#[tokio::test]
+async fn refused_requests_give_their_tokens_back_once() {
+    let pool =
+        keys(1).quota(Quota::per_day(1_000).window().tokens()).clock(ManualClock::new()).build().unwrap();
+    let serve = |estimate, used, verdict| {
+        let lease = pool.lease(&tokens(estimate)).unwrap();
+        lease.answered_with(verdict);
+        lease.used(used);
+    };
+    serve(200, 200, Verdict::Nothing);
+    serve(150, 0, Verdict::RateLimited { wait: None });
+    pool.reset("k0").await.unwrap();
+    assert_eq!(left(&pool), 800);
+    // A service may count a refused request all the same, as the caller says.
+    serve(150, 100, Verdict::RateLimited { wait: None });
+    pool.reset("k0").await.unwrap();
+    assert_eq!(left(&pool), 700);
+}
+
 #[tokio::test(start_paused = true)]
 async fn whole_bodies_count_for_what_was_reserved_or_said() {
     for way in WAYS {

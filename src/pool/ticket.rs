@@ -97,6 +97,10 @@ impl Ticket {
             true => self.report_answer(head, now),
             false => self.note_answer(head, has_body, now),
         }
+        if let Some(taken) = self.taken.as_mut().filter(|_| head.is_limited) {
+            // Given back with the refusal: what the caller says afterwards is all that counts.
+            taken.tokens = 0;
+        }
         if !has_body {
             // Last: that wakes others.
             self.place = None;
