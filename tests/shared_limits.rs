@@ -510,3 +510,19 @@ async fn tokens_wait_while_their_limit_rests() {
     // Those in flight, and the tokens of the other process until it hears of it.
     assert!(refused <= 8, "{refused}");
 }
+
+#[tokio::test(start_paused = true)]
+async fn distrust_ends_with_the_process_that_found_it() {
+    let (store, service) = (Store::default(), Limited::new(1.0, 10.0).lying());
+    let mut all = Vec::from(processes::<3>(&store, &service, 10).await);
+    offer_each(&all, 1.5, 60.0).await;
+    service.lies(false);
+    // One after the other is replaced, while requests go on.
+    for _ in 0..3 {
+        all.remove(0);
+        all.push(Process::start(&store, &service, 10).await);
+        offer_each(&all, 1.0, 20.0).await;
+    }
+    let distrusted = |process: &Process| process.pool.scopes()[0].distrusted;
+    assert_eq!(all.iter().map(distrusted).collect::<Vec<_>>(), [0; 3]);
+}

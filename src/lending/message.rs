@@ -30,7 +30,7 @@ pub(crate) struct Part {
     pub(crate) need: Need,
     /// Whether the process lends and borrows. It does not where the service says nothing of what is left.
     pub(crate) is_sharing: bool,
-    /// Whether it has found the service's headers to be wrong.
+    /// Whether it has found the service's headers to be wrong, itself.
     pub(crate) is_lying: bool,
     /// What its probes say of the headers.
     pub(crate) probed: f32,

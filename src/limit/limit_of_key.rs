@@ -527,6 +527,13 @@ impl Limit {
         }
     }
 
+    /// Learns from headers again. Until the next answer, what was found by refusals counts.
+    pub(crate) fn trust(&self) {
+        if let Some(beside) = self.lock_learned().as_mut().and_then(|learned| learned.beside.as_mut()) {
+            beside.ignores_headers = false;
+        }
+    }
+
     /// Ignores what was learned from headers, after another limit of the scope has caught them lying.
     pub(crate) fn distrust(&self) {
         let mut learned = self.lock_learned();

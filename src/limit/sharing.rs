@@ -44,7 +44,10 @@ pub(crate) struct Sharing {
     same_resets: u32,
     same_since: f64,
     last_reset: Duration,
+    /// This process has found the headers to be wrong.
     is_lying: bool,
+    /// Another process says so, or what all have found together.
+    is_lying_elsewhere: bool,
     has_headers: bool,
     /// What probes say of the headers: above 0 if they were served though nothing should be left.
     probed: f64,
@@ -102,6 +105,7 @@ impl Default for Sharing {
             same_since: 0.0,
             last_reset: Duration::ZERO,
             is_lying: false,
+            is_lying_elsewhere: false,
             has_headers: false,
             probed: 0.0,
             probed_elsewhere: 0.0,
@@ -155,7 +159,13 @@ impl Sharing {
         }
     }
 
+    /// Whether the headers are ignored.
     pub(crate) fn is_lying(&self) -> bool {
+        self.is_lying || self.is_lying_elsewhere
+    }
+
+    /// Whether this process has found the headers to be wrong itself, and did not only hear of it.
+    pub(crate) fn has_caught_them(&self) -> bool {
         self.is_lying
     }
 
@@ -183,8 +193,9 @@ impl Sharing {
         if let Some(left) = said.requests.filter(|_| !is_limited) {
             self.note_reset(left, answered);
         }
-        self.is_lying |= self.distrust + self.probed_elsewhere.max(0.0) > TOO_MUCH;
-        self.is_lying
+        self.is_lying |= self.distrust > TOO_MUCH;
+        self.is_lying_elsewhere |= self.distrust + self.probed_elsewhere.max(0.0) > TOO_MUCH;
+        self.is_lying()
     }
 
     /// Whether the service has said what is left.
@@ -197,14 +208,13 @@ impl Sharing {
         self.probed
     }
 
-    /// Weighs what the probes of all other processes say, or takes the word of one. Returns whether the headers are ignored
-    /// from now on, and were not before.
-    pub(crate) fn judge_with(&mut self, probed_elsewhere: f64, is_lying: bool) -> bool {
+    /// Weighs what the probes of all other processes say, and takes the word of one for as long as it says so: a fault that
+    /// is mended must not be handed on for ever. Returns whether the headers were ignored before, and whether they are now.
+    pub(crate) fn judge_with(&mut self, probed_elsewhere: f64, is_lying: bool) -> (bool, bool) {
+        let before = self.is_lying();
         self.probed_elsewhere = probed_elsewhere;
-        let is_caught = is_lying || self.distrust + probed_elsewhere.max(0.0) > TOO_MUCH;
-        let is_new = is_caught && !self.is_lying;
-        self.is_lying |= is_caught;
-        is_new
+        self.is_lying_elsewhere = is_lying || self.distrust + probed_elsewhere.max(0.0) > TOO_MUCH;
+        (before, self.is_lying())
     }
 
     /// A bucket with nothing left that serves more than comes back is full later and later. Keys that wait for each unit say

@@ -1077,6 +1077,11 @@ impl Scoped {
         }
     }
 
+    /// Learns from the headers of the scope again.
+    pub(crate) fn trust(&self) {
+        self.limits().for_each(|limit| limit.trust());
+    }
+
     pub(crate) fn lock_sharing(&self) -> MutexGuard<'_, Sharing> {
         self.common.lock_sharing()
     }

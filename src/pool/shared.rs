@@ -112,7 +112,7 @@ impl Shared {
     pub(super) fn can_share(&self, scoped: &Scoped, said: &[Says], now: u64) -> bool {
         let mut sharing = scoped.lock_sharing();
         let probed: f64 = said.iter().map(|peer| f64::from(peer.part.probed)).sum();
-        let is_caught = sharing.judge_with(probed, said.iter().any(|peer| peer.part.is_lying));
+        let ignored = sharing.judge_with(probed, said.iter().any(|peer| peer.part.is_lying));
         if probed + sharing.probed() > 0.0 && fastrand::usize(..=said.len()) < PROBES_AT_ONCE {
             scoped.lock_probing().hurry(now);
         }
@@ -121,9 +121,22 @@ impl Shared {
         }
         let (is_lying, has_headers) = (sharing.is_lying(), sharing.has_headers());
         drop(sharing);
-        if is_caught {
-            tracing::info!(scope = scoped.scope(), "limit headers contradict the service's answers: ignored");
-            scoped.distrust(now);
+        match ignored {
+            (false, true) => {
+                tracing::info!(
+                    scope = scoped.scope(),
+                    "limit headers contradict the service's answers: ignored"
+                );
+                scoped.distrust(now);
+            }
+            (true, false) => {
+                tracing::info!(
+                    scope = scoped.scope(),
+                    "no process distrusts the limit headers any more: followed"
+                );
+                scoped.trust();
+            }
+            _ => {}
         }
         !is_lying && (has_headers || said.iter().any(|peer| peer.part.is_sharing))
     }
@@ -304,7 +317,7 @@ impl Shared {
             since: now.saturating_sub(self.since),
             need,
             is_sharing: self.is_on() || (sharing.has_headers() && !sharing.is_lying()),
-            is_lying: sharing.is_lying(),
+            is_lying: sharing.has_caught_them(),
             probed: sharing.probed() as f32,
             alike: sharing.alike,
             items,
