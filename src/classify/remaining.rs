@@ -21,7 +21,6 @@ use crate::limit::{Kind, Left, Remaining};
 /// The longest name of an organisation, in bytes. Those in use have less than 40.
 const LONGEST_NAME: usize = 128;
 
-const LONGEST_RESET: Duration = Duration::from_secs(400 * 24 * 60 * 60);
 const SECOND: Duration = Duration::from_secs(1);
 const MILLISECOND: Duration = Duration::from_millis(1);
 
@@ -200,11 +199,8 @@ impl Reset {
 fn left(limit: Duration, remaining: Duration, reset: Reset, kind: Option<Kind>) -> Option<Left> {
     let Reset { wait, resolution, is_date } = reset;
     let kind = kind.or(is_date.then_some(Kind::Window));
-    let (size, rest) = (limit.as_secs_f64(), remaining.as_secs_f64());
-    // No service has a larger budget, or one that lasts longer; such numbers would overflow.
-    let is_possible =
-        limit >= SECOND && limit.as_secs() <= 1 << 40 && remaining <= limit && wait <= LONGEST_RESET;
-    is_possible.then_some(Left { limit: size, remaining: rest, reset: wait, resolution, kind })
+    let (limit, remaining) = (limit.as_secs_f64(), remaining.as_secs_f64());
+    Some(Left { limit, remaining, reset: wait, resolution, kind }).filter(Left::is_possible)
 }
 
 /// Returns the budget with the smaller part remaining; the first if they are equal.

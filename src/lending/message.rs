@@ -9,6 +9,9 @@ use crate::limit::{Alike, Kind, Known, Left, Remaining};
 /// The first byte. A message that begins with another one is of a version that this one can't read.
 const VERSION: u8 = 1;
 
+/// The largest amount that a reader takes: a faulty process must not make others overflow.
+const LARGEST: f32 = 1e12;
+
 /// Times are sent in tenths of a millisecond.
 const TICK: i64 = 100_000;
 
@@ -343,9 +346,9 @@ impl Reader<'_> {
         self.array().map(f32::from_le_bytes).filter(|number| number.is_finite())
     }
 
-    /// A number that is neither negative nor infinite.
+    /// A number of requests or of seconds.
     fn amount(&mut self) -> Option<f32> {
-        self.f32().filter(|number| *number >= 0.0)
+        self.f32().filter(|number| (0.0..=LARGEST).contains(number))
     }
 
     fn span(&mut self) -> Option<u64> {
@@ -394,7 +397,7 @@ impl Reader<'_> {
                 size: self.amount()?,
                 low: self.amount()?,
                 high: self.amount()?,
-                level: self.f32()?,
+                level: self.f32()?.clamp(-LARGEST, LARGEST),
             }),
             2 => Some(Known::Window {
                 size: self.amount()?,
@@ -418,9 +421,8 @@ impl Reader<'_> {
         let (limit, remaining) = (self.f64()?, self.f64()?);
         let seconds = |number: f64| Duration::try_from_secs_f64(number).ok();
         let (reset, resolution) = (seconds(self.f64()?)?, seconds(self.f64()?)?);
-        // Learning relies on these.
-        let is_sound = limit > 0.0 && (0.0..=limit).contains(&remaining);
-        is_sound.then_some(Some(Left { limit, remaining, reset, resolution, kind }))
+        let left = Left { limit, remaining, reset, resolution, kind };
+        left.is_possible().then_some(Some(left))
     }
 }
 
@@ -512,6 +514,28 @@ mod tests {
         }
         assert_eq!(Message::decode(&[VERSION + 1], 0), None);
         assert_eq!(Message::decode(&bytes[..bytes.len() - 1], 0), None);
+    }
+
+    #[test]
+    fn impossible_numbers_are_no_message() {
+        let with = |change: &dyn Fn(&mut Left)| {
+            let mut message = message();
+            let report = message.parts[0].items.iter_mut().find_map(|(_, item)| match item {
+                Item::Report(report) => Some(report),
+                _ => None,
+            });
+            change(report.unwrap().said.requests.as_mut().unwrap());
+            Message::decode(&message.encode(SECOND), SECOND).is_some()
+        };
+        assert!(with(&|_| {}));
+        assert!(!with(&|left| left.limit = 1e18));
+        assert!(!with(&|left| left.remaining = 11.0));
+        // A window that would end with the end of time.
+        assert!(!with(&|left| left.reset = Duration::from_secs(u64::MAX - 2_048)));
+        assert!(!with(&|left| left.resolution = Duration::from_secs(u64::MAX)));
+        let mut hungry = message();
+        hungry.parts[0].need.waiting = 3e38;
+        assert_eq!(Message::decode(&hungry.encode(SECOND), SECOND), None);
     }
 
     #[test]

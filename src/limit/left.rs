@@ -17,6 +17,21 @@ pub(crate) struct Left {
     pub(crate) kind: Option<Kind>,
 }
 
+/// No service has a larger budget, or one that lasts longer. Learning relies on that: larger numbers would overflow.
+const LARGEST_LIMIT: f64 = (1_u64 << 40) as f64;
+const LONGEST_RESET: Duration = Duration::from_secs(400 * 24 * 60 * 60);
+
+impl Left {
+    /// Whether a service may say so.
+    pub(crate) fn is_possible(&self) -> bool {
+        let Self { limit, remaining, reset, resolution, .. } = *self;
+        (1.0..=LARGEST_LIMIT).contains(&limit)
+            && (0.0..=limit).contains(&remaining)
+            && reset <= LONGEST_RESET
+            && resolution <= Duration::from_secs(1)
+    }
+}
+
 /// The way a budget refills.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {

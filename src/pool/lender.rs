@@ -39,6 +39,9 @@ const ANSWERED: u64 = 2 * SECOND;
 /// So long after the end of a loan the borrower may say what became of the request: an answer may take minutes.
 const HEARD_OF: u64 = 120 * SECOND;
 
+/// The most tokens of a scope that are set aside at once: three messages carry them, of 65,535 items at most.
+const MOST_LOANS: usize = 10_000;
+
 /// Who has not used a scope for so many seconds leaves its limits to the others.
 const LEFT: u64 = 60;
 
@@ -74,6 +77,11 @@ struct Lent {
 }
 
 impl Lent {
+    /// Whether that process may say what became of it.
+    fn is_to(&self, process: u64, scope: u64) -> bool {
+        (self.to, self.scope) == (process as u32, scope)
+    }
+
     fn spent(&mut self, now: u64) {
         if self.spent.is_none() {
             self.spent = Some(now);
@@ -161,26 +169,25 @@ impl Lender {
                 scoped.common.waiting.look_again();
             }
             Item::Back(Back { lender, number }) if lender == me => {
-                if self.lent.get(&number).is_none_or(|lent| lent.is_settled) {
-                    return;
-                }
-                let Some(mut lent) = self.lent.remove(&number) else { return };
+                let is_out = |lent: &&mut Lent| lent.is_to(process, scope) && !lent.is_settled;
+                let Some(lent) = self.lent.get_mut(&number).filter(is_out) else { return };
                 lent.spent(now);
+                lent.is_settled = true;
                 lent.limit.give_back(&lent.taken, now);
                 refresh(scoped, lent.name, now);
             }
             Item::Used(Used { lender, number, tokens }) if lender == me => {
-                let Some(lent) = self.lent.get_mut(&number) else { return };
+                let is_it = |lent: &&mut Lent| lent.is_to(process, scope);
+                let Some(lent) = self.lent.get_mut(&number).filter(is_it) else { return };
                 lent.limit.correct_tokens(&mut lent.taken, tokens.into(), now);
                 refresh(scoped, lent.name, now);
             }
             Item::Spent(Spent { lender, before }) if lender == me => {
-                let is_spent = |(number, lent): &(&u32, &mut Lent)| {
-                    lent.scope == scope && lent.to == process as u32 && **number < before
-                };
+                let is_spent =
+                    |(number, lent): &(&u32, &mut Lent)| lent.is_to(process, scope) && **number < before;
                 self.lent.iter_mut().filter(is_spent).for_each(|(_, lent)| lent.spent(now));
             }
-            Item::Report(report) if report.lender == me => self.learn(scoped, report, now),
+            Item::Report(report) if report.lender == me => self.learn(scoped, process, scope, report, now),
             Item::Release(release) => {
                 if let Some(shared) = self.scopes.get_mut(&scope) {
                     shared.released(release);
@@ -190,8 +197,9 @@ impl Lender {
         }
     }
 
-    fn learn(&mut self, scoped: &Scoped, report: Report, now: u64) {
-        let Some(lent) = self.lent.get_mut(&report.number) else { return };
+    fn learn(&mut self, scoped: &Scoped, process: u64, scope: u64, report: Report, now: u64) {
+        let is_it = |lent: &&mut Lent| lent.is_to(process, scope);
+        let Some(lent) = self.lent.get_mut(&report.number).filter(is_it) else { return };
         lent.spent(now);
         let answered = Answered {
             is_limited: report.is_limited,
@@ -374,7 +382,7 @@ impl Lender {
         // Rounded at random, so that small shares are not lost.
         let whole = |share: f64| (share + fastrand::f64()).floor() as usize;
         let tokens = |(process, share)| iter::repeat_n(process, whole(share));
-        let mut wanted: Vec<u64> = shares.into_iter().flat_map(tokens).collect();
+        let mut wanted: Vec<u64> = shares.into_iter().flat_map(tokens).take(MOST_LOANS).collect();
         // Or one process would always get what comes first.
         fastrand::shuffle(&mut wanted);
         let usual = scoped.usual_tokens();

@@ -294,15 +294,16 @@ impl Shared {
     }
 
     pub(super) fn part(&mut self, scope: u64, message: u32, tokens: Tokens, now: u64) -> Part {
-        let items = self.outbox.items(message).iter();
-        let mut items: Vec<_> =
-            items.map(|(first, item)| (message.wrapping_sub(*first) as u8, item.clone())).collect();
         self.lenders.retain(|_, (_, at)| now.saturating_sub(*at) < TOLD_FOR);
         let held = self.common.borrowing.lock_stock().first_numbers();
-        items.extend(self.lenders.iter().map(|(lender, (next, _))| {
+        let spent = self.lenders.iter().map(|(lender, (next, _))| {
             let before = held.get(lender).copied().unwrap_or(*next);
             (0, Item::Spent(Spent { lender: *lender, before }))
-        }));
+        });
+        // These come first: if there are too many items for a message, the last ones are left out.
+        let mut items: Vec<_> = spent.collect();
+        let told = self.outbox.items(message).iter();
+        items.extend(told.map(|(first, item)| (message.wrapping_sub(*first) as u8, item.clone())));
         let need = Need {
             waiting: self.waiting as f32,
             oldest: self.oldest as f32,
