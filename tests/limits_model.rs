@@ -27,7 +27,7 @@ use tokio::sync::oneshot;
 use tower::{Layer, Service, service_fn, util::BoxService};
 use tower_key_rotation::{
     Error, KeyPool, KeyPoolBuilder, KeyRotationLayer, KeySpec, NoKeyAvailable, Quota, Traits,
-    clock::ManualClock, store::Scope,
+    classify::Verdict, clock::ManualClock, store::Scope,
 };
 
 /// How far apart the pool's ns and the model's levels may be, in seconds.
@@ -1033,6 +1033,23 @@ fn windows_are_as_long_as_they_should_be() {
         passed += wait;
     }
     assert!((99_980..101_000).contains(&passed.as_millis()), "100 windows took {passed:?}");
+}
+
+/// A user's clock may count from 1970.
+#[test]
+fn windows_hold_on_a_clock_that_began_long_ago() {
+    let clock = ManualClock::new();
+    clock.advance(Duration::from_secs(1_795_000_000));
+    let quota = Quota::per_day(5).window();
+    let pool = KeyPool::builder().key("k0", "sk-0").quota(quota).clock(clock.clone()).build().unwrap();
+    for _ in 0..3 {
+        let leases: Vec<_> = std::iter::from_fn(|| pool.lease(&Traits::new()).ok()).take(10).collect();
+        assert_eq!(leases.len(), 5);
+        leases.iter().for_each(|lease| lease.answered_with(Verdict::Nothing));
+        clock.advance(Duration::from_secs(12 * 60 * 60));
+        assert!(pool.lease(&Traits::new()).is_err());
+        clock.advance(Duration::from_secs(12 * 60 * 60 + 1));
+    }
 }
 
 #[test]

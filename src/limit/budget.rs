@@ -12,8 +12,12 @@ use crate::sync::atomic::{
     Ordering::{Relaxed, SeqCst},
 };
 
-/// A window's end is kept in ticks of 2^24 ns, about 17 ms: 32 bits of them are two years.
+/// A window's end is kept in ticks of 2^24 ns, about 17 ms, modulo 2^32: clocks may count from 1970, or from a boot. It is
+/// taken for the time closest to now, and no window is longer than half of that, about 400 days.
 const TICK: u32 = 24;
+
+/// The longest window, in ticks.
+const LONGEST: u64 = (1 << 31) - 1;
 
 /// `unit` of a budget that is not known, and so allows everything.
 const UNKNOWN: u64 = 0;
@@ -244,13 +248,13 @@ impl Budget {
         left_of: impl Fn(Option<f64>) -> f64,
     ) {
         // Up, so that no window allows more than it should.
-        let ticks = nanos(period).div_ceil(1 << TICK).clamp(1, u64::from(u32::MAX));
+        let ticks = nanos(period).div_ceil(1 << TICK).clamp(1, LONGEST);
         let limit = limit.clamp(0.0, f64::from(u32::MAX));
         let (unit_before, span_before) = (self.unit.load(Relaxed), self.span.load(Relaxed));
         if unit_before != WINDOW {
             self.forget();
         }
-        let end = end.min(4 * LATEST).div_ceil(1 << TICK);
+        let end = end.min(4 * LATEST).div_ceil(1 << TICK).min((now >> TICK) + LONGEST);
         self.replace(|word| {
             let before = (unit_before == WINDOW).then(|| window_at(word, span_before, now).1 as f64);
             packed(end, left_of(before).clamp(0.0, limit) as u64)
@@ -324,17 +328,18 @@ fn in_ns(unit: u64) -> f64 {
 /// The end of the window that `now` is in, in ticks, and what is left of it.
 #[inline]
 fn window_at(word: u64, span: u64, now: u64) -> (u64, u64) {
-    let (end, left) = (word >> 32, lower(word));
     let tick = now >> TICK;
-    if tick < end {
-        return (end, left);
+    let ends_in = ((word >> 32) as u32).wrapping_sub(tick as u32) as i32;
+    if ends_in > 0 {
+        return (tick + ends_in as u64, lower(word));
     }
-    let period = (span >> 32).max(1);
-    (end + period * ((tick - end) / period + 1), lower(span))
+    let (passed, period) = (u64::from(ends_in.unsigned_abs()), (span >> 32).max(1));
+    ((tick + period * (passed / period + 1)).saturating_sub(passed), lower(span))
 }
 
+/// Of the upper number, the lower half.
 fn packed(upper: u64, lower: u64) -> u64 {
-    upper.min(u64::from(u32::MAX)) << 32 | lower.min(u64::from(u32::MAX))
+    upper << 32 | lower.min(u64::from(u32::MAX))
 }
 
 fn lower(word: u64) -> u64 {
@@ -399,6 +404,23 @@ mod tests {
         assert_eq!(drain(&budget, end), 5);
         assert_eq!(drain(&budget, end + SECOND * 59), 0);
         assert_eq!(drain(&budget, end + SECOND * 200), 5);
+    }
+
+    #[test]
+    fn windows_pass_the_end_of_their_ticks() {
+        let round = 1 << (32 + TICK);
+        // Of a clock that counts from 1970, and of one that is about to begin another round.
+        for now in [1_795_000_000 * SECOND, round - SECOND, round + SECOND, 3 * round - SECOND] {
+            let budget = Budget::default();
+            budget.set_window(5.0, now + SECOND * 10, Duration::from_secs(60), now, |_| 2.0);
+            assert_eq!(drain(&budget, now), 2);
+            let end = budget.take(1, now).unwrap_err();
+            assert!((SECOND * 10..SECOND * 10 + 20_000_000).contains(&(end - now)), "{now}: {end}");
+            assert_eq!((drain(&budget, end), drain(&budget, end + SECOND * 59)), (5, 0));
+            budget.add(1.0, end, end + SECOND);
+            assert_eq!(drain(&budget, end + SECOND), 1);
+            assert_eq!(drain(&budget, end + SECOND * 200), 5);
+        }
     }
 
     #[test]
