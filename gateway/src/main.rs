@@ -17,6 +17,7 @@ mod base_url;
 mod caller;
 mod callers;
 mod check;
+mod classifier;
 mod config;
 mod exchange;
 mod gateway;

@@ -224,7 +224,10 @@ async fn an_invalid_file_names_the_line() {
             r#"line 5: upstream "one": quotas: a quota resets"#,
         ),
         (upstream("pace = 1"), r#"line 5: upstream "one": pace: it must be true or false"#),
-        (upstream("classifier = \"gpt\""), r#"line 5: upstream "one": classifier: it is "llm" or "429""#),
+        (
+            upstream("classifier = \"gpt\""),
+            r#"line 5: upstream "one": classifier: it is one of llm, 429, anthropic"#,
+        ),
         (two("", "").replace("two", "one"), r#"line 6: upstream "one": another upstream has this name"#),
         (two("", ""), r#"line 6: upstream "two": upstream "one" gets all requests"#),
         (two("path = \"/a\"", "path = \"/a/b\""), r#"line 6: upstream "two": upstream "one" gets /a/b, too"#),

@@ -7,7 +7,7 @@ use support::{gateway::Gateway, *};
 
 #[tokio::test]
 async fn a_webhook_is_told_of_a_revoked_key() {
-    let upstream = Server::answering(|| answer(401, "")).await;
+    let upstream = Server::answering(|| answer(401, r#"{"error":{"code":"invalid_api_key"}}"#)).await;
     let receiver = Server::answering(|| answer(204, "")).await;
     let url = format!("http://{}/hook", receiver.address());
     let arguments = ["--webhook", &url, "--pace=false"];

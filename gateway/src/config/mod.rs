@@ -25,7 +25,7 @@ pub(crate) use self::{
     file::Values,
     problems::Invalid,
     route::below,
-    upstream::{Classifier, KeySource, MongoDb, ScopeRule, UpstreamConfig},
+    upstream::{KeySource, MongoDb, ScopeRule, UpstreamConfig},
 };
 use self::{file::File, table::Fields};
 use crate::settings::{Settings, in_one_line};

@@ -17,6 +17,7 @@ use super::{
 use crate::{
     arguments::{KeyPlace, Seconds},
     base_url::BaseUrl,
+    classifier::Classifier,
     settings::Settings,
 };
 
@@ -70,28 +71,6 @@ impl MongoDb {
     /// Whether both are the same collection.
     pub(super) fn holds_keys_of(&self, other: &Self) -> bool {
         (&self.uri, &self.database, &self.collection) == (&other.uri, &other.database, &other.collection)
-    }
-}
-
-/// What decides from a response whether its key can go on.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum Classifier {
-    /// 429, 402, 401 and 403 by status and error body.
-    #[default]
-    Llm,
-    /// 429 alone.
-    TooManyRequests,
-}
-
-impl FromStr for Classifier {
-    type Err = &'static str;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text {
-            "llm" => Ok(Self::Llm),
-            "429" => Ok(Self::TooManyRequests),
-            _ => Err("it is \"llm\" or \"429\""),
-        }
     }
 }
 

@@ -22,20 +22,14 @@ use tower::{
     util::BoxCloneSyncService,
 };
 use tower_http::timeout::TimeoutBody;
-use tower_key_rotation::{
-    Error as RotationError, Failover, KeyPool, KeyRotationLayer,
-    classify::{ClassifyResponse, LlmGateway, TooManyRequests},
-};
+use tower_key_rotation::{Error as RotationError, Failover, KeyPool, KeyRotationLayer};
 
 use super::{
     body::KeptBody,
     connections::Connections,
     streams::{NoStreams, Noted},
 };
-use crate::{
-    config::{Classifier, UpstreamConfig},
-    sources, with_sources,
-};
+use crate::{config::UpstreamConfig, sources, with_sources};
 
 pub(crate) type Client = BoxCloneSyncService<Request<KeptBody>, Response<Body>, RotationError<BoxError>>;
 
@@ -60,20 +54,10 @@ const GONE_AFTER: Duration = Duration::from_secs(60);
 
 /// Returns a client that puts one of the pool's keys into each request and retries a limited request with another.
 pub(crate) fn client(pool: &KeyPool, upstream: &UpstreamConfig) -> io::Result<Client> {
-    match upstream.classifier {
-        Classifier::Llm => client_by(LlmGateway::new(), pool, upstream),
-        Classifier::TooManyRequests => client_by(TooManyRequests::new(), pool, upstream),
-    }
-}
-
-fn client_by<C>(classifier: C, pool: &KeyPool, upstream: &UpstreamConfig) -> io::Result<Client>
-where
-    C: ClassifyResponse + Clone + Send + Sync + 'static,
-{
     // With no key twice, so that this is at most once with each.
     let failover = Failover::attempts(upstream.attempts.unwrap_or(u32::MAX)).clone_with(send_again);
     let rotation = KeyRotationLayer::new(pool)
-        .classify(classifier)
+        .classify(upstream.classifier.clone())
         .read_error_bodies(ERROR_BODY)
         .expose_key()
         .failover(failover)
