@@ -72,7 +72,7 @@ mod sync;
 pub use self::service::redirects::same_origin_redirects;
 pub use self::{
     key::{Credentials, Inject, InjectError, InvalidKeyId, KeyId, KeySpec, Rejected, Secret, UnusableSecret},
-    limit::{BudgetStats, KnownBy, Quota, Rest, Status, Traits, Unit},
+    limit::{BudgetStats, KnownBy, Quota, Rest, RestCause, Status, Traits, Unit},
     message::Replay,
     pool::{
         BuildError, ExplainedKey, Explanation, KeyPool, KeyPoolBuilder, KeyStats, NoKeyAvailable,

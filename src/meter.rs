@@ -26,6 +26,7 @@ const OTHER_SCOPES: &str = "(others)";
 pub(crate) struct Meter {
     pool: Cow<'static, str>,
     marks: [AtomicU64; REASONS.len()],
+    refusals: [AtomicU64; BECAME.len()],
     no_key: AtomicU64,
     pub(crate) unkeyed: Unkeyed,
     failovers: AtomicU64,
@@ -63,6 +64,18 @@ pub(crate) struct ScopeNow {
 /// In the order of [`Rest`].
 const REASONS: [&str; 3] = ["rate_limited", "exhausted", "revoked"];
 
+/// What becomes of a refusal that does not say whether it is about the key.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Became {
+    Suspected,
+    Acquitted,
+    Confirmed,
+    Recovered,
+}
+
+/// In the order of [`Became`].
+const BECAME: [&str; 4] = ["suspected", "acquitted", "confirmed", "recovered"];
+
 /// What a store is asked for, as failures are counted.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Counted {
@@ -92,6 +105,10 @@ impl Meter {
 
     pub(crate) fn marked(&self, rest: Rest) {
         self.marks[rest as usize].fetch_add(1, Relaxed);
+    }
+
+    pub(crate) fn refusal(&self, became: Became) {
+        self.refusals[became as usize].fetch_add(1, Relaxed);
     }
 
     pub(crate) fn no_key(&self) {
@@ -160,7 +177,7 @@ mod recorded {
         Label, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
     };
 
-    use super::{KNOWN_BY, Meter, OPERATIONS, REASONS, ScopeNow, UNITS, in_scope};
+    use super::{BECAME, KNOWN_BY, Meter, OPERATIONS, REASONS, ScopeNow, UNITS, in_scope};
     use crate::{
         limit::Scope,
         sync::atomic::{AtomicU64, Ordering::Relaxed},
@@ -193,6 +210,7 @@ mod recorded {
             self.counted("key_rotation_pass_failures_total", &self.pass_failures);
             self.counted("key_rotation_recovered_total", &self.recovered);
             self.counted_by("key_rotation_marks_total", "reason", &REASONS, &self.marks);
+            self.counted_by("key_rotation_refusals_total", "became", &BECAME, &self.refusals);
             self.counted_by("key_rotation_store_errors_total", "operation", &OPERATIONS, &self.store_errors);
         }
 
@@ -271,9 +289,10 @@ mod recorded {
         ("key_rotation_limits", Unit::Count, "Limits of a scope, by how they are known."),
     ];
 
-    const COUNTERS: [Described; 10] = [
+    const COUNTERS: [Described; 11] = [
         ("key_rotation_picks_total", Unit::Count, "Requests that got a key."),
         ("key_rotation_marks_total", Unit::Count, "Responses that marked their key, by reason."),
+        ("key_rotation_refusals_total", Unit::Count, "Ambiguous refusals, by what became of the key."),
         (
             "key_rotation_limited_despite_pacing_total",
             Unit::Count,

@@ -1044,7 +1044,8 @@ fn show_keys_and_stores() {
     show!(Change::Standing(id("alpha"), standing), usage, Replaced::new(id("alpha"), id("beta")));
     show!(Recovered::new(1, vec![id("alpha")]), StoreError::new("gone"), ServedBy(id("alpha")));
     show!(Heard::new(1, SECOND, vec![1]), Planted::new(id("alpha"), id("beta")), Writes::default());
-    show!(Status::Healthy, Status::RateLimited, Status::Exhausted, Status::Revoked, Status::Disabled);
+    show!(Status::Healthy, Status::RateLimited, Status::Exhausted, Status::Revoked);
+    show!(Status::Suspected, Status::Disabled, RestCause::Service, RestCause::Guessed, RestCause::Store);
     show!(Rest::RateLimited, Rest::Exhausted, Rest::Revoked);
 
     let mut credentials = Credentials::default();
@@ -1206,8 +1207,8 @@ async fn show_layers() {
     show!(Generic, OpenAi, AzureOpenAi, Anthropic, Gemini, Mistral, Groq, OpenRouter, XAi, DeepSeek, Cohere);
     show!(HuggingFace, GitHub, Slack, Discord, Stripe, Shopify, Notion, Grpc);
     let wait = None;
-    show!(Verdict::Nothing, Verdict::RateLimited { wait }, Verdict::Exhausted { wait }, Verdict::Revoked);
-    show!(Verdict::ScopeExhausted { wait }, Verdict::Refused);
+    show!(Verdict::Nothing, Verdict::RateLimited { wait }, Verdict::Exhausted { wait });
+    show!(Verdict::ScopeExhausted { wait }, Verdict::Revoked, Verdict::Refused);
 }
 
 fn show_explanations() {

@@ -18,7 +18,7 @@ use tokio::time::sleep;
 use tower::{Layer as _, ServiceExt, service_fn};
 use tower_key_rotation::{
     ExplainedKey, Explanation, Failover, KeyId, KeyPool, KeyPoolBuilder, KeyRotationLayer, KeySpec, KnownBy,
-    PassedOver, Quota, Status, Traits, Unit, classify::ResponseHead, clock::ManualClock,
+    PassedOver, Quota, RestCause, Status, Traits, Unit, classify::ResponseHead, clock::ManualClock,
 };
 use tracing::{
     Event, Subscriber,
@@ -132,7 +132,7 @@ async fn rests_of_whole_keys_are_given_with_their_time() {
     let pool = keys(2).clock(ManualClock::new()).build().unwrap();
     ask(&pool, &Traits::new(), 429, &HeaderMap::new());
     let explanation = pool.explain(&Traits::new());
-    let rests = PassedOver::Resting { status: Status::RateLimited };
+    let rests = PassedOver::Resting { status: Status::RateLimited, cause: RestCause::Guessed };
     assert_eq!((&of(&explanation, "k0").passed_over, &explanation.next), (&Some(rests), &Some(id("k1"))));
     assert_eq!(of(&explanation, "k0").opens_in, Some(2 * MINUTE));
 }
@@ -583,7 +583,7 @@ async fn a_span_explains_each_attempt_of_a_failover() {
     let told: Vec<_> =
         events.iter().map(|event| (&*event["attempt"], &*event["key"], &*event["status"])).collect();
     assert_eq!(told, [("1", "k0", "429"), ("2", "k1", "429"), ("3", "k2", "200")]);
-    assert_eq!(events[0]["learned"], "rests: rate limited, 120.0 s");
+    assert_eq!(events[0]["learned"], "rests: rate limited (guessed), 120.0 s");
     assert_eq!(capture.0.lock().unwrap().called_inside, 3);
 }
 

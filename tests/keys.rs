@@ -216,11 +216,12 @@ fn stats_serialize_with_units_and_without_a_secret() {
     assert_eq!(
         serde_json::to_value(pool.stats()).unwrap(),
         serde_json::json!({
-            "healthy": 1, "rate_limited": 0, "exhausted": 0, "revoked": 0, "disabled": 0,
+            "healthy": 1, "rate_limited": 0, "exhausted": 0, "revoked": 0,
+            "suspected": 0, "disabled": 0,
             "marks_waiting": 0, "unreadable": 0, "unkeyed": 0,
             "waited": 0, "waited_for_seconds": 0.0, "limited_despite_pacing": 0,
             "keys": [{
-                "id": "alpha", "status": "healthy", "time_left_seconds": null, "scopes": [],
+                "id": "alpha", "status": "healthy", "cause": null, "time_left_seconds": null, "scopes": [],
                 "requests": 0, "limited": 0, "recovered": 0, "tokens": 0, "last_reason": null,
             }],
         })

@@ -22,12 +22,15 @@ use proptest::{
 };
 use support::model::{
     Answer, COOLDOWN, Condition, LONGEST_HINT, SecretNumber, immediately, key_id, secret, secret_number,
+    verdict,
 };
 use tokio::sync::oneshot;
 use tower::{Layer, Service, service_fn, util::BoxService};
 use tower_key_rotation::{
     Error, KeyPool, KeyPoolBuilder, KeyRotationLayer, KeySpec, NoKeyAvailable, Quota, Traits,
-    classify::Verdict, clock::ManualClock, store::Scope,
+    classify::{ResponseHead, Verdict},
+    clock::ManualClock,
+    store::Scope,
 };
 
 /// How far apart the pool's ns and the model's levels may be, in seconds.
@@ -548,7 +551,7 @@ impl Client {
                 Ok(response.body(()).expect("a response"))
             }
         });
-        let layer = KeyRotationLayer::new(pool).classify(support::ByStatus);
+        let layer = KeyRotationLayer::new(pool).classify(verdict as fn(&ResponseHead<'_>) -> Verdict);
         Self { service: BoxService::new(layer.layer(inner)), sent }
     }
 

@@ -86,6 +86,7 @@ async fn metrics_report_key_status_and_request_outcomes() {
         ("key_rotation_keys rate_limited", 1.0),
         ("key_rotation_keys exhausted", 1.0),
         ("key_rotation_keys revoked", 1.0),
+        ("key_rotation_keys suspected", 0.0),
         ("key_rotation_keys disabled", 1.0),
         ("key_rotation_unreadable_keys", 0.0),
         ("key_rotation_marks_waiting", 0.0),
@@ -94,6 +95,9 @@ async fn metrics_report_key_status_and_request_outcomes() {
         ("key_rotation_marks_total rate_limited", 1.0),
         ("key_rotation_marks_total exhausted", 1.0),
         ("key_rotation_marks_total revoked", 1.0),
+        ("key_rotation_refusals_total suspected", 0.0),
+        ("key_rotation_refusals_total acquitted", 0.0),
+        ("key_rotation_refusals_total confirmed", 0.0),
         ("key_rotation_failovers_total", 3.0),
         ("key_rotation_failover_budget_used_up_total", 0.0),
         ("key_rotation_no_key_total", 0.0),
@@ -106,7 +110,8 @@ async fn metrics_report_key_status_and_request_outcomes() {
     client.call(request()).await.unwrap_err();
     pool.record_metrics();
     let seen = recorded(&metrics);
-    assert_eq!(seen["key_rotation_next_return_seconds"], 120.0);
+    // The exhausted key is tried before the limited one is back.
+    assert_eq!(seen["key_rotation_next_return_seconds"], 60.0);
     assert_eq!((seen["key_rotation_picks_total"], seen["key_rotation_no_key_total"]), (5.0, 1.0));
 
     pool.remove("limited").await.unwrap();

@@ -606,7 +606,7 @@ async fn nobody_waits_while_no_key_returns_in_time() {
     let key = pool.lease(&traits).unwrap();
     key.answered_with(Verdict::Revoked);
     let key = pool.lease(&traits).unwrap();
-    key.answered_with(Verdict::Exhausted { wait: None });
+    key.answered_with(Verdict::Exhausted { wait: Some(24 * 60 * MINUTE) });
     let began = Instant::now();
     let error = pool.lease_within(&traits, MINUTE).await.unwrap_err();
     assert_eq!((error.retry_in(), began.elapsed()), (Some(24 * 60 * MINUTE), Duration::ZERO));

@@ -714,7 +714,8 @@ async fn http_crate_requests_carry_a_query_key() {
 /// How a key stands after an answer that [`LlmGateway`] has looked at.
 async fn llm_gateway(status: u16, body: &'static str, read_bodies: bool) -> (Status, Option<Duration>) {
     let clock = ManualClock::new();
-    let pool = pool(["alpha"], &clock);
+    // The last key is not revoked.
+    let pool = pool(["alpha", "beta"], &clock);
     let server = Server::answering(move || answer(status, body)).await;
     let layer = KeyRotationLayer::new(&pool).classify(LlmGateway::new());
     let response = if read_bodies {
@@ -757,7 +758,7 @@ async fn llm_gateway_preset_refines_verdicts_from_bodies() {
 #[tokio::test]
 async fn a_revoked_key_stays_unavailable_until_reset() {
     let clock = ManualClock::new();
-    let pool = pool(["alpha"], &clock);
+    let pool = pool(["alpha", "beta"], &clock);
     let revoked = Arc::new(AtomicBool::new(true));
     let server = Server::start({
         let revoked = revoked.clone();
@@ -766,6 +767,7 @@ async fn a_revoked_key_stays_unavailable_until_reset() {
     .await;
     let client = KeyRotationLayer::new(&pool).classify(ByStatus).layer(http());
     assert_eq!(status(&client, &server.url()).await, 401);
+    pool.disable("beta").await.unwrap();
     revoked.store(false, SeqCst);
     clock.advance(1_000 * HOUR);
     let error = get(&client, &server.url()).await.unwrap_err();

@@ -240,6 +240,8 @@ struct World {
     secrets: SecretNumber,
     numbers: u64,
     seen: Seen,
+    /// What the service answered, if it answered.
+    answer: Option<Answer>,
 }
 
 impl Process {
@@ -287,6 +289,7 @@ impl World {
             secrets: 0,
             numbers: 0,
             seen: Seen::Nothing,
+            answer: None,
         };
         IDS.into_iter().take(keys).for_each(|id| _ = world.insert(id, None));
         (0..processes).for_each(|process| world.start(process));
@@ -300,6 +303,7 @@ impl World {
 
     fn take(&mut self, step: &Step) {
         self.seen = Seen::Nothing;
+        self.answer = None;
         match step {
             Step::Send(process, id, answer) => self.send(*process, id, *answer),
             Step::Answer(flight, answer) => {
@@ -375,6 +379,12 @@ impl World {
     }
 
     fn tell(&mut self, Sent { process, id, object }: Sent, answer: Answer) {
+        let now = self.now;
+        let keys = &self.processes[process].keys;
+        let has_another =
+            keys.values().any(|known| known.object != object && known.key.condition().is_available(now));
+        let answer = answer.unless_last(has_another);
+        self.answer = Some(answer);
         let Some(rest) = answer.rest(self.now) else { return };
         let known = self.processes[process].keys.get_mut(id).filter(|known| known.object == object);
         let Some(known) = known else { return };
@@ -967,7 +977,9 @@ impl Real {
     fn take(&mut self, step: Step, world: &World) {
         match step {
             Step::Send(process, _, answer) => self.send(process, answer, world),
-            Step::Answer(flight, answer) => drop(self.flights.remove(flight).1.answer(answer)),
+            Step::Answer(flight, answer) => {
+                drop(self.flights.remove(flight).1.answer(world.answer.unwrap_or(answer)));
+            }
             Step::Wait(seconds) => self.advance(Duration::from_secs(seconds)),
             Step::Break(process, part, mode) => self.processes[process].set(part, mode),
             Step::Heal(process) => {
@@ -1029,7 +1041,7 @@ impl Real {
         assert_eq!(sent_with, *with, "process {process} sent with keys that rest, or left some out");
         for flight in flights {
             match answer.filter(|_| Some(flight.secret()) == *of_interest) {
-                Some(answer) => drop(flight.answer(answer)),
+                Some(answer) => drop(flight.answer(world.answer.unwrap_or(answer))),
                 None if Some(flight.secret()) == *of_interest => self.flights.push((process, flight)),
                 None => drop(flight.answer(FINE)),
             }

@@ -632,7 +632,7 @@ async fn the_choice_of_the_next_key_is_explained() {
         let keys = explanation["keys"].as_array().unwrap();
         keys.iter().find(|key| key["id"] == id).unwrap()["passed_over"].clone()
     };
-    assert_eq!(of("alpha"), json!({ "why": "resting", "status": "rate_limited" }));
+    assert_eq!(of("alpha"), json!({ "why": "resting", "status": "rate_limited", "cause": "guessed" }));
     assert_eq!((of("beta"), of("gamma")), (json!({ "why": "disabled" }), Value::Null));
     let (status, explanation) = admin.get("/explain?scope=gpt-5-mini&session=7&tokens=100").await;
     assert_eq!((status, &explanation["scope"]), (200, &json!("gpt-5-mini")));

@@ -22,7 +22,8 @@ pub enum Verdict {
         wait: Option<Duration>,
     },
     /// The key's quota is used up. The key rests until the quota is reset, or for 24 hours if the service does not say
-    /// when that is.
+    /// when that is. Then 24 hours are a guess: with [`Failover`](crate::Failover), one request at a time tries the key
+    /// meanwhile, as it tries a confirmed one (see [`Refused`](Self::Refused)).
     ///
     /// It rests for no longer than [`KeyPoolBuilder::hint_limits`](crate::KeyPoolBuilder::hint_limits) allow: 24 hours by
     /// default. Then a request finds out whether the quota was reset.
@@ -39,8 +40,43 @@ pub enum Verdict {
         wait: Option<Duration>,
     },
     /// The service no longer accepts the key. The key rests until an operator resets it.
+    ///
+    /// For words that leave no doubt. If no other key is available, the key rests as a confirmed one does: see
+    /// [`Refused`](Self::Refused).
     Revoked,
-    /// The service refuses the request or the key, and the response does not say which.
+    /// The service refuses the request or the key, and the response does not say which: most 401s, 402s and 403s.
+    ///
+    /// The key is suspected: other requests pass over it while another key is available. Then the pool finds out:
+    ///
+    /// - With [`Failover`](crate::Failover), the request goes on with another key. If that key refuses it with the same
+    ///   status, the request is the reason: no key is suspected, the caller gets the response, and nothing is sent a third
+    ///   time. If that key serves it, the first one is confirmed: it rests for two minutes, in all processes.
+    /// - Without failover, one request tries the key after 10 seconds. If it is refused, too, the next one tries the key after
+    ///   20 seconds, and so on, up to 10 minutes. A key that has served other requests since its last refusal is not
+    ///   suspected. If two keys are refused for the first time with the same status, neither is.
+    ///
+    /// Suspicion never takes out more than half of the keys, nor the last available one. One request at a time tries a
+    /// confirmed key, after 1, 2, 4 and 8 minutes, and then every 10 minutes. A success brings the key back.
+    ///
+    /// ```
+    /// use http::StatusCode;
+    /// use tower_key_rotation::{
+    ///     Failover, KeyPool, KeyRotationLayer,
+    ///     classify::{ResponseHead, Verdict},
+    /// };
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let pool = KeyPool::builder().key("alpha", "sk-1").key("beta", "sk-2").build()?;
+    /// let classify = |response: &ResponseHead<'_>| match response.status() {
+    ///     StatusCode::TOO_MANY_REQUESTS => Verdict::RateLimited { wait: response.wait() },
+    ///     StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Verdict::Refused,
+    ///     _ => Verdict::Nothing,
+    /// };
+    /// let layer = KeyRotationLayer::new(&pool).classify(classify).failover(Failover::attempts(3));
+    /// # let _ = layer;
+    /// # Ok(())
+    /// # }
+    /// ```
     Refused,
 }
 

@@ -39,7 +39,7 @@ pub(crate) use self::{
 pub use self::{
     quota::Quota,
     standing::{BudgetStats, KnownBy, Unit},
-    status::{Rest, Status},
+    status::{Rest, RestCause, Status},
     traits::Traits,
     words::{InvalidScope, Resting, Scope, Until, Words},
 };

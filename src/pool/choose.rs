@@ -3,7 +3,9 @@
 use std::{sync::Arc, time::Duration};
 
 use super::{
+    doubts::Trials,
     engine::Engine,
+    key::Key,
     lease::Lease,
     no_key::NoKeyAvailable,
     scoped::{Common, Demand, Picked, Scoped},
@@ -27,17 +29,86 @@ impl Engine {
     /// # Errors
     ///
     /// When the first key has room, in ns of the pool's clock; [`NEVER`] if none has by itself.
-    pub(crate) fn pick_for(&self, traits: &Traits) -> Result<Lease, u64> {
+    pub(crate) fn pick_for(&self, traits: &Traits, trials: Trials) -> Result<Lease, u64> {
         // A misread header must not block requests that do not wait, either.
-        self.pick_now(traits).or_else(|until| self.probe(traits, nanos(self.now())).map_err(|_| until))
+        self.pick_now(traits, trials)
+            .or_else(|until| self.probe(traits, nanos(self.now())).map_err(|_| until))
     }
 
-    fn pick_now(&self, traits: &Traits) -> Result<Lease, u64> {
+    /// A key for a request that these keys have refused; for an experiment rather one that was not refused lately.
+    pub(crate) fn pick_besides_for(
+        &self,
+        traits: &Traits,
+        tried: &[Arc<Key>],
+        is_experiment: bool,
+    ) -> Option<Lease> {
+        let untried = tried.iter().fold(traits.clone(), |traits, key| traits.avoid(key.id.clone()));
+        if is_experiment {
+            let good = self.doubtful().into_iter().fold(untried.clone(), Traits::avoid);
+            if let Ok(lease) = self.pick_for(&good, Trials::No) {
+                return Some(lease);
+            }
+        }
+        self.pick_for(&untried, Trials::No).ok()
+    }
+
+    fn pick_now(&self, traits: &Traits, trials: Trials) -> Result<Lease, u64> {
         let now = self.now();
         let snapshot = self.snapshot();
-        self.return_expired_at(&snapshot, millis(now));
+        let rests_at = self.return_expired_at(&snapshot, millis(now));
         snapshot.scopes.with(traits.named().scope.as_ref(), &self.limiting, |scoped| {
-            scoped.pick(&demand(traits, Some(scoped)), nanos(now)).map(|picked| lease(scoped, picked))
+            let demand = demand(traits, Some(scoped));
+            if let Some(at) = rests_at
+                && let Some(lease) = self.trial_in(scoped, &demand, at, trials)
+            {
+                return Ok(lease);
+            }
+            let picked = scoped.pick(&demand, nanos(now)).map(|picked| lease(scoped, picked));
+            match rests_at {
+                None => picked,
+                Some(at) => picked.or_else(|until| self.pick_in_doubt(scoped, &demand, at, trials, until)),
+            }
+        })
+    }
+
+    /// No key has room: if none is available, one that is in doubt may do.
+    #[cold]
+    fn pick_in_doubt(
+        &self,
+        scoped: &Arc<Scoped>,
+        demand: &Demand<'_>,
+        now: u64,
+        trials: Trials,
+        until: u64,
+    ) -> Result<Lease, u64> {
+        let next = match self.doubts.next_trial(true) {
+            NEVER => return Err(until),
+            // One that is due did not do.
+            next => (next.max(now.saturating_add(1_000))).saturating_mul(1_000_000),
+        };
+        let until = until.min(next);
+        if self.snapshot().has_available() {
+            return Err(until);
+        }
+        if self.end_suspicion()
+            && let Ok(picked) = scoped.pick(demand, nanos(self.now()))
+        {
+            return Ok(lease(scoped, picked));
+        }
+        self.trial_in(scoped, demand, now, if trials == Trials::No { trials } else { Trials::OfAll })
+            .ok_or(until)
+    }
+
+    /// A key in doubt that is due for a trial, and has room for the request.
+    #[inline]
+    fn trial_in(&self, scoped: &Arc<Scoped>, demand: &Demand<'_>, now: u64, trials: Trials) -> Option<Lease> {
+        let has_failover = trials == Trials::OfAll;
+        if trials == Trials::No || self.doubts.next_trial(has_failover) > now {
+            return None;
+        }
+        self.begin_trial(now, has_failover, |key| {
+            let picked = scoped.take_to_try(key, demand, nanos(self.now()))?;
+            Some(lease(scoped, picked).into_trial())
         })
     }
 
@@ -82,11 +153,12 @@ impl Engine {
         traits: &Traits,
         limit: Duration,
         was_refused: bool,
+        trials: Trials,
         clock: &dyn Clock,
     ) -> Result<Lease, NoKeyAvailable> {
         let give_up = self.now().saturating_add(limit);
         if was_refused || limit.is_zero() || !self.has_waiting(traits) {
-            match self.pick_now(traits) {
+            match self.pick_now(traits, trials) {
                 Ok(lease) => return Ok(lease),
                 Err(until) if limit.is_zero() => return Err(self.no_room(until)),
                 Err(until) if self.is_in_vain(until, give_up) => return Err(self.no_room(until)),
@@ -102,8 +174,8 @@ impl Engine {
         let time_over = clock.sleep_until(give_up);
         let acquired = tokio::select! {
             biased;
-            lease = self.in_turn(traits, &common, &place, was_refused, clock) => Ok(lease),
-            () = time_over => self.pick_now(traits).map_err(|until| self.no_room(until)),
+            lease = self.in_turn(traits, &common, &place, was_refused, trials, clock) => Ok(lease),
+            () = time_over => self.pick_now(traits, trials).map_err(|until| self.no_room(until)),
         };
         self.config.meter.waited(self.now().saturating_sub(began));
         acquired
@@ -115,6 +187,7 @@ impl Engine {
         common: &Arc<Common>,
         place: &Place<'_>,
         was_refused: bool,
+        trials: Trials,
         clock: &dyn Clock,
     ) -> Lease {
         // A request that only some keys may serve would hold up all others.
@@ -124,7 +197,7 @@ impl Engine {
             // Subscribed before the pick, so that no event after it is missed.
             let changed = common.waiting.changed();
             let returned = self.returned();
-            let until = match self.pick_now(traits) {
+            let until = match self.pick_now(traits, trials) {
                 Ok(lease) => return lease,
                 Err(until) => until,
             };
@@ -179,5 +252,5 @@ fn is_picky(traits: &Traits) -> bool {
 fn lease(scoped: &Arc<Scoped>, picked: Picked) -> Lease {
     let key = scoped.key(picked.slot).clone();
     key.counts.requests.add(1);
-    Lease { key, ticket: Some(Box::new(Ticket::new(scoped.clone(), picked))) }
+    Lease::with(key, Ticket::new(scoped.clone(), picked))
 }

@@ -16,6 +16,7 @@ use tokio::{
 };
 
 use super::{
+    doubts::{Doubts, Trials},
     kept::Kept,
     key::{Home, Key, UsableKey},
     lease::Lease,
@@ -26,7 +27,7 @@ use super::{
 use crate::{
     clock::Clock,
     key::{KeyId, hosts::Hosts, inject::Inject},
-    limit::{Cooldowns, NEVER, Quota, Rest, Resting, Scope, Until, Word, Words, millis, nanos},
+    limit::{Cooldowns, NEVER, Quota, Rest, RestCause, Resting, Scope, Until, Word, Words, millis, nanos},
     meter::{Counted, Meter},
     store::{Recovered, Standing},
     sync::{
@@ -40,6 +41,9 @@ use crate::{
 
 /// A pool of fewer keys is regrouped within a request.
 const FEW_KEYS: usize = 64;
+
+/// The most keys that an experiment passes over for one that was not refused lately.
+const COMPARED: usize = 16;
 
 /// How long a pool is not regrouped again, for each key: a hundred times what it takes.
 const REGROUPED_FOR: Duration = Duration::from_micros(100);
@@ -64,6 +68,7 @@ pub(crate) struct Engine {
     /// Held while the set of keys is replaced.
     editing: Mutex<()>,
     scopes: Scopes,
+    pub(super) doubts: Doubts,
     pub(super) limiting: Arc<Limiting>,
     /// Whether requests without traits need more than the next key in turn.
     chooses: AtomicBool,
@@ -120,6 +125,7 @@ impl Engine {
                 snapshot: ArcSwap::from_pointee(snapshot),
                 editing: Mutex::new(()),
                 scopes: Scopes::default(),
+                doubts: Doubts::new(),
                 config,
                 returned: Notify::new(),
                 pending: has_store.then(Notify::new),
@@ -142,8 +148,12 @@ impl Engine {
         self.config.clock.now()
     }
 
-    fn millis(&self) -> u64 {
+    pub(super) fn millis(&self) -> u64 {
         millis(self.now())
+    }
+
+    pub(super) fn has_store(&self) -> bool {
+        self.pending.is_some()
     }
 
     // ---- picks ----
@@ -154,10 +164,10 @@ impl Engine {
         self.chooses.load(Relaxed)
     }
 
-    /// The next key in turn.
+    /// The next key in turn, or one that is due for a trial.
     #[inline(always)]
-    pub(crate) fn pick(&self) -> Option<Lease> {
-        let lease = self.take_turn()?;
+    pub(crate) fn pick(&self, trials: Trials) -> Option<Lease> {
+        let lease = self.take_turn(trials)?;
         lease.key.counts.requests.add(1);
         Some(lease)
     }
@@ -166,15 +176,31 @@ impl Engine {
     #[cold]
     #[inline(never)]
     pub(crate) fn pick_apart(&self) -> Option<Lease> {
-        self.pick()
+        self.pick(Trials::OfSuspects)
     }
 
     /// The next key in turn that is none of these. They lose their turn.
-    pub(crate) fn pick_besides(&self, tried: &[Arc<Key>]) -> Option<Lease> {
+    pub(crate) fn pick_besides(&self, tried: &[Arc<Key>], trials: Trials) -> Option<Lease> {
         // Each of them can be in the way once, and more often only if other threads pick at the same time.
-        for _ in 0..=2 * tried.len() {
-            let lease = self.take_turn()?;
-            if !tried.iter().any(|tried| Arc::ptr_eq(tried, &lease.key)) {
+        self.pick_that(2 * tried.len(), trials, |key| !is_one_of(key, tried))
+    }
+
+    /// The same for an experiment: a key that was not refused lately, if one comes soon.
+    pub(crate) fn pick_to_compare(&self, tried: &[Arc<Key>]) -> Option<Lease> {
+        let is_good = |key: &Arc<Key>| !is_one_of(key, tried) && !self.is_doubtful(key);
+        let good = self.pick_that(2 * tried.len() + COMPARED, Trials::No, is_good);
+        good.or_else(|| self.pick_besides(tried, Trials::No))
+    }
+
+    fn pick_that(
+        &self,
+        passed_over: usize,
+        trials: Trials,
+        suits: impl Fn(&Arc<Key>) -> bool,
+    ) -> Option<Lease> {
+        for _ in 0..=passed_over {
+            let lease = self.take_turn(trials)?;
+            if suits(&lease.key) {
                 lease.key.counts.requests.add(1);
                 return Some(lease);
             }
@@ -183,23 +209,58 @@ impl Engine {
     }
 
     #[inline(always)]
-    fn take_turn(&self) -> Option<Lease> {
+    fn take_turn(&self, trials: Trials) -> Option<Lease> {
         let snapshot = self.snapshot.load();
         loop {
-            self.return_expired(&snapshot);
+            if let Some(now) = self.return_expired(&snapshot)
+                && let Some(lease) = self.trial(now, trials)
+            {
+                return Some(lease);
+            }
             if let Some(key) = snapshot.pick() {
                 return Some(Lease::of(key.clone()));
             }
-            if snapshot.earliest_for_certain() > self.millis() {
+            if self.end_suspicion() {
+                continue;
+            }
+            let now = self.millis();
+            if trials != Trials::No
+                && let Some(lease) = self.trial(now, Trials::OfAll)
+            {
+                return Some(lease);
+            }
+            if snapshot.earliest_for_certain() > now {
                 return None;
             }
         }
     }
 
+    /// A key in doubt that is due for a trial.
+    #[inline]
+    fn trial(&self, now: u64, trials: Trials) -> Option<Lease> {
+        if trials == Trials::No || self.doubts.next_trial(trials == Trials::OfAll) > now {
+            return None;
+        }
+        self.begin_trial(now, trials == Trials::OfAll, |key| Some(Lease::of(key.clone()).into_trial()))
+    }
+
     pub(crate) fn has_available(&self) -> bool {
         let snapshot = self.snapshot.load();
+        let now = self.return_expired(&snapshot);
+        snapshot.has_available() || now.is_some_and(|now| self.has_key_in_doubt(now))
+    }
+
+    /// Whether a key comes from the pool although none is available: one that is due for a trial, or suspected.
+    #[cold]
+    fn has_key_in_doubt(&self, now: u64) -> bool {
+        self.doubts.next_trial(true) <= now || self.end_suspicion()
+    }
+
+    /// Whether a key other than these is available.
+    pub(crate) fn has_available_besides(&self, tried: &[Arc<Key>]) -> bool {
+        let snapshot = self.snapshot.load();
         self.return_expired(&snapshot);
-        snapshot.has_available()
+        snapshot.has_available_besides(tried)
     }
 
     pub(crate) fn count_available(&self) -> usize {
@@ -211,7 +272,8 @@ impl Engine {
         if self.has_available() {
             return Some(Duration::ZERO);
         }
-        self.time_until(self.snapshot.load().earliest_for_certain())
+        let trial = self.doubts.next_trial(true);
+        self.time_until(self.snapshot.load().earliest_for_certain().min(trial))
     }
 
     /// The time until the next resting key is back, whether others are available or not.
@@ -229,19 +291,20 @@ impl Engine {
 
     // ---- the end of rests ----
 
+    /// Returns keys to service whose cooldown has ended. Returns the time in ms if a key rests or is to be tried.
     #[inline]
-    pub(super) fn return_expired(&self, snapshot: &Snapshot) {
+    pub(super) fn return_expired(&self, snapshot: &Snapshot) -> Option<u64> {
         // While nothing is cooling, no clock is read.
-        if snapshot.earliest() != NEVER {
-            self.return_expired_at(snapshot, self.millis());
-        }
+        if snapshot.earliest() == NEVER { None } else { self.return_expired_at(snapshot, self.millis()) }
     }
 
     #[inline]
-    pub(super) fn return_expired_at(&self, snapshot: &Snapshot, now: u64) {
-        if snapshot.earliest() <= now {
+    pub(super) fn return_expired_at(&self, snapshot: &Snapshot, now: u64) -> Option<u64> {
+        let earliest = snapshot.earliest();
+        if earliest <= now {
             snapshot.return_expired(now, |key| self.has_returned(key, snapshot));
         }
+        (earliest != NEVER).then_some(now)
     }
 
     /// Returns all keys to service whose cooldown has ended.
@@ -268,6 +331,7 @@ impl Engine {
     fn has_returned(&self, key: &Arc<Key>, snapshot: &Snapshot) {
         key.counts.recovered.fetch_add(1, Relaxed);
         tracing::debug!(key = %key.id, "cooldown over");
+        self.rest_has_ended(key);
         if !std::ptr::eq(snapshot, Arc::as_ptr(&self.snapshot.load())) {
             self.refresh(key);
         }
@@ -289,6 +353,37 @@ impl Engine {
     fn resting(&self, reason: Rest, hint: Option<Duration>) -> Resting {
         let cooldown = self.config.cooldowns.how_long(reason, hint);
         Resting { until: cooldown.map_or(Until::Reset, Until::After), reason }
+    }
+
+    /// Rests a key, unless it rests for longer. Returns the rest, if the key has it now.
+    ///
+    /// The state and the pending word grow in any order: whoever reads either joins it, so that nothing can be taken back.
+    fn rest(&self, key: &Arc<Key>, reason: Rest, hint: Option<Duration>, http_status: u16) -> Option<Word> {
+        let resting = self.resting(reason, hint);
+        let marked = Word::new(0, Some(resting), self.now());
+        let in_state = |state: Word| state.join(marked.in_generation_of(state));
+        // A rest for no longer than the key's is a part of that: the store has it, or it is pending.
+        let before = key.state.update(in_state)?;
+        let is_said = hint.is_some() || reason == Rest::Revoked;
+        key.set_cause(if is_said { RestCause::Service } else { RestCause::Guessed });
+        self.note_pending(key, marked.in_generation_of(before));
+        self.refresh(key);
+        self.wake_writer();
+        self.config.meter.marked(reason);
+        let cooldown_ms = resting.until.left().map(|cooldown| cooldown.as_millis() as u64);
+        if before.is_available() {
+            tracing::info!(key = %key.id, cooldown_ms, ?reason, http_status, "key rests");
+        } else {
+            tracing::debug!(key = %key.id, cooldown_ms, ?reason, http_status, "key rests longer");
+        }
+        Some(marked)
+    }
+
+    /// The store is to have the rest.
+    pub(super) fn note_pending(&self, key: &Key, word: Word) {
+        if self.has_store() {
+            key.pending.update(|pending| pending.join(word));
+        }
     }
 
     pub(crate) fn wake_writer(&self) {
@@ -381,6 +476,12 @@ impl Engine {
         self.scopes.join(key, words, now, || self.snapshot.load().holds(key));
         if let Some(before) = changed {
             drop_older_pending(key);
+            if before.is_available() {
+                key.set_cause(RestCause::Store);
+            }
+            if before.generation() < key.state.load().generation() {
+                self.settle_doubt(key);
+            }
             // After the reset of one scope, the operation itself ends the rest of that scope's limit.
             if before.generation() < key.state.load().generation() && resets == Resets::Key {
                 self.reset_limits(key, None);
@@ -391,6 +492,10 @@ impl Engine {
 
     fn has_changed(&self, key: &Arc<Key>) {
         self.refresh(key);
+        self.wake_waiters();
+    }
+
+    pub(super) fn wake_waiters(&self) {
         self.returned.notify_waiters();
     }
 
@@ -422,7 +527,8 @@ impl Engine {
         // A change that came while the new snapshot was built went into the indexes of the old one.
         after.refresh_all();
         self.scopes.retain(|key| after.holds(key));
-        self.returned.notify_waiters();
+        self.forget_doubts_of_others();
+        self.wake_waiters();
     }
 
     fn regroup_now(&self) {
@@ -466,6 +572,10 @@ impl Engine {
     }
 }
 
+fn is_one_of(key: &Arc<Key>, keys: &[Arc<Key>]) -> bool {
+    keys.iter().any(|other| Arc::ptr_eq(other, key))
+}
+
 /// Marks do not outlive a reset.
 fn drop_older_pending(key: &Key) {
     let generation = key.state.load().generation();
@@ -473,27 +583,30 @@ fn drop_older_pending(key: &Key) {
 }
 
 impl Home for Engine {
-    /// The state and the pending word grow in any order: whoever reads either joins it, so that nothing can be taken back.
     fn mark(&self, key: &Arc<Key>, reason: Rest, hint: Option<Duration>, http_status: u16) {
-        let resting = self.resting(reason, hint);
-        let marked = Word::new(0, Some(resting), self.now());
         key.counts.limited.fetch_add(1, Relaxed);
         key.set_last_status(http_status);
-        let in_state = |state: Word| state.join(marked.in_generation_of(state));
-        // A rest for no longer than the key's is a part of that: the store has it, or it is pending.
-        let Some(before) = key.state.update(in_state) else { return };
-        if self.pending.is_some() {
-            key.pending.update(|pending| pending.join(marked.in_generation_of(before)));
+        match reason {
+            Rest::RateLimited => _ = self.rest(key, reason, hint, http_status),
+            Rest::Exhausted => {
+                match (self.rest(key, reason, hint, http_status), hint) {
+                    (Some(guess), None) => self.note_guess(key, guess, http_status),
+                    (Some(_), Some(_)) => self.settle_doubt(key),
+                    // The time that the service names ends before the guess.
+                    (None, Some(hint)) => self.put_trial_off(key, hint),
+                    (None, None) => {}
+                }
+            }
+            Rest::Revoked => self.revoke(key, http_status, || _ = self.rest(key, reason, hint, http_status)),
         }
-        self.refresh(key);
-        self.wake_writer();
-        self.config.meter.marked(reason);
-        let cooldown_ms = resting.until.left().map(|cooldown| cooldown.as_millis() as u64);
-        if before.is_available() {
-            tracing::info!(key = %key.id, cooldown_ms, ?reason, http_status, "key rests");
-        } else {
-            tracing::debug!(key = %key.id, cooldown_ms, ?reason, http_status, "key rests longer");
-        }
+    }
+
+    fn refuse(&self, key: &Arc<Key>, http_status: u16) {
+        self.suspect(key, http_status);
+    }
+
+    fn serves(&self, key: &Arc<Key>) {
+        self.end_doubt(key);
     }
 
     fn has_room(&self, key: &Arc<Key>) {

@@ -8,11 +8,11 @@ use std::{num::NonZeroU32, sync::Arc, time::Duration};
 use futures_util::FutureExt;
 use loom::{model::Builder, thread};
 
-use super::{Head, KeyPool, KeyPoolBuilder, Lease, bitset::AtomicBitSet, deadlines::Deadlines};
+use super::{Head, KeyPool, KeyPoolBuilder, Lease, Trials, bitset::AtomicBitSet, deadlines::Deadlines};
 use crate::{
     clock::ManualClock,
     key::{KeyId, KeySpec},
-    limit::{AtomicWord, NEVER, Quota, Remaining, Rest, Resting, Traits, Until, Word},
+    limit::{AtomicWord, NEVER, Quota, Remaining, Rest, Resting, Status, Traits, Until, Word},
     store::{KeyStore, MemoryStore, Operation},
 };
 
@@ -243,7 +243,7 @@ fn over() -> Word {
 }
 
 fn picked(pool: &KeyPool) -> Option<usize> {
-    let lease = pool.engine().pick()?;
+    let lease = pool.engine().pick(Trials::OfAll)?;
     Some(pool.engine().snapshot().slot(lease.id()).unwrap())
 }
 
@@ -273,7 +273,7 @@ fn f07_a_mark_survives_a_concurrent_cooldown_expiry() {
     model(|| {
         let (pool, _) = pool_of(1);
         set_state(&pool, 0, over());
-        at_once(&pool, |pool| mark(pool, 0), |pool| drop(pool.engine().pick()));
+        at_once(&pool, |pool| mark(pool, 0), |pool| drop(pool.engine().pick(Trials::OfAll)));
         assert_in_line(&pool);
         assert_eq!(picked(&pool), None);
         assert_eq!(pool.next_return(), Some(COOLDOWN));
@@ -300,7 +300,7 @@ fn a_pick_never_returns_a_key_marked_before() {
             mark(pool, 0);
             assert_eq!(picked(pool), None);
         };
-        at_once(&pool, |pool| drop(pool.engine().pick()), mark_and_pick);
+        at_once(&pool, |pool| drop(pool.engine().pick(Trials::OfAll)), mark_and_pick);
     });
 }
 
@@ -311,10 +311,10 @@ fn pick_finds_the_key_that_stays_healthy() {
         let rest_and_return = move |pool: &KeyPool| {
             mark(pool, 0);
             clock.advance(COOLDOWN);
-            pool.engine().pick();
+            pool.engine().pick(Trials::OfAll);
         };
         let ask = |pool: &KeyPool| {
-            assert!(pool.engine().pick().is_some());
+            assert!(pool.engine().pick(Trials::OfAll).is_some());
             assert_eq!(pool.next_return(), Some(Duration::ZERO));
         };
         at_once(&pool, rest_and_return, ask);
@@ -330,7 +330,7 @@ fn pick_finds_the_reset_key_during_another_mark() {
         [0, 1, 3].into_iter().for_each(|key| mark(&pool, key));
         let come = |pool: &KeyPool| {
             reset(pool, 3);
-            assert!(pool.engine().pick().is_some());
+            assert!(pool.engine().pick(Trials::OfAll).is_some());
         };
         at_once(&pool, |pool| mark(pool, 2), come);
         assert_in_line(&pool);
@@ -344,7 +344,7 @@ fn pick_finds_the_only_key_after_its_reset() {
         let (pool, _) = pool_of(1);
         let come = |pool: &KeyPool| {
             reset(pool, 0);
-            let key = pool.engine().pick();
+            let key = pool.engine().pick(Trials::OfAll);
             let still_healthy = lease(pool, 0).key.state.load().is_available();
             assert!(key.is_some() || !still_healthy);
         };
@@ -361,9 +361,9 @@ fn pick_finds_a_key_while_it_changes_index() {
             set_state(&pool, 0, before);
             let rest_or_return = move |pool: &KeyPool| match before {
                 Word::HEALTHY => set_state(pool, 0, over()),
-                _ => drop(pool.engine().pick()),
+                _ => drop(pool.engine().pick(Trials::OfAll)),
             };
-            at_once(&pool, rest_or_return, |pool| assert!(pool.engine().pick().is_some()));
+            at_once(&pool, rest_or_return, |pool| assert!(pool.engine().pick(Trials::OfAll).is_some()));
             assert_in_line(&pool);
         });
     }
@@ -374,12 +374,86 @@ fn next_return_is_known_whenever_a_pick_fails() {
     model(|| {
         let (pool, _) = pool_of(1);
         let ask = |pool: &KeyPool| {
-            if pool.engine().pick().is_none() {
+            if pool.engine().pick(Trials::OfAll).is_none() {
                 assert_eq!(pool.next_return(), Some(COOLDOWN));
             }
         };
         at_once(&pool, |pool| mark(pool, 0), ask);
         assert_eq!(pool.next_return(), Some(COOLDOWN));
+        assert_in_line(&pool);
+    });
+}
+
+// ---- keys in doubt ----
+
+fn refuse(pool: &KeyPool, key: usize, status: u16) {
+    lease(pool, key).refuse(status);
+}
+
+/// Another key served what that one refused.
+fn confirm(pool: &KeyPool, key: usize) {
+    pool.engine().confirm(&lease(pool, key).key, 401);
+}
+
+fn count(pool: &KeyPool, status: Status) -> usize {
+    pool.stats().keys.iter().filter(|key| key.status == status).count()
+}
+
+#[test]
+fn f37_concurrent_refusals_suspect_half_of_the_keys() {
+    model(|| {
+        let (pool, _) = pool_of(2);
+        at_once(&pool, |pool| refuse(pool, 0, 401), |pool| refuse(pool, 1, 403));
+        assert_in_line(&pool);
+        assert_eq!((count(&pool, Status::Suspected), count(&pool, Status::Healthy)), (1, 1));
+        assert!(picked(&pool).is_some());
+    });
+}
+
+#[test]
+fn f37_two_last_keys_are_never_revoked_at_once() {
+    model(|| {
+        let (pool, _) = pool_of(2);
+        let revoke = |pool: &KeyPool, key: usize| lease(pool, key).mark(Rest::Revoked, None, 401);
+        at_once(&pool, move |pool| revoke(pool, 0), move |pool| revoke(pool, 1));
+        assert_in_line(&pool);
+        assert_eq!(count(&pool, Status::Revoked), 1);
+        assert!(pool.next_return().is_some());
+    });
+}
+
+#[test]
+fn f43_a_due_trial_goes_to_one_request() {
+    model(|| {
+        let (pool, clock) = pool_of(2);
+        confirm(&pool, 0);
+        clock.advance(60 * SECOND);
+        let (ours, theirs) = at_once(&pool, picked, picked);
+        let mut picked = [ours, theirs];
+        picked.sort();
+        assert_eq!(picked, [Some(0), Some(1)]);
+    });
+}
+
+/// Whichever comes first, and whatever the indexes showed in between.
+#[test]
+fn f43_a_mark_survives_a_concurrent_trials_success() {
+    model(|| {
+        let (pool, _) = pool_of(2);
+        confirm(&pool, 0);
+        let limit = |pool: &KeyPool| lease(pool, 0).mark(Rest::RateLimited, Some(600 * SECOND), 429);
+        at_once(&pool, |pool| lease(pool, 0).key.serves(), limit);
+        assert_in_line(&pool);
+        assert_eq!(pool.stats().keys[0].time_left, Some(600 * SECOND));
+    });
+}
+
+#[test]
+fn a_reset_during_a_refusal_leaves_consistent_indexes() {
+    model(|| {
+        let (pool, _) = pool_of(2);
+        mark(&pool, 0);
+        at_once(&pool, |pool| reset(pool, 0), |pool| refuse(pool, 0, 401));
         assert_in_line(&pool);
     });
 }
@@ -441,13 +515,14 @@ fn pool_with_quota(keys: usize) -> KeyPool {
     let quota = Quota::per_hour(1).burst(1);
     let pool = KeyPool::builder().keys(keys).quota(quota).clock(clock.clone()).build().unwrap();
     clock.advance(SECOND);
-    let leases: Vec<_> = std::iter::from_fn(|| pool.engine().pick_for(&Traits::new()).ok()).collect();
+    let leases: Vec<_> =
+        std::iter::from_fn(|| pool.engine().pick_for(&Traits::new(), Trials::OfAll).ok()).collect();
     leases.into_iter().for_each(Lease::put_back);
     pool
 }
 
 fn picked_in_scope(pool: &KeyPool) -> Option<usize> {
-    let mut lease = pool.engine().pick_for(&Traits::new()).ok()?;
+    let mut lease = pool.engine().pick_for(&Traits::new(), Trials::OfAll).ok()?;
     let slot = pool.engine().snapshot().slot(lease.id());
     // Answered: what it took is used.
     let said = Remaining::default();
@@ -493,7 +568,7 @@ fn the_last_unit_of_a_scope_goes_to_one_pick() {
 fn a_unit_put_back_during_a_pick_is_found() {
     model(|| {
         let pool = pool_with_quota(1);
-        let lease = pool.engine().pick_for(&Traits::new()).unwrap();
+        let lease = pool.engine().pick_for(&Traits::new(), Trials::OfAll).unwrap();
         let put_back = thread::spawn(move || lease.put_back());
         let early = picked_in_scope(&pool);
         put_back.join().unwrap();
@@ -513,7 +588,7 @@ fn pool_of_settings(settings: &[(u32, Option<u32>)]) -> KeyPool {
     let pool = specs.fold(KeyPool::builder().clock(ManualClock::new()), KeyPoolBuilder::key_spec);
     let pool = pool.build().unwrap();
     // Makes the scope.
-    pool.engine().pick_for(&Traits::new()).unwrap().put_back();
+    pool.engine().pick_for(&Traits::new(), Trials::OfAll).unwrap().put_back();
     pool
 }
 
@@ -522,7 +597,7 @@ fn pool_of_settings(settings: &[(u32, Option<u32>)]) -> KeyPool {
 fn a_place_given_up_during_a_pick_is_found() {
     model(|| {
         let pool = pool_of_settings(&[(1, Some(1))]);
-        let pick = |pool: &KeyPool| pool.engine().pick_for(&Traits::new()).ok();
+        let pick = |pool: &KeyPool| pool.engine().pick_for(&Traits::new(), Trials::OfAll).ok();
         let held = pick(&pool).unwrap();
         let ending = thread::spawn(move || drop(held));
         let early = pick(&pool);
@@ -536,7 +611,7 @@ fn a_place_given_up_during_a_pick_is_found() {
 fn the_last_place_goes_to_one_pick() {
     model(|| {
         let pool = pool_of_settings(&[(1, Some(1))]);
-        let pick = |pool: &KeyPool| pool.engine().pick_for(&Traits::new()).ok();
+        let pick = |pool: &KeyPool| pool.engine().pick_for(&Traits::new(), Trials::OfAll).ok();
         let (ours, theirs) = at_once(&pool, pick, pick);
         assert!(ours.is_some() != theirs.is_some());
         drop((ours, theirs));

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     key::KeyId,
-    limit::{BudgetStats, Closed, Limit, NEVER, Status, Traits, Unit, nanos},
+    limit::{BudgetStats, Closed, Limit, NEVER, RestCause, Status, Traits, Unit, nanos},
 };
 
 /// The most keys that are looked at to say which ones a request passed over.
@@ -77,7 +77,10 @@ impl KeyPool {
 
 /// The keys as a pick of these traits would find them.
 struct View<'a> {
+    engine: &'a Engine,
     snapshot: &'a Snapshot,
+    /// The suspected keys that are due for a trial: they come first.
+    trials: Vec<usize>,
     /// The scope of a pick that chooses, if it has been used.
     scoped: Option<Arc<Scoped>>,
     /// Whether a pick looks at rests of whole keys only, in one turn over all of them.
@@ -120,7 +123,7 @@ impl Engine {
             explanation.keys.push(view.explained(slot, passed_over, view.time_to(until)));
             true
         });
-        explanation.opens_in = view.time_to(first);
+        explanation.opens_in = view.time_to(view.or_trial(first));
         explanation
     }
 
@@ -132,7 +135,7 @@ impl Engine {
             first = first.min(view.why_not(slot).map_or(0, |(_, until)| until));
             first > 0
         });
-        view.time_to(first)
+        view.time_to(view.or_trial(first))
     }
 
     /// The keys that the next pick passes over, and why, if there are any: a text that names the first of them. Looks at
@@ -179,12 +182,15 @@ impl Engine {
         (!known.is_empty()).then(|| known.join("; "))
     }
 
-    fn view<'a>(&self, snapshot: &'a Snapshot, traits: &'a Traits) -> View<'a> {
+    fn view<'a>(&'a self, snapshot: &'a Snapshot, traits: &'a Traits) -> View<'a> {
         let is_plain = traits.is_empty() && !self.chooses();
         let scoped = snapshot.scopes.find(traits.named().scope.as_ref()).filter(|_| !is_plain);
         let (demand, now, fills_first) =
             (demand(traits, scoped.as_deref()), self.now(), self.limiting.fills_first);
-        let mut view = View { snapshot, scoped, is_plain, tries_all: false, fills_first, demand, now };
+        let trials = self.due_for_trial().iter().filter_map(|key| snapshot.slot(&key.id)).collect();
+        let engine = self;
+        let mut view =
+            View { engine, snapshot, trials, scoped, is_plain, tries_all: false, fills_first, demand, now };
         let mut slots = 0..snapshot.keys().len();
         view.tries_all = view.demand.only.is_some()
             || !view.demand.avoid.is_empty() && slots.all(|slot| view.why_not(slot).is_some());
@@ -213,6 +219,12 @@ impl<'a> View<'a> {
         (until != NEVER).then(|| Duration::from_nanos(until).saturating_sub(self.now))
     }
 
+    /// That time, or the one at which a request may try a key in doubt, since none has room.
+    fn or_trial(&self, first: u64) -> u64 {
+        let trial = self.engine.doubts.next_trial(true);
+        if trial == NEVER || self.demand.only.is_some() { first } else { first.min(trial * 1_000_000) }
+    }
+
     // ---- the order ----
 
     /// Shows each key once, in the order in which a pick looks, until `show` returns `false`.
@@ -221,7 +233,9 @@ impl<'a> View<'a> {
         let mut seen = vec![false; keys];
         let mut once = |slot: usize| std::mem::replace(&mut seen[slot], true) || show(slot);
         let pinned = self.demand.only.and_then(|id| self.snapshot.slot(id));
-        let mut goes_on = pinned.is_none_or(&mut once) && self.candidates().into_iter().all(&mut once);
+        let mut goes_on = self.trials.iter().copied().all(&mut once)
+            && pinned.is_none_or(&mut once)
+            && self.candidates().into_iter().all(&mut once);
         if self.is_plain || self.tries_all {
             let turn = if self.is_plain { self.snapshot.turn() } else { 0 };
             _ = goes_on && (turn..keys).chain(0..turn).all(once);
@@ -343,15 +357,22 @@ impl<'a> View<'a> {
     }
 
     fn key_rests(&self, slot: usize) -> Option<Why> {
-        let state = self.key(slot).state.load();
+        let key = self.key(slot);
+        let after = |left: Duration| nanos(self.now.saturating_add(left));
         // The next pick returns a key whose rest has ended.
-        match state.status(self.now) {
+        match key.status(self.now) {
             Status::Healthy => None,
+            // A request that only this key may serve gets it.
+            Status::Suspected if self.demand.only.is_some() || self.trials.contains(&slot) => None,
+            Status::Suspected => {
+                let until = self.engine.next_trial_of(key).map_or(NEVER, after);
+                Some((PassedOver::Suspected, until))
+            }
             Status::Disabled => Some((PassedOver::Disabled, NEVER)),
             status => {
-                let until =
-                    state.time_left(self.now).map_or(NEVER, |left| nanos(self.now.saturating_add(left)));
-                Some((PassedOver::Resting { status }, until))
+                let until = key.state.load().time_left(self.now).map_or(NEVER, after);
+                let cause = key.cause(self.now).unwrap_or(RestCause::Guessed);
+                Some((PassedOver::Resting { status, cause }, until))
             }
         }
     }

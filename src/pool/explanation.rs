@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fmt, time::Duration};
 
 use crate::{
     key::KeyId,
-    limit::{BudgetStats, Scope, Status},
+    limit::{BudgetStats, RestCause, Scope, Status},
 };
 
 /// The most keys that the text of an explanation lists.
@@ -16,7 +16,7 @@ const LISTED: usize = 50;
 ///
 /// ```text
 /// scope gpt-5-mini: the next request gets beta; 0 wait
-///   alpha  rests: rate limited, 118.0 s
+///   alpha  rests: rate limited (said by the service), 118.0 s
 ///   beta   open; 7.0 of 10 requests left (by headers); 1 in flight
 ///   gamma  a tier before it has room
 /// ```
@@ -79,7 +79,12 @@ pub enum PassedOver {
     Resting {
         /// Why it rests.
         status: Status,
+        /// Who says so.
+        cause: RestCause,
     },
+    /// The service refused a request with it, and nobody knows yet whether the key is the reason. It has room again after
+    /// a trial.
+    Suspected,
     /// It rests in this scope.
     RestingInScope,
     /// Too little of this budget is left for the request, or for a usual one.
@@ -103,7 +108,8 @@ impl fmt::Display for PassedOver {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Disabled => f.write_str("disabled"),
-            Self::Resting { status } => write!(f, "rests: {}", word(*status)),
+            Self::Resting { status, cause } => write!(f, "rests: {} ({})", word(*status), cause.name()),
+            Self::Suspected => f.write_str("suspected"),
             Self::RestingInScope => f.write_str("rests in this scope"),
             Self::Budget(budget) => write!(f, "{budget}"),
             Self::InFlight { in_flight, most } => write!(f, "{in_flight} of {most} in flight"),
@@ -120,6 +126,7 @@ fn word(status: Status) -> &'static str {
         Status::RateLimited => "rate limited",
         Status::Exhausted => "exhausted",
         Status::Revoked => "revoked",
+        Status::Suspected => "suspected",
         Status::Disabled => "disabled",
     }
 }

@@ -10,15 +10,24 @@ use std::{
 use crate::{
     key::inject::{Inject, Rendered, UnusableSecret},
     key::{KeyId, KeySpec, Secret},
-    limit::{AtomicWord, Cap, Rest, Word},
+    limit::{AtomicWord, Cap, Rest, RestCause, Status, Word},
     store::Born,
-    sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering::Relaxed},
+    sync::atomic::{
+        AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64,
+        Ordering::{Relaxed, SeqCst},
+    },
 };
 
 /// The pool as its keys know it: a request in flight holds its key alone, and marks it through this.
 pub(crate) trait Home: fmt::Debug + Send + Sync {
     /// Applies what a response said of the key that it was sent with.
     fn mark(&self, key: &Arc<Key>, rest: Rest, hint: Option<Duration>, http_status: u16);
+
+    /// A response refused the key, or the request that it was sent with.
+    fn refuse(&self, key: &Arc<Key>, http_status: u16);
+
+    /// A trial of a key in doubt was answered with no refusal.
+    fn serves(&self, key: &Arc<Key>);
 
     /// A request in flight of a key that had as many as it may has ended.
     fn has_room(&self, key: &Arc<Key>);
@@ -82,6 +91,8 @@ impl UsableKey {
             counts: Counts::default(),
             credentials: self.credentials,
             last_status: AtomicU16::new(0),
+            cause: AtomicU8::new(RestCause::Guessed as u8),
+            is_in_doubt: AtomicBool::new(false),
             slot: AtomicU32::new(0),
             pending: AtomicWord::default(),
             born: OnceLock::new(),
@@ -113,6 +124,10 @@ pub(crate) struct Key {
     pub(crate) credentials: Rendered,
     /// The last HTTP status that counted against the key; 0 for none.
     last_status: AtomicU16,
+    /// The cause of the last rest that began, as a [`RestCause`].
+    cause: AtomicU8,
+    /// Whether only trials may use the key. Beside the state, which the store knows: a doubt is this process's own.
+    is_in_doubt: AtomicBool,
     /// Where the newest snapshot holds the key. A hint: the reader checks who is there.
     slot: AtomicU32,
     /// The join of the marks that the store does not have yet; never more than `state`, unless that is over.
@@ -164,6 +179,7 @@ impl Key {
         let (credentials, settings) = (self.credentials.clone(), self.settings.clone());
         let same = UsableKey { id, credentials, settings }.healthy_in(self.home.clone());
         same.set_last_status(self.last_status.load(Relaxed));
+        same.cause.store(self.cause.load(Relaxed), Relaxed);
         same.counts.take_over(&self.counts);
         same.state.update(|_| self.state.load());
         same.pending.update(|_| self.pending.load());
@@ -203,6 +219,56 @@ impl Key {
         if let Some(pool) = self.home.upgrade() {
             pool.mark(self, rest, hint, http_status);
         }
+    }
+
+    /// Applies a refusal, if the pool still exists.
+    pub(crate) fn refuse(self: &Arc<Self>, http_status: u16) {
+        if let Some(pool) = self.home.upgrade() {
+            pool.refuse(self, http_status);
+        }
+    }
+
+    /// Applies the success of a trial, if the pool still exists.
+    pub(crate) fn serves(self: &Arc<Self>) {
+        if let Some(pool) = self.home.upgrade() {
+            pool.serves(self);
+        }
+    }
+
+    /// Whether requests may use the key.
+    pub(crate) fn is_available(&self) -> bool {
+        self.state.load().is_available() && !self.is_in_doubt()
+    }
+
+    pub(crate) fn is_in_doubt(&self) -> bool {
+        self.is_in_doubt.load(SeqCst)
+    }
+
+    /// Returns whether that changes anything. The indexes have to follow.
+    pub(super) fn set_in_doubt(&self, is_in_doubt: bool) -> bool {
+        self.is_in_doubt.swap(is_in_doubt, SeqCst) != is_in_doubt
+    }
+
+    /// What the key is good for.
+    pub(crate) fn status(&self, now: Duration) -> Status {
+        match self.state.load().status(now) {
+            Status::Healthy if self.is_in_doubt() => Status::Suspected,
+            status => status,
+        }
+    }
+
+    /// Who says that the key does not serve; `None` if it does.
+    pub(crate) fn cause(&self, now: Duration) -> Option<RestCause> {
+        match self.status(now) {
+            Status::Healthy => None,
+            Status::Disabled => Some(RestCause::Operator),
+            Status::Suspected => Some(RestCause::Suspected),
+            _ => Some(RestCause::of(self.cause.load(Relaxed))),
+        }
+    }
+
+    pub(super) fn set_cause(&self, cause: RestCause) {
+        self.cause.store(cause as u8, Relaxed);
     }
 
     /// An ellipsis and the end of the secret.

@@ -13,12 +13,13 @@ impl KeyPool {
     ///
     /// | metric | type | what |
     /// |---|---|---|
-    /// | `key_rotation_keys` | gauge | keys by `status`: `healthy`, `rate_limited`, `exhausted`, `revoked`, `disabled` |
+    /// | `key_rotation_keys` | gauge | keys by `status`: `healthy`, `rate_limited`, `exhausted`, `revoked`, `suspected`, `disabled` |
     /// | `key_rotation_unreadable_keys` | gauge | what the store holds that can't be used as a key |
     /// | `key_rotation_marks_waiting` | gauge | marks that the store does not have yet |
     /// | `key_rotation_next_return_seconds` | gauge | time until a key can be picked: 0 where one can be now, infinite where none comes back by itself |
     /// | `key_rotation_picks_total` | counter | requests that were given a key |
     /// | `key_rotation_marks_total` | counter | responses that had a key rest, or rest longer, by `reason`: `rate_limited`, `exhausted`, `revoked` |
+    /// | `key_rotation_refusals_total` | counter | refusals that do not say whether they are about the key, by what `became` of the key: `suspected`; `acquitted`, since another key refused the same request; `confirmed`, since another key served it; `recovered`, since a trial succeeded |
     /// | `key_rotation_limited_despite_pacing_total` | counter | limited responses in a pool that is paced or has quotas, by `scope`: those that pacing failed to avoid, and those by which it finds limits |
     /// | `key_rotation_no_key_total` | counter | attempts that found no key, those among them that waited for one afterwards |
     /// | `key_rotation_unkeyed_total` | counter | requests that were sent without a key: to a host that gets none, or without a host |
@@ -50,6 +51,7 @@ impl KeyPool {
             ("rate_limited", totals.rate_limited),
             ("exhausted", totals.exhausted),
             ("revoked", totals.revoked),
+            ("suspected", totals.suspected),
             ("disabled", totals.disabled),
         ];
         let next = self.next_return().map_or(f64::INFINITY, |time| time.as_secs_f64());

@@ -13,6 +13,7 @@
 //! | `Link::sharing` | a task exchanges messages about limits; never with the others |
 //! | `Link::round` | a round of marks is written; beside `turn`, never with it |
 //! | `Engine::editing` | the set of keys is replaced |
+//! | `Doubts::known` | a refusal is judged, or a key is tried |
 //! | `Scopes`, `Complaints`, `Link::gone`, `Meter::scopes` | their own map is read or changed; each alone |
 //! | `Borrowing::stock`, `Borrowing::news` | a token is taken or added; something is noted for a lender; each alone |
 //! | a `KeyLease`'s request, or a `Reservation`'s ticket | the answer, the usage or the end of one request is noted |
@@ -24,6 +25,7 @@ mod borrowing;
 mod builder;
 mod choose;
 mod deadlines;
+mod doubts;
 mod engine;
 #[cfg(all(test, schedules = "loom"))]
 mod every_schedule;
@@ -46,6 +48,7 @@ mod organisation;
 mod parked;
 #[cfg(all(test, schedules = "shuttle"))]
 mod random_schedules;
+mod refusals;
 mod scoped;
 mod scopes;
 mod scopes_in_use;
@@ -65,6 +68,7 @@ pub use self::{
     stats::{KeyStats, PoolStats, ScopeStats, ScopeTotals},
 };
 pub(crate) use self::{
+    doubts::Trials,
     engine::Engine,
     key::{Key, UsableKey},
     lease::Lease,

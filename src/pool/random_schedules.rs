@@ -10,7 +10,7 @@ use shuttle::{
     thread,
 };
 
-use super::{KeyPool, Lease};
+use super::{KeyPool, Lease, Trials};
 use crate::{
     clock::ManualClock,
     key::KeyId,
@@ -101,7 +101,7 @@ impl Process {
     }
 
     fn picked(&self) -> Option<String> {
-        self.pool.engine().pick().map(|lease| lease.id().to_string())
+        self.pool.engine().pick(Trials::OfAll).map(|lease| lease.id().to_string())
     }
 
     fn write_marks(&self) {

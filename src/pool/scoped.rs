@@ -593,7 +593,7 @@ impl Scoped {
         let may_serve = |slot: &usize| {
             let key = &self.keys[*slot];
             slots.contains(slot)
-                && key.state.load().is_available()
+                && key.is_available()
                 && !self.is_full(*slot)
                 && demand.only.is_none_or(|id| key.id == *id)
                 && !demand.avoid.contains(&key.id)
@@ -607,7 +607,7 @@ impl Scoped {
 
     /// Whether a key is available that has this one's limit.
     pub(super) fn has_available_member(&self, slot: usize) -> bool {
-        let is_available = |slot: usize| self.keys[slot].state.load().is_available();
+        let is_available = |slot: usize| self.keys[slot].is_available();
         match self.layout.group_of(slot) {
             Some((_, members)) => members.iter().any(|member| is_available(*member as usize)),
             None => is_available(slot),
@@ -649,7 +649,10 @@ impl Scoped {
             return Err(earliest.min(self.earliest_for_certain(now)));
         }
         // The tries may have gone to keys that are avoided.
-        let may_serve = |slot: &usize| !demand.avoid.contains(&self.keys[*slot].id);
+        let may_serve = |slot: &usize| {
+            let key = &self.keys[*slot];
+            !key.is_in_doubt() && !demand.avoid.contains(&key.id)
+        };
         for slot in (0..self.keys.len()).filter(may_serve) {
             match self.take(slot, demand, now) {
                 Ok(picked) => return Ok(picked),
@@ -725,7 +728,10 @@ impl Scoped {
         }
         if tries > 0 && has_weights {
             // All the turns may have been those of one heavy key.
-            let others = slots.clone().filter(|slot| !demand.avoid.contains(&self.keys[*slot].id));
+            let others = slots.clone().filter(|slot| {
+                let key = &self.keys[*slot];
+                !key.is_in_doubt() && !demand.avoid.contains(&key.id)
+            });
             for slot in others.take(TOO_SMALL_PER_PICK) {
                 match self.take(slot, demand, now) {
                     Ok(picked) => return Ok(picked),
@@ -838,6 +844,13 @@ impl Scoped {
         in_turn.into_iter().find(is_open).unwrap_or(slot)
     }
 
+    /// A key in doubt, if it has room for the request.
+    pub(super) fn take_to_try(&self, key: &Arc<Key>, demand: &Demand<'_>, now: u64) -> Option<Picked> {
+        let slot = self.slot_of(key)?;
+        let may_serve = demand.only.is_none_or(|id| key.id == *id) && !demand.avoid.contains(&key.id);
+        if may_serve && !self.is_full(slot) { self.take_of_limit(slot, demand, now).ok() } else { None }
+    }
+
     #[inline]
     fn take(&self, slot: usize, demand: &Demand<'_>, now: u64) -> Result<Picked, Full> {
         let key = &self.keys[slot];
@@ -846,6 +859,11 @@ impl Scoped {
             let limit = self.known_limit(slot).map_or(0, |limit| limit.closed_until(demand.tokens, now));
             return Err(Full { until: self.key_closed_until(slot, now).max(limit), is_closed: true });
         }
+        self.take_of_limit(slot, demand, now)
+    }
+
+    #[inline]
+    fn take_of_limit(&self, slot: usize, demand: &Demand<'_>, now: u64) -> Result<Picked, Full> {
         let limit = if self.limiting.is_on() { Some(self.limit(slot, now)) } else { self.known_limit(slot) };
         let Some(limit) = limit else {
             let place = self.enter(slot, now)?;
@@ -941,7 +959,7 @@ impl Scoped {
             let until = limit.closed_until(demand.tokens, now);
             let is_allowed = demand.only.is_none_or(|id| key.id == *id) && !demand.avoid.contains(&key.id);
             is_allowed
-                && key.state.load().is_available()
+                && key.is_available()
                 && !self.is_full(*slot)
                 && until > far
                 && until != NEVER
@@ -1110,11 +1128,11 @@ struct Full {
     is_closed: bool,
 }
 
-/// When a key comes back by itself, in ns; 0 if it does not rest.
+/// When a key comes back by itself, in ns; 0 if it serves. A key in doubt comes back by a trial.
 fn key_until(key: &Key, now: u64) -> u64 {
     let state = key.state.load();
     if state.is_available() {
-        return 0;
+        return if key.is_in_doubt() { NEVER } else { 0 };
     }
     match state.deadline() {
         NEVER => NEVER,

@@ -24,6 +24,9 @@ use crate::{
     },
 };
 
+/// The deadline that stands for trials. It never comes.
+const TRIALS: u64 = NEVER - 1;
+
 /// The most keys that one pick returns to service: bounds the time a single request can spend on it.
 const EXPIRED_PER_PICK: usize = 16;
 
@@ -32,6 +35,8 @@ pub(crate) struct Snapshot {
     keys: Arc<[Arc<Key>]>,
     by_id: SlotsById,
     available: AtomicBitSet,
+    /// Of each slot, and behind them of none: that last one has a deadline while a key is to be tried. So a pick need not
+    /// load anything more to know that nothing rests and nothing is to be tried.
     cooling: Deadlines,
     pending: AtomicBitSet,
     cursor: Cursor,
@@ -63,7 +68,7 @@ impl Snapshot {
             layout,
             by_id: SlotsById::new(&keys),
             available: AtomicBitSet::new(keys.len()),
-            cooling: Deadlines::new(keys.len()),
+            cooling: Deadlines::new(keys.len() + 1),
             pending: AtomicBitSet::new(keys.len()),
             cursor: Cursor(AtomicUsize::new(0)),
             begun: AtomicU64::new(0),
@@ -154,7 +159,7 @@ impl Snapshot {
             let cursor = self.cursor.0.load(Relaxed);
             let slot = self.next_available(self.begin_from(cursor))?;
             let Some(key) = self.take(cursor, slot) else { continue };
-            if key.state.load().is_available() {
+            if key.is_available() {
                 return Some(key);
             }
             self.refresh_slot(slot);
@@ -192,15 +197,32 @@ impl Snapshot {
         self.available.count()
     }
 
-    /// The earliest deadline of a resting key.
+    /// Whether a key other than these is available.
+    pub(crate) fn has_available_besides(&self, keys: &[Arc<Key>]) -> bool {
+        let next = |slot: &usize| self.available.next_from(slot + 1);
+        std::iter::successors(self.available.next_from(0), next).any(|slot| {
+            let key = &self.keys[slot];
+            key.is_available() && !keys.iter().any(|other| Arc::ptr_eq(other, key))
+        })
+    }
+
+    /// The earliest deadline of a resting key, or one that never comes if a key is to be tried.
     #[inline]
     pub(crate) fn earliest(&self) -> u64 {
         self.cooling.earliest()
     }
 
+    /// Says whether a key is to be tried.
+    pub(crate) fn show_trials(&self, has_any: bool) {
+        self.cooling.set(self.keys.len(), if has_any { TRIALS } else { NEVER });
+    }
+
     /// The earliest deadline, also while another thread moves one back.
     pub(crate) fn next_deadline(&self) -> u64 {
-        self.cooling.earliest_for_certain()
+        match self.cooling.earliest_for_certain() {
+            TRIALS => NEVER,
+            deadline => deadline,
+        }
     }
 
     /// The earliest deadline before a caller gives up; zero if a key is available.
@@ -216,9 +238,9 @@ impl Snapshot {
         if self.begun.load(SeqCst) == ended {
             return earliest;
         }
-        let due = |slot: usize| match self.keys[slot].state.load() {
-            state if state.is_available() => 0,
-            state => state.deadline(),
+        let due = |slot: usize| match &self.keys[slot] {
+            key if key.is_available() => 0,
+            key => key.state.load().deadline(),
         };
         let Some((first, slot)) = (0..self.keys.len()).map(|slot| (due(slot), slot)).min() else {
             return NEVER;
@@ -267,9 +289,9 @@ impl Snapshot {
         let key = &self.keys[slot];
         self.begun.fetch_add(1, SeqCst);
         loop {
-            let state = key.state.load();
+            let (state, is_in_doubt) = (key.state.load(), key.is_in_doubt());
             // For a moment a key is in both indexes rather than in neither: a pick that finds it nowhere gives up.
-            if state.is_available() {
+            if state.is_available() && !is_in_doubt {
                 self.available.insert(slot);
                 self.cooling.set(slot, state.deadline());
             } else {
@@ -280,7 +302,7 @@ impl Snapshot {
                 self.pending.insert(slot);
             }
             // Two refreshes of one slot may overlap; the one that wrote last must look again.
-            if key.state.load() == state {
+            if (key.state.load(), key.is_in_doubt()) == (state, is_in_doubt) {
                 break;
             }
         }
@@ -309,12 +331,12 @@ impl Snapshot {
             (0..self.keys.len()).filter(|slot| holds(&self.keys[*slot])).collect::<Vec<_>>()
         };
         let deadline = |key: &Key| key.state.load().deadline();
-        for time in self.keys.iter().map(|key| deadline(key)).chain([NEVER - 1]) {
+        for time in self.keys.iter().map(|key| deadline(key)).chain([TRIALS - 1]) {
             let due = slots_where(&|key| deadline(key) <= time);
             assert_eq!(slots_of(&|slot| self.cooling.next_due(slot, time)), due, "due at {time}");
         }
         assert!(self.keys.iter().all(|key| self.earliest() <= deadline(key)), "a deadline is overlooked");
-        let available = slots_where(&|key| key.state.load().is_available());
+        let available = slots_where(&|key| key.is_available());
         assert_eq!(slots_of(&|slot| self.available.next_from(slot)), available, "available");
         let pending = slots_where(&|key| key.has_pending());
         let indexed = slots_of(&|slot| self.pending.next_from(slot));

@@ -7,7 +7,7 @@ use super::{engine::Engine, key::Key, scoped::Scoped};
 use crate::meter::ScopeNow;
 use crate::{
     key::KeyId,
-    limit::{KnownBy, Resting, Scope, Status, Unit},
+    limit::{KnownBy, RestCause, Resting, Scope, Status, Unit},
     sync::atomic::Ordering::Relaxed,
 };
 
@@ -24,6 +24,8 @@ pub struct PoolStats {
     pub exhausted: usize,
     /// Keys that the service no longer accepts.
     pub revoked: usize,
+    /// Keys that requests pass over, since nobody knows yet why the service refused a request with them.
+    pub suspected: usize,
     /// Keys that an operator took out of service.
     pub disabled: usize,
     /// Keys with marks that the store does not have yet.
@@ -54,7 +56,10 @@ pub struct KeyStats {
     pub id: KeyId,
     /// Whether it is picked, and if not, why.
     pub status: Status,
-    /// How long it still rests; `None` if it doesn't, or until a reset. Serialized in seconds, with a fraction.
+    /// Who says that it is not picked; `None` if it is.
+    pub cause: Option<RestCause>,
+    /// How long it still rests; `None` if it doesn't, or until a reset. For a suspected key, the time to its next trial.
+    /// Serialized in seconds, with a fraction.
     #[cfg_attr(feature = "serde", serde(rename = "time_left_seconds", serialize_with = "seconds"))]
     pub time_left: Option<Duration>,
     /// The scopes of the key that rest.
@@ -191,7 +196,7 @@ impl Engine {
     /// The totals alone.
     #[cfg(feature = "metrics")]
     pub(crate) fn totals(&self, unreadable: usize) -> PoolStats {
-        self.look_at_each(unreadable, |key, now| key.state.load().status(now))
+        self.look_at_each(unreadable, |key, now| key.status(now))
     }
 
     fn look_at_each(
@@ -220,6 +225,7 @@ impl Engine {
                 Status::RateLimited => &mut totals.rate_limited,
                 Status::Exhausted => &mut totals.exhausted,
                 Status::Revoked => &mut totals.revoked,
+                Status::Suspected => &mut totals.suspected,
                 Status::Disabled => &mut totals.disabled,
             } += 1;
         }
@@ -227,12 +233,16 @@ impl Engine {
     }
 
     fn key_stats(&self, key: &Arc<Key>, now: Duration) -> KeyStats {
-        let state = key.state.load();
+        let status = key.status(now);
         let counts = &key.counts;
         KeyStats {
             id: key.id.clone(),
-            status: state.status(now),
-            time_left: state.time_left(now),
+            status,
+            cause: key.cause(now),
+            time_left: match status {
+                Status::Suspected => self.next_trial_of(key),
+                _ => key.state.load().time_left(now),
+            },
             scopes: self.scopes_of(key).into_iter().map(scope_stats).collect(),
             requests: counts.requests.sum(),
             limited: counts.limited.load(Relaxed),

@@ -7,7 +7,7 @@ use crate::{
     limit::{Rest, Words},
     meter::Counted,
     pool::{Engine, Key},
-    store::{Mark, StoreError},
+    store::{Mark, Operation, StoreError},
     sync::{JoinSet, atomic::Ordering::SeqCst},
 };
 
@@ -18,8 +18,10 @@ impl Link {
     /// Writes every pending mark. A mark that could not be written stays pending.
     pub(crate) async fn write_marks(self: &Arc<Self>) -> Result<(), StoreError> {
         self.open().await?;
+        // One failure must not prevent the rest.
+        let ended = self.end_rests_of_served().await;
         let Round { refused, first_error, .. } = self.write_round().await;
-        let written = first_error.map_or(Ok(()), Err);
+        let written = first_error.map_or(ended, Err);
         if refused.is_empty() {
             return written;
         }
@@ -30,6 +32,33 @@ impl Link {
         written.and(still_refused.map_or(Ok(()), |key| {
             Err(StoreError::new(format!("the store refuses the marks of key {}, which it has", key.id)))
         }))
+    }
+
+    /// Ends the rests of keys that this process had guessed, since the keys serve. What the store rests them for may be
+    /// newer than that: then one more response says so.
+    async fn end_rests_of_served(self: &Arc<Self>) -> Result<(), StoreError> {
+        let mut served = self.engine.take_served().into_iter();
+        if served.len() == 0 {
+            return Ok(());
+        }
+        let _turn = self.turn().await.inspect_err(|_| self.engine.put_served_back(served.clone()))?;
+        while let Some(key) = served.next() {
+            // A newer mark is on its way to the store.
+            if !self.engine.snapshot().holds(&key) || key.has_pending() {
+                continue;
+            }
+            match self.operate(&key.id, Operation::Reset(None)).await {
+                Ok(Some(standing)) if key.born() == Some(standing.born) => {
+                    self.engine.apply_reset(&key, &standing.words, Some(standing.disabled), None);
+                }
+                Ok(_) => {}
+                Err(error) => {
+                    self.engine.put_served_back(std::iter::once(key).chain(served));
+                    return Err(error);
+                }
+            }
+        }
+        Ok(())
     }
 
     async fn write_round(self: &Arc<Self>) -> Round {

@@ -4,6 +4,7 @@ use std::{future::Future, sync::Arc, time::Duration};
 
 use super::{
     error::{Error, Refused},
+    experiment::Experiment,
     failover::Resend,
     gate::Pass,
     judge::Outcome,
@@ -17,7 +18,7 @@ use crate::{
     clock::Sleep,
     limit::Traits,
     message::{JudgedResponse, RequestMessage},
-    pool::{Key, Lease, NoKeyAvailable},
+    pool::{Key, Lease, NoKeyAvailable, Trials},
 };
 
 /// A client that is asked whether it is ready before each attempt.
@@ -42,6 +43,7 @@ where
     lease: Option<Lease>,
     /// The keys that it was limited on and must not be sent with again.
     tried: Vec<Arc<Key>>,
+    experiment: Experiment,
     sent: u32,
     waited: Duration,
     /// Returned with the answer of an attempt that had to wait for its turn.
@@ -72,6 +74,7 @@ where
             traits,
             lease: None,
             tried: Vec::new(),
+            experiment: Experiment::default(),
             sent: 0,
             waited: Duration::ZERO,
             pass: None,
@@ -86,6 +89,7 @@ where
         S: Client<Req, R, E>,
         E: 'static,
     {
+        self.kept = self.rotation.mode.keep(&request);
         if self.traits.is_some() {
             let acquired = self.acquire().await;
             acquired.map_err(|error| {
@@ -99,7 +103,6 @@ where
                 Error::NoKeyAvailable(error)
             })?;
         }
-        self.kept = self.rotation.mode.keep(&request);
         self.send_until_settled(request).await
     }
 
@@ -136,14 +139,14 @@ where
                 self.lease.take().into_iter().for_each(Lease::put_back);
                 return Err(Error::Inner(error));
             }
-            let lease = self.lease.take().or_else(|| self.rotation.pool.engine().pick_besides(&self.tried));
+            let lease = self.lease.take().or_else(|| self.pick());
             let lease = lease.ok_or_else(|| self.rotation.no_key());
             let mut lease = match lease.and_then(|lease| self.rotation.insert_key(lease, &mut request)) {
                 Ok(lease) => lease,
                 Err(refused) => {
                     self.client.release();
-                    if refused.is_no_key() && self.rotation.can_wait(self.waited) && self.wait().await.is_ok()
-                    {
+                    let may_wait = refused.is_no_key() && self.experiment.has_not_begun();
+                    if may_wait && self.rotation.can_wait(self.waited) && self.wait().await.is_ok() {
                         continue;
                     }
                     self.trace.refused(&refused);
@@ -158,6 +161,25 @@ where
                 Next::Settled(answer) => return answer,
                 Next::Again(again) => request = again,
             }
+        }
+    }
+
+    /// The key of an attempt that does not wait for one.
+    fn pick(&self) -> Option<Lease> {
+        let engine = self.rotation.pool.engine();
+        match self.experiment.has_not_begun() {
+            true => engine.pick_besides(&self.tried, self.trials()),
+            false => engine.pick_to_compare(&self.tried),
+        }
+    }
+
+    /// Which keys in doubt the next attempt may try.
+    fn trials(&self) -> Trials {
+        match self.sent {
+            0 => Trials::with_failover(
+                self.kept.is_some() && self.rotation.mode.resend().is_some_and(Resend::has_failover),
+            ),
+            _ => Trials::No,
         }
     }
 
@@ -188,7 +210,7 @@ where
         outcome: Outcome,
     ) -> Next<Req, Answer<M::Response, E>> {
         if let (Some(pass), true) = (self.pass.take(), answer.is_ok()) {
-            pass.answered(outcome != Outcome::Answered);
+            pass.answered(!matches!(outcome, Outcome::Answered | Outcome::Unclear));
         }
         if let Ok(response) = &mut answer {
             reservation::keep(&mut lease, response, M::tell_end);
@@ -197,13 +219,21 @@ where
         let (Some(kept), Some(resend)) = (self.kept.take(), rotation.mode.resend()) else {
             return Next::Settled(answer);
         };
+        let engine = rotation.pool.engine();
         if outcome == Outcome::Answered {
             resend.deposit();
+            if let Ok(response) = &answer {
+                self.experiment.answered(engine, response.status());
+            }
         }
         let response = match answer {
-            Ok(response) if outcome == Outcome::Refused => response,
+            Ok(response) if matches!(outcome, Outcome::Refused | Outcome::Unclear) => response,
             answer => return Next::Settled(answer),
         };
+        let is_unclear = outcome == Outcome::Unclear;
+        if is_unclear && !self.experiment.refused(engine, &lease.key, response.status()) {
+            return Next::Settled(Ok(response));
+        }
         let Some(mut request) = rotation.mode.again(&kept) else { return Next::Settled(Ok(response)) };
         let Some(when) = self.when_again(lease, resend) else { return Next::Settled(Ok(response)) };
         let (response, _) = M::read(response, resend.drain, self.time_for_a_body()).await;
@@ -234,9 +264,14 @@ where
         if self.sent >= resend.attempts {
             return None;
         }
-        let at_once =
-            self.traits.is_none() && !rotation.has_queue(None) && rotation.pool.engine().has_available();
-        if self.traits.is_none() && !at_once && !rotation.can_wait(self.waited) {
+        let engine = rotation.pool.engine();
+        let is_experiment = !self.experiment.has_not_begun();
+        if is_experiment && !engine.has_available_besides(&self.tried) {
+            // Only another key shows more.
+            return None;
+        }
+        let at_once = self.traits.is_none() && !rotation.has_queue(None) && engine.has_available();
+        if self.traits.is_none() && !at_once && (is_experiment || !rotation.can_wait(self.waited)) {
             return None;
         }
         if !resend.withdraw() {
@@ -251,16 +286,21 @@ where
     async fn acquire(&mut self) -> Result<(), NoKeyAvailable> {
         let Some(traits) = &self.traits else { return Ok(()) };
         let pool = &self.rotation.pool;
-        // Another key first: the one that refused the request may seem to have room.
-        if let Some(last) = self.tried.last()
-            && let Ok(lease) = pool.engine().pick_for(&traits.clone().avoid(last.id.clone()))
-        {
-            self.lease = Some(lease);
-            return Ok(());
+        // Another key first: those that refused the request may seem to have room.
+        if !self.tried.is_empty() {
+            let is_experiment = !self.experiment.has_not_begun();
+            if let Some(lease) = pool.engine().pick_besides_for(traits, &self.tried, is_experiment) {
+                self.lease = Some(lease);
+                return Ok(());
+            }
+            if is_experiment {
+                return Err(pool.no_key());
+            }
         }
         let before = pool.clock().now();
         let limit = self.rotation.wait.saturating_sub(self.waited);
-        let acquired = pool.engine().acquire(traits, limit, self.sent > 0, &**pool.clock()).await;
+        let acquired =
+            pool.engine().acquire(traits, limit, self.sent > 0, self.trials(), &**pool.clock()).await;
         let waited = pool.clock().now().saturating_sub(before);
         self.waited += waited;
         self.trace.waited(waited);

@@ -10,6 +10,12 @@ use crate::pool::KeyPool;
 /// How often, and on which budget, a refused request is sent again with another key: an option of
 /// [`KeyRotationLayer::failover`](crate::KeyRotationLayer::failover).
 ///
+/// After a refusal that does not say whether it is about the key, the second attempt is also the experiment that finds out:
+/// see [`Verdict::Refused`](crate::classify::Verdict::Refused). If two keys refuse a request with the same status, it is not
+/// sent a third time, however many attempts are left.
+///
+/// Some requests try a key that rests for a guessed time: its refusal then costs them one attempt.
+///
 /// ```
 /// use std::time::Duration;
 /// use tower::retry::budget::TpsBudget;
@@ -114,6 +120,12 @@ impl<K> Failover<K> {
 }
 
 impl Resend {
+    /// Whether a refused request may be sent again.
+    #[inline]
+    pub(crate) fn has_failover(&self) -> bool {
+        self.attempts > 1
+    }
+
     /// A request that could have been sent again has succeeded.
     #[inline]
     pub(crate) fn deposit(&self) {

@@ -251,13 +251,13 @@ where
                     }
                     true
                 }
-                Some(Outcome::Refused) => this.kept.is_none(),
+                Some(Outcome::Refused | Outcome::Unclear) => this.kept.is_none(),
                 Some(Outcome::KeyRested | Outcome::Failed) => true,
                 None => false,
             };
             if has_ended {
                 let mut result = result.map(M::untouched);
-                if lease.ticket.is_some()
+                if lease.holds_anything()
                     && let Ok(response) = &mut result
                 {
                     reservation::keep(lease, response, M::tell_end);

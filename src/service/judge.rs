@@ -27,6 +27,8 @@ pub(crate) enum Outcome {
     KeyRested,
     /// With an error that rests the key. The request may be sent again.
     Refused,
+    /// With an error that is about the key or about the request. Sent again with another key, the request finds out.
+    Unclear,
     /// Without a response.
     Failed,
 }
@@ -71,7 +73,7 @@ impl<C: ClassifyResponse> Judge<C> {
                 let head = body.map_or(head, |body| head.with_body(body));
                 let outcome = match self.classifier.classify(&head) {
                     Verdict::Nothing => {
-                        if lease.ticket.is_some() {
+                        if lease.holds_anything() {
                             apply(lease, Verdict::Nothing, &head);
                             keep(lease, response);
                         }
@@ -84,7 +86,7 @@ impl<C: ClassifyResponse> Judge<C> {
                     }
                     verdict => {
                         apply(lease, verdict, &head);
-                        attribute(response)
+                        attribute(response, verdict)
                     }
                 };
                 if self.expose_key {
@@ -124,31 +126,44 @@ pub(super) fn apply(lease: &mut Lease, verdict: Verdict, head: &ResponseHead<'_>
     let is_error = is_error(head.status());
     let (rest, wait) = match verdict {
         Verdict::Nothing => {
-            if lease.ticket.is_some() {
+            if !head.status().is_server_error() {
+                lease.has_served();
+            }
+            if lease.ticket().is_some() {
                 lease.settle(Head { is_limited: false, is_error, wait: None, said: &head.remaining() });
             }
             return;
         }
-        Verdict::RateLimited { wait } => (Rest::RateLimited, wait),
+        Verdict::RateLimited { wait } => {
+            // A service limits the keys that it knows.
+            lease.has_served();
+            (Rest::RateLimited, wait)
+        }
         Verdict::Exhausted { wait } => (Rest::Exhausted, wait),
         Verdict::ScopeExhausted { wait } if lease.rests_apart() => {
+            lease.has_served();
             return lease.exhaust_scope(wait, head.status().as_u16());
         }
         Verdict::ScopeExhausted { wait } => (Rest::Exhausted, wait),
         Verdict::Revoked => (Rest::Revoked, None),
-        Verdict::Refused => (Rest::RateLimited, None),
+        Verdict::Refused => {
+            if lease.ticket().is_some() {
+                lease.settle(Head { is_limited: false, is_error, wait: None, said: &head.remaining() });
+            }
+            return lease.refuse(head.status().as_u16());
+        }
     };
     let status = head.status().as_u16();
     let rests_apart = rest == Rest::RateLimited && lease.rests_apart();
     match rest {
-        Rest::RateLimited if lease.ticket.is_some() => {
+        Rest::RateLimited if lease.ticket().is_some() => {
             let said = head.remaining();
             // A bucket's reset is when all of it is back; room for one request comes earlier.
             let wait = if said.is_known() && rests_apart { head.explicit_wait() } else { wait };
             lease.settle(Head { is_limited: true, is_error, wait, said: &said });
         }
         // Nobody knows whether the service counted the request.
-        _ => lease.ticket = None,
+        _ => lease.drop_ticket(),
     }
     if rests_apart {
         lease.count_limited(status);
@@ -157,11 +172,15 @@ pub(super) fn apply(lease: &mut Lease, verdict: Verdict, head: &ResponseHead<'_>
     }
 }
 
-/// Notes that a response rested its key.
+/// Notes that a response counted against its key.
 #[cold]
-fn attribute<R: JudgedResponse>(response: &mut R) -> Outcome {
+fn attribute<R: JudgedResponse>(response: &mut R, verdict: Verdict) -> Outcome {
     response.extensions_mut().insert(Attributed);
-    if is_error(response.status()) { Outcome::Refused } else { Outcome::KeyRested }
+    match is_error(response.status()) {
+        true if verdict == Verdict::Refused => Outcome::Unclear,
+        true => Outcome::Refused,
+        false => Outcome::KeyRested,
+    }
 }
 
 #[cold]

@@ -14,7 +14,7 @@ use crate::{
     clock::Clock,
     key::{KeyId, Secret},
     limit::Traits,
-    pool::{self, Key, KeyPool, Lease, NoKeyAvailable},
+    pool::{self, Key, KeyPool, Lease, NoKeyAvailable, Trials},
 };
 
 /// A key for one request of a client that takes a key and no layer: an SDK, `ureq`, a command.
@@ -62,8 +62,10 @@ struct Request {
 /// What the caller said of the answer.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Answer {
-    Served,
+    Served(StatusCode),
     Refused,
+    /// Nobody knows if it was about the key.
+    Unclear(StatusCode),
 }
 
 impl KeyPool {
@@ -76,7 +78,7 @@ impl KeyPool {
         let engine = self.engine();
         let trace = Trace::begin(self, Some(traits));
         let lease = if engine.chooses() || !traits.is_empty() {
-            engine.pick_for(traits).map_err(|until| engine.no_room(until))
+            engine.pick_for(traits, Trials::OfSuspects).map_err(|until| engine.no_room(until))
         } else {
             engine.pick_apart().ok_or_else(|| self.no_key())
         };
@@ -89,7 +91,7 @@ impl KeyPool {
     ///
     /// If no key has room within `limit`, or too many requests wait.
     pub async fn lease_within(&self, traits: &Traits, limit: Duration) -> Result<KeyLease, NoKeyAvailable> {
-        self.lease_by(traits, limit, false, &**self.clock()).await
+        self.lease_by(traits, limit, Trials::OfSuspects, &**self.clock()).await
     }
 
     /// Picks the key for a request that no layer sends, and blocks this thread until there is one: for `ureq`,
@@ -122,24 +124,38 @@ impl KeyPool {
     ///
     /// If no key has room within `limit`, or too many requests wait.
     pub fn lease_blocking(&self, traits: &Traits, limit: Duration) -> Result<KeyLease, NoKeyAvailable> {
-        pool::block_on(self.clock(), async |clock| self.lease_by(traits, limit, false, clock).await)
+        pool::block_on(self.clock(), async |clock| {
+            self.lease_by(traits, limit, Trials::OfSuspects, clock).await
+        })
     }
 
-    /// A lease for a request that may have been refused before, after a wait by that clock.
+    /// A lease for a request, after a wait by that clock. One that was refused before tries no key in doubt.
     pub(super) async fn lease_by(
         &self,
         traits: &Traits,
         limit: Duration,
-        was_refused: bool,
+        trials: Trials,
         clock: &dyn Clock,
     ) -> Result<KeyLease, NoKeyAvailable> {
         let mut trace = Trace::begin(self, Some(traits));
         let began = trace.is_on().then(|| self.clock().now());
-        let lease = self.engine().acquire(traits, limit, was_refused, clock).await;
+        let lease = self.engine().acquire(traits, limit, trials == Trials::No, trials, clock).await;
         if let Some(began) = began {
             trace.waited(self.clock().now().saturating_sub(began));
         }
         KeyLease::of(lease, trace)
+    }
+
+    /// A lease for a request that was refused with these keys, at once.
+    pub(super) fn lease_besides(
+        &self,
+        traits: &Traits,
+        tried: &[Arc<Key>],
+        is_experiment: bool,
+    ) -> Option<KeyLease> {
+        let trace = Trace::begin(self, Some(traits));
+        let lease = self.engine().pick_besides_for(traits, tried, is_experiment)?;
+        KeyLease::of(Ok(lease), trace).ok()
     }
 }
 
@@ -207,8 +223,13 @@ impl KeyLease {
             let Request { lease, trace, .. } = &mut *request;
             judge::apply(lease, verdict, response);
             trace.says_answer(lease, Some(response.status().as_u16()));
-            let was_refused = verdict != Verdict::Nothing && judge::is_error(response.status());
-            request.answer = Some(if was_refused { Answer::Refused } else { Answer::Served });
+            let status = response.status();
+            request.answer = Some(match verdict {
+                Verdict::Nothing => Answer::Served(status),
+                _ if !judge::is_error(status) => Answer::Served(status),
+                Verdict::Refused => Answer::Unclear(status),
+                _ => Answer::Refused,
+            });
         }
     }
 
@@ -220,9 +241,13 @@ impl KeyLease {
     ///
     /// A number above 1,000,000,000 is taken for a mistake, such as a subtraction below zero, and ignored.
     pub fn used(&self, tokens: u64) {
-        if let Some(ticket) = &mut self.lock().lease.ticket {
+        if let Some(ticket) = self.lock().lease.ticket() {
             ticket.used(tokens);
         }
+    }
+
+    pub(super) fn key(&self) -> &Arc<Key> {
+        &self.key
     }
 
     pub(super) fn answer(&self) -> Option<Answer> {

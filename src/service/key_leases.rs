@@ -3,11 +3,13 @@
 use std::{
     fmt,
     future::{Future, ready},
+    sync::Arc,
     time::Duration,
 };
 
 use super::{
     error::Error,
+    experiment::Experiment,
     failover::{Failover, Resend},
     key_lease::{Answer, KeyLease},
 };
@@ -15,7 +17,7 @@ use crate::{
     classify::Verdict,
     clock::Clock,
     limit::Traits,
-    pool::{self, KeyPool, NoKeyAvailable},
+    pool::{self, Key, KeyPool, NoKeyAvailable, Trials},
 };
 
 /// Keys for a client that takes a key and no layer: an SDK, `ureq`, a command. It fails over as the layer does.
@@ -160,55 +162,68 @@ impl KeyLeases {
     where
         F: Future<Output = Result<T, E>>,
     {
+        let engine = self.pool.engine();
         let mut waited = Duration::ZERO;
-        let first = self.wait_for_key(traits, &mut waited, false, clock).await;
+        let trials = Trials::with_failover(self.resend.has_failover());
+        let first = self.wait_for_key(traits, &mut waited, trials, clock).await;
         let mut key = first.map_err(|error| {
             self.pool.meter().no_key();
             Error::NoKeyAvailable(error)
         })?;
-        let mut untried = traits.clone();
-        let mut attempts = 1;
+        let mut tried = Vec::new();
+        let mut experiment = Experiment::default();
         loop {
             let result = request(key.shared()).await;
             if result.is_ok() && key.answer().is_none() {
                 key.answered_with(Verdict::Nothing);
             }
-            if key.answer() != Some(Answer::Refused) {
-                if result.is_ok() {
+            let goes_on = match key.answer() {
+                Some(Answer::Refused) => true,
+                Some(Answer::Unclear(status)) => experiment.refused(engine, key.key(), status),
+                Some(Answer::Served(status)) => {
+                    experiment.answered(engine, status);
+                    false
+                }
+                None => false,
+            };
+            if !goes_on {
+                if result.is_ok() && !matches!(key.answer(), Some(Answer::Unclear(_))) {
                     self.resend.deposit();
                 }
                 return result.map_err(Error::Inner);
             }
-            untried = untried.avoid(key.id().clone());
+            tried.push(key.key().clone());
             // Refused, it holds nothing any more that others could take.
-            let Some(next) = self.next_key(traits, &untried, attempts, &mut waited, clock).await else {
+            let is_experiment = !experiment.has_not_begun();
+            let Some(next) = self.next_key(traits, &tried, is_experiment, &mut waited, clock).await else {
                 return result.map_err(Error::Inner);
             };
             key = next;
-            attempts += 1;
         }
     }
 
-    /// A key for another attempt, if there may be one.
+    /// A key for another attempt, if there may be one. Only another key at once shows an experiment more.
     async fn next_key(
         &self,
         traits: &Traits,
-        untried: &Traits,
-        attempts: u32,
+        tried: &[Arc<Key>],
+        is_experiment: bool,
         waited: &mut Duration,
         clock: &dyn Clock,
     ) -> Option<KeyLease> {
         let meter = self.pool.meter();
-        if attempts >= self.resend.attempts {
+        let may_help = !is_experiment || self.pool.engine().has_available_besides(tried);
+        if tried.len() >= self.resend.attempts as usize || !may_help {
             return None;
         }
         if !self.resend.withdraw() {
             meter.budget_is_used_up();
             return None;
         }
-        let key = match self.pool.lease(untried) {
-            Ok(key) => key,
-            Err(_) => self.wait_for_key(traits, waited, true, clock).await.ok()?,
+        let key = match self.pool.lease_besides(traits, tried, is_experiment) {
+            Some(key) => key,
+            None if is_experiment => return None,
+            None => self.wait_for_key(traits, waited, Trials::No, clock).await.ok()?,
         };
         meter.failed_over();
         Some(key)
@@ -218,11 +233,11 @@ impl KeyLeases {
         &self,
         traits: &Traits,
         waited: &mut Duration,
-        was_refused: bool,
+        trials: Trials,
         clock: &dyn Clock,
     ) -> Result<KeyLease, NoKeyAvailable> {
         let before = clock.now();
-        let key = self.pool.lease_by(traits, self.wait.saturating_sub(*waited), was_refused, clock).await;
+        let key = self.pool.lease_by(traits, self.wait.saturating_sub(*waited), trials, clock).await;
         *waited += clock.now().saturating_sub(before);
         key
     }

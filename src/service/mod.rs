@@ -13,6 +13,9 @@
 //! By default the caller gets the 429 as it is, and the key rests. With
 //! [`failover`](crate::KeyRotationLayer::failover), the request is sent again at once with another key.
 //!
+//! A refusal that may be about the request, such as most 403s, is sent to a second key at most:
+//! see [`Verdict::Refused`](crate::classify::Verdict::Refused).
+//!
 //! With no key available, nothing is sent and the error is
 //! [`Error::NoKeyAvailable`](crate::Error::NoKeyAvailable). With
 //! [`wait_up_to`](crate::KeyRotationLayer::wait_up_to), the request waits for a key.
@@ -115,6 +118,7 @@ mod budget;
 mod clone;
 mod describe;
 pub(crate) mod error;
+mod experiment;
 pub(crate) mod failover;
 mod future;
 mod gate;

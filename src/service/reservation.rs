@@ -84,7 +84,7 @@ pub(crate) fn keep<R: JudgedResponse>(
     tell_end: impl FnOnce(&mut R, Arc<dyn EndOfBody>),
 ) {
     if let Some(ticket) = lease.take_ticket_of_body() {
-        let held = Arc::new(Held(Mutex::new(*ticket)));
+        let held = Arc::new(Held(Mutex::new(ticket)));
         response.extensions_mut().insert(Reservation(held.clone()));
         tell_end(response, held);
     }

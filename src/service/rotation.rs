@@ -11,7 +11,7 @@ use crate::{
     },
     limit::Traits,
     message::RequestMessage,
-    pool::{KeyPool, Lease, NoKeyAvailable},
+    pool::{KeyPool, Lease, NoKeyAvailable, Trials},
 };
 
 /// A layer's pool and options.
@@ -73,14 +73,14 @@ impl<C, M> Rotation<C, M> {
     ///
     /// The refusal is boxed to keep the usual result small.
     #[inline(always)]
-    pub(crate) fn pick(&self) -> Result<Lease, Box<Refused>> {
-        self.pool.engine().pick().ok_or_else(|| self.no_key())
+    pub(crate) fn pick(&self, trials: Trials) -> Result<Lease, Box<Refused>> {
+        self.pool.engine().pick(trials).ok_or_else(|| self.no_key())
     }
 
     /// Picks a key for a request that is served by some keys only.
-    pub(crate) fn pick_for(&self, traits: &Traits) -> Result<Lease, Box<Refused>> {
+    pub(crate) fn pick_for(&self, traits: &Traits, trials: Trials) -> Result<Lease, Box<Refused>> {
         let engine = self.pool.engine();
-        engine.pick_for(traits).map_err(|until| self.refuse_without_key(engine.no_room(until)))
+        engine.pick_for(traits, trials).map_err(|until| self.refuse_without_key(engine.no_room(until)))
     }
 
     /// Puts a key into a request that wants one.

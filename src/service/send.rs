@@ -7,7 +7,7 @@ use tower_service::Service;
 use super::{
     clone::CloneRequest,
     error::{Error, Refused},
-    failover::Failover,
+    failover::{Failover, Resend},
     future::{FailoverFuture, ResponseFuture},
     mode::{Attempt, Once, Waiting},
     rotation::Rotation,
@@ -17,7 +17,7 @@ use crate::{
     classify::ClassifyResponse,
     limit::Traits,
     message::{ReadableResponse, RequestMessage, ResponseMessage},
-    pool::Lease,
+    pool::{Lease, Trials},
 };
 
 /// A request that a client of this type can send in this mode.
@@ -65,7 +65,7 @@ where
         // Asked once the key is needed, and not before: the usual way of a request must not get longer.
         let pick = |request: &Self| match rotation.needed(traits(request), request) {
             None if trace::is_on() => Err(Instead::explain(None)),
-            None => rotation.pick().map_err(Instead::refused),
+            None => rotation.pick(Trials::OfSuspects).map_err(Instead::refused),
             Some(traits) => pick_for(rotation, traits),
         };
         match prepare(rotation, &mut self, pick) {
@@ -102,7 +102,7 @@ fn pick_for<C>(rotation: &Rotation<C, Once>, traits: Traits) -> Result<Lease, Bo
     if trace::is_on() {
         return Err(Instead::explain(Some(traits)));
     }
-    rotation.pick_for(&traits).map_err(Instead::refused)
+    rotation.pick_for(&traits, Trials::OfSuspects).map_err(Instead::refused)
 }
 
 /// Puts a key into a request that wants one.
@@ -135,7 +135,7 @@ where
     let mut trace = Trace::begin(&rotation.pool, traits.as_ref());
     let lease = match &traits {
         None => rotation.pool.engine().pick_apart().ok_or_else(|| rotation.no_key()),
-        Some(traits) => rotation.pick_for(traits),
+        Some(traits) => rotation.pick_for(traits, Trials::OfSuspects),
     };
     match lease.and_then(|lease| rotation.insert_key(lease, &mut request)) {
         Ok(lease) => {
@@ -223,9 +223,11 @@ where
         return send_in_turn(client, rotation, request, traits, trace);
     }
     let kept = rotation.mode.keep(&request);
+    let trials =
+        Trials::with_failover(kept.is_some() && rotation.mode.resend().is_some_and(Resend::has_failover));
     let lease = match &traits {
-        None => rotation.pick(),
-        Some(traits) => rotation.pick_for(traits),
+        None => rotation.pick(trials),
+        Some(traits) => rotation.pick_for(traits, trials),
     };
     match lease.and_then(|lease| rotation.insert_key(lease, &mut request)) {
         Ok(lease) => {

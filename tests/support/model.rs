@@ -12,7 +12,10 @@ use futures_util::{FutureExt, future::BoxFuture};
 use http::{Request, Response};
 use tokio::sync::oneshot;
 use tower::{Layer, Service, service_fn, util::BoxService};
-use tower_key_rotation::{Error, KeyId, KeyPool, KeyRotationLayer, NoKeyAvailable, Status};
+use tower_key_rotation::{
+    Error, KeyId, KeyPool, KeyRotationLayer, NoKeyAvailable, Status,
+    classify::{ResponseHead, Verdict},
+};
 
 pub const COOLDOWN: Duration = Duration::from_secs(120);
 pub const EXHAUSTED: Duration = Duration::from_secs(24 * 60 * 60);
@@ -41,6 +44,23 @@ impl Answer {
             _ => return None,
         };
         Some(Rest { status, until: until.map(to_the_millisecond) })
+    }
+}
+
+impl Answer {
+    /// The same, but for a key that would be revoked although it is the last one available: pools do not do that.
+    pub fn unless_last(self, has_another: bool) -> Self {
+        if self.status == 401 && !has_another { Self { status: 429, ..self } } else { self }
+    }
+}
+
+/// What an answer says of its key. Nothing is left to a pool's guess: `refusals.rs` tests those.
+pub fn verdict(head: &ResponseHead<'_>) -> Verdict {
+    match head.status().as_u16() {
+        401 => Verdict::Revoked,
+        402 => Verdict::Exhausted { wait: Some(EXHAUSTED) },
+        429 => Verdict::RateLimited { wait: head.wait() },
+        _ => Verdict::Nothing,
     }
 }
 
@@ -173,7 +193,8 @@ impl Caller {
                 Ok(response.body(()).expect("a response"))
             }
         });
-        let layer = KeyRotationLayer::new(pool).classify(super::ByStatus).expose_key();
+        let layer = KeyRotationLayer::new(pool).classify(verdict as fn(&ResponseHead<'_>) -> Verdict);
+        let layer = layer.expose_key();
         Self { client: BoxService::new(layer.layer(inner)), sent }
     }
 

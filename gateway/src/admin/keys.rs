@@ -7,7 +7,7 @@ use std::{
 };
 
 use serde::{Serialize, Serializer};
-use tower_key_rotation::{KeyId, KeyPool, KeyStats, Status};
+use tower_key_rotation::{KeyId, KeyPool, KeyStats, RestCause, Status};
 
 use super::history::{History, Since, millis};
 
@@ -32,6 +32,7 @@ struct Facts {
     id: KeyId,
     masked_secret: String,
     status: Status,
+    cause: Option<RestCause>,
     returns_at: Option<Duration>,
     last_reason: Option<u16>,
     requests: u64,
@@ -51,6 +52,8 @@ pub(super) struct Shown {
     masked_secret: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     status: Option<Status>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cause: Option<Option<RestCause>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     time_left_ms: Option<Option<u64>>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -233,6 +236,7 @@ impl Facts {
             id: stats.id.clone(),
             masked_secret: pool.masked_secret(&stats.id).unwrap_or_default(),
             status: stats.status,
+            cause: stats.cause,
             returns_at: unchanged.unwrap_or(returns_at),
             last_reason: stats.last_reason,
             requests: stats.requests,
@@ -249,6 +253,7 @@ impl Facts {
             id: self.id.clone(),
             masked_secret: news(before, self, |facts| facts.masked_secret.clone()),
             status: news(before, self, |facts| facts.status),
+            cause: news(before, self, |facts| facts.cause),
             time_left_ms: news(before, self, |facts| facts.returns_at)
                 .map(|at| at.map(|at| millis(at.saturating_sub(now)))),
             last_reason: news(before, self, |facts| facts.last_reason),
@@ -335,7 +340,8 @@ mod tests {
         assert_eq!(
             looked.shown("alpha"),
             json!({
-                "upstream": "openai", "id": "alpha", "masked_secret": "…lpha", "status": "rate_limited", "time_left_ms": 1500,
+                "upstream": "openai", "id": "alpha", "masked_secret": "…lpha", "status": "rate_limited",
+                "cause": "guessed", "time_left_ms": 1500,
                 "last_reason": 429, "requests": 1, "limited": 1, "recovered": 0, "tokens": 0,
                 "last_used_ms_ago": 500,
                 "history": [{ "status": "healthy", "ms_ago": 1500 }, { "status": "rate_limited", "ms_ago": 500 }],
@@ -351,7 +357,7 @@ mod tests {
             looked.look(Look::Statuses),
             json!({
                 "keys": [{
-                    "upstream": "openai", "id": "alpha", "status": "rate_limited", "time_left_ms": 2000,
+                    "upstream": "openai", "id": "alpha", "status": "rate_limited", "cause": "guessed", "time_left_ms": 2000,
                     "last_reason": 429,
                     "requests": 1, "limited": 1, "last_used_ms_ago": 0,
                 }],
@@ -364,7 +370,8 @@ mod tests {
         assert_eq!(
             looked.look(Look::Statuses)["keys"],
             json!([{
-                "upstream": "openai", "id": "alpha", "status": "healthy", "time_left_ms": null, "recovered": 1,
+                "upstream": "openai", "id": "alpha", "status": "healthy", "cause": null, "time_left_ms": null,
+                "recovered": 1,
             }])
         );
     }

@@ -35,6 +35,7 @@ enum Group {
     RateLimited,
     Exhausted,
     Revoked,
+    Suspected,
     Disabled,
     /// Unavailable, and recovers without an operator.
     Resting,
@@ -110,6 +111,7 @@ impl Group {
             Self::RateLimited => status == Status::RateLimited,
             Self::Exhausted => status == Status::Exhausted,
             Self::Revoked => status == Status::Revoked,
+            Self::Suspected => status == Status::Suspected,
             Self::Disabled => status == Status::Disabled,
             Self::Resting => rests(status),
             Self::OutOfService => matches!(status, Status::Revoked | Status::Disabled),
@@ -119,7 +121,7 @@ impl Group {
 
 /// Whether a key with this status recovers without an operator.
 pub(super) fn rests(status: Status) -> bool {
-    matches!(status, Status::RateLimited | Status::Exhausted)
+    matches!(status, Status::RateLimited | Status::Exhausted | Status::Suspected)
 }
 
 impl Totals {

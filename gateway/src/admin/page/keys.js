@@ -5,16 +5,17 @@ export const STATUSES = {
   rate_limited: "Rate limited",
   exhausted: "Exhausted",
   revoked: "Revoked",
+  suspected: "Suspected",
   disabled: "Disabled",
 };
 
 const GROUPS = {
-  resting: ["rate_limited", "exhausted"],
+  resting: ["rate_limited", "exhausted", "suspected"],
   out_of_service: ["revoked", "disabled"],
 };
 
 /** Sort order of statuses, most urgent first. */
-const URGENCY = ["revoked", "exhausted", "rate_limited", "disabled", "healthy"];
+const URGENCY = ["revoked", "exhausted", "rate_limited", "suspected", "disabled", "healthy"];
 
 /** Sort values. A key without a value sorts last. */
 const VALUES = {
@@ -25,6 +26,16 @@ const VALUES = {
   tokens: (key) => key.tokens,
   limited: (key) => key.limited,
   used: (key) => key.usedAt ?? -Infinity,
+};
+
+/** Who says that a key is unavailable. */
+export const CAUSES = {
+  service: "Said by the service",
+  guessed: "The time is a guess",
+  suspected: "It may be the request's fault",
+  confirmed: "Another key served the request",
+  operator: "An operator disabled it",
+  store: "Known from the store",
 };
 
 const collator = new Intl.Collator("en", { numeric: true });
@@ -65,6 +76,7 @@ export class Keys {
     }
     if ("masked_secret" in shown) key.maskedSecret = shown.masked_secret;
     if ("time_left_ms" in shown) key.returnsAt = later(now, shown.time_left_ms);
+    if ("cause" in shown) key.cause = shown.cause;
     if ("last_reason" in shown) key.lastReason = shown.last_reason;
     if ("last_used_ms_ago" in shown) key.usedAt = later(now, shown.last_used_ms_ago, -1);
     for (const count of ["requests", "limited", "recovered", "tokens"]) key[count] = shown[count] ?? key[count];

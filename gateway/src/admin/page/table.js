@@ -1,6 +1,6 @@
 // The table. It contains only the rows of the current page.
 
-import { STATUSES, canReset } from "/admin/keys.js";
+import { CAUSES, STATUSES, canReset } from "/admin/keys.js";
 import { describe, describeAt, draw } from "/admin/timeline.js";
 import { ago, left, number } from "/admin/words.js";
 
@@ -114,6 +114,9 @@ function fill(row, key, now) {
   cell("secret", key.maskedSecret);
   cell("left", key.returnsAt === null ? NONE : left(key.returnsAt - now));
   cell("reason", key.lastReason ?? NONE);
+  const cause = CAUSES[key.cause] ?? "";
+  const status = row.querySelector(".c-status");
+  if (status.title !== cause) status.title = cause;
   cell("requests", number(key.requests));
   cell("tokens", number(key.tokens));
   cell("limited", number(key.limited));

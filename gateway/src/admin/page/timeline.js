@@ -4,7 +4,7 @@ import { STATUSES } from "/admin/keys.js";
 import { ago, count } from "/admin/words.js";
 
 /** Top and height of each status. A healthy key is a thin line. */
-const BANDS = { healthy: [9, 2], rate_limited: [2, 16], exhausted: [2, 16], revoked: [2, 16], disabled: [7, 6] };
+const BANDS = { healthy: [9, 2], rate_limited: [2, 16], exhausted: [2, 16], revoked: [2, 16], suspected: [6, 8], disabled: [7, 6] };
 
 /** Minimum width, so that short spans stay visible. */
 const NARROWEST = 1.5;
@@ -26,7 +26,7 @@ export function draw(svg, key, now, kept, width) {
 /** Describes the timeline in words. */
 export function describe(key, now, kept) {
   const all = spans(key, now, kept);
-  const rests = all.filter(({ status }) => status === "rate_limited" || status === "exhausted");
+  const rests = all.filter(({ status }) => ["rate_limited", "exhausted", "suspected"].includes(status));
   if (all.every(({ status }) => status === "healthy")) return "Always healthy";
   const resting = rests.reduce((sum, { from, to }) => sum + to - from, 0);
   return rests.length ? `${count(rests.length, "rest")}, ${ago(resting)} in all` : STATUSES[key.status];
