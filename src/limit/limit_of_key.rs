@@ -1,7 +1,7 @@
 //! One limit: of a key, or of the keys of a quota group, in one scope.
 
 use std::{
-    sync::{OnceLock, PoisonError},
+    sync::{Arc, OnceLock, PoisonError},
     time::Duration,
 };
 
@@ -54,7 +54,7 @@ struct More {
     /// What the service allows, as it was learned.
     tokens: Budget,
     /// What the user configured.
-    quotas: Box<[(Quota, Budget)]>,
+    quotas: Box<[(Arc<Quota>, Budget)]>,
 }
 
 #[derive(Debug, Default)]
@@ -93,7 +93,7 @@ impl Learned {
 
 impl Limit {
     /// A limit of a pool that learns, or one of quotas alone.
-    pub(crate) fn new(quotas: &[Quota], learns: bool, now: u64) -> Self {
+    pub(crate) fn new(quotas: &[Arc<Quota>], learns: bool, now: u64) -> Self {
         let more = OnceLock::new();
         if !quotas.is_empty() {
             let quotas = quotas.iter().map(|quota| (quota.clone(), quota.full(now))).collect();
@@ -112,7 +112,7 @@ impl Limit {
     }
 
     #[inline]
-    pub(super) fn quotas(&self) -> &[(Quota, Budget)] {
+    pub(super) fn quotas(&self) -> &[(Arc<Quota>, Budget)] {
         self.more.get().map_or(&[], |more| &more.quotas)
     }
 

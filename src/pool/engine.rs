@@ -113,7 +113,7 @@ impl Engine {
                 cooldowns: config.cooldowns,
                 learns: config.learns,
                 has_store,
-                quotas: config.quotas.clone(),
+                quotas: config.quotas.iter().cloned().map(Arc::new).collect(),
                 kept: Kept::default(),
                 fills_first: config.fills_first,
                 regrouping: Regrouping::default(),

@@ -66,7 +66,7 @@ pub(crate) struct Limiting {
     pub(crate) learns: bool,
     /// Other processes may use the same keys.
     pub(crate) has_store: bool,
-    pub(crate) quotas: Vec<Quota>,
+    pub(crate) quotas: Vec<Arc<Quota>>,
     /// What is left of their windows by the last process.
     pub(crate) kept: Kept,
     /// The first key with room serves, not the next one in turn.
@@ -97,7 +97,7 @@ impl Limiting {
     /// Notes the wall clock for the quotas that depend on it. Returns how far it is ahead of the pool's clock, in ns modulo
     /// 2^64; 0 if no quota does.
     pub(crate) fn read_wall(&self) -> u64 {
-        if !self.quotas.iter().any(Quota::is_civil) {
+        if !self.quotas.iter().any(|quota| quota.is_civil()) {
             return 0;
         }
         // In this order: a thread that is descheduled in between must not begin a day early.
@@ -134,9 +134,12 @@ pub(crate) struct Common {
 }
 
 impl Common {
-    pub(crate) fn of(scope: Option<Scope>, quotas: &[Quota]) -> Self {
+    pub(crate) fn of(scope: Option<Scope>, quotas: &[Arc<Quota>]) -> Self {
         let common = Self { scope, ..Self::default() };
-        quotas.iter().filter_map(Quota::tokens_in_all).for_each(|limit| common.tokens_are_limited(limit));
+        quotas
+            .iter()
+            .filter_map(|quota| quota.tokens_in_all())
+            .for_each(|limit| common.tokens_are_limited(limit));
         common
     }
 
@@ -571,7 +574,7 @@ impl Scoped {
             }
             Origin::Lender { .. } => {
                 let taken = Taken::of_a_loan(demand.tokens, now);
-                Picked { slot, taken: Some(taken), place, token: Some(token) }
+                Picked { slot, taken: Some(taken), place, token: Some(Box::new(token)) }
             }
         })
     }
@@ -1117,8 +1120,8 @@ pub(crate) struct Picked {
     pub(crate) taken: Option<Taken>,
     /// Its place among the requests in flight, if the key has a limit of them.
     pub(crate) place: Option<InFlight>,
-    /// The token of another process that the request uses.
-    pub(crate) token: Option<Token>,
+    /// The token of another process that the request uses. Boxed: most requests use none.
+    pub(crate) token: Option<Box<Token>>,
 }
 
 /// Why a key that seemed open serves no request.

@@ -31,7 +31,7 @@ pub(crate) struct Ticket {
     /// The tokens that the request used, as far as the caller has said.
     used: Option<u64>,
     /// The token of another process that the request uses: then that process counts it, not the key's limit here.
-    token: Option<Token>,
+    token: Option<Box<Token>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,7 +74,7 @@ impl Ticket {
         if let Some(taken) = &self.taken {
             let now = self.scoped.now();
             if let Some(token) = self.token.take() {
-                self.scoped.common.borrowing.lock_stock().add(token);
+                self.scoped.common.borrowing.lock_stock().add(*token);
                 return self.scoped.common.waiting.look_again();
             }
             self.limit(now).put_back(taken, now);

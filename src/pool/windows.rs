@@ -4,12 +4,12 @@ use super::{
     engine::Engine,
     kept::{encode, wall_millis},
 };
-use crate::limit::{Quota, nanos};
+use crate::limit::nanos;
 
 impl Engine {
     /// Whether there is a quota whose windows are worth keeping.
     pub(crate) fn has_windows(&self) -> bool {
-        self.limiting.quotas.iter().any(Quota::is_window)
+        self.limiting.quotas.iter().any(|quota| quota.is_window())
     }
 
     /// Goes on with what is left of the windows that the last process used.
