@@ -20,7 +20,7 @@ pub(crate) fn run() {
     println!();
     Bar::AtMost(192.0).print("memory of a limit with one budget, learned", learned.limit, " B");
     Bar::AtMost(192.0).print("memory of a limit with one budget, configured", configured.limit, " B");
-    println!("for each key of a scope, beside its limit: {:.1} B", learned.scope);
+    println!("for each key of a scope, beside its limit: {} B", learned.scope);
 }
 
 struct Bytes {
@@ -32,7 +32,7 @@ fn bytes(keys: usize, pool: KeyPool, use_each_key: impl Fn(&KeyPool, &Traits)) -
     let traits = Traits::new().scope("model");
     let of_scope = allocation_counter::measure(|| drop(lease(&pool, &traits)));
     let of_limits = allocation_counter::measure(|| use_each_key(&pool, &traits));
-    let each = |bytes: i64, number: usize| bytes as f64 / number as f64;
-    // The first key's limit was made together with its scope.
+    // In whole bytes: the first key's limit was made together with its scope, and may learn only now.
+    let each = |bytes: i64, number: usize| (bytes as f64 / number as f64).round();
     Bytes { limit: each(of_limits.bytes_current, keys - 1), scope: each(of_scope.bytes_current, keys) }
 }

@@ -67,11 +67,11 @@ pub(crate) fn of_requests() -> HeaderMap {
     ])
 }
 
-/// The same, and a budget of tokens.
+/// The same, and a budget of tokens. Without the organisation: all keys would be one quota group, of which each answer looks
+/// at every member.
 pub(crate) fn open_ai() -> HeaderMap {
     headers(&[
         ("content-type", "application/json"),
-        ("openai-organization", "example"),
         ("openai-processing-ms", "341"),
         ("x-ratelimit-limit-requests", "1000000000"),
         ("x-ratelimit-limit-tokens", "200000000"),
@@ -85,7 +85,6 @@ pub(crate) fn open_ai() -> HeaderMap {
 pub(crate) fn anthropic() -> HeaderMap {
     headers(&[
         ("content-type", "application/json"),
-        ("anthropic-organization-id", "0f4c7d1e"),
         ("anthropic-ratelimit-requests-limit", "1000000000"),
         ("anthropic-ratelimit-requests-remaining", "900000000"),
         ("anthropic-ratelimit-requests-reset", "2026-11-23T20:41:02Z"),
