@@ -201,6 +201,7 @@ impl Budget {
         Some((left as f64, ends_in, seconds((span >> 32) << TICK), lower(span) as f64))
     }
 
+    #[inline]
     pub(crate) fn sent(&self) -> u64 {
         self.sent.load(SeqCst)
     }

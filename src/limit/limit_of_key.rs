@@ -313,10 +313,12 @@ impl Limit {
     }
 
     /// Never too many: one that ends meanwhile does not count.
+    #[inline]
     pub(crate) fn in_flight(&self) -> u32 {
         self.in_flight_up_to(self.requests.sent())
     }
 
+    #[inline]
     fn in_flight_up_to(&self, sequence: u64) -> u32 {
         let in_flight = (sequence as u32).wrapping_sub(self.ended.load(SeqCst)) as i32;
         in_flight.max(0) as u32

@@ -14,11 +14,17 @@ use crate::{
 /// Fewer for loom and shuttle, so that a few slots are spread over three levels.
 const FANOUT: usize = if cfg!(any(schedules = "loom", schedules = "shuttle")) { 2 } else { 8 };
 
+/// The deadlines of slots side by side, or of nodes. Aligned, to be read from one cache line.
+#[derive(Debug)]
+#[repr(align(64))]
+struct Node([AtomicU64; FANOUT]);
+
 #[derive(Debug)]
 pub(crate) struct Deadlines {
     /// `levels[0]` holds the slots' own deadlines; each further level the minima of the one below; the root is
     /// the minimum of the last.
-    levels: Box<[Box<[AtomicU64]>]>,
+    levels: Box<[Box<[Node]>]>,
+    slots: usize,
     root: AtomicU64,
     /// How many corrections of nodes have begun, and have ended.
     begun: AtomicU64,
@@ -30,7 +36,8 @@ impl Deadlines {
         let mut levels = Vec::new();
         let mut nodes = slots.max(1);
         loop {
-            levels.push((0..nodes).map(|_| AtomicU64::new(NEVER)).collect());
+            let node = |_| Node(std::array::from_fn(|_| AtomicU64::new(NEVER)));
+            levels.push((0..nodes.div_ceil(FANOUT)).map(node).collect());
             if nodes <= FANOUT {
                 break;
             }
@@ -38,6 +45,7 @@ impl Deadlines {
         }
         Self {
             levels: levels.into_boxed_slice(),
+            slots,
             root: AtomicU64::new(NEVER),
             begun: AtomicU64::new(0),
             ended: AtomicU64::new(0),
@@ -59,7 +67,7 @@ impl Deadlines {
         if self.begun.load(SeqCst) == ended {
             return earliest;
         }
-        let deadlines = self.levels[0].iter().map(|deadline| deadline.load(SeqCst));
+        let deadlines = self.levels[0].iter().flat_map(|node| &node.0).map(|deadline| deadline.load(SeqCst));
         let Some((earliest, slot)) = deadlines.zip(0..).min() else { return NEVER };
         self.lower(slot, earliest);
         earliest
@@ -67,13 +75,13 @@ impl Deadlines {
 
     /// The deadline of a slot.
     pub(crate) fn of(&self, slot: usize) -> u64 {
-        self.levels[0][slot].load(SeqCst)
+        self.at(0, slot).load(SeqCst)
     }
 
     pub(crate) fn set(&self, slot: usize, deadline: u64) {
-        let before = self.levels[0][slot].swap(deadline, SeqCst);
+        let before = self.at(0, slot).swap(deadline, SeqCst);
         if deadline > before {
-            self.correct(1, slot / FANOUT);
+            self.raise_path(slot, before);
         } else {
             self.lower(slot, deadline);
         }
@@ -81,16 +89,30 @@ impl Deadlines {
 
     fn lower(&self, slot: usize, deadline: u64) {
         let mut index = slot;
-        for level in &self.levels[1..] {
+        for depth in 1..=self.levels.len() {
             index /= FANOUT;
-            level[index].fetch_min(deadline, SeqCst);
+            self.at(depth, index).fetch_min(deadline, SeqCst);
         }
-        self.root.fetch_min(deadline, SeqCst);
     }
 
-    /// A node of minima: `depth` is its level, and one more for the root.
-    fn node(&self, depth: usize, index: usize) -> &AtomicU64 {
-        self.levels.get(depth).map_or(&self.root, |level| &level[index])
+    /// Moves the nodes above a slot up that stood at its deadline before. All others stand at another slot's.
+    fn raise_path(&self, slot: usize, before: u64) {
+        self.begun.fetch_add(1, SeqCst);
+        let mut index = slot;
+        for depth in 1..=self.levels.len() {
+            index /= FANOUT;
+            if self.at(depth, index).load(SeqCst) < before {
+                break;
+            }
+            self.raise(depth, index);
+        }
+        self.ended.fetch_add(1, SeqCst);
+    }
+
+    /// A slot's deadline, or the minimum of a node: `depth` is the level, and one more for the root.
+    #[inline]
+    fn at(&self, depth: usize, index: usize) -> &AtomicU64 {
+        self.levels.get(depth).map_or(&self.root, |level| &level[index / FANOUT].0[index % FANOUT])
     }
 
     /// The first slot at or after `slot` whose deadline is at or before `now`.
@@ -98,7 +120,8 @@ impl Deadlines {
         let mut from = slot;
         loop {
             match self.search(from, now)? {
-                Found::Slot(slot) => return Some(slot),
+                // Behind the last slot, nodes are filled up.
+                Found::Slot(slot) => return (slot < self.slots).then_some(slot),
                 Found::NothingUntil(next) => from = next,
             }
         }
@@ -116,9 +139,10 @@ impl Deadlines {
     fn search(&self, slot: usize, now: u64) -> Option<Found> {
         let mut index = slot;
         for (depth, level) in self.levels.iter().enumerate() {
-            let end = level.len().min((index / FANOUT + 1) * FANOUT);
-            if let Some(due) = (index..end).find(|index| level[*index].load(SeqCst) <= now) {
-                return Some(self.descend(depth, due, now));
+            let node = level.get(index / FANOUT)?;
+            let mut rest = index % FANOUT..FANOUT;
+            if let Some(child) = rest.find(|child| node.0[*child].load(SeqCst) <= now) {
+                return Some(self.descend(depth, index / FANOUT * FANOUT + child, now));
             }
             index = index / FANOUT + 1;
         }
@@ -128,7 +152,7 @@ impl Deadlines {
     fn descend(&self, depth: usize, index: usize, now: u64) -> Found {
         let mut index = index;
         for depth in (1..=depth).rev() {
-            match self.children(depth, index).position(|deadline| deadline <= now) {
+            match self.children(depth, index).iter().position(|deadline| deadline.load(SeqCst) <= now) {
                 Some(child) => index = index * FANOUT + child,
                 None => {
                     self.correct(depth, index);
@@ -150,7 +174,7 @@ impl Deadlines {
     }
 
     fn raise(&self, depth: usize, index: usize) {
-        let node = self.node(depth, index);
+        let node = self.at(depth, index);
         loop {
             let before = node.load(SeqCst);
             let minimum = self.minimum(depth, index);
@@ -167,15 +191,14 @@ impl Deadlines {
         }
     }
 
+    #[inline]
     fn minimum(&self, depth: usize, index: usize) -> u64 {
-        self.children(depth, index).min().unwrap_or(NEVER)
+        self.children(depth, index).iter().fold(NEVER, |minimum, deadline| minimum.min(deadline.load(SeqCst)))
     }
 
-    fn children(&self, depth: usize, index: usize) -> impl Iterator<Item = u64> {
-        let below = &self.levels[depth - 1];
-        let first = index * FANOUT;
-        let last = below.len().min(first + FANOUT);
-        below[first..last].iter().map(|deadline| deadline.load(SeqCst))
+    #[inline]
+    fn children(&self, depth: usize, index: usize) -> &[AtomicU64; FANOUT] {
+        &self.levels[depth - 1][index].0
     }
 }
 

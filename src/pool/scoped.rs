@@ -399,6 +399,7 @@ impl Scoped {
     }
 
     /// The limit of a key, made on first use.
+    #[inline]
     pub(crate) fn limit(&self, slot: usize, now: u64) -> &Arc<Limit> {
         let leader = self.layout.leader(slot);
         self.limits[leader].get_or_init(|| self.new_limit(leader, now))
@@ -416,6 +417,7 @@ impl Scoped {
     }
 
     /// The limit of a key, if there is one.
+    #[inline]
     pub(crate) fn known_limit(&self, slot: usize) -> Option<&Arc<Limit>> {
         self.limits[self.layout.leader(slot)].get()
     }
@@ -782,6 +784,7 @@ impl Scoped {
 
     /// The next turn, or of the next few the one whose key is full first. In strict turn, large limits would be full, and
     /// lose what comes back, while small ones are used up. Weights say themselves whose turn it is.
+    #[inline]
     fn first_full(&self, turn: usize, turns: &Range<usize>, now: u64) -> usize {
         if !self.common.is_mixed.load(Relaxed) || self.layout.has_weights() {
             return turn;
@@ -838,6 +841,7 @@ impl Scoped {
     }
 
     /// The members of a quota group take turns, or the first one would serve all that its group may.
+    #[inline]
     fn turn_in_group(&self, slot: usize, tier: &Range<usize>) -> usize {
         let Some((group, _)) = self.layout.group_of(slot) else { return slot };
         let members = self.layout.round_of_group(group);
@@ -918,6 +922,7 @@ impl Scoped {
         self.layout.has_caps() && self.keys[slot].cap().is_some_and(Cap::is_full)
     }
 
+    #[inline]
     pub(super) fn usual_tokens(&self) -> u64 {
         self.common.usual_tokens.load(Relaxed)
     }
@@ -994,6 +999,7 @@ impl Scoped {
     }
 
     /// The next key in turn whose deadline has passed.
+    #[inline]
     fn next_due(&self, from: usize, slots: &Range<usize>, now: u64) -> Option<usize> {
         let within = |slot: &usize| slots.contains(slot);
         let due = self.due.next_due(from, now).filter(within);
@@ -1005,6 +1011,7 @@ impl Scoped {
     }
 
     /// Brings the index in line with all keys of a limit.
+    #[inline]
     pub(crate) fn refresh_limit(&self, slot: usize, now: u64) {
         match self.layout.group_of(slot) {
             Some((_, members)) => members.iter().for_each(|member| self.refresh_slot(*member as usize, now)),
@@ -1060,17 +1067,20 @@ impl Scoped {
         self.ended.fetch_add(1, SeqCst);
     }
 
+    #[inline]
     fn is_open(&self, slot: usize) -> bool {
         self.open.contains(self.layout.a_turn_of(slot))
     }
 
     /// When a key has room for a usual request, in ns; 0 if it has.
+    #[inline]
     fn closed_until(&self, slot: usize, now: u64) -> u64 {
         let limit = self.known_limit(slot).map_or(0, |limit| limit.closed_until(self.usual_tokens(), now));
         self.key_closed_until(slot, now).max(limit)
     }
 
     /// When a key has room, whatever its limit says, in ns; 0 if it has.
+    #[inline]
     fn key_closed_until(&self, slot: usize, now: u64) -> u64 {
         if self.is_full(slot) { NEVER } else { key_until(&self.keys[slot], now) }
     }
@@ -1132,6 +1142,7 @@ struct Full {
 }
 
 /// When a key comes back by itself, in ns; 0 if it serves. A key in doubt comes back by a trial.
+#[inline]
 fn key_until(key: &Key, now: u64) -> u64 {
     let state = key.state.load();
     if state.is_available() {
