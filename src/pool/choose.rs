@@ -193,6 +193,11 @@ impl Engine {
         // A request that only some keys may serve would hold up all others.
         let is_picky = is_picky(traits);
         let _first = if is_picky { None } else { Some(place.first(was_refused).await) };
+        // Boxed: of many requests that wait, one is the first.
+        Box::pin(self.in_first_place(traits, common, clock)).await
+    }
+
+    async fn in_first_place(&self, traits: &Traits, common: &Common, clock: &dyn Clock) -> Lease {
         loop {
             // Subscribed before the pick, so that no event after it is missed.
             let changed = common.waiting.changed();
