@@ -194,10 +194,16 @@ impl Engine {
         let is_picky = is_picky(traits);
         let _first = if is_picky { None } else { Some(place.first(was_refused).await) };
         // Boxed: of many requests that wait, one is the first.
-        Box::pin(self.in_first_place(traits, common, clock)).await
+        Box::pin(self.in_first_place(traits, common, trials, clock)).await
     }
 
-    async fn in_first_place(&self, traits: &Traits, common: &Common, clock: &dyn Clock) -> Lease {
+    async fn in_first_place(
+        &self,
+        traits: &Traits,
+        common: &Common,
+        trials: Trials,
+        clock: &dyn Clock,
+    ) -> Lease {
         loop {
             // Subscribed before the pick, so that no event after it is missed.
             let changed = common.waiting.changed();
