@@ -309,6 +309,8 @@ impl Gateway {
                 "127.0.0.1:0",
                 "--admin-listen",
                 "127.0.0.1:0",
+                "--state",
+                "none",
                 "--upstream",
                 &format!("http://{upstream}"),
                 "--keys",

@@ -104,7 +104,7 @@ impl FromStr for BaseUrl {
             return Err("it must be http://… or https://…");
         };
         if authority.as_str().contains('@') {
-            return Err("it has a user or password: keys come from --keys or --mongodb");
+            return Err("it has a user or password: keys come from --keys, --state or --mongodb");
         }
         let path = parts.path_and_query;
         if path.as_ref().is_some_and(|path| path.query().is_some()) {

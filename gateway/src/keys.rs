@@ -1,15 +1,20 @@
-//! Opens the key pool of an upstream: from files and variables, from MongoDB, or from both.
+//! Opens the key pool of an upstream: from files and variables, and over the store that keeps the state of the keys.
 
-use std::error::Error;
+use std::{error::Error, path::Path};
 
 use tower_key_rotation::{
-    Inject, KeyPool, KeyPoolBuilder, KeySpec,
-    store::mongodb::{ConnectError, DataKeys, MongoStore, MongoStoreBuilder},
+    BuildError, Inject, KeyPool, KeyPoolBuilder, KeySpec,
+    store::{
+        DataKeys,
+        file::FileStore,
+        mongodb::{ConnectError, MongoStore, MongoStoreBuilder},
+    },
 };
 
 use crate::{
     arguments::KeyPlace,
-    config::{Invalid, KeySource, MongoDb, UpstreamConfig},
+    config::{Invalid, KeySource, MongoDb, StateFile, UpstreamConfig},
+    state::make_directory,
 };
 
 /// Reads the keys that the files and variables of an upstream name. Logs those that can't be used.
@@ -17,15 +22,65 @@ pub(crate) fn given(upstream: &UpstreamConfig) -> Result<Vec<KeySpec>, Invalid> 
     let pool =
         with_sources_of_keys(builder(upstream), upstream).build().map_err(|error| wrong(upstream, error))?;
     let keys = pool.specs();
-    if keys.is_empty() && upstream.mongodb.is_none() { Err(no_key(upstream, &pool)) } else { Ok(keys) }
+    if keys.is_empty() && !upstream.may_keep_keys() { Err(no_key(upstream, &pool)) } else { Ok(keys) }
 }
 
-/// Opens a pool with these keys, and those in MongoDB.
-pub(crate) async fn open(upstream: &UpstreamConfig, keys: Vec<KeySpec>) -> Result<KeyPool, Box<dyn Error>> {
+/// Opens the file that keeps the state of an upstream; `None` if there is none.
+pub(crate) fn state(upstream: &UpstreamConfig) -> Result<Option<FileStore>, Invalid> {
+    let Some(StateFile { path, is_named, data_keys }) = &upstream.state else {
+        if upstream.mongodb.is_none() {
+            tracing::info!(upstream = upstream.name, "state is kept in memory: a restart forgets it");
+        }
+        return Ok(None);
+    };
+    let mut builder = FileStore::builder();
+    if let Some(file) = data_keys {
+        builder = builder.encrypt_with(DataKeys::from_file(file).map_err(|error| wrong(upstream, error))?);
+    }
+    let directory = if *is_named { Ok(()) } else { make_directory(path) };
+    let (reason, is_about_the_file) = match directory {
+        Err(error) => (format!("{}: {error}", path.display()), false),
+        Ok(()) => match builder.open(path) {
+            Ok(store) => {
+                tracing::info!(upstream = upstream.name, "state is kept in {}", absolute(path));
+                return Ok(Some(store));
+            }
+            Err(error) => (crate::with_sources(&error), error.is_in_use() || error.is_unreadable()),
+        },
+    };
+    if *is_named || is_about_the_file || data_keys.is_some() {
+        return Err(Invalid::because(format!("{}: {reason}", upstream.place_of("state"))));
+    }
+    // Nobody asked for this file.
+    tracing::warn!(
+        upstream = upstream.name,
+        "state is kept in memory, because no file can be used: {reason}; set --state to one"
+    );
+    Ok(None)
+}
+
+fn absolute(file: &Path) -> String {
+    std::path::absolute(file).as_deref().unwrap_or(file).display().to_string()
+}
+
+/// Opens a pool with these keys, and those in the store: that file, or MongoDB.
+pub(crate) async fn open(
+    upstream: &UpstreamConfig,
+    keys: Vec<KeySpec>,
+    state: Option<FileStore>,
+) -> Result<KeyPool, Box<dyn Error>> {
     let has_sources = !upstream.keys.is_empty();
     let builder = keys.into_iter().fold(builder(upstream), KeyPoolBuilder::key_spec);
+    let of_store = |error: BuildError| match error.store_error() {
+        Some(_) => error.into(),
+        None => Box::<dyn Error>::from(wrong(upstream, error)),
+    };
     let Some(mongodb) = &upstream.mongodb else {
-        return Ok(builder.build().map_err(|error| wrong(upstream, error))?);
+        let pool = match state {
+            Some(store) => builder.open(store).await.map_err(of_store)?,
+            None => builder.build().map_err(|error| wrong(upstream, error))?,
+        };
+        return if pool.stats().keys.is_empty() { Err(no_key(upstream, &pool).into()) } else { Ok(pool) };
     };
     let store = store(upstream, mongodb)?;
     if has_sources {
@@ -34,10 +89,7 @@ pub(crate) async fn open(upstream: &UpstreamConfig, keys: Vec<KeySpec>) -> Resul
         return Ok(builder.open_when_ready(store).map_err(|error| wrong(upstream, error))?);
     }
     let store = store.connect(&mongodb.uri).await.map_err(|error| of_mongodb(upstream, error))?;
-    builder.open(store).await.map_err(|error| match error.store_error() {
-        Some(_) => error.into(),
-        None => wrong(upstream, error).into(),
-    })
+    builder.open(store).await.map_err(of_store)
 }
 
 /// Returns what is wrong with the keys of an upstream, without a look into MongoDB.
@@ -46,7 +98,7 @@ pub(crate) fn problems(upstream: &UpstreamConfig) -> Vec<String> {
     let mut problems = match with_sources_of_keys(builder(upstream), upstream).build() {
         Err(error) => vec![wrong(upstream, error).to_string()],
         Ok(pool)
-            if pool.rejected().is_empty() && pool.stats().keys.is_empty() && upstream.mongodb.is_none() =>
+            if pool.rejected().is_empty() && pool.stats().keys.is_empty() && !upstream.may_keep_keys() =>
         {
             vec![no_key(upstream, &pool).to_string()]
         }
@@ -102,6 +154,10 @@ fn store(upstream: &UpstreamConfig, mongodb: &MongoDb) -> Result<MongoStoreBuild
 fn no_key(upstream: &UpstreamConfig, pool: &KeyPool) -> Invalid {
     let place = upstream.place_of("keys");
     Invalid::because(match pool.rejected() {
+        _ if pool.stats().unreadable > 0 => {
+            let state = upstream.place_of("state");
+            format!("{state}: no key in the file can be used: data-keys may be missing, or another one")
+        }
         [] => format!("{place}: there is no key"),
         [rejected, ..] => format!("{place}: no key can be used: {rejected}"),
     })

@@ -35,6 +35,7 @@ mod reload;
 mod serve;
 mod served;
 mod settings;
+mod state;
 mod this_machine;
 mod unread;
 mod upstream;

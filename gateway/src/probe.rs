@@ -56,12 +56,13 @@ impl fmt::Display for Outcome {
 pub(crate) async fn keys(upstream: &UpstreamConfig) -> Result<Vec<(KeyId, Outcome)>, Box<dyn Error>> {
     let mut upstream = upstream.clone();
     if !upstream.keys.is_empty() {
-        upstream.mongodb = None;
+        // Nor that of a gateway that is running.
+        (upstream.mongodb, upstream.state) = (None, None);
     }
     // Each key gets one request, whatever its limits.
     (upstream.attempts, upstream.wait, upstream.pace) = (Some(1), Duration::ZERO, false);
     upstream.quotas.clear();
-    let pool = keys::open(&upstream, keys::given(&upstream)?).await?;
+    let pool = keys::open(&upstream, keys::given(&upstream)?, keys::state(&upstream)?).await?;
     let client = client(&pool, &upstream)?;
     let ids = pool.stats().keys.into_iter().map(|key| key.id);
     let outcomes = stream::iter(ids).map(|id| {

@@ -26,6 +26,7 @@ use crate::{
     base_url::BaseUrl,
     callers::Token,
     config::Values,
+    state::State,
     webhook::WebhookUrl,
 };
 
@@ -65,6 +66,11 @@ pub(crate) struct Settings {
     #[arg(long, value_name = "FILE")]
     pub(crate) keys: Option<PathBuf>,
 
+    /// File that keeps keys and their state over restarts, or none to keep them in memory. Without effect with --mongodb
+    /// [default: a file for the upstream in the user's state directory]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) state: Option<State>,
+
     /// Share keys and their state through this MongoDB; missing keys of --keys are added to it
     #[arg(long, value_name = "URI")]
     pub(crate) mongodb: Option<String>,
@@ -81,7 +87,7 @@ pub(crate) struct Settings {
     #[arg(long, value_name = "NAME")]
     pub(crate) mongodb_standby_collection: Option<String>,
 
-    /// Encrypt secrets in MongoDB with the data keys of this file
+    /// Encrypt secrets in the state file or in MongoDB with the data keys of this file
     #[arg(long, value_name = "FILE")]
     pub(crate) data_keys: Option<PathBuf>,
 

@@ -584,7 +584,7 @@ async fn invalid_settings_exit_2_with_one_line() {
         (with("--keep-body", "1MiB"), "--keep-body <BYTES>"),
         (with("--client-token", "canary canary"), "--client-token <TOKEN>: a token is"),
         (with("--admin-token", ""), "--admin-token <TOKEN>"),
-        (with("--data-keys", data_keys.path()), "--data-keys is for the keys in MongoDB"),
+        (with("--data-keys", data_keys.path()), "--data-keys is for keys that are kept"),
         (with("--mongodb", "mongo://me:canary@localhost"), "--mongodb"),
         (with("--log", "gateway=loud"), "--log"),
         (with("--no-such-setting", "1"), "--no-such-setting"),

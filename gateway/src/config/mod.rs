@@ -25,10 +25,13 @@ pub(crate) use self::{
     file::Values,
     problems::Invalid,
     route::below,
-    upstream::{KeySource, MongoDb, ScopeRule, UpstreamConfig},
+    upstream::{KeySource, MongoDb, ScopeRule, StateFile, UpstreamConfig},
 };
 use self::{file::File, table::Fields};
-use crate::settings::{Settings, in_one_line};
+use crate::{
+    settings::{Settings, in_one_line},
+    state::State,
+};
 
 /// Settings that say what the only upstream is. An `[[upstream]]` table has fields of its own for them.
 const OF_ONE_UPSTREAM: [&str; 8] = [
@@ -132,6 +135,9 @@ fn upstreams(settings: &Settings, matches: &ArgMatches, file: &mut File<'_>) -> 
             file.wrong_setting(name, format!("--{name}: with [[upstream]] it belongs in these tables"));
         }
     }
+    if let Some(State::File(_)) = settings.state {
+        file.wrong_setting("state", "--state: with [[upstream]] a file belongs into these tables".to_owned());
+    }
     let problems = &mut file.problems;
     let mut upstreams: Vec<UpstreamConfig> = Vec::new();
     let mut names = BTreeSet::new();
@@ -154,6 +160,14 @@ fn upstreams(settings: &Settings, matches: &ArgMatches, file: &mut File<'_>) -> 
                     format!("upstream {name:?}: upstream {:?} has the same MongoDB collection", other.name);
                 problems.add_at(at, reason);
             }
+        }
+        if let Some(state) = &upstream.state
+            && let Some(other) = upstreams
+                .iter()
+                .find(|other| other.state.as_ref().is_some_and(|there| there.path == state.path))
+        {
+            problems
+                .add_at(at, format!("upstream {name:?}: upstream {:?} has the same state file", other.name));
         }
         upstreams.push(upstream);
     }

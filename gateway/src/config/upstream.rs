@@ -19,6 +19,7 @@ use crate::{
     base_url::BaseUrl,
     classifier::Classifier,
     settings::Settings,
+    state::{State, default_file},
 };
 
 /// The name of the only upstream, if it comes from the settings.
@@ -34,6 +35,8 @@ pub(crate) struct UpstreamConfig {
     pub(crate) allow_cleartext: bool,
     pub(crate) keys: Vec<KeySource>,
     pub(crate) mongodb: Option<MongoDb>,
+    /// `None` with MongoDB, and if all is kept in memory.
+    pub(crate) state: Option<StateFile>,
     pub(crate) inject: Vec<KeyPlace>,
     pub(crate) classifier: Classifier,
     pub(crate) pace: bool,
@@ -56,6 +59,15 @@ pub(crate) struct UpstreamConfig {
 pub(crate) enum KeySource {
     File(PathBuf),
     Variable(String),
+}
+
+/// The file that keeps keys and their state.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct StateFile {
+    pub(crate) path: PathBuf,
+    /// Whether the configuration names it.
+    pub(crate) is_named: bool,
+    pub(crate) data_keys: Option<PathBuf>,
 }
 
 #[derive(Clone, PartialEq, Eq)]
@@ -112,11 +124,13 @@ impl UpstreamConfig {
             standby_collection: settings.mongodb_standby_collection.clone(),
             data_keys: settings.data_keys.clone(),
         });
-        if settings.keys.is_none() && mongodb.is_none() {
-            problems.add("there are no keys: set --keys, --mongodb or both");
+        let state = mongodb.is_none().then(|| settings.state.clone().unwrap_or_default());
+        let state = state.and_then(|state| StateFile::new(state, DEFAULT, &url, settings.data_keys.clone()));
+        if settings.keys.is_none() && mongodb.is_none() && !state.as_ref().is_some_and(|file| file.is_named) {
+            problems.add("there are no keys: set --keys, or --mongodb, or --state to a file with keys");
         }
-        if mongodb.is_none() && settings.data_keys.is_some() {
-            problems.add("--data-keys is for the keys in MongoDB: set --mongodb, too");
+        if mongodb.is_none() && state.is_none() && settings.data_keys.is_some() {
+            problems.add("--data-keys is for keys that are kept: set --state to a file, or set --mongodb");
         }
         if !url.is_safe() && !settings.allow_cleartext {
             problems.add("--upstream: keys would travel in cleartext: use https, or set --allow-cleartext");
@@ -124,6 +138,7 @@ impl UpstreamConfig {
         Some(Self {
             keys: settings.keys.iter().cloned().map(KeySource::File).collect(),
             mongodb,
+            state,
             inject: settings.inject.clone(),
             ..Self::with_defaults(DEFAULT.to_owned(), Route::Rest, url, settings)
         })
@@ -149,9 +164,22 @@ impl UpstreamConfig {
         }
         let route = route(&mut table, problems);
         let keys = keys(&mut table, problems);
-        let mongodb = mongodb(&mut table, problems);
-        if keys.is_empty() && mongodb.is_none() && !table.has_failed("keys") {
+        let data_keys = table.text(problems, "data-keys").map(|file| PathBuf::from(file.value));
+        let mongodb = mongodb(&mut table, problems, data_keys.clone());
+        let state = table.parsed::<State>(problems, "state").map(|state| state.value);
+        let names_file = matches!(state, Some(State::File(_)));
+        if keys.is_empty() && mongodb.is_none() && !names_file && !table.has_failed("keys") {
             table.wrong(problems, "it has no keys: set keys, keys-variable or mongodb");
+        }
+        let state = state.unwrap_or(match settings.state {
+            Some(State::None) => State::None,
+            _ => State::Default,
+        });
+        if mongodb.is_none() && state == State::None && data_keys.is_some() {
+            table.wrong(
+                problems,
+                "data-keys: it is for keys that are kept: set state to a file, or set mongodb",
+            );
         }
         let inject = table.list(problems, "inject").map_or_else(Vec::new, |inject| inject.value);
         let classifier = table.parsed(problems, "classifier").map(|classifier| classifier.value);
@@ -182,10 +210,13 @@ impl UpstreamConfig {
         }
         table.finish(problems);
         let defaults = Self::with_defaults(name?.value, route?, url?.value, settings);
+        let state = mongodb.is_none().then_some(state);
+        let state = state.and_then(|state| StateFile::new(state, &defaults.name, &defaults.url, data_keys));
         Some(Self {
             allow_cleartext,
             keys,
             mongodb,
+            state,
             inject: if inject.is_empty() { defaults.inject } else { inject },
             classifier: classifier.unwrap_or_default(),
             pace: pace.unwrap_or(defaults.pace),
@@ -211,6 +242,7 @@ impl UpstreamConfig {
             allow_cleartext: settings.allow_cleartext,
             keys: Vec::new(),
             mongodb: None,
+            state: None,
             inject: vec![KeyPlace::Bearer],
             classifier: Classifier::default(),
             pace: settings.pace,
@@ -251,7 +283,25 @@ impl UpstreamConfig {
             KeySource::File(file) => Some(file.as_path()),
             KeySource::Variable(_) => None,
         });
-        keys.chain(self.mongodb.iter().filter_map(|mongodb| mongodb.data_keys.as_deref()))
+        let of_mongodb = self.mongodb.iter().filter_map(|mongodb| mongodb.data_keys.as_deref());
+        keys.chain(of_mongodb).chain(self.state.iter().filter_map(|state| state.data_keys.as_deref()))
+    }
+
+    /// Whether there may be keys that no file and no variable names.
+    pub(crate) fn may_keep_keys(&self) -> bool {
+        self.mongodb.is_some() || self.state.as_ref().is_some_and(|state| state.is_named)
+    }
+}
+
+impl StateFile {
+    fn new(state: State, name: &str, url: &BaseUrl, data_keys: Option<PathBuf>) -> Option<Self> {
+        let (path, is_named) = match state {
+            State::None => return None,
+            State::File(path) => (path, true),
+            State::Default if name == DEFAULT => (default_file(url.authority()), false),
+            State::Default => (default_file(&format!("{}@{name}", url.authority())), false),
+        };
+        Some(Self { path, is_named, data_keys })
     }
 }
 
@@ -313,14 +363,13 @@ fn keys(table: &mut Fields<'_>, problems: &mut Problems) -> Vec<KeySource> {
     file.into_iter().chain(variable).collect()
 }
 
-fn mongodb(table: &mut Fields<'_>, problems: &mut Problems) -> Option<MongoDb> {
+fn mongodb(table: &mut Fields<'_>, problems: &mut Problems, data_keys: Option<PathBuf>) -> Option<MongoDb> {
     let mut text = |field| table.text(problems, field).map(|text| text.value);
     let (uri, database) = (text("mongodb"), text("mongodb-database"));
     let (collection, standby) = (text("mongodb-collection"), text("mongodb-standby-collection"));
-    let data_keys = text("data-keys").map(PathBuf::from);
-    let is_part = database.is_some() || collection.is_some() || standby.is_some() || data_keys.is_some();
+    let is_part = database.is_some() || collection.is_some() || standby.is_some();
     if uri.is_none() && is_part {
-        table.wrong(problems, "mongodb-… and data-keys are for keys in MongoDB: set mongodb, too");
+        table.wrong(problems, "mongodb-… is for keys in MongoDB: set mongodb, too");
     }
     Some(MongoDb { uri: uri?, database, collection, standby_collection: standby, data_keys })
 }

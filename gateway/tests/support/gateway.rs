@@ -26,6 +26,8 @@ pub fn command<I: IntoIterator<Item: AsRef<OsStr>>>(arguments: I) -> Command {
     for (name, _) in env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("GATEWAY_")) {
         command.env_remove(name);
     }
+    // In memory, unless an argument says otherwise.
+    command.env("GATEWAY_STATE", "none");
     command.args(arguments).stdin(Stdio::null()).kill_on_drop(true);
     command
 }
