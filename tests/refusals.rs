@@ -334,6 +334,22 @@ async fn f37_leases_compare_two_keys_too() {
 }
 
 #[tokio::test]
+async fn f37_a_firewalls_page_confirms_no_refusal() {
+    let firewall = World::new(2, |key, _| (if key == "key-0" { 401 } else { 403 }, None));
+    let layer = KeyRotationLayer::new(&firewall.pool).failover(Failover::attempts(3)).classify(
+        |head: &ResponseHead<'_>| match head.status().as_u16() {
+            401 => Verdict::Refused,
+            _ => Verdict::Nothing,
+        },
+    );
+    let client = firewall.clone();
+    let client = layer.layer(service_fn(move |request| client.clone().serve(request)));
+    assert_eq!(status(client.oneshot(request("")).await), Ok(403));
+    assert_eq!(firewall.sent(), ["key-0", "key-1"]);
+    assert!(!firewall.statuses().values().any(|status| *status == Status::RateLimited));
+}
+
+#[tokio::test]
 async fn f37_scoped_and_paced_pools_compare_two_keys() {
     let world = World::of(|builder| builder.paced().build().unwrap(), 5, refusing(401));
     for _ in 0..20 {

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use http::StatusCode;
 
+use super::judge;
 use crate::pool::{Engine, Key};
 
 /// The keys that refused one request without saying why, each with the status.
@@ -25,10 +26,9 @@ impl Experiment {
         true
     }
 
-    /// A key has answered the request with no refusal: those before are the reason for theirs. An error of the service
-    /// says nothing of any key.
+    /// A key was answered with no refusal. If it has served the request, those before are the reason for theirs.
     pub(super) fn answered(&mut self, engine: &Engine, status: StatusCode) {
-        if !status.is_server_error() {
+        if judge::has_served(status) {
             for (key, status) in self.refused.drain(..) {
                 engine.confirm(&key, status.as_u16());
             }

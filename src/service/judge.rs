@@ -116,6 +116,12 @@ pub(super) fn is_error(status: StatusCode) -> bool {
     status.is_client_error() || status.is_server_error()
 }
 
+/// Whether an answer without a verdict shows that the service accepts its key. An error of the service and a firewall's page
+/// show nothing.
+pub(super) fn has_served(status: StatusCode) -> bool {
+    !status.is_server_error() && !matches!(status.as_u16(), 401 | 402 | 403 | 429)
+}
+
 fn is_attributed<R: JudgedResponse>(response: &R) -> bool {
     response.extensions().get::<Attributed>().is_some()
 }
@@ -126,7 +132,7 @@ pub(super) fn apply(lease: &mut Lease, verdict: Verdict, head: &ResponseHead<'_>
     let is_error = is_error(head.status());
     let (rest, wait) = match verdict {
         Verdict::Nothing => {
-            if !head.status().is_server_error() {
+            if has_served(head.status()) {
                 lease.has_served();
             }
             if lease.ticket().is_some() {
