@@ -155,7 +155,7 @@ async fn a_conversation_keeps_its_key_unless_pacing_is_off() {
         let upstream = Server::limiting([]).await;
         let gateway = Gateway::before(upstream.address(), &keys, [pace]).await;
         let mut used = BTreeSet::new();
-        for conversation in 0..20 {
+        for conversation in 0..60 {
             let before = upstream.count();
             for turn in 0..4 {
                 let mut body = chat(&format!("question {conversation}"), "m");

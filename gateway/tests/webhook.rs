@@ -11,7 +11,8 @@ async fn a_webhook_is_told_of_a_revoked_key() {
     let receiver = Server::answering(|| answer(204, "")).await;
     let url = format!("http://{}/hook", receiver.address());
     let arguments = ["--webhook", &url, "--pace=false"];
-    let gateway = Gateway::before(upstream.address(), &["alpha"], arguments).await;
+    let gateway = Gateway::before(upstream.address(), &["alpha", "beta"], arguments).await;
+    // The last key only rests, however plainly it is refused.
     assert_eq!(http().get(gateway.url("/")).send().await.unwrap().status(), 401);
     eventually("it is told", || receiver.count() == 2).await;
     let told: Vec<Value> =
