@@ -5,11 +5,14 @@ use std::{
 
 use tracing::{Dispatch, level_filters::LevelFilter, subscriber::DefaultGuard};
 
-/// A second subscriber that listens to everything and writes nothing.
+/// Keeps a second subscriber for the process, which listens to everything and writes nothing.
 ///
 /// With one subscriber, `tracing` asks only the first thread that reaches a log line whether it is enabled, and caches
 /// the answer for all threads. The second subscriber makes that answer yes.
-static SECOND: OnceLock<Dispatch> = OnceLock::new();
+pub fn listen_to_everything() {
+    static SECOND: OnceLock<Dispatch> = OnceLock::new();
+    SECOND.get_or_init(|| Dispatch::new(tracing_subscriber::registry()));
+}
 
 /// The log of this thread at every level.
 #[derive(Clone, Default)]
@@ -17,7 +20,7 @@ pub struct Logs(Arc<Mutex<Vec<u8>>>);
 
 impl Logs {
     pub fn capture() -> (Self, DefaultGuard) {
-        SECOND.get_or_init(|| Dispatch::new(tracing_subscriber::registry()));
+        listen_to_everything();
         let logs = Self::default();
         let writer = logs.clone();
         let subscriber = tracing_subscriber::fmt()

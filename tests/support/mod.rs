@@ -40,7 +40,7 @@ pub use self::process::Process;
 #[allow(unused_imports)] // Each test file uses a part of these, too.
 pub use self::{
     files::{TestFile, file, keys_file},
-    logs::Logs,
+    logs::{Logs, listen_to_everything},
     program::example,
     proxy::{Fault, Proxy},
     requests::{get, get_request, http, send, status},
