@@ -346,9 +346,9 @@ impl Reader<'_> {
         self.array().map(f32::from_le_bytes).filter(|number| number.is_finite())
     }
 
-    /// A number of requests or of seconds.
+    /// A number of requests or of seconds. Sums over many limits may be larger than counts.
     fn amount(&mut self) -> Option<f32> {
-        self.f32().filter(|number| (0.0..=LARGEST).contains(number))
+        self.f32().filter(|number| *number >= 0.0).map(|number| number.min(LARGEST))
     }
 
     fn span(&mut self) -> Option<u64> {
@@ -533,9 +533,16 @@ mod tests {
         // A window that would end with the end of time.
         assert!(!with(&|left| left.reset = Duration::from_secs(u64::MAX - 2_048)));
         assert!(!with(&|left| left.resolution = Duration::from_secs(u64::MAX)));
-        let mut hungry = message();
-        hungry.parts[0].need.waiting = 3e38;
-        assert_eq!(Message::decode(&hungry.encode(SECOND), SECOND), None);
+    }
+
+    #[test]
+    fn large_sums_are_read_as_the_largest_number() {
+        let mut large = message();
+        (large.parts[0].need.waiting, large.parts[0].need.supply) = (3e38, 2e12);
+        let need = Message::decode(&large.encode(SECOND), SECOND).unwrap().parts[0].need;
+        assert_eq!((need.waiting, need.supply), (LARGEST, LARGEST));
+        large.parts[0].need.supply = -1.0;
+        assert_eq!(Message::decode(&large.encode(SECOND), SECOND), None);
     }
 
     #[test]

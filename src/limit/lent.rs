@@ -120,9 +120,7 @@ impl Limit {
 
     /// Whether what is left of the limit is known from headers.
     pub(crate) fn is_known_from_headers(&self) -> bool {
-        let learned = self.lock_learned();
-        let knows = |learned: &Learned| !learned.ignores_headers() && learned.requests.last_level().is_some();
-        learned.as_deref().is_some_and(knows)
+        self.lock_learned().as_deref().is_some_and(Learned::follows_headers)
     }
 
     /// Whether the owner has to hear of the next answers: headers are not known, or were last seen a while ago.

@@ -78,6 +78,11 @@ impl Learned {
         self.beside.as_ref().is_some_and(|beside| beside.ignores_headers)
     }
 
+    /// Whether headers have said what is left, and are believed.
+    pub(super) fn follows_headers(&self) -> bool {
+        !self.ignores_headers() && self.requests.last_level().is_some()
+    }
+
     pub(super) fn tokens(&mut self) -> Option<&mut Estimate> {
         self.beside.as_mut()?.tokens.as_mut()
     }
@@ -471,7 +476,7 @@ impl Limit {
             self.set_cap(if is_needed { learned.found().cap(cap, is_limited, wait, sent_at) } else { 0 });
         }
         // A 429 of a load balancer says nothing of what the service's headers said.
-        if !has_headers && (learned.ignores_headers() || learned.requests.last_level().is_none()) {
+        if !has_headers && !learned.follows_headers() {
             learned.found().adjust(&self.requests, is_limited, wait, sent_at, now);
         }
         caught
