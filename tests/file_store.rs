@@ -565,6 +565,23 @@ async fn what_is_left_of_daily_quotas_survives_a_restart() {
 }
 
 #[tokio::test]
+async fn a_replaced_key_has_its_whole_quota() {
+    let place = Place::new();
+    let open = async || {
+        let builder = KeyPool::builder().key("alpha", "sk-1").quota(Quota::per_day(100).window());
+        builder.clock(place.clock.clone()).open(place.open()).await.unwrap()
+    };
+    let pool = open().await;
+    assert_eq!(drain(&pool, "gpt-5"), 100);
+    RecoveryHandle::spawn_with(&pool, passes_by_hand()).shutdown().await.unwrap();
+    drop(pool);
+    let pool = open().await;
+    assert_eq!(drain(&pool, "gpt-5"), 0);
+    pool.replace(KeySpec::new(id("alpha"), "sk-2")).await.unwrap();
+    assert_eq!(drain(&pool, "gpt-5"), 100);
+}
+
+#[tokio::test]
 async fn quotas_are_kept_once_a_second() {
     let place = Place::new();
     let store = place.open();

@@ -31,15 +31,19 @@ impl Kept {
         self.lock().is_empty()
     }
 
-    pub(super) fn of(&self, scope: u64, limit: u64) -> Vec<KeptWindow> {
-        self.lock().get(&(scope, limit)).cloned().unwrap_or_default()
+    /// What was kept of a limit, once: if the limit is made again, it begins anew.
+    pub(super) fn take(&self, scope: u64, limit: u64) -> Vec<KeptWindow> {
+        self.lock().remove(&(scope, limit)).unwrap_or_default()
     }
 
-    /// What has not ended.
+    /// What nobody has taken yet, and has not ended.
     pub(super) fn all(&self, wall: u64) -> Windows {
-        let mut windows = self.lock().clone();
-        windows.values_mut().for_each(|windows| windows.retain(|window| window.ends > wall));
-        windows
+        let mut windows = self.lock();
+        windows.retain(|_, windows| {
+            windows.retain(|window| window.ends > wall);
+            !windows.is_empty()
+        });
+        windows.clone()
     }
 
     fn lock(&self) -> MutexGuard<'_, Windows> {

@@ -57,6 +57,13 @@ pub(crate) struct Demand<'a> {
     pub(crate) avoid: &'a [KeyId],
 }
 
+impl Demand<'_> {
+    /// Whether the request may be sent with that key.
+    fn allows(&self, key: &Key) -> bool {
+        self.only.is_none_or(|id| key.id == *id) && !self.avoid.contains(&key.id)
+    }
+}
+
 /// How the limits of a pool are made.
 #[derive(Debug)]
 pub(crate) struct Limiting {
@@ -410,7 +417,7 @@ impl Scoped {
         if !self.limiting.kept.is_empty()
             && let Some(name) = self.layout.names(&self.keys).of(leader)
         {
-            let windows = self.limiting.kept.of(self.common.name(), name);
+            let windows = self.limiting.kept.take(self.common.name(), name);
             limit.restore(&windows, now, wall_millis(&*self.limiting.clock));
         }
         Arc::new(limit)
@@ -597,11 +604,7 @@ impl Scoped {
         let leader = self.layout.names(&self.keys).slot(limit)?;
         let may_serve = |slot: &usize| {
             let key = &self.keys[*slot];
-            slots.contains(slot)
-                && key.is_available()
-                && !self.is_full(*slot)
-                && demand.only.is_none_or(|id| key.id == *id)
-                && !demand.avoid.contains(&key.id)
+            slots.contains(slot) && key.is_available() && !self.is_full(*slot) && demand.allows(key)
         };
         let Some((group, members)) = self.layout.group_of(leader) else {
             return Some(leader).filter(may_serve);
@@ -654,11 +657,23 @@ impl Scoped {
             return Err(earliest.min(self.earliest_for_certain(now)));
         }
         // The tries may have gone to keys that are avoided.
+        self.take_first(0..self.keys.len(), usize::MAX, demand, now).map_err(|until| until.min(earliest))
+    }
+
+    /// The first of these keys that has room, of as many as may serve the request.
+    fn take_first(
+        &self,
+        slots: Range<usize>,
+        most: usize,
+        demand: &Demand<'_>,
+        now: u64,
+    ) -> Result<Picked, u64> {
         let may_serve = |slot: &usize| {
             let key = &self.keys[*slot];
-            !key.is_in_doubt() && !demand.avoid.contains(&key.id)
+            !key.is_in_doubt() && demand.allows(key)
         };
-        for slot in (0..self.keys.len()).filter(may_serve) {
+        let mut earliest = NEVER;
+        for slot in slots.filter(may_serve).take(most) {
             match self.take(slot, demand, now) {
                 Ok(picked) => return Ok(picked),
                 Err(full) => earliest = earliest.min(full.until),
@@ -733,16 +748,9 @@ impl Scoped {
         }
         if tries > 0 && has_weights {
             // All the turns may have been those of one heavy key.
-            let others = slots.clone().filter(|slot| {
-                let key = &self.keys[*slot];
-                !key.is_in_doubt() && !demand.avoid.contains(&key.id)
-            });
-            for slot in others.take(TOO_SMALL_PER_PICK) {
-                match self.take(slot, demand, now) {
-                    Ok(picked) => return Ok(picked),
-                    Err(full) => too_small = too_small.min(full.until),
-                }
-            }
+            return self
+                .take_first(slots.clone(), TOO_SMALL_PER_PICK, demand, now)
+                .map_err(|until| until.min(too_small));
         }
         Err(too_small)
     }
@@ -854,8 +862,11 @@ impl Scoped {
     /// A key in doubt, if it has room for the request.
     pub(super) fn take_to_try(&self, key: &Arc<Key>, demand: &Demand<'_>, now: u64) -> Option<Picked> {
         let slot = self.slot_of(key)?;
-        let may_serve = demand.only.is_none_or(|id| key.id == *id) && !demand.avoid.contains(&key.id);
-        if may_serve && !self.is_full(slot) { self.take_of_limit(slot, demand, now).ok() } else { None }
+        if demand.allows(key) && !self.is_full(slot) {
+            self.take_of_limit(slot, demand, now).ok()
+        } else {
+            None
+        }
     }
 
     #[inline]
@@ -965,8 +976,7 @@ impl Scoped {
             };
             let key = &self.keys[*slot];
             let until = limit.closed_until(demand.tokens, now);
-            let is_allowed = demand.only.is_none_or(|id| key.id == *id) && !demand.avoid.contains(&key.id);
-            is_allowed
+            demand.allows(key)
                 && key.is_available()
                 && !self.is_full(*slot)
                 && until > far
