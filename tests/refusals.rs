@@ -334,6 +334,30 @@ async fn f37_leases_compare_two_keys_too() {
 }
 
 #[tokio::test]
+async fn f37_a_success_that_rests_its_key_confirms_nothing() {
+    let world = World::new(2, |key, _| if key == "key-0" { (401, None) } else { (200, Some(600)) });
+    let limited_by_a_success = |head: &ResponseHead<'_>| match head.status().as_u16() {
+        200 => Verdict::RateLimited { wait: head.wait() },
+        _ => verdict(head),
+    };
+    let by_lease = world.clone();
+    let keys = KeyLeases::new(&world.pool);
+    let answer: Result<_, Error<Infallible>> = keys
+        .with_key(&Traits::new(), async |key| {
+            let mut request = request("");
+            let value = format!("Bearer {}", key.secret().expose());
+            request.headers_mut().insert("authorization", value.parse().unwrap());
+            let response = by_lease.clone().serve(request).await?;
+            key.answered_by(&limited_by_a_success, &ResponseHead::new(response.status(), response.headers()));
+            Ok(response)
+        })
+        .await;
+    assert_eq!(status(answer), Ok(200));
+    assert_eq!(world.sent(), ["key-0", "key-1"]);
+    assert_eq!(stats_of(&world.pool, "key-0").cause, None);
+}
+
+#[tokio::test]
 async fn f37_a_firewalls_page_confirms_no_refusal() {
     let firewall = World::new(2, |key, _| (if key == "key-0" { 401 } else { 403 }, None));
     let layer = KeyRotationLayer::new(&firewall.pool).failover(Failover::attempts(3)).classify(

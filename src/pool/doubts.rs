@@ -13,7 +13,7 @@ use crate::{
     key::KeyId,
     limit::{NEVER, Word},
     sync::{
-        Mutex,
+        Mutex, MutexGuard,
         atomic::{
             AtomicU64,
             Ordering::{Relaxed, SeqCst},
@@ -117,12 +117,21 @@ impl Doubts {
 
     /// Changes what is known. Also returns the keys that the indexes have to follow.
     pub(super) fn change<T>(&self, change: impl FnOnce(&mut Known) -> T) -> (T, Vec<Arc<Key>>) {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.lock();
         let result = change(&mut known);
         let first = |trials: &BTreeSet<(u64, KeyId)>| trials.first().map_or(NEVER, |(next, _)| *next);
         self.by_any.store(first(&known.by_any), SeqCst);
         self.by_failover.store(first(&known.by_failover), SeqCst);
         (result, std::mem::take(&mut known.changed))
+    }
+
+    /// Looks at what is known. No doubt changes, so there is nothing to show to others.
+    pub(super) fn look<T>(&self, look: impl FnOnce(&mut Known) -> T) -> T {
+        look(&mut self.lock())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// When the next trial may begin, in ms, if there is another one to come.

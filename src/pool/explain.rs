@@ -222,7 +222,11 @@ impl<'a> View<'a> {
     /// That time, or the one at which a request may try a key in doubt, since none has room.
     fn or_trial(&self, first: u64) -> u64 {
         let trial = self.engine.doubts.next_trial(true);
-        if trial == NEVER || self.demand.only.is_some() { first } else { first.min(trial * 1_000_000) }
+        if trial == NEVER || self.demand.only.is_some() {
+            first
+        } else {
+            first.min(trial.saturating_mul(1_000_000))
+        }
     }
 
     // ---- the order ----

@@ -287,7 +287,7 @@ impl Engine {
 
     // ---- trials ----
 
-    /// Gives a key to try to a request, if one is due and the request can `take` it.
+    /// Gives a key to try to a request, if the request can `take` it. The caller has seen that one is due.
     #[cold]
     pub(super) fn begin_trial<T>(
         &self,
@@ -295,9 +295,6 @@ impl Engine {
         has_failover: bool,
         mut take: impl FnMut(&Arc<Key>) -> Option<T>,
     ) -> Option<T> {
-        if self.doubts.next_trial(has_failover) > now {
-            return None;
-        }
         self.in_doubts(|known| {
             for key in known.due(now, has_failover, TRIED) {
                 let Some(mut doubt) = known.take(&key) else { continue };
@@ -389,12 +386,12 @@ impl Engine {
 
     /// The keys whose rest the store is to end, since they serve.
     pub(crate) fn take_served(&self) -> Vec<Arc<Key>> {
-        self.doubts.change(Known::take_served).0
+        self.doubts.look(Known::take_served)
     }
 
     /// The store could not end them.
     pub(crate) fn put_served_back(&self, keys: impl IntoIterator<Item = Arc<Key>>) {
-        self.doubts.change(|known| keys.into_iter().for_each(|key| known.note_served(&key)));
+        self.doubts.look(|known| keys.into_iter().for_each(|key| known.note_served(&key)));
     }
 
     /// Forgets the keys that have left the pool.
@@ -404,7 +401,7 @@ impl Engine {
 
     /// Whether a key was refused lately, and is not known to have served since.
     pub(super) fn is_doubtful(&self, key: &Arc<Key>) -> bool {
-        self.doubts.change(|known| known.get(key).is_some_and(is_doubtful)).0
+        self.doubts.look(|known| known.get(key).is_some_and(is_doubtful))
     }
 
     /// Some keys that were refused lately, and are not known to have served since.
@@ -413,13 +410,13 @@ impl Engine {
             let some = known.iter().take(LOOKED_AT).filter(|doubt| is_doubtful(doubt));
             some.map(|doubt| doubt.key.id.clone()).take(COMPARED).collect()
         };
-        self.doubts.change(doubtful).0
+        self.doubts.look(doubtful)
     }
 
     /// The time until a key is tried, if one is to be.
     pub(super) fn next_trial_of(&self, key: &Arc<Key>) -> Option<Duration> {
         let next = |known: &mut Known| known.get(key).map(|doubt| doubt.next);
-        let next = self.doubts.change(next).0.filter(|next| *next != NEVER)?;
+        let next = self.doubts.look(next).filter(|next| *next != NEVER)?;
         Some(Duration::from_millis(next).saturating_sub(self.now()))
     }
 
@@ -429,7 +426,7 @@ impl Engine {
         if self.doubts.next_trial(false) > now {
             return Vec::new();
         }
-        let due = self.doubts.change(|known| known.due(now, false, TRIED)).0;
+        let due = self.doubts.look(|known| known.due(now, false, TRIED));
         due.into_iter().filter(|key| key.state.load().is_available()).collect()
     }
 

@@ -170,10 +170,11 @@ impl Ticket {
     /// The service refused the request because a quota of its scope is used up: the limit rests. That says nothing of
     /// the rate that the service allows, so the pool does not slow down.
     pub(crate) fn exhausted(&mut self, wait: Option<Duration>) {
-        let said = &Remaining::default();
-        self.answered(Head { is_limited: false, is_error: true, wait: None, said });
         let now = self.scoped.now();
         self.rest_for(Rest::Exhausted, wait, now);
+        // Afterwards: it wakes others, which must find the limit closed.
+        let said = &Remaining::default();
+        self.answered(Head { is_limited: false, is_error: true, wait: None, said });
         self.refresh(now);
     }
 

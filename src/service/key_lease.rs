@@ -63,6 +63,8 @@ struct Request {
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Answer {
     Served(StatusCode),
+    /// By a success that rests the key.
+    KeyRested,
     Refused,
     /// Nobody knows if it was about the key.
     Unclear(StatusCode),
@@ -226,7 +228,7 @@ impl KeyLease {
             let status = response.status();
             request.answer = Some(match verdict {
                 Verdict::Nothing => Answer::Served(status),
-                _ if !judge::is_error(status) => Answer::Served(status),
+                _ if !judge::is_error(status) => Answer::KeyRested,
                 Verdict::Refused => Answer::Unclear(status),
                 _ => Answer::Refused,
             });

@@ -184,7 +184,7 @@ impl KeyLeases {
                     experiment.answered(engine, status);
                     false
                 }
-                None => false,
+                Some(Answer::KeyRested) | None => false,
             };
             if !goes_on {
                 if result.is_ok() && !matches!(key.answer(), Some(Answer::Unclear(_))) {
