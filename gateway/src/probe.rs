@@ -56,7 +56,7 @@ impl fmt::Display for Outcome {
 pub(crate) async fn keys(upstream: &UpstreamConfig) -> Result<Vec<(KeyId, Outcome)>, Box<dyn Error>> {
     let mut upstream = upstream.clone();
     if !upstream.keys.is_empty() {
-        // Nor that of a gateway that is running.
+        // The state file stays closed: a gateway that runs may have it open.
         (upstream.mongodb, upstream.state) = (None, None);
     }
     // Each key gets one request, whatever its limits.

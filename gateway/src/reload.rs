@@ -12,6 +12,7 @@ use crate::{
     audit::AUDIT,
     callers::Callers,
     config::{CallerConfig, Config, UpstreamConfig},
+    keys,
     served::{Current, Served},
     upstream::Upstream,
     watch::Files,
@@ -81,16 +82,19 @@ impl Reload {
         if config.callers.is_empty() && !served.callers.are_all_here() {
             return Err("it has no client token any more, which needs a restart".into());
         }
-        let (mut next, files) = (Vec::new(), Files::now(config.files()));
-        for upstream in mem::take(&mut config.upstreams) {
-            next.push(next_of(&served, upstream).await?);
+        // Also if this reload fails: a file that is missing may come.
+        self.files = Files::now(config.files());
+        // All of them before any state is opened.
+        let given = config.upstreams.iter().map(keys::given).collect::<Result<Vec<_>, _>>()?;
+        let mut next = Vec::new();
+        for (upstream, given) in mem::take(&mut config.upstreams).into_iter().zip(given) {
+            next.push(next_of(&served, upstream, given).await?);
         }
         // Nothing fails from here on.
         for name in self.config.settings.fixed_differences(&config.settings) {
             tracing::warn!("--{name} has changed, which takes effect at the next start");
         }
         self.apply(&served, next, mem::take(&mut config.callers)).await;
-        self.files = files;
         self.config = config;
         Ok(())
     }
@@ -108,6 +112,9 @@ impl Reload {
                 }
                 Next::New(upstream) => {
                     tracing::info!(target: AUDIT, upstream = upstream.name(), "upstream configured anew");
+                    if let Some(old) = served.upstream(upstream.name()) {
+                        upstream.take_over(old).await;
+                    }
                     upstream.start();
                     upstream
                 }
@@ -124,12 +131,16 @@ impl Reload {
     }
 }
 
-async fn next_of(served: &Served, config: UpstreamConfig) -> Result<Next, Box<dyn Error>> {
-    match served.upstream(&config.name) {
-        Some(same) if same.config == config => Ok(Next::Same(same.clone(), same.changed_keys()?)),
-        Some(old) => Ok(Next::New(Arc::new(old.changed(config).await?))),
-        None => Ok(Next::New(Arc::new(Upstream::open(config).await?))),
-    }
+async fn next_of(
+    served: &Served,
+    config: UpstreamConfig,
+    given: Vec<KeySpec>,
+) -> Result<Next, Box<dyn Error>> {
+    Ok(match served.upstream(&config.name) {
+        Some(same) if same.config == config => Next::Same(same.clone(), same.changed_keys(given)),
+        Some(old) => Next::New(Arc::new(old.changed(config, given).await?)),
+        None => Next::New(Arc::new(Upstream::open_with(config, given).await?)),
+    })
 }
 
 /// Ends an upstream when its last request has been answered.

@@ -176,12 +176,12 @@ pub(crate) struct Settings {
     #[arg(long, value_name = "TOKEN")]
     pub(crate) admin_token: Option<Token>,
 
-    /// URL that is told, by a POST of JSON, that a key is revoked or few keys are healthy. Prefer GATEWAY_WEBHOOK or the
+    /// URL that receives a POST of JSON when a key is revoked or few keys are healthy. Prefer GATEWAY_WEBHOOK or the
     /// file if it holds a secret
     #[arg(long, value_name = "URL")]
     pub(crate) webhook: Option<WebhookUrl>,
 
-    /// With fewer healthy keys than this, an upstream has few
+    /// Send few_healthy_keys when an upstream has fewer healthy keys than this
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) webhook_below: usize,
 

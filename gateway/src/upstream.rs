@@ -7,12 +7,12 @@ use std::{
 };
 
 use tower_key_rotation::{
-    KeyPool, KeySpec, MarksNotWritten, RecoveryHandle,
+    KeyId, KeyPool, KeySpec, MarksNotWritten, RecoveryHandle,
     store::{KeyStore, file::FileStore},
 };
 
 use crate::{
-    config::{Invalid, UpstreamConfig},
+    config::UpstreamConfig,
     exchange::{Taken, exchange},
     keys,
     proxy::{Client, client},
@@ -34,38 +34,66 @@ pub(crate) struct Upstream {
 impl Upstream {
     /// Reads the keys and opens the pool, without its recovery.
     pub(crate) async fn open(config: UpstreamConfig) -> Result<Self, Box<dyn Error>> {
-        let (given, state) = (keys::given(&config)?, keys::state(&config)?);
+        let given = keys::given(&config)?;
+        Self::open_with(config, given).await
+    }
+
+    /// Opens the pool over keys that have been read already.
+    pub(crate) async fn open_with(
+        config: UpstreamConfig,
+        given: Vec<KeySpec>,
+    ) -> Result<Self, Box<dyn Error>> {
+        let state = keys::state(&config)?;
         Self::with_keys(config, given.clone(), given, state).await
     }
 
-    /// Opens an upstream that replaces this one with another configuration. What operators have changed stays, and so do
-    /// the rests of keys.
-    pub(crate) async fn changed(&self, config: UpstreamConfig) -> Result<Self, Box<dyn Error>> {
-        let given = keys::given(&config)?;
-        let (before, there) = (lock(&self.given).clone(), self.pool.specs());
-        let by_id = |keys: &[KeySpec]| keys.iter().map(|key| (key.id.clone(), key.clone())).collect();
-        let [old, now, in_pool]: [HashMap<_, _>; 3] = [by_id(&before), by_id(&given), by_id(&there)];
-        let was_removed = |key: &KeySpec| old.get(&key.id) == Some(key) && !in_pool.contains_key(&key.id);
+    /// Opens an upstream that is to replace this one with another configuration, without the keys that operators have
+    /// removed.
+    pub(crate) async fn changed(
+        &self,
+        config: UpstreamConfig,
+        given: Vec<KeySpec>,
+    ) -> Result<Self, Box<dyn Error>> {
+        let (before, there) = (lock(&self.given).clone(), ids(&self.pool.specs()));
+        let before: HashMap<_, _> = before.iter().map(|key| (&key.id, key)).collect();
+        let was_removed = |key: &KeySpec| before.get(&key.id) == Some(&key) && !there.contains(&key.id);
         let keys: Vec<_> = given.iter().filter(|key| !was_removed(key)).cloned().collect();
-        let gone = before.iter().filter(|key| !now.contains_key(&key.id));
-        let mut added = Vec::new();
-        // Where the store is another one now, keys that were added in the old one stay there.
-        if config.mongodb.is_none() && self.config.mongodb.is_none() {
-            let was_added = |key: &KeySpec| !old.contains_key(&key.id) && !now.contains_key(&key.id);
-            added.extend(there.into_iter().filter(was_added));
-        }
         // A file can be opened once.
         let state =
             if config.state == self.config.state { self.state.clone() } else { keys::state(&config)? };
-        let changed = Self::with_keys(config, keys, given, state).await?;
-        // A pool over a file that is open already removes no key by itself.
-        for key in gone {
-            let _ = changed.pool.remove(&key.id).await;
+        Self::with_keys(config, keys, given, state).await
+    }
+
+    /// Takes over what operators have changed in the upstream that this one replaces, and the rests of its keys.
+    pub(crate) async fn take_over(&self, old: &Self) {
+        let (before, now) = (ids(&lock(&old.given)), ids(&lock(&self.given)));
+        let gone: Vec<_> = before.difference(&now).collect();
+        // A pool over MongoDB may not have read its keys yet.
+        if !gone.is_empty()
+            && let Err(error) = self.pool.reload().await
+        {
+            tracing::warn!(upstream = self.name(), "the key store can't be read: {}", with_sources(&error));
         }
-        // Those that are in a file already stay as they are.
-        let _ = changed.pool.insert_all(added).await;
-        changed.pool.adopt_rests(&self.pool);
-        Ok(changed)
+        // A pool over a file that is open already removes no key by itself.
+        for id in gone {
+            if let Err(error) = self.pool.remove(id).await
+                && !error.is_unknown_key()
+            {
+                tracing::warn!(upstream = self.name(), key = %id, "not removed: {}", with_sources(&error));
+            }
+        }
+        // Where the store is another one now, keys that were added in the old one stay there.
+        if self.config.mongodb.is_none() && old.config.mongodb.is_none() {
+            let was_added = |key: &KeySpec| !before.contains(&key.id) && !now.contains(&key.id);
+            let added = old.pool.specs().into_iter().filter(was_added);
+            for error in self.pool.insert_all(added).await.into_iter().filter_map(Result::err) {
+                // What is in a file already stays as it is.
+                if !error.is_taken() {
+                    tracing::warn!(upstream = self.name(), "not added: {}", with_sources(&error));
+                }
+            }
+        }
+        self.pool.adopt_rests(&old.pool);
     }
 
     async fn with_keys(
@@ -93,9 +121,8 @@ impl Upstream {
     }
 
     /// Reads the keys of its files and variables again, and returns them if they have changed.
-    pub(crate) fn changed_keys(&self) -> Result<Option<Vec<KeySpec>>, Invalid> {
-        let given = keys::given(&self.config)?;
-        Ok((given != *lock(&self.given)).then_some(given))
+    pub(crate) fn changed_keys(&self, given: Vec<KeySpec>) -> Option<Vec<KeySpec>> {
+        (given != *lock(&self.given)).then_some(given)
     }
 
     /// Makes the pool's keys those that its files and variables name now.
@@ -134,6 +161,10 @@ impl Upstream {
             None => Ok(()),
         }
     }
+}
+
+fn ids(keys: &[KeySpec]) -> HashSet<KeyId> {
+    keys.iter().map(|key| key.id.clone()).collect()
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -13,7 +13,7 @@ use axum::{
 use serde::{Deserialize, Serialize};
 use tower_key_rotation::KeyPool;
 
-use super::{live::Live, refusal::Refusal};
+use super::{live::Live, refusal::Refusal, search::rests};
 use crate::upstream::Upstream;
 
 /// An upstream as the API shows it.
@@ -45,7 +45,7 @@ impl Shown {
             route: upstream.config.route.shown().into_owned(),
             total: stats.keys.len(),
             healthy: stats.healthy,
-            resting: stats.rate_limited + stats.exhausted,
+            resting: stats.keys.iter().filter(|key| rests(key.status)).count(),
             out_of_service: stats.revoked + stats.disabled,
             requests: stats.keys.iter().map(|key| key.requests).sum(),
             tokens: stats.keys.iter().map(|key| key.tokens).sum(),

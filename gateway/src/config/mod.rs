@@ -65,7 +65,7 @@ impl Config {
         }
     }
 
-    /// The same, for one who wants to look further: what could be read of an invalid configuration, beside the problems.
+    /// Reads as much of a configuration as possible, for `check`. Also returns what is wrong with it.
     pub(crate) fn read_in_part(arguments: &[OsString]) -> Result<(Self, Option<Invalid>), Invalid> {
         let command = Settings::command_with_environment();
         let no_setting_required = command.clone().mut_args(|arg| arg.required(false));
@@ -136,7 +136,7 @@ fn upstreams(settings: &Settings, matches: &ArgMatches, file: &mut File<'_>) -> 
         }
     }
     if let Some(State::File(_)) = settings.state {
-        file.wrong_setting("state", "--state: with [[upstream]] a file belongs into these tables".to_owned());
+        file.wrong_setting("state", "--state: with [[upstream]] a file belongs in these tables".to_owned());
     }
     let problems = &mut file.problems;
     let mut upstreams: Vec<UpstreamConfig> = Vec::new();

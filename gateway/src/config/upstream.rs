@@ -82,7 +82,12 @@ pub(crate) struct MongoDb {
 impl MongoDb {
     /// Whether both are the same collection.
     pub(super) fn holds_keys_of(&self, other: &Self) -> bool {
-        (&self.uri, &self.database, &self.collection) == (&other.uri, &other.database, &other.collection)
+        let place = |of: &Self| {
+            // The library's default.
+            let collection = of.collection.clone().unwrap_or_else(|| "keys".to_owned());
+            (of.uri.clone(), of.database.clone(), collection)
+        };
+        place(self) == place(other)
     }
 }
 
@@ -169,7 +174,10 @@ impl UpstreamConfig {
         let state = table.parsed::<State>(problems, "state").map(|state| state.value);
         let names_file = matches!(state, Some(State::File(_)));
         if keys.is_empty() && mongodb.is_none() && !names_file && !table.has_failed("keys") {
-            table.wrong(problems, "it has no keys: set keys, keys-variable or mongodb");
+            table.wrong(
+                problems,
+                "it has no keys: set keys, keys-variable, mongodb, or state to a file with keys",
+            );
         }
         let state = state.unwrap_or(match settings.state {
             Some(State::None) => State::None,

@@ -172,7 +172,11 @@ impl<'de> Visitor<'de> for Reading<'_> {
                 "messages" | "input" | "contents" => {
                     fields.next_value_seed(Beginning(asked))?;
                 }
-                _ => _ = fields.next_value::<IgnoredAny>()?,
+                name => {
+                    // Some servers ignore the case of names.
+                    asked.models += usize::from(name.eq_ignore_ascii_case("model"));
+                    _ = fields.next_value::<IgnoredAny>()?;
+                }
             }
         }
         Ok(())
@@ -328,6 +332,7 @@ mod tests {
             r#"{}"#,
             "",
             r#"{"model":"m","model":"n"}"#,
+            r#"{"model":"m","Model":"n"}"#,
             r#"{"model":"m","#,
             r#"{"model":"m"} x"#,
         ] {

@@ -167,7 +167,10 @@ impl Proxy {
                 "this client token is for certain models only, and the request names none of them",
             ));
         }
-        under_way.reserve(asked.as_ref().and_then(|asked| asked.tokens)).map_err(over_limit)?;
+        // Other methods use no tokens, and nothing would correct what they reserve.
+        if method == Method::POST {
+            under_way.reserve(asked.as_ref().and_then(|asked| asked.tokens)).map_err(over_limit)?;
+        }
         let under_way = Arc::new(under_way);
         let body = KeptBody::new(body, self.limits.clone());
         let caller = body.caller();
