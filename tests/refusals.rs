@@ -354,7 +354,7 @@ async fn f37_a_success_that_rests_its_key_confirms_nothing() {
         .await;
     assert_eq!(status(answer), Ok(200));
     assert_eq!(world.sent(), ["key-0", "key-1"]);
-    assert_eq!(stats_of(&world.pool, "key-0").cause, None);
+    assert_eq!(stats_of(&world.pool, "key-0").cause, Some(RestCause::Suspected));
 }
 
 #[tokio::test]
