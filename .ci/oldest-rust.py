@@ -8,10 +8,15 @@ def version(text):
     return tuple(int(part) for part in text.split(".")[:2])
 
 
-def reached(metadata):
-    """The packages that a user of the library or of a program builds."""
+def too_new(package, oldest):
+    return package["rust_version"] and version(package["rust_version"]) > version(oldest)
+
+
+def reached(metadata, oldest):
+    """The packages that a user of the library or of a program builds. A member may say itself that it wants more."""
     nodes = {node["id"]: node for node in metadata["resolve"]["nodes"]}
-    seen, waiting = set(), list(metadata["workspace_members"])
+    members = [package for package in metadata["packages"] if package["id"] in metadata["workspace_members"]]
+    seen, waiting = set(), [member["id"] for member in members if not too_new(member, oldest)]
     while waiting:
         package = waiting.pop()
         if package in seen:
@@ -24,11 +29,11 @@ def reached(metadata):
 
 
 metadata, oldest = json.load(sys.stdin), sys.argv[1]
-used = reached(metadata)
-too_new = [
+used = reached(metadata, oldest)
+found = [
     f"{package['name']} {package['version']} wants Rust {package['rust_version']}"
     for package in metadata["packages"]
-    if package["id"] in used and package["rust_version"] and version(package["rust_version"]) > version(oldest)
+    if package["id"] in used and too_new(package, oldest)
 ]
-print("\n".join(too_new) or f"{len(used)} packages, all content with Rust {oldest}")
-sys.exit(bool(too_new))
+print("\n".join(found) or f"{len(used)} packages, all content with Rust {oldest}")
+sys.exit(bool(found))
