@@ -102,6 +102,28 @@ async fn near_the_quota_every_request_is_served() {
 }
 
 #[tokio::test]
+async fn the_admin_lists_what_each_model_allows() {
+    let upstream = Api::default().start().await;
+    let gateway = Gateway::before(upstream.address(), &["a", "b"], []).await;
+    let http = http();
+    let scopes = async || -> Vec<Value> {
+        let scopes = http.get(gateway.admin_url("/admin/api/scopes")).send().await.unwrap();
+        scopes.json().await.unwrap()
+    };
+    assert_eq!(scopes().await, [] as [Value; 0]);
+    for model in ["large", "large", "small"] {
+        assert_eq!(post(&http, &gateway, &chat("hello", model)).await, 200);
+    }
+    let scopes = scopes().await;
+    let known: Vec<_> = scopes.iter().map(|scope| (&scope["scope"], &scope["known_by_headers"])).collect();
+    // One conversation keeps its key.
+    assert_eq!(known, [(&json!("large"), &json!(1)), (&json!("small"), &json!(1))]);
+    let left = scopes[0]["requests_left"].as_f64().unwrap();
+    assert!((2.9..=5.0).contains(&left), "{left}");
+    assert_eq!((&scopes[0]["waiting"], &scopes[0]["limited_despite_pacing"]), (&json!(0), &json!(0)));
+}
+
+#[tokio::test]
 async fn a_model_without_room_leaves_the_others_alone() {
     let upstream = Server::start(|request| {
         let has_room = model(&request) == "small";

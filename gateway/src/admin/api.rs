@@ -26,6 +26,7 @@ use super::{
     keys::{Look, Shown},
     live::Live,
     refusal::Refusal,
+    scopes,
     search::{Page, Search, rests},
     upstreams::{self, Named},
 };
@@ -44,6 +45,7 @@ pub(super) fn router(live: Arc<Live>) -> Router {
         .route("/openapi.json", get(([(CONTENT_TYPE, "application/json")], DESCRIPTION)))
         .route("/events", get(events))
         .route("/explain", get(explain))
+        .route("/scopes", get(scopes::list))
         .route("/upstreams", get(upstreams::list))
         .route("/callers", get(callers::list))
         .route("/keys", get(list).post(add))

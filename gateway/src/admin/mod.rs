@@ -10,6 +10,7 @@ mod keys;
 mod live;
 mod page;
 mod refusal;
+mod scopes;
 mod search;
 mod upstreams;
 

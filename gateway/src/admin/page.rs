@@ -10,11 +10,12 @@ use axum::{
 const PAGE: &str = include_str!("page/index.html");
 
 /// Files of the page: path, media type and content.
-const FILES: [(&str, &str, &str); 10] = [
+const FILES: [(&str, &str, &str); 11] = [
     ("/admin.css", "text/css; charset=utf-8", include_str!("page/admin.css")),
     ("/admin.js", SCRIPT, include_str!("page/admin.js")),
     ("/callers.js", SCRIPT, include_str!("page/callers.js")),
     ("/keys.js", SCRIPT, include_str!("page/keys.js")),
+    ("/limits.js", SCRIPT, include_str!("page/limits.js")),
     ("/server.js", SCRIPT, include_str!("page/server.js")),
     ("/table.js", SCRIPT, include_str!("page/table.js")),
     ("/timeline.js", SCRIPT, include_str!("page/timeline.js")),

@@ -459,6 +459,43 @@ async fn upstreams_and_callers_are_told_apart() {
     page.end_with(["401"]).await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "it needs a browser"]
+async fn limits_are_shown_and_explained_for_each_model() {
+    let service = Server::start(|request| async move {
+        if key_of(&request) == Some("alpha") {
+            return answer_with(429, [("retry-after", "600")], "");
+        }
+        let headers = [
+            ("x-ratelimit-limit-requests", "60"),
+            ("x-ratelimit-remaining-requests", "41"),
+            ("x-ratelimit-reset-requests", "19s"),
+        ];
+        answer_with(200, headers, "{}")
+    })
+    .await;
+    let gateway = Gateway::before(service.address(), &["alpha", "beta"], []).await;
+    let page = Page { browser: Browser::start().await, gateway, service, http: http() };
+    let request = page.http.post(page.gateway.url("/v1/chat/completions"));
+    let request = request.json(&json!({ "model": "<gpt-5-mini>" }));
+    assert_eq!(request.send().await.unwrap().status(), 200);
+    page.browser.open(&page.gateway.admin_url("/admin")).await;
+    page.see("document.querySelector('#limit-rows').innerText.match(/<gpt-5-mini>\\s+0\\s+0\\s+[1-9]\\d*\\s.*1 by headers/s)")
+        .await;
+    page.click("#limit-rows button").await;
+    page.see("document.querySelector('#explanation').open").await;
+    page.see("document.querySelector('#explained-next').innerText.includes('Next key: beta.')").await;
+    let explained = "document.querySelector('#explained-keys').innerText";
+    page.see(&format!("{explained}.match(/alpha\\s+Rests for this model, 10 min/)")).await;
+    page.see(&format!("{explained}.match(/beta\\s+Has room\\s+\\d+ of \\d+ requests left/)")).await;
+    if let Ok(path) = env::var("SCREENSHOT_OF_LIMITS") {
+        fs::write(path, page.browser.screenshot().await).unwrap();
+    }
+    page.click("#explanation [data-close]").await;
+    page.see("!document.querySelector('#explanation').open").await;
+    page.end().await;
+}
+
 /// The longest time for a reaction of the page, chromedriver's overhead included.
 const AT_ONCE: Duration = Duration::from_millis(1_500);
 

@@ -3,6 +3,7 @@
 import { startCallers } from "/admin/callers.js";
 import { adding, importing, removing, sentence } from "/admin/dialogs.js";
 import { Keys } from "/admin/keys.js";
+import { startLimits } from "/admin/limits.js";
 import { at, call, pathOf, Stream, token } from "/admin/server.js";
 import { Table } from "/admin/table.js";
 import { startTheme } from "/admin/theme.js";
@@ -122,6 +123,7 @@ function connection(state, detail) {
     delete document.body.dataset.stale;
     signedIn(true);
     updateCallers();
+    updateLimits();
   } else if (state === "waiting") {
     document.body.dataset.stale = "";
     countDown(performance.now() + detail.wait);
@@ -251,6 +253,8 @@ addEventListener("keydown", (event) => {
 });
 
 startTheme(element("theme-switch"));
-const updateCallers = startCallers(() => !element("overview").hidden);
+const isShown = () => !element("overview").hidden;
+const updateCallers = startCallers(isShown);
+const updateLimits = startLimits(isShown);
 look({});
 stream.start();
