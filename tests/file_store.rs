@@ -582,6 +582,32 @@ async fn a_replaced_key_has_its_whole_quota() {
 }
 
 #[tokio::test]
+async fn f42_a_daily_quota_outlives_processes_in_a_file() {
+    let place = Place::new();
+    let open = async || {
+        let builder = KeyPool::builder().keys([("alpha", "sk-1"), ("beta", "sk-2")]);
+        builder.clock(place.clock.clone()).open(place.open()).await.unwrap()
+    };
+    let traits = Traits::new().scope("gemini-pro");
+    let pool = open().await;
+    let recovery = RecoveryHandle::spawn_with(&pool, passes_by_hand());
+    let lease = pool.lease(&traits.clone().key(id("alpha"))).unwrap();
+    lease.answered_with(Verdict::ScopeExhausted { wait: Some(10 * HOUR) });
+    // The process ends without a shutdown.
+    eventually("the mark is written", || pool.stats().marks_waiting == 0).await;
+    drop((lease, recovery, pool));
+    eventually("the file is closed", || place.try_open().is_ok()).await;
+
+    place.clock.advance(4 * HOUR);
+    let pool = open().await;
+    let picked: Vec<_> = (0..4).map(|_| pool.lease(&traits).unwrap().id().to_string()).collect();
+    assert_eq!(picked, ["beta"; 4]);
+    assert_eq!(pool.explain(&traits).keys[0].opens_in, Some(6 * HOUR));
+    place.clock.advance(6 * HOUR);
+    assert!(pool.lease(&traits.key(id("alpha"))).is_ok());
+}
+
+#[tokio::test]
 async fn quotas_are_kept_once_a_second() {
     let place = Place::new();
     let store = place.open();

@@ -312,9 +312,9 @@ impl Limit {
         self.rest.load(SeqCst)
     }
 
-    /// Ends the rest.
-    pub(crate) fn reset(&self) {
-        self.rest.store(0, SeqCst);
+    /// Ends the rest, or has it end then.
+    pub(crate) fn reset(&self, until: u64) {
+        self.rest.store(until, SeqCst);
     }
 
     /// Never too many: one that ends meanwhile does not count.

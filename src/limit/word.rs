@@ -1,7 +1,7 @@
 //! A limit's generation and rest in one atomic word.
 //!
 //! From the highest bit: 19 bits of generation, 42 bits of deadline in milliseconds of the pool's clock, 2 bits of
-//! reason, and a flag for "disabled". Without the flag, words compare as numbers do: the greater of two words is their join.
+//! reason, and a flag. Without the flag, words compare as numbers do: the greater of two words is their join.
 
 use std::time::Duration;
 
@@ -14,7 +14,8 @@ use crate::sync::atomic::{AtomicU64, Ordering::SeqCst};
 /// The deadline of a rest that does not end by itself.
 pub(crate) const NEVER: u64 = u64::MAX;
 
-const DISABLED: u64 = 1;
+/// Of a key's state: an operator disabled the key. Of its pending word: rests of scopes are pending, too.
+const FLAG: u64 = 1;
 const REASON_BITS: u32 = 2;
 const UNTIL_BITS: u32 = 42;
 const REASON_AT: u32 = 1;
@@ -25,7 +26,7 @@ const GENERATION_AT: u32 = UNTIL_AT + UNTIL_BITS;
 const FOREVER: u64 = (1 << UNTIL_BITS) - 1;
 const LAST_GENERATION: u64 = u64::MAX >> GENERATION_AT;
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Word(u64);
 
 impl Word {
@@ -60,23 +61,40 @@ impl Word {
         Self(other.0 & !rest | self.0 & rest)
     }
 
-    /// The join of two words, disabled as the first one is.
+    /// The join of two words, with the flag of the first one.
     pub(crate) fn join(self, other: Self) -> Self {
-        Self((self.0 & !DISABLED).max(other.0 & !DISABLED) | self.0 & DISABLED)
+        Self((self.0 & !FLAG).max(other.0 & !FLAG) | self.0 & FLAG)
     }
 
-    /// The same word without a rest.
+    /// The same generation and flag without a rest.
     pub(crate) fn ended(self) -> Self {
-        Self::HEALTHY.in_generation_of(self).with_disabled(self.is_disabled())
+        Self::HEALTHY.in_generation_of(self).flag(self.is_flagged())
+    }
+
+    fn flag(self, flag: bool) -> Self {
+        Self(self.0 & !FLAG | u64::from(flag))
+    }
+
+    fn is_flagged(self) -> bool {
+        self.0 & FLAG != 0
     }
 
     /// Only a key's state says whether an operator disabled the key.
     pub(crate) fn with_disabled(self, disabled: bool) -> Self {
-        Self(self.0 & !DISABLED | u64::from(disabled))
+        self.flag(disabled)
     }
 
     pub(crate) fn is_disabled(self) -> bool {
-        self.0 & DISABLED != 0
+        self.is_flagged()
+    }
+
+    /// Only a key's pending word says whether rests of scopes are pending, too.
+    pub(crate) fn with_scopes(self, are_pending: bool) -> Self {
+        self.flag(are_pending)
+    }
+
+    pub(crate) fn has_scopes(self) -> bool {
+        self.is_flagged()
     }
 
     fn until(self) -> u64 {

@@ -1,6 +1,11 @@
 //! What stores and pools tell each other of a key's limits, and how the two views are joined.
 
-use std::{cmp::Ordering, collections::BTreeMap, fmt, time::Duration};
+use std::{
+    cmp::{Ordering, Reverse},
+    collections::BTreeMap,
+    fmt,
+    time::Duration,
+};
 
 use compact_str::CompactString;
 
@@ -38,6 +43,11 @@ impl Scope {
         let fits = |end: &usize| name.is_char_boundary(*end);
         let end = (0..=name.len().min(Self::MAX_BYTES)).rev().find(fits)?;
         Self::new(name[..end].replace(char::is_control, "?")).ok()
+    }
+
+    /// What the rest of requests without a scope is called, where rests of scopes are listed.
+    pub(crate) fn none() -> Self {
+        Self(CompactString::const_new("(none)"))
     }
 
     /// The name.
@@ -125,11 +135,14 @@ pub struct Words {
     pub generation: u64,
     /// The rest of the whole key.
     pub key: Option<Resting>,
-    /// The rests of single scopes.
+    /// The rests of single scopes. [`join`](Self::join) keeps the 64 that end last.
     pub scopes: BTreeMap<Scope, Resting>,
 }
 
 impl Words {
+    /// Callers may choose the names of scopes, and what is kept of a key must not grow with them.
+    pub(crate) const MOST_SCOPES: usize = 64;
+
     /// Takes in what another view of the same key knows.
     pub fn join(&mut self, other: &Self) {
         match self.generation.cmp(&other.generation) {
@@ -142,6 +155,16 @@ impl Words {
                     *known = (*known).max(*resting);
                 }
             }
+        }
+        self.drop_the_first_to_end();
+    }
+
+    /// Of two views that were cut, the join is the cut of what both would be in whole.
+    fn drop_the_first_to_end(&mut self) {
+        while self.scopes.len() > Self::MOST_SCOPES {
+            let order = |(scope, resting): (&Scope, &Resting)| (*resting, Reverse(scope.clone()));
+            let Some((_, Reverse(first))) = self.scopes.iter().map(order).min() else { return };
+            self.scopes.remove(&first);
         }
     }
 

@@ -21,7 +21,7 @@ use super::{
     key::{Home, Key, UsableKey},
     lease::Lease,
     scoped::{Limiting, Regrouping},
-    scopes::Scopes,
+    scopes::{Pending, Scopes},
     snapshot::Snapshot,
 };
 use crate::{
@@ -67,7 +67,6 @@ pub(crate) struct Engine {
     snapshot: ArcSwap<Snapshot>,
     /// Held while the set of keys is replaced.
     editing: Mutex<()>,
-    scopes: Scopes,
     pub(super) doubts: Doubts,
     pub(super) limiting: Arc<Limiting>,
     /// Whether requests without traits need more than the next key in turn.
@@ -89,18 +88,11 @@ enum Resets {
     Scope,
 }
 
-/// A rest that the store does not have yet.
+/// Rests that the store does not have yet.
 pub(crate) struct Unwritten {
-    pub(crate) generation: u64,
-    pub(crate) resting: Resting,
+    pub(crate) words: Words,
     word: Word,
-}
-
-impl Unwritten {
-    /// The store has it. What was marked meanwhile stays pending.
-    pub(crate) fn is_written(&self, key: &Key) {
-        key.pending.replace(self.word, Word::HEALTHY);
-    }
+    scopes: Vec<Pending>,
 }
 
 impl Engine {
@@ -115,6 +107,7 @@ impl Engine {
                 has_store,
                 quotas: config.quotas.iter().cloned().map(Arc::new).collect(),
                 kept: Kept::default(),
+                scopes: Scopes::default(),
                 fills_first: config.fills_first,
                 regrouping: Regrouping::default(),
                 meter: config.meter.clone(),
@@ -124,7 +117,6 @@ impl Engine {
                 limiting: Arc::new(limiting),
                 snapshot: ArcSwap::from_pointee(snapshot),
                 editing: Mutex::new(()),
-                scopes: Scopes::default(),
                 doubts: Doubts::new(),
                 config,
                 returned: Notify::new(),
@@ -324,7 +316,7 @@ impl Engine {
                 }
             });
         }
-        self.scopes.drop_ended(self.now());
+        self.limiting.scopes.drop_ended(self.now());
         Recovered::new(count, ids)
     }
 
@@ -400,16 +392,31 @@ impl Engine {
         }
     }
 
-    /// The rest that the store is to be told of a key. If it has ended, or belongs to an older generation, it is dropped.
-    pub(crate) fn unwritten(&self, key: &Key) -> Option<Unwritten> {
+    /// What the store is to be told of a key. What has ended, and what belongs to an older generation, is dropped.
+    pub(crate) fn unwritten(&self, key: &Arc<Key>) -> Option<Unwritten> {
         let word = key.pending.load();
-        let generation = key.state.load().generation();
-        match word.resting(self.now()).filter(|_| word.generation() == generation) {
-            Some(resting) => Some(Unwritten { generation, resting, word }),
-            None => {
-                key.pending.replace(word, Word::HEALTHY);
-                None
-            }
+        if word == Word::HEALTHY {
+            return None;
+        }
+        let (now, generation) = (self.now(), key.state.load().generation());
+        let resting = |word: Word| word.resting(now).filter(|_| word.generation() == generation);
+        let scopes = if word.has_scopes() { self.limiting.scopes.pending(key) } else { Vec::new() };
+        let left = scopes.iter().filter_map(|(scope, word)| Some((scope.clone(), resting(*word)?)));
+        let words = Words { generation, key: resting(word), scopes: left.collect() };
+        let unwritten = Unwritten { words, word, scopes };
+        if unwritten.words.key.is_none() && unwritten.words.scopes.is_empty() {
+            self.is_written(key, &unwritten);
+            return None;
+        }
+        Some(unwritten)
+    }
+
+    /// The store has these rests. What was marked meanwhile stays pending.
+    pub(crate) fn is_written(&self, key: &Arc<Key>, Unwritten { word, scopes, .. }: &Unwritten) {
+        if word.has_scopes() {
+            self.limiting.scopes.acknowledge(key, *word, scopes);
+        } else {
+            key.pending.replace(*word, Word::HEALTHY);
         }
     }
 
@@ -438,10 +445,21 @@ impl Engine {
 
     fn reset_limits(&self, key: &Arc<Key>, only: Option<&Scope>) {
         self.snapshot.load().scopes.each(|scoped| {
-            if only.is_none_or(|scope| scoped.scope() == Some(scope.as_str())) {
+            if only.is_none_or(|scope| scoped.common.name_of_rests() == *scope) {
                 scoped.in_newest(|newest| newest.reset(key));
             }
         });
+    }
+
+    /// The rests of other keys that rest the limits of this one, too: those of its quota group, in all scopes or in one.
+    pub(super) fn rests_of_group(&self, key: &Arc<Key>, only: Option<&Scope>) -> Vec<(Arc<Key>, Scope)> {
+        let snapshot = self.snapshot.load();
+        let group = snapshot.slot(&key.id).and_then(|slot| snapshot.layout().group_of(slot));
+        let members = group.into_iter().flat_map(|(_, members)| members);
+        let others = members.map(|slot| &snapshot.keys()[*slot as usize]).filter(|other| other.id != key.id);
+        let rests = others
+            .flat_map(|other| self.scopes_of(other).into_keys().map(move |scope| (other.clone(), scope)));
+        rests.filter(|(_, scope)| only.is_none_or(|only| only == scope)).collect()
     }
 
     /// Joins the words of the store, and takes from it whether the key is disabled. Only for what was read or done while
@@ -473,7 +491,10 @@ impl Engine {
             let joined = state.join(word);
             disabled.map_or(joined, |disabled| joined.with_disabled(disabled))
         });
-        self.scopes.join(key, words, now, || self.snapshot.load().holds(key));
+        let longer = self.limiting.scopes.join(key, words, now, || self.snapshot.load().holds(key));
+        for (scope, until) in longer {
+            self.rest_limit(key, &scope, until);
+        }
         if let Some(before) = changed {
             drop_older_pending(key);
             if before.is_available() {
@@ -487,6 +508,22 @@ impl Engine {
                 self.reset_limits(key, None);
             }
             self.has_changed(key);
+        }
+    }
+
+    /// Closes the limit of a key in a scope until then, in ms. A scope that no request uses yet has no limits: it looks for
+    /// rests when it is made.
+    fn rest_limit(&self, key: &Arc<Key>, scope: &Scope, until: u64) {
+        if let Some(scoped) = self.snapshot.load().scopes.of_rests(scope) {
+            scoped.in_newest(|newest| newest.rest(key, until));
+        }
+    }
+
+    /// A rest that came while a new snapshot was built may have closed a limit of the old one.
+    fn rest_limits_again(&self, snapshot: &Snapshot) {
+        let is_in_use = |scope: &Scope| snapshot.scopes.of_rests(scope).is_some();
+        for (key, scope, until) in self.limiting.scopes.all(self.now(), is_in_use) {
+            self.rest_limit(&key, &scope, until);
         }
     }
 
@@ -506,7 +543,7 @@ impl Engine {
     }
 
     pub(crate) fn scopes_of(&self, key: &Arc<Key>) -> BTreeMap<Scope, Resting> {
-        self.scopes.of(key, key.state.load().generation(), self.now())
+        self.limiting.scopes.of(key, key.state.load().generation(), self.now())
     }
 
     // ---- the set of keys ----
@@ -526,7 +563,8 @@ impl Engine {
         self.snapshot.store(after.clone());
         // A change that came while the new snapshot was built went into the indexes of the old one.
         after.refresh_all();
-        self.scopes.retain(|key| after.holds(key));
+        self.rest_limits_again(&after);
+        self.limiting.scopes.retain(|key| after.holds(key));
         self.forget_doubts_of_others();
         self.wake_waiters();
     }
@@ -550,7 +588,7 @@ impl Engine {
             let slot = before.slot(id).filter(|_| before.slot(to).is_none())?;
             let mut keys = before.keys().to_vec();
             let renamed = Arc::new(keys[slot].renamed(to.clone()));
-            self.scopes.rename(&keys[slot], &renamed);
+            self.limiting.scopes.rename(&keys[slot], &renamed);
             keys[slot] = renamed;
             Some(keys)
         });
@@ -598,6 +636,21 @@ impl Home for Engine {
                 }
             }
             Rest::Revoked => self.revoke(key, http_status, || _ = self.rest(key, reason, hint, http_status)),
+        }
+    }
+
+    fn rest_in_scope(&self, key: &Arc<Key>, scope: &Scope, reason: Rest, rest: Option<Duration>) {
+        let generation = key.state.load().generation();
+        let resting = Resting { until: rest.map_or(Until::Reset, Until::After), reason };
+        let word = Word::new(generation, Some(resting), self.now());
+        let is_current = || self.snapshot.load().holds(key);
+        if self.limiting.scopes.mark(key, scope, word, self.has_store(), is_current) {
+            let cooldown_ms = rest.map(|rest| rest.as_millis() as u64);
+            tracing::debug!(key = %key.id, %scope, cooldown_ms, ?reason, "scope rests");
+            if self.has_store() {
+                self.refresh(key);
+                self.wake_writer();
+            }
         }
     }
 

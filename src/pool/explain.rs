@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     key::KeyId,
-    limit::{BudgetStats, Closed, Limit, NEVER, RestCause, Status, Traits, Unit, nanos},
+    limit::{BudgetStats, Closed, Limit, NEVER, RestCause, Scope, Status, Traits, Unit, nanos},
 };
 
 /// The most keys that are looked at to say which ones a request passed over.
@@ -83,6 +83,8 @@ struct View<'a> {
     trials: Vec<usize>,
     /// The scope of a pick that chooses, if it has been used.
     scoped: Option<Arc<Scoped>>,
+    /// Its name, if it has not.
+    unused: Option<Scope>,
     /// Whether a pick looks at rests of whole keys only, in one turn over all of them.
     is_plain: bool,
     /// Whether a pick tries every key, one after the other, since no key that it would usually try may serve the request.
@@ -188,9 +190,11 @@ impl Engine {
         let (demand, now, fills_first) =
             (demand(traits, scoped.as_deref()), self.now(), self.limiting.fills_first);
         let trials = self.due_for_trial().iter().filter_map(|key| snapshot.slot(&key.id)).collect();
-        let engine = self;
+        let unused =
+            (scoped.is_none() && !is_plain).then(|| traits.named().scope.clone().unwrap_or_else(Scope::none));
+        let (engine, tries_all) = (self, false);
         let mut view =
-            View { engine, snapshot, trials, scoped, is_plain, tries_all: false, fills_first, demand, now };
+            View { engine, snapshot, trials, scoped, unused, is_plain, tries_all, fills_first, demand, now };
         let mut slots = 0..snapshot.keys().len();
         view.tries_all = view.demand.only.is_some()
             || !view.demand.avoid.is_empty() && slots.all(|slot| view.why_not(slot).is_some());
@@ -309,6 +313,7 @@ impl<'a> View<'a> {
         self.key_rests(slot).is_none()
             && self.is_full(slot).is_none()
             && self.scoped.as_ref().is_none_or(is_in_index)
+            && self.rests_in_unused(slot).is_none()
     }
 
     /// Why the request would not get a key, whatever its tier.
@@ -322,6 +327,7 @@ impl<'a> View<'a> {
         }
         let key = self.key_rests(slot);
         let limit = self.limit(slot).and_then(|limit| self.why_closed(slot, limit));
+        let limit = limit.or_else(|| self.rests_in_unused(slot));
         // Requests in flight end sooner than a rest.
         let limit = limit
             .or_else(|| self.is_full(slot))
@@ -352,6 +358,14 @@ impl<'a> View<'a> {
             Closed::Budget(short) => budget(&|at, _| at == short),
         };
         Some((why, until))
+    }
+
+    /// The first request of a scope finds the rests that other processes, or an earlier one, have named.
+    fn rests_in_unused(&self, slot: usize) -> Option<Why> {
+        let limit = (self.snapshot.keys(), self.layout());
+        let scopes = &self.engine.limiting.scopes;
+        let until = scopes.limit_rests_until(limit, slot, self.unused.as_ref()?, self.now);
+        (until != 0).then_some((PassedOver::RestingInScope, until))
     }
 
     /// Whether a key has as many requests in flight as it may, in all scopes.

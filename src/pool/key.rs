@@ -10,7 +10,7 @@ use std::{
 use crate::{
     key::inject::{Inject, Rendered, UnusableSecret},
     key::{KeyId, KeySpec, Secret},
-    limit::{AtomicWord, Cap, Rest, RestCause, Status, Word},
+    limit::{AtomicWord, Cap, Rest, RestCause, Scope, Status, Word},
     store::Born,
     sync::atomic::{
         AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64,
@@ -22,6 +22,9 @@ use crate::{
 pub(crate) trait Home: fmt::Debug + Send + Sync {
     /// Applies what a response said of the key that it was sent with.
     fn mark(&self, key: &Arc<Key>, rest: Rest, hint: Option<Duration>, http_status: u16);
+
+    /// Applies the rest that a response named for one scope of its key.
+    fn rest_in_scope(&self, key: &Arc<Key>, scope: &Scope, reason: Rest, rest: Option<Duration>);
 
     /// A response refused the key, or the request that it was sent with.
     fn refuse(&self, key: &Arc<Key>, http_status: u16);
@@ -130,7 +133,8 @@ pub(crate) struct Key {
     is_in_doubt: AtomicBool,
     /// Where the newest snapshot holds the key. A hint: the reader checks who is there.
     slot: AtomicU32,
-    /// The join of the marks that the store does not have yet; never more than `state`, unless that is over.
+    /// The join of the marks that the store does not have yet; never more than `state`, unless that is over. Those of scopes
+    /// are in [`Scopes`](super::scopes::Scopes).
     pub(crate) pending: AtomicWord,
     /// Unknown until the store has been read.
     born: OnceLock<Born>,
@@ -218,6 +222,13 @@ impl Key {
     pub(crate) fn mark(self: &Arc<Self>, rest: Rest, hint: Option<Duration>, http_status: u16) {
         if let Some(pool) = self.home.upgrade() {
             pool.mark(self, rest, hint, http_status);
+        }
+    }
+
+    /// Applies what a response said of one scope of the key, if the pool still exists.
+    pub(super) fn rest_in_scope(self: &Arc<Self>, scope: &Scope, reason: Rest, rest: Option<Duration>) {
+        if let Some(pool) = self.home.upgrade() {
+            pool.rest_in_scope(self, scope, reason, rest);
         }
     }
 
@@ -322,6 +333,11 @@ impl Count {
 
     pub(crate) fn sum(&self) -> u64 {
         self.sum.load(Relaxed)
+    }
+
+    /// Whether anything was added that was not taken.
+    pub(crate) fn has_untaken(&self) -> bool {
+        self.sum() != self.taken.load(Relaxed)
     }
 
     /// What was added since the last call.

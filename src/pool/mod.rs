@@ -14,11 +14,12 @@
 //! | `Link::round` | a round of marks is written; beside `turn`, never with it |
 //! | `Engine::editing` | the set of keys is replaced |
 //! | `Doubts::known` | a refusal is judged, or a key is tried |
-//! | `Scopes`, `Complaints`, `Link::gone`, `Meter::scopes` | their own map is read or changed; each alone |
+//! | `Complaints`, `Link::gone`, `Meter::scopes` | their own map is read or changed; each alone |
 //! | `Borrowing::stock`, `Borrowing::news` | a token is taken or added; something is noted for a lender; each alone |
 //! | a `KeyLease`'s request, or a `Reservation`'s ticket | the answer, the usage or the end of one request is noted |
 //! | `Common::sharing`, then `Limit::learned` | an answer is learned from |
 //! | `ScopesInUse::adding`, `Common::newest`, `Common::probing` | a scope is made; the newest snapshot's scope is looked up; a probe is planned; each alone |
+//! | `Scopes` | rests of scopes are read or changed |
 
 mod bitset;
 mod borrowing;

@@ -7,6 +7,7 @@ use super::{key::Key, key_pool::KeyPool};
 use crate::{
     key::inject::UnusableSecret,
     key::{InvalidKeyId, KeyId},
+    replication::Link,
     store::{Operation, Scope, StoreError},
 };
 
@@ -73,8 +74,9 @@ impl KeyPool {
         self.take_out(id.as_ref()).await.map_err(OperateError)
     }
 
-    /// Ends all rests of a key, whatever their reasons, and drops what responses said of it before. A key that is
-    /// disabled stays disabled.
+    /// Ends all rests of a key, those of its scopes included, whatever their reasons, and drops what responses said of it
+    /// before. A key that is disabled stays disabled. Of the other keys of its quota group, the rests of scopes end,
+    /// since the group's keys share them.
     ///
     /// ```
     /// use tower_key_rotation::KeyPool;
@@ -164,6 +166,9 @@ impl KeyPool {
             Operation::Reset(scope) => Some(scope.clone()),
             _ => None,
         };
+        if let Some(only) = &reset {
+            self.reset_group(link, &key, only.as_ref()).await?;
+        }
         let changed = link.operate(&key.id, operation).await?;
         let standing = changed.ok_or_else(|| Cause::UnknownKey(key.id.to_string()))?;
         if key.born() == Some(standing.born) {
@@ -181,14 +186,32 @@ impl KeyPool {
         Ok(())
     }
 
+    /// Ends the rests of other keys that would go on to rest the limits of this one.
+    async fn reset_group(&self, link: &Link, key: &Arc<Key>, only: Option<&Scope>) -> Result<(), StoreError> {
+        for (member, scope) in self.engine().rests_of_group(key, only) {
+            let reset = link.operate(&member.id, Operation::Reset(Some(scope.clone()))).await?;
+            if let Some(standing) = reset.filter(|standing| member.born() == Some(standing.born)) {
+                let (words, disabled) = (&standing.words, Some(standing.disabled));
+                self.engine().apply_reset(&member, words, disabled, Some(&scope));
+            }
+        }
+        Ok(())
+    }
+
     /// What a store would do.
     fn change_alone(&self, key: &Arc<Key>, operation: Operation) {
         let engine = self.engine();
         match operation {
             Operation::Reset(scope) => {
-                let mut words = engine.words(key);
-                words.reset(scope.as_ref());
-                engine.apply_reset(key, &words, None, scope.as_ref());
+                let reset = |key: &Arc<Key>, scope: Option<&Scope>| {
+                    let mut words = engine.words(key);
+                    words.reset(scope);
+                    engine.apply_reset(key, &words, None, scope);
+                };
+                for (member, scope) in engine.rests_of_group(key, scope.as_ref()) {
+                    reset(&member, Some(&scope));
+                }
+                reset(key, scope.as_ref());
             }
             Operation::Disable => engine.set_disabled(key, true),
             Operation::Enable => engine.set_disabled(key, false),

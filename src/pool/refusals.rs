@@ -365,7 +365,9 @@ impl Engine {
             let guess = doubt.guess;
             let end = |word: Word| if word == guess.in_generation_of(word) { word.ended() } else { word };
             if guess != Word::HEALTHY {
-                key.pending.update(end);
+                // Rests of scopes stay pending.
+                key.pending
+                    .update(|pending| end(pending.with_scopes(false)).with_scopes(pending.has_scopes()));
                 let has_ended = key.state.update(end).is_some();
                 if has_ended && self.has_store() {
                     known.note_served(key);

@@ -17,6 +17,7 @@ use super::{
     kept::{Kept, wall_millis},
     key::Key,
     layout::Layout,
+    scopes::Scopes,
     waiting::Waiting,
 };
 use crate::{
@@ -76,6 +77,8 @@ pub(crate) struct Limiting {
     pub(crate) quotas: Vec<Arc<Quota>>,
     /// What is left of their windows by the last process.
     pub(crate) kept: Kept,
+    /// The rests of scopes that are worth sharing.
+    pub(super) scopes: Scopes,
     /// The first key with room serves, not the next one in turn.
     pub(crate) fills_first: bool,
     pub(crate) regrouping: Regrouping,
@@ -192,6 +195,11 @@ impl Common {
 
     pub(crate) fn scope(&self) -> Option<&Scope> {
         self.scope.as_ref()
+    }
+
+    /// What the scope is called where rests are listed.
+    pub(super) fn name_of_rests(&self) -> Scope {
+        self.scope.clone().unwrap_or_else(Scope::none)
     }
 
     pub(crate) fn refused(&self) -> u64 {
@@ -1034,14 +1042,40 @@ impl Scoped {
         (0..self.keys.len()).for_each(|slot| self.refresh_slot(slot, self.now()));
     }
 
-    /// Ends the rest of a key's limit: an operator has reset the key, or this scope of it.
+    /// Ends the rest of a key's limit: an operator has reset the key, or this scope of it. The limit goes on to rest for
+    /// what is known of other keys of its quota group.
     pub(crate) fn reset(&self, key: &Arc<Key>) {
         let Some(slot) = self.slot_of(key) else { return };
         if let Some(limit) = self.known_limit(slot) {
-            limit.reset();
+            limit.reset(self.known_rest(slot));
+            // One that began in between.
+            limit.rest_until(self.known_rest(slot));
             self.refresh_limit(slot, self.now());
             self.common.waiting.look_again();
         }
+    }
+
+    /// Closes the limit of a key until then, in ms, or longer.
+    pub(super) fn rest(&self, key: &Arc<Key>, until: u64) {
+        if let Some(slot) = self.slot_of(key) {
+            let now = self.now();
+            self.limit(slot, now).rest_until(until.saturating_mul(1_000_000));
+            self.refresh_limit(slot, now);
+        }
+    }
+
+    /// Closes the limits of all keys that are known to rest in this scope.
+    pub(super) fn take_rests(&self) {
+        let now = self.limiting.clock.now();
+        for (key, until) in self.limiting.scopes.resting_in(&self.common.name_of_rests(), now) {
+            self.rest(&key, until);
+        }
+    }
+
+    /// Until when the limit of a key is known to rest, in ns; 0 if it is not.
+    fn known_rest(&self, slot: usize) -> u64 {
+        let (name, now) = (self.common.name_of_rests(), self.limiting.clock.now());
+        self.limiting.scopes.limit_rests_until((&self.keys, &self.layout), slot, &name, now)
     }
 
     /// Brings the index in line with a key whose rest has changed.

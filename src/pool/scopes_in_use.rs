@@ -81,6 +81,11 @@ impl ScopesInUse {
         }
     }
 
+    /// The scope whose limits rest by that name, if a request has used it.
+    pub(super) fn of_rests(&self, name: &Scope) -> Option<Arc<Scoped>> {
+        if *name == Scope::none() { self.find(None) } else { self.find(Some(name)) }
+    }
+
     pub(crate) fn each(&self, mut then: impl FnMut(&Arc<Scoped>)) {
         if let Some(scoped) = self.none.get() {
             then(scoped);
@@ -92,6 +97,7 @@ impl ScopesInUse {
     fn add_none(&self, limiting: &Arc<Limiting>) -> &Arc<Scoped> {
         let scoped = self.none.get_or_init(|| self.scoped(None, limiting));
         // A key may have changed before others could see this scope.
+        scoped.take_rests();
         scoped.refresh_all();
         scoped
     }
@@ -120,12 +126,15 @@ impl ScopesInUse {
         named.insert(scope.clone(), scoped.clone());
         self.named.store(Arc::new(named));
         // A key may have changed before others could see this scope.
+        scoped.take_rests();
         scoped.refresh_all();
         scoped
     }
 
     fn scoped(&self, scope: Option<Scope>, limiting: &Arc<Limiting>) -> Arc<Scoped> {
         let common = Arc::new(Common::of(scope, &limiting.quotas));
-        Arc::new(Scoped::new(self.keys.clone(), self.layout.clone(), common, limiting.clone()))
+        let scoped = Scoped::new(self.keys.clone(), self.layout.clone(), common, limiting.clone());
+        scoped.take_rests();
+        Arc::new(scoped)
     }
 }

@@ -62,7 +62,8 @@ pub struct KeyStats {
     /// Serialized in seconds, with a fraction.
     #[cfg_attr(feature = "serde", serde(rename = "time_left_seconds", serialize_with = "seconds"))]
     pub time_left: Option<Duration>,
-    /// The scopes of the key that rest.
+    /// The scopes of the key that rest because a response or the store says so, for 5 seconds or more. Shorter waits, and
+    /// budgets that are used up, are in [`KeyPool::explain`](crate::KeyPool::explain).
     pub scopes: Vec<ScopeStats>,
     /// Requests that were sent with it.
     pub requests: u64,
@@ -81,7 +82,7 @@ pub struct KeyStats {
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct ScopeStats {
-    /// The scope.
+    /// The scope; `(none)` for requests without a scope.
     pub scope: Scope,
     /// Why it rests.
     pub status: Status,

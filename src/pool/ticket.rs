@@ -9,6 +9,7 @@ use super::{
     in_flight::InFlight,
     key::Key,
     scoped::{Picked, Scoped},
+    scopes::WORTH_SHARING,
 };
 use crate::{
     lending::Token,
@@ -130,6 +131,7 @@ impl Ticket {
         if let Some(wait) = wait.filter(|_| is_limited) {
             // Until the owner hears of it, and for requests that wait for no owner.
             self.limit(now).rest_until(now.saturating_add(nanos(wait)));
+            self.share_rest(Rest::RateLimited, Some(wait));
         }
         self.scoped.common.waiting.look_again();
         self.note_organisation(said);
@@ -156,6 +158,9 @@ impl Ticket {
         }
         if is_limited && !self.scoped.learns() {
             self.rest_for(Rest::RateLimited, wait, now);
+        } else if let Some(wait) = wait.filter(|_| is_limited) {
+            // What the pool has learned itself is no rest of the service's.
+            self.share_rest(Rest::RateLimited, Some(wait.min(self.scoped.longest_wait())));
         }
         self.refresh(now);
         self.note_organisation(said);
@@ -186,6 +191,16 @@ impl Ticket {
             Some(slot) => newest.limit(slot, now).rest_until(until),
             None => self.limit(now).rest_until(until),
         });
+        if self.rests_apart() {
+            self.share_rest(reason, rest);
+        }
+    }
+
+    /// Has other processes, and the next one here, know of a rest that the service asked for.
+    fn share_rest(&self, reason: Rest, rest: Option<Duration>) {
+        if rest.is_none_or(|rest| rest >= WORTH_SHARING) {
+            self.key().rest_in_scope(&self.scoped.common.name_of_rests(), reason, rest);
+        }
     }
 
     /// Whether the request has its answer, and is in flight until its body ends.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::link::Link;
 use crate::{
-    limit::{Rest, Words},
+    limit::Rest,
     meter::Counted,
     pool::{Engine, Key},
     store::{Mark, Operation, StoreError},
@@ -107,9 +107,8 @@ impl Link {
         let _put_back = PutBack { engine, key: &key };
         let Some(unwritten) = engine.unwritten(&key) else { return Ok(Written::Yes { key_failed: false }) };
         let Some(born) = key.born() else { return Ok(Written::Refused(key.clone())) };
-        let key_failed = unwritten.resting.reason > Rest::RateLimited;
-        let words =
-            Words { generation: unwritten.generation, key: Some(unwritten.resting), ..Words::default() };
+        let key_failed = unwritten.words.key.is_some_and(|resting| resting.reason > Rest::RateLimited);
+        let words = unwritten.words.clone();
         let mark = Mark { id: key.id.clone(), born, words, http_status: key.last_status() };
         let merged = self.store.merge(mark).await.inspect_err(|_| {
             engine.store_failed(Counted::Write);
@@ -117,7 +116,7 @@ impl Link {
         });
         let Some(standing) = merged? else { return Ok(Written::Refused(key.clone())) };
         engine.join(&key, &standing.words);
-        unwritten.is_written(&key);
+        engine.is_written(&key, &unwritten);
         Ok(Written::Yes { key_failed })
     }
 

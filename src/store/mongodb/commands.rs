@@ -150,8 +150,19 @@ impl Fields {
         doc! { "$or": [dated, self.with_status([RATE_LIMITED], without_date(), has_ended)] }
     }
 
-    pub(super) fn sweep(&self, born: Born) -> Update {
-        Update { filter: self.expired(), pipeline: self.write(born, []) }
+    /// Keys of which the rest of a scope has ended at that time since the epoch. If that is too late, the sweep leaves alone
+    /// what has not ended by the server's clock.
+    pub(super) fn expired_in_scopes(&self, at: Duration) -> Document {
+        let at = DateTime::from_millis(i64::try_from(at.as_millis()).unwrap_or(i64::MAX));
+        // For the index.
+        let until = format!("{}.u", ours::LIMITS);
+        doc! { until: { "$lte": at }, "$expr": self.is_readable() }
+    }
+
+    /// Shows these keys, as [`expired`](Self::expired) or [`expired_in_scopes`](Self::expired_in_scopes) finds them, as they
+    /// are by now.
+    pub(super) fn sweep(&self, expired: Document, born: Born) -> Update {
+        Update { filter: expired, pipeline: self.write(born, []) }
     }
 
     /// A limited key without a date would never be swept: it gets one.

@@ -5,7 +5,7 @@ use std::{fmt, sync::Arc};
 use ::mongodb::{
     IndexModel,
     bson::{Document, doc},
-    options::ReturnDocument,
+    options::{IndexOptions, ReturnDocument},
 };
 use tokio::{sync::mpsc, time::Instant};
 
@@ -13,6 +13,7 @@ use super::{
     commands::{Called, Update},
     document,
     error::Failure,
+    fields::ours,
     inner::{ALL_KEYS_LIMIT, Inner},
     lane::Lane,
     load, standby, usage, watch,
@@ -63,7 +64,7 @@ use crate::{
 /// | `apiKey` | string | its secret |
 /// | `status` | string | `healthy`; `rate_limited`; `exhausted`; `error`, for revoked; `disabled`. With any other status the key counts as disabled, and the status stays |
 /// | `cooldownUntil` | date or null | when the key's rest ends |
-/// | `lastError` | string | the last failure, in a few words of this crate's |
+/// | `lastError` | string | the last failure, or that scopes rest, in a few words of this crate's |
 /// | `requestsCount`, `tokensUsed` | number | usage, added up; the usage of the last moments before a crash or an outage may be missing |
 /// | `lastUsedAt` | date | when usage was last added, to ten seconds |
 /// | `createdAt`, `updatedAt` | date | |
@@ -71,9 +72,19 @@ use crate::{
 /// ## What other programs see
 ///
 /// `status` and `cooldownUntil` speak of the **whole key**. A key of which only some scopes rest (a model, a route) is
-/// `healthy`, because it is used for everything else. The rests of its scopes are in `limits`, a list of
-/// `{ s, u, r }`: scope, end, reason (1 rate limited, 2 exhausted, 3 revoked). Entries that have ended may still be in
-/// the list.
+/// `healthy`, because it is used for everything else. **So `healthy` does not mean that a key serves every request.** A
+/// program that knows nothing of scopes sees this in two fields:
+///
+/// - `limits` is there while scopes rest: a list of `{ s, u, r }`, that is scope, end, reason (1 rate limited, 2 exhausted,
+///   3 revoked). `(none)` stands for requests without a scope. The rest of a whole quota group is in the document of the
+///   member that met it. There are 64 entries at most, those that end last. A sweep removes entries that have ended, every
+///   30 seconds, and with the last one the field.
+/// - `lastError` says `rests in 2 of its scopes, see limits`, and is empty again with the last rest.
+///
+/// ```text
+/// { status: "healthy", limits: { $exists: false } }   // serves every request
+/// { "limits.s": "gemini-2.5-pro" }                    // rests for this model
+/// ```
 ///
 /// ## What other programs may do
 ///
@@ -144,7 +155,7 @@ use crate::{
 ///
 /// # Versions
 ///
-/// Tested with MongoDB 6.0. The server has to know `$toHashedIndexKey`.
+/// Tested with MongoDB 6.0. The server has to know `$toHashedIndexKey` and `$sortArray`.
 #[derive(Clone)]
 pub struct MongoStore {
     pub(super) inner: Arc<Inner>,
@@ -152,7 +163,8 @@ pub struct MongoStore {
 
 impl MongoStore {
     /// Creates the indexes that make sweeps, and the search for a standby key, quick: `{ status: 1,
-    /// cooldownUntil: 1 }` on the keys, `{ isUsed: 1, createdAt: 1 }` on the standby keys. Existing ones stay.
+    /// cooldownUntil: 1 }` and `{ "limits.u": 1 }` on the keys, `{ isUsed: 1, createdAt: 1 }` on the standby keys. Existing
+    /// ones stay.
     ///
     /// Below some thousand keys they make no difference.
     ///
@@ -165,6 +177,9 @@ impl MongoStore {
             let fields = &inner.fields;
             let index = |keys: Document| IndexModel::builder().keys(keys).build();
             inner.keys.create_index(index(doc! { &fields.status: 1, &fields.cooldown_until: 1 })).await?;
+            let of_scopes = IndexModel::builder().keys(doc! { format!("{}.u", ours::LIMITS): 1 });
+            let sparse = IndexOptions::builder().sparse(true).build();
+            inner.keys.create_index(of_scopes.options(sparse).build()).await?;
             if let Some(standby) = &inner.standby {
                 standby.create_index(index(doc! { "isUsed": 1, "createdAt": 1 })).await?;
             }
@@ -240,18 +255,25 @@ impl Inner {
 
     async fn sweep(self: Arc<Self>) -> Result<Recovered, Failure> {
         self.update_many(self.fields.date_the_undated(Born::now())).await?;
-        let ids = self.some_expired().await?;
-        let count = self.update_many(self.fields.sweep(Born::now())).await?;
+        let mut ids = self.some_of(self.fields.expired()).await?;
+        let mut count = self.update_many(self.fields.sweep(self.fields.expired(), Born::now())).await?;
+        if let Some(now) = self.clock.latest(Instant::now()) {
+            let expired = self.fields.expired_in_scopes(now);
+            let in_scopes = self.some_of(expired.clone()).await?;
+            if !in_scopes.is_empty() {
+                count += self.update_many(self.fields.sweep(expired, Born::now())).await?;
+                ids.extend(in_scopes);
+            }
+        }
         // Another process may have been quicker with some of them.
         let ids = if ids.len() as u64 == count { ids } else { Vec::new() };
         Ok(Recovered::new(count, ids))
     }
 
     /// One more than are named, which tells that there are more.
-    async fn some_expired(&self) -> Result<Vec<KeyId>, Failure> {
+    async fn some_of(&self, expired: Document) -> Result<Vec<KeyId>, Failure> {
         let limit = Recovered::NAMED_AT_MOST as i64 + 1;
-        let mut expired =
-            self.keys.find(self.fields.expired()).projection(doc! { "_id": 1 }).limit(limit).await?;
+        let mut expired = self.keys.find(expired).projection(doc! { "_id": 1 }).limit(limit).await?;
         let mut ids = Vec::new();
         while expired.advance().await? {
             ids.extend(document::id(expired.current()));

@@ -15,10 +15,16 @@ use super::{
     fields::{DISABLED, ERROR, EXHAUSTED, Fields, HEALTHY, KNOWN, RATE_LIMITED, ours},
     stored::{FOREVER, NEVER, NO_REASON, code},
 };
-use crate::{limit::Rest, store::Born};
+use crate::{
+    limit::{Rest, Words},
+    store::Born,
+};
 
 /// How long a limited key rests, in milliseconds, if another program gave it no date.
 const WITHOUT_A_DATE: i64 = 120_000;
+
+/// How the error of a key begins that rests in scopes alone.
+const SCOPES_REST: &str = "rests in ";
 
 /// The BSON types of a date that is none. A value of any other type is another program's, and stays.
 const NO_DATE: [&str; 4] = ["missing", "null", "undefined", "array"];
@@ -194,6 +200,13 @@ impl Fields {
         self.absorb(born).into_iter().chain(changes).chain(self.show()).collect()
     }
 
+    /// Whether the error is what [`scopes_rest`] says.
+    fn says_that_scopes_rest(&self) -> Document {
+        let last_error = path(&self.last_error);
+        let text = cond(is_a(&last_error, "string"), last_error, "");
+        eq(doc! { "$indexOfBytes": [text, SCOPES_REST] }, 0)
+    }
+
     /// Whether date and error are this crate's to show. Beside another program's status they have a meaning of its own.
     pub(super) fn is_shown(&self) -> Document {
         is_one_of(path(&self.status), [HEALTHY, RATE_LIMITED, EXHAUSTED, ERROR, DISABLED])
@@ -213,7 +226,7 @@ impl Fields {
             ERROR,
         );
         let was_resting = is_one_of(&status, [RATE_LIMITED, EXHAUSTED, ERROR]);
-        let has_rested = all([not(is_resting()), was_resting.clone()]);
+        let has_rested = was_resting.clone();
         let has_failed_for_good = all([has_failed(), doc! { "$gte": [UNTIL, FOREVER] }]);
         let is_ours_to_set = any([is_date(&date), self.has_one_of(NO_DATE)]);
         let date_shown = switch(
@@ -230,7 +243,14 @@ impl Fields {
         let set = doc! {
             &self.status: cond(is_one_of(&status, KNOWN), due, status),
             &self.cooldown_until: date_shown,
-            &self.last_error: cond(has_rested, "", last_error),
+            &self.last_error: switch(
+                [
+                    (any([is_resting(), not(self.is_shown())]), last_error.clone().into()),
+                    (has_limits(), scopes_rest().into()),
+                    (any([has_rested, self.says_that_scopes_rest()]), "".into()),
+                ],
+                last_error,
+            ),
             ours::REST: cond(is_resting(), REST, word(GENERATION, NEVER, NO_REASON)),
             ours::LIMITS: limits_if_any(),
             ours::FAILED_AT: if_failed(ours::FAILED_AT, REMOVE.into()),
@@ -259,6 +279,18 @@ fn absorb_same() -> Document {
             ours::LIMITS: cond("$$is_reset", Bson::Array(Vec::new()), live()),
         },
     } }
+}
+
+/// A new document has no list.
+fn has_limits() -> Document {
+    let limits = path(ours::LIMITS);
+    all([doc! { "$isArray": &limits }, doc! { "$ne": [limits, Bson::Array(Vec::new())] }])
+}
+
+/// For programs that know nothing of scopes: the status of such a key is that of a healthy one.
+fn scopes_rest() -> Document {
+    let count = doc! { "$toString": { "$size": path(ours::LIMITS) } };
+    doc! { "$concat": [SCOPES_REST, count, " of its scopes, see ", ours::LIMITS] }
 }
 
 /// A list that is empty is none.
@@ -307,7 +339,16 @@ pub(super) fn join_limits(generation: i64, marked: Vec<Document>) -> Document {
         ],
         "$$marked",
     );
-    doc! { "$let": { "vars": { "marked": marked }, "in": joined } }
+    let joined = doc! { "$let": { "vars": { "marked": marked }, "in": joined } };
+    doc! { "$let": { "vars": { "joined": joined }, "in": without_the_first_to_end("$$joined") } }
+}
+
+/// As [`Words::join`] does.
+fn without_the_first_to_end(limits: &str) -> Document {
+    let most = Words::MOST_SCOPES as i32;
+    let last_first = doc! { "$sortArray": { "input": limits, "sortBy": { "u": -1, "r": -1, "s": 1 } } };
+    let is_too_many = doc! { "$gt": [{ "$size": limits }, most] };
+    cond(is_too_many, doc! { "$slice": [last_first, most] }, limits)
 }
 
 /// The rests of scopes but for one.
