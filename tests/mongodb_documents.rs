@@ -441,12 +441,10 @@ async fn f15_wrong_field_types_never_block_other_keys() {
         process.pool.reload().await.unwrap();
     }
     assert_eq!(process.pool.stats().unreadable, zoo.unreadable().count());
-    let lines = logs.ours();
-    for odd in zoo.unreadable() {
-        let told = lines.iter().filter(|line| line.contains(&format!("key={} ", odd.id)));
-        assert_eq!(told.count(), 1, "{}", odd.id);
-    }
-    assert_eq!(logs.count("not used as a key"), zoo.unreadable().count());
+    // So many are told together, once.
+    let told: Vec<_> = logs.ours().into_iter().filter(|line| line.contains("not used as")).collect();
+    let count = format!("count={} ", zoo.unreadable().count());
+    assert!(told.len() == 1 && told[0].contains(&count) && told[0].len() < 1_000, "{told:?}");
     assert!(!logs.text().contains("sk-") && !logs.text().contains("xxxxx"));
 }
 

@@ -8,7 +8,14 @@ use crate::{
     sync::{Mutex, MutexGuard},
 };
 
-/// Counts each entry by id and reason: ids may look alike. An entry is logged once, not at every load.
+/// More new entries than that are one line in the log.
+const FEW: usize = 100;
+
+/// The ids that such a line names.
+const NAMED: usize = 3;
+
+/// Counts each entry by id and reason: ids may look alike. An entry is logged once, not at every load, and many new ones
+/// together.
 #[derive(Debug, Default)]
 pub(super) struct Complaints(Mutex<Counts>);
 
@@ -21,10 +28,19 @@ impl Complaints {
         for Unreadable { id, reason } in unreadable {
             *found.entry((id, reason)).or_default() += 1;
         }
-        for (entry, count) in &found {
-            let (id, reason) = entry;
-            for _ in known.get(entry).copied().unwrap_or_default()..*count {
-                tracing::warn!(key = %id, %reason, "not used as a key");
+        let is_new = |entry: &(String, String), count: usize| {
+            count.saturating_sub(known.get(entry).copied().unwrap_or_default())
+        };
+        let new =
+            || found.iter().map(|(entry, count)| (entry, is_new(entry, *count))).filter(|(_, new)| *new > 0);
+        let count: usize = new().map(|(_, new)| new).sum();
+        if count > FEW {
+            let keys: Vec<_> = new().map(|((id, _), _)| id).take(NAMED).collect();
+            let reason = new().next().map_or("", |((_, reason), _)| reason);
+            tracing::warn!(count, first = ?keys, reason_of_the_first = %reason, "not used as keys");
+        } else {
+            for ((id, reason), new) in new() {
+                (0..new).for_each(|_| tracing::warn!(key = %id, %reason, "not used as a key"));
             }
         }
         match only {
