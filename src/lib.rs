@@ -78,7 +78,7 @@ pub use self::{
         BuildError, ExplainedKey, Explanation, KeyPool, KeyPoolBuilder, KeyStats, NoKeyAvailable,
         OperateError, PassedOver, PoolStats, ScopeStats, ScopeTotals,
     },
-    replication::{MarksNotWritten, PassError, RecoveryConfig, RecoveryHandle, Report},
+    replication::{NotWritten, PassError, RecoveryConfig, RecoveryHandle, Report},
     service::{
         error::Error, failover::Failover, key_lease::KeyLease, key_leases::KeyLeases,
         key_rotation::KeyRotation, layer::KeyRotationLayer, reservation::Reservation, served_by::ServedBy,

@@ -889,7 +889,7 @@ async fn no_key_is_said_of_mongodb(kind: Kind) {
     show!(process.recovery.shutdown().await.unwrap_err());
     let way_of_changes = match kind {
         Kind::Standalone => "no change stream",
-        Kind::ReplicaSet => "the change stream broke off",
+        Kind::ReplicaSet | Kind::Member => "the change stream broke off",
     };
     for what in [
         "not used as a key",
@@ -1076,6 +1076,14 @@ async fn show_scopes() {
     show!(pool.stats().keys[0].scopes[0].clone());
 }
 
+async fn show_what_a_shutdown_loses() {
+    let store = FaultyStore::new(&ManualClock::new());
+    let pool = KeyPool::builder().key("alpha", secret("alpha")).open(store.clone()).await.unwrap();
+    pool.record_usage(&id("alpha"), 1);
+    store.usage.set(Mode::Fails);
+    show!(RecoveryHandle::spawn_with(&pool, passes_by_hand()).shutdown().await.unwrap_err());
+}
+
 async fn show_errors() {
     show_scopes().await;
     let keys = || KeyPool::builder().keys(unusable());
@@ -1087,7 +1095,8 @@ async fn show_errors() {
     show!(KeySpec::parse_all("keys.json", secret("alpha")).unwrap_err());
     show!(KeySpec::parse_all("keys.toml", format!("[[key]]\nsecret = {}", secret("alpha"))).unwrap_err());
     show_failures_of_operators().await;
-    show!(StoreError::new("gone"), MarksNotWritten(1));
+    show!(StoreError::new("gone"));
+    show_what_a_shutdown_loses().await;
     let cleartext = refused_in_cleartext("name").await;
     show!(cleartext, Error::<io::Error>::Inject(cleartext.clone()));
     show_data_keys();

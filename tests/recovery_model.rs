@@ -30,7 +30,7 @@ use proptest_state_machine::{ReferenceStateMachine, StateMachineTest, prop_state
 use support::{FaultyStore, Mode, SECOND, model::*, passes_by_hand};
 use tokio::{runtime::Runtime, task::yield_now};
 use tower_key_rotation::{
-    KeyPool, KeySpec, MarksNotWritten, RecoveryHandle, Status,
+    KeyPool, KeySpec, RecoveryHandle, Status,
     clock::{Clock, ManualClock},
     store::{Born, Change, KeyStore, Mark, MemoryStore, Operation, Resting, Standing, Until, Words},
 };
@@ -890,7 +890,7 @@ impl RealProcess {
         let shutdown = self.runtime.spawn(recovery.shutdown());
         settle(&self.runtime);
         let outcome = shutdown.now_or_never().expect("nothing hangs").expect("no panic");
-        outcome.map_or_else(|MarksNotWritten(marks)| marks, |()| 0)
+        outcome.map_or_else(|lost| lost.marks, |()| 0)
     }
 
     /// What is seen of its keys.

@@ -33,6 +33,8 @@ start "$@"
 while read -r command; do
     case $command in
         kill) kill -9 "$server"; wait "$server"; echo killed ;;
+        freeze) kill -STOP "$server" ;;
+        thaw) kill -CONT "$server" ;;
         start) start "$@" ;;
     esac
 done
@@ -46,6 +48,8 @@ pub enum Kind {
     Standalone,
     /// A replica set of this server alone.
     ReplicaSet,
+    /// One of several of a replica set, which [`ReplicaSet`] makes of them.
+    Member,
 }
 
 fn folder_of(address: SocketAddr) -> PathBuf {
@@ -86,7 +90,7 @@ impl Mongod {
         supervisor.args(["--bind_ip", "127.0.0.1", "--nounixsocket", "--wiredTigerCacheSizeGB", "0.25"]);
         supervisor.args(["--setParameter", "enableTestCommands=1"]);
         supervisor.args(["--setParameter", "diagnosticDataCollectionEnabled=false"]);
-        if kind == Kind::ReplicaSet {
+        if kind != Kind::Standalone {
             supervisor.args(["--replSet", "rs0", "--oplogSize", "64"]);
         }
         supervisor.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
@@ -104,7 +108,7 @@ impl Mongod {
     pub fn uri(&self) -> String {
         match self.kind {
             Kind::Standalone => format!("mongodb://{}/?directConnection=true", self.address),
-            Kind::ReplicaSet => format!("mongodb://{}/?replicaSet=rs0", self.address),
+            Kind::ReplicaSet | Kind::Member => format!("mongodb://{}/?replicaSet=rs0", self.address),
         }
     }
 
@@ -132,6 +136,16 @@ impl Mongod {
         self.wait_for_primary().await
     }
 
+    /// Stops it as `kill -STOP` does: connections stay open, and nothing is answered.
+    pub fn freeze(&mut self) {
+        self.tell("freeze");
+    }
+
+    /// Lets it go on.
+    pub fn thaw(&mut self) {
+        self.tell("thaw");
+    }
+
     fn tell(&mut self, command: &str) {
         if let Some(stdin) = &mut self.supervisor.stdin {
             let _ = writeln!(stdin, "{command}");
@@ -151,7 +165,21 @@ impl Mongod {
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
         }
-        self.wait_for_primary().await
+        if self.kind != Kind::Member {
+            return self.wait_for_primary().await;
+        }
+        while let Err(error) = admin.run_command(doc! { "hello": 1 }).await {
+            if Instant::now() > deadline {
+                return Err(error.to_string());
+            }
+        }
+        Ok(())
+    }
+
+    async fn is_primary(&self) -> bool {
+        let Ok(admin) = self.admin().await else { return false };
+        let hello = admin.run_command(doc! { "hello": 1 }).await;
+        hello.is_ok_and(|hello| hello.get_bool("isWritablePrimary").unwrap_or_default())
     }
 
     async fn wait_for_primary(&self) -> Result<(), String> {
@@ -180,6 +208,70 @@ impl Drop for Mongod {
     fn drop(&mut self) {
         drop(self.supervisor.stdin.take());
         let _ = self.supervisor.wait();
+    }
+}
+
+/// A replica set of several servers, which elect another primary within seconds.
+#[derive(Debug)]
+pub struct ReplicaSet {
+    members: Vec<Mongod>,
+}
+
+impl ReplicaSet {
+    /// Starts one of so many servers, and waits until it can be written to.
+    pub async fn start(members: usize) -> Result<Self, String> {
+        let mut started = Vec::new();
+        for _ in 0..members {
+            started.push(Mongod::start(Kind::Member).await?);
+        }
+        let set = Self { members: started };
+        let member =
+            |(number, member): (i32, &Mongod)| doc! { "_id": number, "host": member.address.to_string() };
+        let hosts: Vec<_> = (0..).zip(&set.members).map(member).collect();
+        // By default ten seconds pass before the others miss a primary.
+        let settings = doc! { "electionTimeoutMillis": 2_000, "heartbeatIntervalMillis": 500 };
+        let initiate = doc! { "replSetInitiate": { "_id": "rs0", "members": hosts, "settings": settings } };
+        let first = set.members.first().ok_or("a replica set has a member at least")?;
+        let deadline = Instant::now() + START_LIMIT;
+        let admin = first.admin().await?;
+        while let Err(error) = admin.run_command(initiate.clone()).await {
+            if Instant::now() > deadline {
+                return Err(error.to_string());
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        set.primary().await?;
+        Ok(set)
+    }
+
+    /// What a client connects to.
+    pub fn uri(&self) -> String {
+        let hosts: Vec<_> = self.members.iter().map(|member| member.address.to_string()).collect();
+        format!("mongodb://{}/?replicaSet=rs0", hosts.join(","))
+    }
+
+    /// The number of the primary, as soon as there is one.
+    pub async fn primary(&self) -> Result<usize, String> {
+        let deadline = Instant::now() + START_LIMIT;
+        while Instant::now() < deadline {
+            for (number, member) in self.members.iter().enumerate() {
+                if member.is_primary().await {
+                    return Ok(number);
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        Err(format!("no primary within {START_LIMIT:?}"))
+    }
+
+    /// A server, by its number.
+    pub fn member(&mut self, number: usize) -> &mut Mongod {
+        &mut self.members[number]
+    }
+
+    /// Starts a server again that was killed, and does not wait for it.
+    pub fn begin_to_restart(&mut self, number: usize) {
+        self.members[number].tell("start");
     }
 }
 

@@ -7,7 +7,7 @@ use std::{
 };
 
 use tower_key_rotation::{
-    KeyId, KeyPool, KeySpec, MarksNotWritten, RecoveryHandle,
+    KeyId, KeyPool, KeySpec, NotWritten, RecoveryHandle,
     store::{KeyStore, file::FileStore},
 };
 
@@ -154,7 +154,7 @@ impl Upstream {
     }
 
     /// Writes the pending state of the keys to their store.
-    pub(crate) async fn shutdown(&self) -> Result<(), MarksNotWritten> {
+    pub(crate) async fn shutdown(&self) -> Result<(), NotWritten> {
         let recovery = lock(&self.recovery).take();
         match recovery {
             Some(recovery) => recovery.shutdown().await,

@@ -8,7 +8,10 @@ use crate::{
     meter::Counted,
     pool::Engine,
     store::{KeyStore, Operation, Recovered, Standing, StoreError},
-    sync::{Mutex, atomic::AtomicBool},
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, AtomicUsize},
+    },
 };
 
 pub(crate) struct Link {
@@ -27,6 +30,8 @@ pub(crate) struct Link {
     pub(super) key_failed: AtomicBool,
     /// The usage of keys that were taken out of the pool since the last write.
     pub(super) gone: Mutex<Used>,
+    /// The keys whose usage was sent since a write of usage last succeeded.
+    pub(super) unconfirmed: AtomicUsize,
 }
 
 /// The keys that the store is to have before anything else is done with it.
@@ -40,7 +45,8 @@ impl Link {
     pub(crate) fn new(engine: Arc<Engine>, store: Arc<dyn KeyStore>, seeds: Seeds) -> Self {
         let turn = Arc::new(tokio::sync::Mutex::new(seeds));
         let (open, complaints, round, sharing, key_failed, gone) = Default::default();
-        Self { engine, store, turn, open, complaints, round, sharing, key_failed, gone }
+        let unconfirmed = AtomicUsize::new(0);
+        Self { engine, store, turn, open, complaints, round, sharing, key_failed, gone, unconfirmed }
     }
 
     /// The most writes to the store in flight.

@@ -16,4 +16,4 @@ mod usage;
 mod writer;
 
 pub(crate) use self::link::Link;
-pub use self::recovery::{MarksNotWritten, PassError, RecoveryConfig, RecoveryHandle, Report};
+pub use self::recovery::{NotWritten, PassError, RecoveryConfig, RecoveryHandle, Report};

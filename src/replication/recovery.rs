@@ -43,6 +43,7 @@ pub struct RecoveryConfig {
     interval: Option<Duration>,
     limit: Option<Duration>,
     start_jitter: Option<Duration>,
+    shutdown_limit: Option<Duration>,
 }
 
 impl RecoveryConfig {
@@ -70,6 +71,17 @@ impl RecoveryConfig {
     pub fn start_jitter(mut self, within: Duration) -> Self {
         self.start_jitter = Some(within);
         self
+    }
+
+    /// Sets how long a [shutdown](RecoveryHandle::shutdown) may take. By default 8 seconds: a container is usually killed
+    /// after 10.
+    pub fn shutdown_limit(mut self, limit: Duration) -> Self {
+        self.shutdown_limit = Some(limit);
+        self
+    }
+
+    fn shutdown_limit_or_default(&self) -> Duration {
+        self.shutdown_limit.unwrap_or(Duration::from_secs(8))
     }
 
     fn interval_or_default(&self) -> Duration {
@@ -110,12 +122,14 @@ pub struct RecoveryHandle {
     pool: KeyPool,
     commands: mpsc::Sender<Command>,
     reports: watch::Receiver<Option<Report>>,
+    /// When a shutdown began, by the pool's clock.
+    shuts_down: watch::Sender<Option<Duration>>,
 }
 
 #[derive(Debug)]
 enum Command {
     Sweep(oneshot::Sender<Report>),
-    ShutDown(oneshot::Sender<Result<(), MarksNotWritten>>),
+    ShutDown(oneshot::Sender<Result<(), NotWritten>>),
 }
 
 impl RecoveryHandle {
@@ -137,6 +151,7 @@ impl RecoveryHandle {
         let (commands, received) = mpsc::channel(8);
         let (reports, reported) = watch::channel(None);
         let (stop, stopped) = watch::channel(());
+        let (shuts_down, shutdown) = watch::channel(None);
         follow_changes(pool, stopped.clone());
         let sharing = tokio::spawn(share_limits(pool.clone(), stopped.clone()));
         let keeping = tokio::spawn(keep_quotas(pool.clone(), stopped.clone()));
@@ -146,6 +161,7 @@ impl RecoveryHandle {
             config,
             commands: received,
             reports,
+            shutdown,
             writer: tokio::spawn(write_marks(pool.clone(), stopped)),
             sharing,
             keeping,
@@ -156,7 +172,7 @@ impl RecoveryHandle {
             recovered: 0,
         };
         tokio::spawn(recovery.run());
-        Self { pool: pool.clone(), commands, reports: reported }
+        Self { pool: pool.clone(), commands, reports: reported, shuts_down }
     }
 
     /// Makes a pass now, or after the one in progress, and returns how it went.
@@ -183,14 +199,17 @@ impl RecoveryHandle {
         self.reports.borrow().clone()
     }
 
-    /// Finishes the pass in progress, writes pending marks and usage, and stops. The pass and the writes each have the
-    /// limit of a pass.
+    /// Finishes the pass in progress, writes pending marks and usage, and stops, within
+    /// [8 seconds](RecoveryConfig::shutdown_limit). The pass has half of that.
     ///
     /// # Errors
     ///
-    /// If marks could not be written. They are lost when the process ends.
-    pub async fn shutdown(self) -> Result<(), MarksNotWritten> {
+    /// If marks or usage could not be written. They are lost when the process ends.
+    pub async fn shutdown(self) -> Result<(), NotWritten> {
         let (reply, done) = oneshot::channel();
+        let began = self.pool.clock().now();
+        // Now: the task may be in the middle of a pass.
+        self.shuts_down.send_replace(Some(began));
         let _ = self.commands.send(Command::ShutDown(reply)).await;
         done.await.unwrap_or_else(|_| all_written(&self.pool))
     }
@@ -246,10 +265,16 @@ enum Cause {
     Stopped,
 }
 
-/// That many marks could not be written before a shutdown.
+/// What could not be written to the store before a shutdown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0} marks could not be written to the store before the shutdown")]
-pub struct MarksNotWritten(pub usize);
+#[error("the marks of {marks} keys and the usage of {usage} keys could not be written before the shutdown")]
+#[non_exhaustive]
+pub struct NotWritten {
+    /// The keys with marks that the store does not have.
+    pub marks: usize,
+    /// The keys with usage that the store has not confirmed. It may have added some of that.
+    pub usage: usize,
+}
 
 /// The keys that a pass reset, and whether nothing in it failed.
 type Pass = JoinHandle<(Recovered, Result<(), StoreError>)>;
@@ -259,6 +284,7 @@ struct Recovery {
     config: RecoveryConfig,
     commands: mpsc::Receiver<Command>,
     reports: watch::Sender<Option<Report>>,
+    shutdown: watch::Receiver<Option<Duration>>,
     writer: JoinHandle<()>,
     sharing: JoinHandle<()>,
     keeping: JoinHandle<()>,
@@ -345,8 +371,10 @@ impl Recovery {
         deadline: Duration,
     ) -> (Recovered, Result<(), PassError>) {
         let too_long = Err(PassError(Arc::new(Cause::TookTooLong(self.config.limit_or_default()))));
+        let shutdown = (self.shutdown.clone(), self.config.shutdown_limit_or_default());
         if let Some(overdue) = &mut self.overdue {
-            let Some(pass) = by(deadline, clock, overdue).await else {
+            let shutdown = shutdown.clone();
+            let Some(pass) = by_or_half_of(shutdown, deadline, clock, overdue).await else {
                 return (Recovered::default(), too_long);
             };
             self.overdue = None;
@@ -354,7 +382,7 @@ impl Recovery {
         }
         // A task of its own: the limit must not drop a driver's future half-way, and a panic must end the pass alone.
         let mut pass = tokio::spawn(write_sweep_reload(self.pool.clone()));
-        match by(deadline, clock, &mut pass).await {
+        match by_or_half_of(shutdown, deadline, clock, &mut pass).await {
             Some(Ok((recovered, done))) => {
                 (recovered, done.map_err(|error| PassError(Arc::new(Cause::Store(error)))))
             }
@@ -366,7 +394,7 @@ impl Recovery {
         }
     }
 
-    async fn shut_down(self, clock: &dyn Clock) -> Result<(), MarksNotWritten> {
+    async fn shut_down(self, clock: &dyn Clock) -> Result<(), NotWritten> {
         // A value, so that the other processes are told; dropping the sender tells nobody.
         let _ = self.stop.send(());
         let pool = self.pool.clone();
@@ -380,16 +408,19 @@ impl Recovery {
                 let _ = pass.await;
             }
         });
-        let _ = by(clock.now().saturating_add(self.config.limit_or_default()), clock, last_writes).await;
+        let began = self.shutdown.borrow().unwrap_or_else(|| clock.now());
+        let deadline = began.saturating_add(self.config.shutdown_limit_or_default());
+        let _ = by(deadline, clock, last_writes).await;
         tracing::info!("recovery stopped");
         all_written(&self.pool)
     }
 }
 
-fn all_written(pool: &KeyPool) -> Result<(), MarksNotWritten> {
+fn all_written(pool: &KeyPool) -> Result<(), NotWritten> {
+    let usage = pool.link().map_or(0, |link| link.count_unconfirmed_usage());
     match pool.engine().snapshot().count_pending() {
-        0 => Ok(()),
-        pending => Err(MarksNotWritten(pending)),
+        0 if usage == 0 => Ok(()),
+        marks => Err(NotWritten { marks, usage }),
     }
 }
 
@@ -401,6 +432,7 @@ fn is_open(pool: &KeyPool) -> bool {
 async fn write_last(pool: &KeyPool) {
     let Some(link) = pool.link() else { return };
     if let Err(error) = link.write_marks().await {
+        // Usage would be lost with the next failure.
         return tracing::warn!(error = %Chain(&error), "marks could not be written");
     }
     if let Err(error) = link.write_usage().await {
@@ -495,6 +527,26 @@ async fn by<T>(deadline: Duration, clock: &dyn Clock, future: impl Future<Output
         biased;
         output = future => Some(output),
         () = clock.sleep_until(deadline) => None,
+    }
+}
+
+/// The same, but no longer than half of what a shutdown may take, once one has begun.
+async fn by_or_half_of<T>(
+    (mut shutdown, limit): (watch::Receiver<Option<Duration>>, Duration),
+    deadline: Duration,
+    clock: &dyn Clock,
+    future: impl Future<Output = T>,
+) -> Option<T> {
+    let halfway = async {
+        // Without its sender, the handle was dropped: that waits for nothing.
+        let began = shutdown.wait_for(Option::is_some).await.ok().and_then(|began| *began);
+        let Some(began) = began else { return std::future::pending().await };
+        clock.sleep_until(began.saturating_add(limit / 2)).await;
+    };
+    tokio::select! {
+        biased;
+        output = by(deadline, clock, future) => output,
+        () = halfway => None,
     }
 }
 

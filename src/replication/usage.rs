@@ -3,21 +3,33 @@
 //! Requests only add to their key's counters. A pass takes what was added since the last one, and adds it to the store's
 //! sums, once: usage is a statistic, and a write whose outcome is unknown is not repeated.
 
-use std::sync::PoisonError;
+use std::sync::{Arc, PoisonError};
 
 use super::link::{Link, Used};
 use crate::{
     meter::Counted,
     pool::Key,
     store::{StoreError, Usage},
+    sync::atomic::Ordering::SeqCst,
 };
 
 impl Link {
     /// Adds to the store how much keys were used since the last call.
     pub(super) async fn write_usage(&self) -> Result<(), StoreError> {
         // Also without usage: a store may have kept some that it could not send.
-        let added = self.store.add_usage(self.take_usage()).await;
-        added.inspect_err(|_| self.engine.store_failed(Counted::Usage))
+        let usage = self.take_usage();
+        self.unconfirmed.fetch_add(usage.len(), SeqCst);
+        self.store.add_usage(usage).await.inspect_err(|_| self.engine.store_failed(Counted::Usage))?;
+        self.unconfirmed.store(0, SeqCst);
+        Ok(())
+    }
+
+    /// The keys with usage that was not written, or of which nobody knows whether it was.
+    pub(super) fn count_unconfirmed_usage(&self) -> usize {
+        let gone = self.gone.lock().unwrap_or_else(PoisonError::into_inner).len();
+        let counts = |key: &&Arc<Key>| key.counts.requests.has_untaken() || key.counts.tokens.has_untaken();
+        let here = self.engine.snapshot().keys().iter().filter(counts).count();
+        gone + here + self.unconfirmed.load(SeqCst)
     }
 
     /// Keeps the usage of a key that is taken out of the pool.

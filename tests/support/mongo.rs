@@ -12,7 +12,7 @@ use mongodb::{
 };
 use tokio::sync::OnceCell;
 
-pub use super::mongod::{Kind, Mongod};
+pub use super::mongod::{Kind, Mongod, ReplicaSet};
 
 static STANDALONE: OnceCell<Mongod> = OnceCell::const_new();
 static REPLICA_SET: OnceCell<Mongod> = OnceCell::const_new();
@@ -27,7 +27,7 @@ pub async fn shared_uri(kind: Kind) -> String {
     }
     let server = match kind {
         Kind::Standalone => &STANDALONE,
-        Kind::ReplicaSet => &REPLICA_SET,
+        Kind::ReplicaSet | Kind::Member => &REPLICA_SET,
     };
     server.get_or_init(|| own(kind)).await.uri()
 }
