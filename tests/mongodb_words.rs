@@ -484,6 +484,33 @@ async fn f17_a_secret_changed_back_unseen_is_the_same() {
     assert_eq!(bench.standing("alpha").await.born, before.born);
 }
 
+/// As other programs insert it, without an `_id` of their own.
+#[tokio::test]
+async fn a_document_with_an_object_id_is_a_key() {
+    let bench = Bench::over(Mongo::replica_set().await).await;
+    let mut changes = changes(&bench).await;
+    let object_id = mongodb::bson::oid::ObjectId::new();
+    let id = object_id.to_hex();
+    let mut document = healthy("alpha");
+    document.insert("_id", object_id);
+    bench.mongo.keys().insert_one(document).await.unwrap();
+    assert_eq!(next(&mut changes).await, Change::Keys(vec![key(&id)]));
+    assert_eq!(bench.load().await.records[0].spec.id, key(&id));
+    let document = async || bench.mongo.keys().find_one(doc! { "_id": object_id }).await.unwrap().unwrap();
+
+    assert_about(&bench.mark(&id, limited(HOUR)).await.words, &limited(HOUR));
+    assert_eq!(text(&document().await, "status"), "rate_limited");
+    let insert = Operation::Insert(KeySpec::new(key(&id), "sk-other"));
+    assert_eq!(bench.operate(&id, insert).await, None, "the id is taken");
+    bench.operate(&id, Operation::Reset(None)).await.unwrap();
+    bench.operate(&id, Operation::Disable).await.unwrap();
+    bench.store.add_usage(vec![Usage::new(key(&id), 3, 5)]).await.unwrap();
+    let after = document().await;
+    assert_eq!((text(&after, "status"), after.get_i64("tokensUsed").unwrap()), ("disabled", 12));
+    assert!(bench.operate(&id, Operation::Remove).await.is_some());
+    assert_eq!(bench.load().await, Loaded::default());
+}
+
 #[tokio::test]
 async fn replaced_documents_are_other_keys() {
     let bench = Bench::new().await;

@@ -70,7 +70,8 @@ fn check_decrypted(document: &RawDocument) {
 
 fn check_in_the_clear(document: &RawDocument) {
     let text = |field: &str| document.get_str(field).ok();
-    let id = text("_id").and_then(|id| KeyId::new(id).ok());
+    let hex = document.get_object_id("_id").ok().map(ObjectId::to_hex);
+    let id = hex.as_deref().or(text("_id")).and_then(|id| KeyId::new(id).ok());
     let mut loaded = Loaded::default();
     // The numbers of keys that serve, and of entries that are no keys.
     let mut expected = (0, 0);

@@ -7,6 +7,7 @@ use std::time::Duration;
 use ::mongodb::bson::{Bson, DateTime, Document, doc};
 
 use super::{
+    document::{is_id, is_one_of_ids},
     expr::{NOW, REMOVE, all, any, cond, is_date, is_one_of, literal, not, path},
     fields::{DISABLED, EXHAUSTED, Fields, HEALTHY, KNOWN, RATE_LIMITED, computed, ours},
     stored::{FOREVER, NEVER, NO_REASON, code},
@@ -68,7 +69,7 @@ impl Fields {
         let failed = may_fail.then(|| set_failed(wins));
         let pipeline = self.write(mark.born, failed.into_iter().chain([join]));
         let is_it = all([self.is_readable(), self.is_same_key()]);
-        let filter = doc! { "_id": mark.id.as_str(), ours::BORN: hex(mark.born), "$expr": is_it };
+        let filter = doc! { "_id": is_id(&mark.id), ours::BORN: hex(mark.born), "$expr": is_it };
         Update { filter, pipeline }
     }
 
@@ -105,7 +106,7 @@ impl Fields {
     }
 
     fn operation(&self, id: &KeyId, set: Document, born: Born) -> Update {
-        let filter = doc! { "_id": id.as_str(), "$expr": self.is_readable() };
+        let filter = doc! { "_id": is_id(id), "$expr": self.is_readable() };
         Update { filter, pipeline: self.write(born, [doc! { "$set": set }]) }
     }
 
@@ -137,7 +138,7 @@ impl Fields {
     /// Absorbs what other programs did to these documents.
     pub(super) fn settle_some(&self, ids: &[KeyId], born: Born) -> Update {
         let unsettled = all([self.is_readable(), not(self.is_settled())]);
-        let filter = doc! { "_id": one_of(ids), "$expr": unsettled };
+        let filter = doc! { "_id": is_one_of_ids(ids), "$expr": unsettled };
         Update { filter, pipeline: self.settle(born) }
     }
 
@@ -183,7 +184,7 @@ impl Fields {
     pub(super) fn load(&self, only: Option<&[KeyId]>) -> Vec<Document> {
         let mut project = self.standing();
         project.extend(doc! { &self.api_key: 1, ours::SPEC: 1, computed::IS_SETTLED: self.is_settled() });
-        let only = only.map(|ids| doc! { "$match": { "_id": one_of(ids) } });
+        let only = only.map(|ids| doc! { "$match": { "_id": is_one_of_ids(ids) } });
         only.into_iter().chain([doc! { "$project": project }]).collect()
     }
 
@@ -232,10 +233,6 @@ fn set_failed(wins: Document) -> Document {
         ours::REPLACED_BY: kept(ours::REPLACED_BY, replacement_under_way().into()),
         ours::RETIRED_AT: kept(ours::RETIRED_AT, REMOVE.into()),
     } }
-}
-
-fn one_of(ids: &[KeyId]) -> Document {
-    doc! { "$in": ids.iter().map(KeyId::as_str).collect::<Vec<_>>() }
 }
 
 fn said(mark: &Mark) -> String {

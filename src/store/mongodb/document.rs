@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, num::NonZeroU32, time::Duration};
 
-use ::mongodb::bson::{Bson, RawBsonRef, RawDocument};
+use ::mongodb::bson::{Bson, Document, RawBsonRef, RawDocument, doc, oid::ObjectId};
 
 use super::{
     fields::{Fields, KNOWN, computed, ours},
@@ -26,8 +26,7 @@ pub(super) enum Read {
 /// Reads a document as a load projects it.
 pub(super) fn decode(document: &RawDocument, fields: &Fields, at_rest: &AtRest) -> Result<Read, Unreadable> {
     let unreadable = |reason: String| Unreadable::new(shown_id(document), reason);
-    let id = text(document, "_id").map_err(unreadable)?;
-    let id = KeyId::new(id).map_err(|error| unreadable(error.to_string()))?;
+    let id = key_id(document).map_err(unreadable)?;
     let secret = text(document, &fields.api_key).and_then(|stored| at_rest.secret(&id, stored));
     let spec = KeySpec::new(id, secret.map_err(unreadable)?);
     text(document, &fields.status).map_err(unreadable)?;
@@ -107,7 +106,40 @@ fn spec_number<N: TryFrom<u32>>(name: &str, value: RawBsonRef<'_>) -> Result<N, 
 
 /// The id of a document that a key may have.
 pub(super) fn id(document: &RawDocument) -> Option<KeyId> {
-    text(document, "_id").ok().and_then(|id| KeyId::new(id).ok())
+    key_id(document).ok()
+}
+
+/// Drivers of other programs make ObjectIds. In a key's id, one is its hexadecimal digits.
+fn key_id(document: &RawDocument) -> Result<KeyId, String> {
+    let hex;
+    let id = match document.get("_id") {
+        Ok(Some(RawBsonRef::ObjectId(id))) => {
+            hex = id.to_hex();
+            &*hex
+        }
+        _ => text(document, "_id")?,
+    };
+    KeyId::new(id).map_err(|error| error.to_string())
+}
+
+/// What the `_id` of a key's document is, in a filter.
+pub(super) fn is_id(id: &KeyId) -> Bson {
+    match object_id(id) {
+        Some(object_id) => doc! { "$in": [id.as_str(), object_id] }.into(),
+        None => id.as_str().into(),
+    }
+}
+
+/// The same for several keys.
+pub(super) fn is_one_of_ids(ids: &[KeyId]) -> Document {
+    let texts = ids.iter().map(|id| Bson::from(id.as_str()));
+    let object_ids = ids.iter().filter_map(object_id).map(Bson::from);
+    doc! { "$in": texts.chain(object_ids).collect::<Vec<_>>() }
+}
+
+/// The ObjectId that a key's id may be the digits of.
+pub(super) fn object_id(id: &KeyId) -> Option<ObjectId> {
+    ObjectId::parse_str(id.as_str()).ok().filter(|object_id| object_id.to_hex() == id.as_str())
 }
 
 const BROKEN: &str = "the document is broken";

@@ -94,7 +94,7 @@ impl Replacement<'_> {
 
     fn this_one(&self, failed: &KeyId) -> Document {
         let mut filter = self.to_be_replaced();
-        filter.insert("_id", failed.as_str());
+        filter.insert("_id", document::is_id(failed));
         filter
     }
 
@@ -196,9 +196,7 @@ impl Replacement<'_> {
         // Twice: if the id is taken, another process may just have inserted the same key.
         for _ in 0..2 {
             let reason = match self.store.find_by_secret(&key.secret, claimed.hash).await? {
-                Some(found) if found.get_str("_id").ok() != Some(key.id.as_str()) => {
-                    "another key has its secret"
-                }
+                Some(found) if document::id(&found).as_ref() != Some(&key.id) => "another key has its secret",
                 Some(found) if matches!(found.get_str(&fields.status), Ok(ERROR | EXHAUSTED)) => {
                     "it has failed itself"
                 }

@@ -60,7 +60,7 @@ use crate::{
 ///
 /// | field | type | |
 /// |---|---|---|
-/// | `_id` | string | the key's id |
+/// | `_id` | string or ObjectId | the key's id; of an ObjectId, its hexadecimal digits |
 /// | `apiKey` | string | its secret |
 /// | `status` | string | `healthy`; `rate_limited`; `exhausted`; `error`, for revoked; `disabled`. With any other status the key counts as disabled, and the status stays |
 /// | `cooldownUntil` | date or null | when the key's rest ends |
@@ -232,6 +232,10 @@ impl Inner {
         born: Born,
         replaced: Option<&str>,
     ) -> Result<bool, Failure> {
+        // To the server, an ObjectId is another `_id`.
+        if document::object_id(&spec.id).is_some() && self.has(&spec.id).await? {
+            return Ok(false);
+        }
         let stored = self.at_rest.stored(&spec.id, &spec.secret)?;
         let Update { filter, pipeline } = self.fields.insert(spec, &stored, born, replaced);
         match self.keys.update_one(filter, pipeline).upsert(true).await.map_err(Failure::from) {
@@ -243,12 +247,13 @@ impl Inner {
     }
 
     async fn has(&self, id: &KeyId) -> Result<bool, Failure> {
-        let found = self.keys.find_one(doc! { "_id": id.as_str() }).projection(doc! { "_id": 1 }).await?;
+        let found =
+            self.keys.find_one(doc! { "_id": document::is_id(id) }).projection(doc! { "_id": 1 }).await?;
         Ok(found.is_some())
     }
 
     async fn remove(&self, id: &KeyId) -> Result<Option<Standing>, Failure> {
-        let removed = self.keys.find_one_and_delete(doc! { "_id": id.as_str() });
+        let removed = self.keys.find_one_and_delete(doc! { "_id": document::is_id(id) });
         let Some(key) = removed.projection(self.fields.standing()).await? else { return Ok(None) };
         Ok(Some(self.standing_now(&key).unwrap_or_else(Standing::healthy)))
     }

@@ -13,6 +13,7 @@ use ::mongodb::bson::{Document, doc};
 
 use super::{
     bulk::AT_ONCE,
+    document::is_id,
     error::Failure,
     expr::{NOW, all, cond, is_date, is_one_of, path},
     fields::Fields,
@@ -86,7 +87,7 @@ impl Fields {
         let before = path(&self.last_used_at);
         let later = doc! { "$max": [&before, &now] };
         set.insert(&self.last_used_at, cond(is_date(&before), later, now));
-        doc! { "q": { "_id": usage.id.as_str() }, "u": [{ "$set": set }] }
+        doc! { "q": { "_id": is_id(&usage.id) }, "u": [{ "$set": set }] }
     }
 }
 
