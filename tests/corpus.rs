@@ -295,7 +295,9 @@ fn every_recorded_response_names_its_source() {
     let known = services();
     for folder in folders {
         let name = folder.file_name().unwrap().to_str().unwrap();
-        assert!(known.iter().any(|(service, _)| *service == name), "nothing reads {name}");
+        // `stream_head.rs` reads the streams.
+        let is_known = name == "streams" || known.iter().any(|(service, _)| *service == name);
+        assert!(is_known, "nothing reads {name}");
     }
 }
 

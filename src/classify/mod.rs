@@ -25,6 +25,7 @@
 mod answer;
 mod classifier;
 mod decoded;
+mod events;
 mod formats;
 mod grpc_status;
 mod hint;
@@ -32,9 +33,14 @@ mod llm_gateway;
 mod remaining;
 mod rules;
 mod services;
+mod stream_event;
 mod too_many_requests;
 
-pub(crate) use self::decoded::decoded;
+pub(crate) use self::{
+    decoded::decoded,
+    events::{Event, Events},
+    stream_event::{Said, StreamError, may_be_error},
+};
 
 pub use self::{
     classifier::{ClassifyResponse, ResponseHead, Verdict},

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use http::StatusCode;
+use http::{HeaderMap, StatusCode};
 
 use super::{
     answer::{Answer, Form},
@@ -131,6 +131,15 @@ pub(super) fn concern(tables: &[&'static Rules], status: StatusCode) -> bool {
 fn rules_of(tables: &[&'static Rules], status: StatusCode) -> impl Iterator<Item = &'static Rule> {
     let all = tables.iter().copied().flatten();
     all.filter(move |rule| rule.statuses.contains(&status.as_u16()))
+}
+
+/// A status that comes with this error, if one of the tables has a rule for the error.
+pub(super) fn status_with(tables: &[&'static Rules], body: &[u8]) -> Option<u16> {
+    let headers = HeaderMap::new();
+    let head = ResponseHead::new(StatusCode::OK, &headers).with_body(body);
+    let answer = Answer::of(&head);
+    let mut rules = tables.iter().copied().flatten();
+    rules.find(|rule| rule.when.applies(&answer))?.statuses.last().copied()
 }
 
 /// The verdict on a response whose status [concerns](concern) one of the tables.

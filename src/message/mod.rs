@@ -8,6 +8,7 @@ mod reqwest;
 mod response;
 #[cfg(feature = "reqwest")]
 mod until_end;
+mod watch;
 
 pub use self::replay::Replay;
 #[cfg(feature = "reqwest")]
@@ -16,4 +17,5 @@ pub(crate) use self::{
     end_of_body::EndOfBody,
     request::RequestMessage,
     response::{JudgedResponse, ReadableResponse, ResponseMessage},
+    watch::{Seen, Watch},
 };

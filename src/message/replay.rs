@@ -14,7 +14,10 @@ use bytes::{Buf, Bytes, BytesMut};
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 
-use super::end_of_body::{EndOfBody, TellsEnd};
+use super::{
+    end_of_body::{EndOfBody, TellsEnd},
+    watch::{Seen, Watch},
+};
 use crate::clock::Sleep;
 
 pin_project! {
@@ -22,7 +25,8 @@ pin_project! {
     ///
     /// [`KeyRotationLayer::failover`](crate::KeyRotationLayer::failover) and
     /// [`read_error_bodies`](crate::KeyRotationLayer::read_error_bodies) return this type, since both read the bodies of
-    /// some errors, up to a limit. All other bodies pass through unread.
+    /// some errors, up to a limit; so does [`stream_head`](crate::KeyRotationLayer::stream_head), which reads the beginning
+    /// of streams. All other bodies pass through unread.
     pub struct Replay<B: Body> {
         #[pin]
         state: State<B>,
@@ -44,6 +48,8 @@ struct Begun<B: Body> {
     // Pinned in a box, since a body must not move once it has been polled.
     rest: Option<Pin<Box<B>>>,
     end: TellsEnd,
+    // Sees what follows the frames that have been read.
+    watch: Option<Arc<dyn Watch>>,
 }
 
 impl<B: Body> Replay<B> {
@@ -64,20 +70,31 @@ impl<B: Body> Replay<B> {
         match before {
             State::Untouched { body } => begun.rest = Some(Box::pin(body)),
             State::Begun { begun: before } => {
-                let Begun { read, failed, rest, .. } = *before;
-                (begun.read, begun.failed, begun.rest) = (read, failed, rest);
+                let Begun { read, failed, rest, watch, .. } = *before;
+                (begun.read, begun.failed, begun.rest, begun.watch) = (read, failed, rest, watch);
             }
         }
     }
 
     /// Reads to the end, or until at least `most` bytes are read, or until `time_over` completes.
     pub(crate) async fn read(self, most: usize, time_over: Sleep) -> Self {
-        let mut begun = match self.state {
-            State::Untouched { body } => Box::new(Begun::new(body)),
-            State::Begun { begun } => begun,
-        };
+        let mut begun = self.begun();
         begun.read(most, time_over).await;
         Self { state: State::Begun { begun } }
+    }
+
+    /// Reads until `watch` has seen enough, to the end, or until `time_over` completes. `watch` sees the rest as it passes.
+    pub(crate) async fn hold(self, watch: Arc<dyn Watch>, time_over: Sleep) -> Self {
+        let mut begun = self.begun();
+        begun.hold(watch, time_over).await;
+        Self { state: State::Begun { begun } }
+    }
+
+    fn begun(self) -> Box<Begun<B>> {
+        match self.state {
+            State::Untouched { body } => Box::new(Begun::new(body)),
+            State::Begun { begun } => begun,
+        }
     }
 
     /// Returns all bytes that have been read.
@@ -143,7 +160,7 @@ impl<B: Body> Begun<B> {
     }
 
     fn empty() -> Self {
-        Self { read: VecDeque::new(), failed: None, rest: None, end: TellsEnd::nobody() }
+        Self { read: VecDeque::new(), failed: None, rest: None, end: TellsEnd::nobody(), watch: None }
     }
 
     fn look(&mut self, frame: &Option<Result<Frame<Bytes>, B::Error>>) {
@@ -158,31 +175,52 @@ impl<B: Body> Begun<B> {
 
     async fn read(&mut self, most: usize, mut time_over: Sleep) {
         let mut bytes = self.bytes_read();
-        while let Some(rest) = &mut self.rest {
-            if bytes >= most {
-                if rest.is_end_stream() {
-                    self.rest = None;
-                }
-                return;
-            }
-            let frame = tokio::select! {
-                biased;
-                frame = poll_fn(|cx| rest.as_mut().poll_frame(cx)) => frame,
-                () = &mut time_over => return,
-            };
-            match frame {
-                Some(Ok(frame)) => {
-                    let frame = shared(frame);
-                    bytes += frame.data_ref().map_or(0, Bytes::len);
-                    self.read.push_back(frame);
-                }
-                Some(Err(error)) => {
-                    self.failed = Some(error);
-                    self.rest = None;
-                }
-                None => self.rest = None,
-            }
+        while bytes < most {
+            let Some(frame) = self.read_frame(&mut time_over).await else { return };
+            bytes += frame.data_ref().map_or(0, Bytes::len);
         }
+        if self.rest.as_ref().is_some_and(|rest| rest.is_end_stream()) {
+            self.rest = None;
+        }
+    }
+
+    async fn hold(&mut self, watch: Arc<dyn Watch>, mut time_over: Sleep) {
+        let mut seen = Seen::TooLittle;
+        for data in self.read.iter().filter_map(Frame::data_ref) {
+            seen = watch.data(data);
+        }
+        while seen == Seen::TooLittle {
+            let Some(frame) = self.read_frame(&mut time_over).await else { break };
+            seen = frame.data_ref().map_or(seen, |data| watch.data(data));
+        }
+        if seen == Seen::All {
+            return;
+        }
+        match &self.rest {
+            Some(rest) if !rest.is_end_stream() => self.watch = Some(watch),
+            _ if self.failed.is_none() => watch.ended(),
+            _ => {}
+        }
+    }
+
+    /// Reads one more frame, if there is one and it comes in time.
+    async fn read_frame(&mut self, time_over: &mut Sleep) -> Option<&Frame<Bytes>> {
+        let rest = self.rest.as_mut()?;
+        let frame = tokio::select! {
+            biased;
+            frame = poll_fn(|cx| rest.as_mut().poll_frame(cx)) => frame,
+            () = time_over => return None,
+        };
+        match frame {
+            Some(Ok(frame)) => {
+                self.read.push_back(shared(frame));
+                return self.read.back();
+            }
+            Some(Err(error)) => self.failed = Some(error),
+            None => {}
+        }
+        self.rest = None;
+        None
     }
 
     fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
@@ -193,8 +231,15 @@ impl<B: Body> Begun<B> {
             return Poll::Ready(Some(Err(error)));
         }
         let Some(rest) = &mut self.rest else { return Poll::Ready(None) };
-        let frame = ready!(rest.as_mut().poll_frame(cx));
-        Poll::Ready(frame.map(|frame| frame.map(shared)))
+        let frame = ready!(rest.as_mut().poll_frame(cx)).map(|frame| frame.map(shared));
+        if let Some(watch) = &self.watch {
+            // Nobody has to ask for more than the last frame.
+            let has_ended = frame.is_none() || rest.is_end_stream();
+            if !show(&**watch, &frame, has_ended) {
+                self.watch = None;
+            }
+        }
+        Poll::Ready(frame)
     }
 
     fn is_end_stream(&self) -> bool {
@@ -212,6 +257,19 @@ impl<B: Body> Begun<B> {
         hint.set_lower(rest.lower().saturating_add(read));
         hint
     }
+}
+
+/// Shows what a body has yielded. Returns whether the next frame has to be shown, too.
+fn show<E>(watch: &dyn Watch, frame: &Option<Result<Frame<Bytes>, E>>, has_ended: bool) -> bool {
+    let seen = match frame {
+        Some(Ok(frame)) => frame.data_ref().map_or(Seen::Enough, |data| watch.data(data)),
+        Some(Err(_)) => return false,
+        None => Seen::Enough,
+    };
+    if has_ended && seen != Seen::All {
+        watch.ended();
+    }
+    !has_ended && seen != Seen::All
 }
 
 impl<B: Body> fmt::Debug for Replay<B> {

@@ -12,6 +12,7 @@ use super::{
     request::{KeyedRequest, RequestMessage},
     response::{JudgedResponse, ReadableResponse, ResponseMessage},
     until_end::UntilEnd,
+    watch::Watch,
 };
 use crate::{
     clock::Sleep,
@@ -105,6 +106,13 @@ impl ReadableResponse for Response {
         let response = http::Response::<Body>::from(response).map(Replay::untouched);
         let (response, beginning) = http::Response::<Body>::read(response, most, time_over).await;
         (from_http(response.map(Body::wrap), url), beginning)
+    }
+
+    async fn hold(response: Self, watch: Arc<dyn Watch>, time_over: Sleep) -> Self {
+        let url = response.url().clone();
+        let response = http::Response::<Body>::from(response).map(Replay::untouched);
+        let response = http::Response::<Body>::hold(response, watch, time_over).await;
+        from_http(response.map(Body::wrap), url)
     }
 
     fn tell_end_of(response: &mut Self, end: Arc<dyn EndOfBody>) {

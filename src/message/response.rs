@@ -9,7 +9,7 @@ use http::{
 };
 use http_body::Body;
 
-use super::{end_of_body::EndOfBody, replay::Replay};
+use super::{end_of_body::EndOfBody, replay::Replay, watch::Watch};
 use crate::{
     clock::Sleep,
     key::query::{self, Parameter},
@@ -63,6 +63,15 @@ pub trait ReadableResponse: ResponseMessage {
         most: usize,
         time_over: Sleep,
     ) -> impl Future<Output = (Self::Replayed, Bytes)> + Send;
+
+    /// Reads a body until `watch` has seen enough of it, until its end, or until the time is over. `watch` sees the rest as
+    /// it passes.
+    #[doc(hidden)]
+    fn hold(
+        response: Self::Replayed,
+        watch: Arc<dyn Watch>,
+        time_over: Sleep,
+    ) -> impl Future<Output = Self::Replayed> + Send;
 
     /// Has the body say when it ends.
     #[doc(hidden)]
@@ -150,6 +159,11 @@ where
         let body = body.read(most, time_over).await;
         let beginning = body.beginning();
         (Response::from_parts(head, body), beginning)
+    }
+
+    async fn hold(response: Self::Replayed, watch: Arc<dyn Watch>, time_over: Sleep) -> Self::Replayed {
+        let (head, body) = response.into_parts();
+        Response::from_parts(head, body.hold(watch, time_over).await)
     }
 
     fn tell_end_of(response: &mut Self::Replayed, end: Arc<dyn EndOfBody>) {

@@ -298,6 +298,12 @@ impl Key {
     pub(crate) fn set_last_status(&self, status: u16) {
         self.last_status.store(status, Relaxed);
     }
+
+    /// Counts a refusal of which a limit rests, not the whole key.
+    pub(crate) fn count_limited(&self, http_status: u16) {
+        self.counts.limited.fetch_add(1, Relaxed);
+        self.set_last_status(http_status);
+    }
 }
 
 #[derive(Debug, Default)]

@@ -9,7 +9,6 @@ use super::{
 use crate::{
     key::{KeyId, inject::Rendered},
     limit::Rest,
-    sync::atomic::Ordering::Relaxed,
 };
 
 /// The key that one request is sent with, and what the request took of the key's limit.
@@ -66,9 +65,15 @@ impl Lease {
 
     /// A trial was answered with no refusal: its key serves.
     pub(crate) fn has_served(&mut self) {
-        if self.held.as_mut().is_some_and(|held| std::mem::take(&mut held.is_trial)) {
+        if self.take_trial() {
             self.key.serves();
         }
+    }
+
+    /// Whether the request finds out if a key in doubt serves again. The caller notes it when that is known: see
+    /// [`Key::serves`].
+    pub(crate) fn take_trial(&mut self) -> bool {
+        self.held.as_mut().is_some_and(|held| std::mem::take(&mut held.is_trial))
     }
 
     pub(crate) fn id(&self) -> &KeyId {
@@ -94,6 +99,10 @@ impl Lease {
         if let Some(ticket) = self.ticket() {
             ticket.answered(head);
         }
+    }
+
+    pub(crate) fn take_ticket(&mut self) -> Option<Ticket> {
+        self.held.as_mut()?.ticket.take()
     }
 
     /// The ticket of a request that has its answer, and is in flight until its body ends.
@@ -133,7 +142,6 @@ impl Lease {
 
     /// Counts a refusal of which the limit rests, not the whole key.
     pub(crate) fn count_limited(&self, http_status: u16) {
-        self.key.counts.limited.fetch_add(1, Relaxed);
-        self.key.set_last_status(http_status);
+        self.key.count_limited(http_status);
     }
 }

@@ -183,6 +183,13 @@ impl Ticket {
         self.refresh(now);
     }
 
+    /// An error within the response's body says that the key's limit in the scope of the request rests.
+    pub(crate) fn rest(&self, reason: Rest, wait: Option<Duration>) {
+        let now = self.scoped.now();
+        self.rest_for(reason, wait, now);
+        self.refresh(now);
+    }
+
     fn rest_for(&self, reason: Rest, wait: Option<Duration>, now: u64) {
         let rest = self.scoped.cooldown(reason, wait);
         let until = rest.map_or(NEVER, |rest| now.saturating_add(nanos(rest)));
@@ -231,6 +238,15 @@ impl Ticket {
     /// The response's body has ended. If it was dropped before its end, and nobody said what the request used, half of its
     /// tokens are given back: its input was used, and the service may write no further.
     pub(crate) fn body_ended(&mut self, is_whole: bool) {
+        self.end_body(|reserved| if is_whole { reserved } else { reserved.div_ceil(2) });
+    }
+
+    /// The response's body began with an error: the service refused the request after all. All tokens are given back.
+    pub(crate) fn body_refused(&mut self) {
+        self.end_body(|_| 0);
+    }
+
+    fn end_body(&mut self, unsaid: impl FnOnce(u64) -> u64) {
         if self.stage != Stage::HasHead {
             return;
         }
@@ -240,8 +256,7 @@ impl Ticket {
             if self.token.is_none() {
                 self.limit(now).body_ended();
             }
-            let unsaid = if is_whole { taken.tokens } else { taken.tokens.div_ceil(2) };
-            self.count_tokens(self.used.unwrap_or(unsaid), now);
+            self.count_tokens(self.used.unwrap_or_else(|| unsaid(taken.tokens)), now);
             self.refresh(now);
         }
         self.place = None;

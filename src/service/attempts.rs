@@ -1,20 +1,28 @@
 //! The attempts of one request, one after the other.
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::{
+    future::{Future, ready},
+    sync::Arc,
+    time::Duration,
+};
+
+use http::StatusCode;
 
 use super::{
     error::{Error, Refused},
     experiment::Experiment,
     failover::Resend,
     gate::Pass,
-    judge::Outcome,
+    judge::{self, Outcome},
     mode::Attempt,
     reservation,
     rotation::Rotation,
+    stream_head::{self, StreamHead},
+    stream_watch::StreamWatch,
     trace::Trace,
 };
 use crate::{
-    classify::{ClassifyResponse, decoded},
+    classify::{ClassifyResponse, Verdict, decoded},
     clock::Sleep,
     limit::Traits,
     message::{JudgedResponse, RequestMessage},
@@ -55,10 +63,18 @@ where
 
 type Answer<R, E> = Result<R, Error<E>>;
 
+/// An answer, and what it means.
+struct Settled<A> {
+    answer: A,
+    outcome: Outcome,
+    /// The status of an error that the answer, a stream, began with.
+    status: Option<StatusCode>,
+}
+
 impl<C, M, Req, R, S> Attempts<C, M, Req, R, S>
 where
-    C: ClassifyResponse,
-    M: Attempt<Req, R>,
+    C: ClassifyResponse + Send + Sync + 'static,
+    M: Attempt<Req, R> + Send + Sync + 'static,
     Req: RequestMessage,
 {
     pub(crate) fn new(
@@ -91,7 +107,7 @@ where
     {
         self.kept = self.rotation.mode.keep(&request);
         if self.traits.is_some() {
-            let acquired = self.acquire().await;
+            let acquired = self.acquire(false).await;
             acquired.map_err(|error| {
                 let refused = self.rotation.refuse_without_key(error);
                 self.trace.refused(&refused);
@@ -119,11 +135,11 @@ where
         E: 'static,
     {
         self.kept = kept;
-        let (answer, outcome) = match outcome {
-            Some(outcome) => (answer, outcome),
+        let settled = match outcome {
+            Some(outcome) => Settled { answer, outcome, status: None },
             None => self.settle(&mut lease, answer).await,
         };
-        match self.after(lease, answer, outcome).await {
+        match self.after(lease, settled).await {
             Next::Settled(answer) => answer,
             Next::Again(request) => self.send_until_settled(request).await,
         }
@@ -156,8 +172,8 @@ where
             self.trace.sends(&lease);
             let answer = self.client.send(request).await;
             let answer = answer.map(M::untouched).map_err(Error::Inner);
-            let (answer, outcome) = self.settle(&mut lease, answer).await;
-            match self.after(lease, answer, outcome).await {
+            let settled = self.settle(&mut lease, answer).await;
+            match self.after(lease, settled).await {
                 Next::Settled(answer) => return answer,
                 Next::Again(again) => request = again,
             }
@@ -183,12 +199,17 @@ where
         }
     }
 
-    /// Judges an answer, after reading its body if the classifier wants to see it.
+    /// Judges an answer, after reading its body if the classifier wants to see it, or the beginning of a stream.
     async fn settle<E: 'static>(
         &mut self,
         lease: &mut Lease,
         mut answer: Answer<M::Response, E>,
-    ) -> (Answer<M::Response, E>, Outcome) {
+    ) -> Settled<Answer<M::Response, E>> {
+        if let (Ok(response), Some(limits)) = (&answer, self.rotation.stream_head)
+            && stream_head::is_stream(response)
+        {
+            return self.settle_stream(lease, answer, limits).await;
+        }
         let mut beginning = None;
         if let (Ok(response), Some(most)) = (&answer, self.rotation.error_bodies)
             && self.rotation.judge.wants_body(response)
@@ -200,15 +221,55 @@ where
         }
         let outcome = self.rotation.judge.settle(lease, &mut answer, beginning.as_deref(), |_, _| {});
         self.trace.answered(lease, &answer);
-        (answer, outcome)
+        Settled { answer, outcome, status: None }
+    }
+
+    /// Judges the head of a stream, and holds it until its first content. An error before that is judged as a response.
+    async fn settle_stream<E: 'static>(
+        &mut self,
+        lease: &mut Lease,
+        mut answer: Answer<M::Response, E>,
+        limits: StreamHead,
+    ) -> Settled<Answer<M::Response, E>> {
+        let rotation = self.rotation.clone();
+        // A trial succeeds with the first content.
+        let is_trial = lease.take_trial();
+        let outcome = rotation.judge.settle(lease, &mut answer, None, |_, _| {});
+        let mut response = match answer {
+            Ok(response) if outcome == Outcome::Answered => response,
+            answer => {
+                self.trace.answered(lease, &answer);
+                return Settled { answer, outcome, status: None };
+            }
+        };
+        let watch = Arc::new(StreamWatch::new(rotation.clone(), limits, lease, &mut response, M::tell_end));
+        let clock = rotation.pool.clock();
+        let time_over = clock.sleep_until(clock.now().saturating_add(limits.time));
+        let response = M::hold(response, watch.clone(), time_over).await;
+        let error = watch.release();
+        let verdict = error.as_ref().map(|error| watch.refuse(error));
+        let status = error.map(|error| error.status);
+        if is_trial && shows_that_key_serves(verdict, status) {
+            lease.key.serves();
+        }
+        self.trace.says_answer(lease, Some(status.unwrap_or_else(|| response.status()).as_u16()));
+        let outcome = match (verdict, status) {
+            (Some(Verdict::Nothing), Some(status)) if judge::is_without_capacity(status) => {
+                Outcome::Overloaded
+            }
+            (Some(Verdict::Nothing) | None, _) => Outcome::Answered,
+            (Some(Verdict::Refused), _) => Outcome::Unclear,
+            (Some(_), _) => Outcome::Refused,
+        };
+        Settled { answer: Ok(response), outcome, status }
     }
 
     async fn after<E>(
         &mut self,
         mut lease: Lease,
-        mut answer: Answer<M::Response, E>,
-        outcome: Outcome,
+        settled: Settled<Answer<M::Response, E>>,
     ) -> Next<Req, Answer<M::Response, E>> {
+        let Settled { mut answer, outcome, status } = settled;
         if let (Some(pass), true) = (self.pass.take(), answer.is_ok()) {
             pass.answered(!matches!(outcome, Outcome::Answered | Outcome::Unclear));
         }
@@ -223,24 +284,37 @@ where
         if outcome == Outcome::Answered {
             resend.deposit();
             if let Ok(response) = &answer {
-                self.experiment.answered(engine, response.status());
+                self.experiment.answered(engine, status.unwrap_or_else(|| response.status()));
             }
         }
         let response = match answer {
-            Ok(response) if matches!(outcome, Outcome::Refused | Outcome::Unclear) => response,
+            Ok(response) if matches!(outcome, Outcome::Refused | Outcome::Unclear | Outcome::Overloaded) => {
+                response
+            }
             answer => return Next::Settled(answer),
         };
         let is_unclear = outcome == Outcome::Unclear;
-        if is_unclear && !self.experiment.refused(engine, &lease.key, response.status()) {
+        if is_unclear
+            && !self.experiment.refused(engine, &lease.key, status.unwrap_or_else(|| response.status()))
+        {
             return Next::Settled(Ok(response));
         }
+        // After a wait for the same key, neither is known better.
+        let needs_another = outcome == Outcome::Overloaded || !self.experiment.has_not_begun();
         let Some(mut request) = rotation.mode.again(&kept) else { return Next::Settled(Ok(response)) };
-        let Some(when) = self.when_again(lease, resend) else { return Next::Settled(Ok(response)) };
-        let (response, _) = M::read(response, resend.drain, self.time_for_a_body()).await;
+        let Some(when) = self.when_again(lease, resend, needs_another) else {
+            return Next::Settled(Ok(response));
+        };
+        // A stream may stay open behind its error: what is there already is read.
+        let time_over = if status.is_some() { Box::pin(ready(())) } else { self.time_for_a_body() };
+        let (response, _) = M::read(response, resend.drain, time_over).await;
         self.trace.picks_again();
         if when == When::AfterWaiting {
-            let has_turn =
-                if self.traits.is_some() { self.acquire().await.is_ok() } else { self.wait().await.is_ok() };
+            let has_turn = if self.traits.is_some() {
+                self.acquire(needs_another).await.is_ok()
+            } else {
+                self.wait().await.is_ok()
+            };
             // The body may have been consumed meanwhile.
             match rotation.mode.again(&kept).filter(|_| has_turn) {
                 Some(again) => request = again,
@@ -257,7 +331,7 @@ where
     }
 
     /// When a refused request is sent again, if it is.
-    fn when_again(&mut self, refused_with: Lease, resend: &Resend) -> Option<When> {
+    fn when_again(&mut self, refused_with: Lease, resend: &Resend, needs_another: bool) -> Option<When> {
         let rotation = &self.rotation;
         self.tried.push(refused_with.key);
         self.sent += 1;
@@ -265,13 +339,11 @@ where
             return None;
         }
         let engine = rotation.pool.engine();
-        let is_experiment = !self.experiment.has_not_begun();
-        if is_experiment && !engine.has_available_besides(&self.tried) {
-            // Only another key shows more.
+        if needs_another && !engine.has_available_besides(&self.tried) {
             return None;
         }
         let at_once = self.traits.is_none() && !rotation.has_queue(None) && engine.has_available();
-        if self.traits.is_none() && !at_once && (is_experiment || !rotation.can_wait(self.waited)) {
+        if self.traits.is_none() && !at_once && (needs_another || !rotation.can_wait(self.waited)) {
             return None;
         }
         if !resend.withdraw() {
@@ -283,7 +355,7 @@ where
     }
 
     /// Gets a key that has room in the request's scope, at once or after a wait.
-    async fn acquire(&mut self) -> Result<(), NoKeyAvailable> {
+    async fn acquire(&mut self, needs_another: bool) -> Result<(), NoKeyAvailable> {
         let Some(traits) = &self.traits else { return Ok(()) };
         let pool = &self.rotation.pool;
         // Another key first: those that refused the request may seem to have room.
@@ -293,7 +365,7 @@ where
                 self.lease = Some(lease);
                 return Ok(());
             }
-            if is_experiment {
+            if needs_another {
                 return Err(pool.no_key());
             }
         }
@@ -330,6 +402,15 @@ where
     fn time_for_a_body(&self) -> Sleep {
         let clock = self.rotation.pool.clock();
         clock.sleep_until(clock.now().saturating_add(Duration::from_secs(1)))
+    }
+}
+
+/// Whether a stream shows that the service accepts its key: by content, or by an error that is not about the key.
+fn shows_that_key_serves(verdict: Option<Verdict>, status: Option<StatusCode>) -> bool {
+    match verdict {
+        None | Some(Verdict::RateLimited { .. } | Verdict::ScopeExhausted { .. }) => true,
+        Some(Verdict::Nothing) => status.is_none_or(judge::has_served),
+        Some(_) => false,
     }
 }
 

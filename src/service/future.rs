@@ -236,8 +236,8 @@ where
             drop(entered);
             let Some(lease) = this.lease else { return Poll::Ready(result.map(M::untouched)) };
             let rotation = &**this.rotation;
-            let reads = rotation.error_bodies.is_some()
-                && result.as_ref().is_ok_and(|response| rotation.judge.wants_body(response));
+            let reads =
+                rotation.reads_bodies() && result.as_ref().is_ok_and(|response| rotation.reads(response));
             let outcome = (!reads).then(|| rotation.judge.settle(lease, &mut result, None, |_, _| {}));
             if outcome.is_some() {
                 this.trace.answered(lease, &result);
@@ -252,7 +252,7 @@ where
                     true
                 }
                 Some(Outcome::Refused | Outcome::Unclear) => this.kept.is_none(),
-                Some(Outcome::KeyRested | Outcome::Failed) => true,
+                Some(Outcome::KeyRested | Outcome::Failed | Outcome::Overloaded) => true,
                 None => false,
             };
             if has_ended {

@@ -1,14 +1,16 @@
 //! Judges responses: classifies them and rests keys.
 
+use std::sync::Arc;
+
 use http::StatusCode;
 
-use super::{error::Error, redact, served_by};
+use super::{error::Error, redact, reservation::Held, served_by};
 use crate::{
     classify::{ClassifyResponse, ResponseHead, Verdict},
     key::query::Parameter,
     limit::{Remaining, Rest},
     message::JudgedResponse,
-    pool::{Head, Lease},
+    pool::{Head, Key, Lease},
 };
 
 /// Each request has a clone of its own: every thread would write to a shared reference count.
@@ -29,6 +31,8 @@ pub(crate) enum Outcome {
     Refused,
     /// With an error that is about the key or about the request. Sent again with another key, the request finds out.
     Unclear,
+    /// With an error within a stream that is not about the key: the service has no capacity. The request may be sent again.
+    Overloaded,
     /// Without a response.
     Failed,
 }
@@ -122,6 +126,11 @@ pub(super) fn has_served(status: StatusCode) -> bool {
     !status.is_server_error() && !matches!(status.as_u16(), 401 | 402 | 403 | 429)
 }
 
+/// Whether an error says that the service has no capacity for anybody: also 498, which is Groq's, and 529, Anthropic's.
+pub(super) fn is_without_capacity(status: StatusCode) -> bool {
+    matches!(status.as_u16(), 498 | 503 | 529)
+}
+
 fn is_attributed<R: JudgedResponse>(response: &R) -> bool {
     response.extensions().get::<Attributed>().is_some()
 }
@@ -175,6 +184,25 @@ pub(super) fn apply(lease: &mut Lease, verdict: Verdict, head: &ResponseHead<'_>
         lease.count_limited(status);
     } else {
         lease.mark(rest, wait, status);
+    }
+}
+
+/// Notes an error within a response's body at the key, or at its limit in the scope of the request.
+pub(super) fn apply_within(key: &Arc<Key>, held: Option<&Held>, verdict: Verdict, status: StatusCode) {
+    let http_status = status.as_u16();
+    let rests_apart = |rest, wait| held.is_some_and(|held| held.rest(rest, wait));
+    let (rest, wait, rests_apart) = match verdict {
+        Verdict::Nothing => return,
+        Verdict::Refused => return key.refuse(http_status),
+        Verdict::RateLimited { wait } => (Rest::RateLimited, wait, rests_apart(Rest::RateLimited, wait)),
+        Verdict::ScopeExhausted { wait } => (Rest::Exhausted, wait, rests_apart(Rest::Exhausted, wait)),
+        Verdict::Exhausted { wait } => (Rest::Exhausted, wait, false),
+        Verdict::Revoked => (Rest::Revoked, None, false),
+    };
+    if rests_apart {
+        key.count_limited(http_status);
+    } else {
+        key.mark(rest, wait, http_status);
     }
 }
 

@@ -10,6 +10,7 @@ use super::{
     key_rotation::KeyRotation,
     mode::{Once, Waiting},
     rotation::Rotation,
+    stream_head::StreamHead,
 };
 use crate::{
     classify::{ClassifyResponse, TooManyRequests},
@@ -111,6 +112,16 @@ impl<C: Clone, M: Clone, D> KeyRotationLayer<C, M, D> {
         self.map(|rotation| Rotation { error_bodies: Some(most), ..rotation.map_mode(mode) })
     }
 
+    fn holding<N>(
+        self,
+        bytes: usize,
+        time: Duration,
+        mode: impl FnOnce(M) -> N,
+    ) -> KeyRotationLayer<C, N, D> {
+        let head = StreamHead { bytes, time };
+        self.map(|rotation| Rotation { stream_head: Some(head), ..rotation.map_mode(mode) })
+    }
+
     fn map<E, N>(self, map: impl FnOnce(Rotation<C, M>) -> Rotation<E, N>) -> KeyRotationLayer<E, N, D> {
         let rotation = Arc::new(map(Arc::unwrap_or_clone(self.rotation)));
         KeyRotationLayer { rotation, describe: self.describe }
@@ -142,12 +153,59 @@ impl<C: Clone, D> KeyRotationLayer<C, Once, D> {
     pub fn read_error_bodies(self, most: usize) -> KeyRotationLayer<C, Failover<Once>, D> {
         self.reading(most, |_| reads_only())
     }
+
+    /// Holds the head of a stream until its first content, so that an error before it is a refusal: services accept a
+    /// request with a 200, and say in the stream that they are overloaded, or that the key is limited.
+    ///
+    /// It holds responses of the type `text/event-stream` with a 2xx status, of OpenAI (chat completions and responses),
+    /// Anthropic, Gemini, and services that speak as one of these, until the first of these:
+    ///
+    /// - **The first content**: any event but one that begins an answer, such as `message_start`, a `ping`, or a chunk with
+    ///   a role alone. The caller gets the head with it, at the same moment as without this option.
+    /// - **An error**: the classifier judges it as a response with the status that the service has for it. After a verdict
+    ///   on the key, the key rests, and [`failover`](Self::failover) sends the request again, as after such a response. If
+    ///   the service has no capacity (`overloaded_error`, `server_is_overloaded`, a code of 503 or 529), no key rests, and
+    ///   failover sends the request again with another key.
+    /// - `bytes` of the stream were read, `time` has passed since its head came, or it has ended: then it goes to the caller
+    ///   as it is.
+    ///
+    /// Nothing is sent again afterwards. An error later in the stream rests its key, and passes unchanged: all that the
+    /// caller reads is what the service sent, byte for byte. An event of more than `bytes` counts as content. OpenAI's
+    /// `response.created` repeats the instructions and tools of the request, so allow for them.
+    ///
+    /// A stream with a `Content-Encoding` is not looked at. `reqwest` removes that header where it decodes.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use tower_key_rotation::{Failover, KeyPool, KeyRotationLayer, classify::LlmGateway};
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let pool = KeyPool::builder().key("alpha", "sk-1").key("beta", "sk-2").build()?;
+    /// let layer = KeyRotationLayer::new(&pool)
+    ///     .classify(LlmGateway::new())
+    ///     .failover(Failover::attempts(3))
+    ///     .stream_head(256 * 1024, Duration::from_secs(10));
+    /// # let _ = layer;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// The response type becomes an `http::Response<Replay<B>>`, see [`Replay`](crate::Replay); a `reqwest::Response`
+    /// stays one. The client has to be `Clone`.
+    pub fn stream_head(self, bytes: usize, time: Duration) -> KeyRotationLayer<C, Failover<Once>, D> {
+        self.holding(bytes, time, |_| reads_only())
+    }
 }
 
 impl<C: Clone, D> KeyRotationLayer<C, Waiting, D> {
     /// Lets the classifier see the body of an error: as without a wait.
     pub fn read_error_bodies(self, most: usize) -> KeyRotationLayer<C, Failover<Once>, D> {
         self.reading(most, |_| reads_only())
+    }
+
+    /// Looks at the beginning of streams: as without a wait.
+    pub fn stream_head(self, bytes: usize, time: Duration) -> KeyRotationLayer<C, Failover<Once>, D> {
+        self.holding(bytes, time, |_| reads_only())
     }
 }
 
@@ -160,6 +218,12 @@ impl<C: Clone, K: Clone, D> KeyRotationLayer<C, Failover<K>, D> {
     /// Lets the classifier see the body of an error: as without failover.
     pub fn read_error_bodies(self, most: usize) -> Self {
         self.reading(most, |mode| mode)
+    }
+
+    /// Holds the head of a stream until its first content: as without failover. With it, a request is sent again if the
+    /// stream begins with an error that refuses it.
+    pub fn stream_head(self, bytes: usize, time: Duration) -> Self {
+        self.holding(bytes, time, |mode| mode)
     }
 }
 

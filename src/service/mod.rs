@@ -137,6 +137,8 @@ pub(crate) mod reservation;
 mod rotation;
 mod send;
 pub(crate) mod served_by;
+mod stream_head;
+mod stream_watch;
 mod trace;
 
 pub use self::{

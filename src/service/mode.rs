@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     clock::Sleep,
-    message::{EndOfBody, ReadableResponse, ResponseMessage},
+    message::{EndOfBody, ReadableResponse, ResponseMessage, Watch},
 };
 
 /// Each request is sent once. Where there is no key, it fails at once. The response type is the client's.
@@ -45,6 +45,12 @@ pub trait Attempt<Req, R> {
         most: usize,
         time_over: Sleep,
     ) -> impl Future<Output = (Self::Response, Bytes)> + Send;
+    /// Reads a body until `watch` has seen enough of it, if the mode can see the body.
+    fn hold(
+        response: Self::Response,
+        watch: Arc<dyn Watch>,
+        time_over: Sleep,
+    ) -> impl Future<Output = Self::Response> + Send;
     /// Has the body say when it ends, if the mode can see the body.
     fn tell_end(response: &mut Self::Response, end: Arc<dyn EndOfBody>);
 }
@@ -74,6 +80,10 @@ macro_rules! sends_once {
 
             fn read(response: R, _: usize, _: Sleep) -> impl Future<Output = (R, Bytes)> + Send {
                 ready((response, Bytes::new()))
+            }
+
+            fn hold(response: R, _: Arc<dyn Watch>, _: Sleep) -> impl Future<Output = R> + Send {
+                ready(response)
             }
 
             fn tell_end(response: &mut R, end: Arc<dyn EndOfBody>) {
@@ -121,6 +131,14 @@ where
         time_over: Sleep,
     ) -> impl Future<Output = (R::Replayed, Bytes)> + Send {
         R::read(response, most, time_over)
+    }
+
+    fn hold(
+        response: R::Replayed,
+        watch: Arc<dyn Watch>,
+        time_over: Sleep,
+    ) -> impl Future<Output = R::Replayed> + Send {
+        R::hold(response, watch, time_over)
     }
 
     fn tell_end(response: &mut R::Replayed, end: Arc<dyn EndOfBody>) {

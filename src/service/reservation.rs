@@ -3,9 +3,11 @@
 use std::{
     fmt,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use crate::{
+    limit::Rest,
     message::{EndOfBody, JudgedResponse},
     pool::{Lease, Ticket},
 };
@@ -43,13 +45,15 @@ use crate::{
 /// its end gives half of the tokens back, unless its usage was recorded: the input was used, and the service may not have
 /// written all of the output.
 ///
-/// Of an `http::Response`, a layer sees the body only with [`failover`](crate::KeyRotationLayer::failover) or
-/// [`read_error_bodies`](crate::KeyRotationLayer::read_error_bodies). Without them, the request is in flight until the last
-/// clone of its reservation is dropped: mostly with the head of the response.
+/// Of an `http::Response`, a layer sees the body only with [`failover`](crate::KeyRotationLayer::failover),
+/// [`read_error_bodies`](crate::KeyRotationLayer::read_error_bodies) or
+/// [`stream_head`](crate::KeyRotationLayer::stream_head). Without them, the request is in flight until the last clone of its
+/// reservation is dropped: mostly with the head of the response.
 #[derive(Clone)]
 pub struct Reservation(Arc<Held>);
 
-struct Held(Mutex<Ticket>);
+/// A request's ticket, while its response's body passes.
+pub(super) struct Held(Mutex<Ticket>);
 
 impl Reservation {
     /// Says that the request used so many tokens, beside those that were said before: input that the service counts, and
@@ -65,6 +69,21 @@ impl Reservation {
 }
 
 impl Held {
+    /// An error within the body says that a limit rests. Returns whether it is the limit in the request's scope alone.
+    pub(super) fn rest(&self, reason: Rest, wait: Option<Duration>) -> bool {
+        let ticket = self.lock();
+        let rests_apart = ticket.rests_apart();
+        if rests_apart {
+            ticket.rest(reason, wait);
+        }
+        rests_apart
+    }
+
+    /// The body began with an error: the request is refused after all.
+    pub(super) fn refused(&self) {
+        self.lock().body_refused();
+    }
+
     fn lock(&self) -> MutexGuard<'_, Ticket> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -84,10 +103,32 @@ pub(crate) fn keep<R: JudgedResponse>(
     tell_end: impl FnOnce(&mut R, Arc<dyn EndOfBody>),
 ) {
     if let Some(ticket) = lease.take_ticket_of_body() {
-        let held = Arc::new(Held(Mutex::new(ticket)));
-        response.extensions_mut().insert(Reservation(held.clone()));
-        tell_end(response, held);
+        keep_ticket(ticket, response, tell_end);
     }
+}
+
+/// The same for a stream: an error in it may rest the limit, whatever the end of the body means.
+pub(super) fn keep_for_stream<R: JudgedResponse>(
+    lease: &mut Lease,
+    response: &mut R,
+    tell_end: impl FnOnce(&mut R, Arc<dyn EndOfBody>),
+) -> Option<Arc<Held>> {
+    let ticket = lease.take_ticket()?;
+    if ticket.has_body() {
+        return Some(keep_ticket(ticket, response, tell_end));
+    }
+    Some(Arc::new(Held(Mutex::new(ticket))))
+}
+
+fn keep_ticket<R: JudgedResponse>(
+    ticket: Ticket,
+    response: &mut R,
+    tell_end: impl FnOnce(&mut R, Arc<dyn EndOfBody>),
+) -> Arc<Held> {
+    let held = Arc::new(Held(Mutex::new(ticket)));
+    response.extensions_mut().insert(Reservation(held.clone()));
+    tell_end(response, held.clone());
+    held
 }
 
 impl fmt::Debug for Reservation {

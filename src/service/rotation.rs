@@ -2,15 +2,20 @@
 
 use std::{fmt, sync::Arc, time::Duration};
 
-use super::{error::Refused, gate::Gate, judge::Judge};
+use super::{
+    error::Refused,
+    gate::Gate,
+    judge::Judge,
+    stream_head::{self, StreamHead},
+};
 use crate::{
-    classify::TooManyRequests,
+    classify::{ClassifyResponse, TooManyRequests},
     key::{
         InjectError,
         hosts::{NoKeyBecause, Ruling},
     },
     limit::Traits,
-    message::RequestMessage,
+    message::{JudgedResponse, RequestMessage},
     pool::{KeyPool, Lease, NoKeyAvailable, Trials},
 };
 
@@ -24,6 +29,7 @@ pub struct Rotation<C, M> {
     pub(crate) gate: Arc<Gate>,
     /// How many bytes are read of an error body that the classifier wants to see.
     pub(crate) error_bodies: Option<usize>,
+    pub(crate) stream_head: Option<StreamHead>,
     pub(crate) mode: M,
 }
 
@@ -35,6 +41,7 @@ impl<M> Rotation<TooManyRequests, M> {
             wait: Duration::ZERO,
             gate: Arc::new(Gate::new()),
             error_bodies: None,
+            stream_head: None,
             mode,
         }
     }
@@ -42,13 +49,15 @@ impl<M> Rotation<TooManyRequests, M> {
 
 impl<C, M> Rotation<C, M> {
     pub(crate) fn classify<D>(self, classifier: D) -> Rotation<D, M> {
-        let Self { pool, judge: Judge { expose_key, .. }, wait, gate, error_bodies, mode } = self;
-        Rotation { pool, judge: Judge { classifier, expose_key }, wait, gate, error_bodies, mode }
+        let Self { pool, judge: Judge { expose_key, .. }, wait, gate, error_bodies, stream_head, mode } =
+            self;
+        let judge = Judge { classifier, expose_key };
+        Rotation { pool, judge, wait, gate, error_bodies, stream_head, mode }
     }
 
     pub(crate) fn map_mode<N>(self, map: impl FnOnce(M) -> N) -> Rotation<C, N> {
-        let Self { pool, judge, wait, gate, error_bodies, mode } = self;
-        Rotation { pool, judge, wait, gate, error_bodies, mode: map(mode) }
+        let Self { pool, judge, wait, gate, error_bodies, stream_head, mode } = self;
+        Rotation { pool, judge, wait, gate, error_bodies, stream_head, mode: map(mode) }
     }
 
     /// Whether a request gets a key.
@@ -159,6 +168,20 @@ fn refuse(error: InjectError) -> Box<Refused> {
 #[cold]
 fn refuse_cleartext<Req: RequestMessage>(request: &Req) -> Box<Refused> {
     refuse(InjectError::cleartext(request.destination().host.unwrap_or_default()))
+}
+
+impl<C: ClassifyResponse, M> Rotation<C, M> {
+    /// Whether the bodies of some responses are read before these are judged.
+    #[inline]
+    pub(crate) fn reads_bodies(&self) -> bool {
+        self.error_bodies.is_some() || self.stream_head.is_some()
+    }
+
+    /// Whether the body of this response is read, for such a layer.
+    pub(crate) fn reads<R: JudgedResponse>(&self, response: &R) -> bool {
+        self.error_bodies.is_some() && self.judge.wants_body(response)
+            || self.stream_head.is_some() && stream_head::is_stream(response)
+    }
 }
 
 impl<C, M> fmt::Debug for Rotation<C, M> {
