@@ -443,10 +443,13 @@ async fn f44_a_trial_succeeds_with_content_alone() {
     send().await;
     assert_eq!(service.keys(), ["alpha", "beta", "alpha", "beta"]);
     assert_eq!(alpha().status, Status::RateLimited);
+    // Not after the first interval again, but after twice as long.
     *now.lock().unwrap() = CONTENT;
-    sleep(121 * SECOND).await;
+    sleep(61 * SECOND).await;
     send().await;
-    assert_eq!(service.keys()[4..], ["alpha"]);
+    sleep(61 * SECOND).await;
+    send().await;
+    assert_eq!(service.keys()[4..], ["beta", "alpha"]);
     assert_eq!(alpha().status, Status::Healthy);
 }
 

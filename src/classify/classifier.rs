@@ -4,7 +4,7 @@ use std::{fmt, time::Duration};
 
 use http::{HeaderMap, StatusCode};
 
-use super::{hint, remaining};
+use super::{grpc_status, hint, remaining};
 use crate::limit::Remaining;
 
 /// The effect of a response on the key that its request carried.
@@ -85,6 +85,10 @@ pub trait ClassifyResponse {
     /// Returns the verdict on a response.
     ///
     /// The layer calls this for every response, so decide the common case from the status alone.
+    ///
+    /// It also calls this for an error within a stream, if
+    /// [`KeyRotationLayer::stream_head`](crate::KeyRotationLayer::stream_head) is on: with the status that the service has
+    /// for this error before a stream begins, the stream's headers, and the error as the body.
     fn classify(&self, response: &ResponseHead<'_>) -> Verdict;
 
     /// Returns whether the verdict depends on the body.
@@ -93,6 +97,15 @@ pub trait ClassifyResponse {
     /// [`KeyRotationLayer::read_error_bodies`](crate::KeyRotationLayer::read_error_bodies) is on.
     fn wants_body(&self, response: &ResponseHead<'_>) -> bool {
         let _ = response;
+        false
+    }
+
+    /// Returns whether the verdict may come from trailers, which gRPC has behind its messages.
+    ///
+    /// If so, and if the layer sees the bodies of responses (see [`Reservation`](crate::Reservation#when-it-ends)), it also
+    /// calls [`classify`](Self::classify) for the trailers of each gRPC call that fails: with the response's status, and the
+    /// trailers as the headers.
+    fn wants_trailers(&self) -> bool {
         false
     }
 }
@@ -171,6 +184,11 @@ impl<'a> ResponseHead<'a> {
     /// What is left of the service's budgets.
     pub(crate) fn remaining(&self) -> Remaining {
         remaining::remaining(self.headers)
+    }
+
+    /// Whether the service refused the request: by its status, or by that of a gRPC call without a message.
+    pub(crate) fn is_error(&self) -> bool {
+        self.status.is_client_error() || self.status.is_server_error() || grpc_status::is_error(self.headers)
     }
 
     pub(crate) fn wait_by_headers(&self) -> Option<Duration> {

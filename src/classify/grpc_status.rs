@@ -1,4 +1,5 @@
-//! The status that a gRPC response has in its head, if it has no message: `grpc-status`, and the details beside it.
+//! The status of a gRPC call, `grpc-status`, and the details beside it: in trailers, or in the head of a response that has no
+//! message.
 
 use std::time::Duration;
 
@@ -50,6 +51,17 @@ impl GrpcStatus {
             }
         }
     }
+}
+
+/// Whether a head or trailers are those of a call that failed.
+pub(crate) fn is_error(headers: &HeaderMap) -> bool {
+    headers.get("grpc-status").is_some_and(|status| status != "0")
+}
+
+/// Whether the service asks not to send the call again: github.com/grpc/proposal/blob/master/A6-client-retries.md.
+pub(crate) fn forbids_retry(headers: &HeaderMap) -> bool {
+    let pushback = hint::values(headers, "grpc-retry-pushback-ms").next();
+    pushback.is_some_and(|millis| millis.parse::<u64>().is_err())
 }
 
 /// The fields of a protobuf message, up to the first malformed one: protobuf.dev/programming-guides/encoding.

@@ -39,6 +39,7 @@ mod too_many_requests;
 pub(crate) use self::{
     decoded::decoded,
     events::{Event, Events},
+    grpc_status::{forbids_retry, is_error as is_grpc_error},
     stream_event::{Said, StreamError, may_be_error},
 };
 

@@ -174,6 +174,9 @@ pub(super) fn judge(tables: &[&'static Rules], response: &ResponseHead<'_>) -> V
 /// Implements [`ClassifyResponse`](super::ClassifyResponse) by tables of rules.
 macro_rules! by_rules {
     ($name:ident, $tables:expr) => {
+        $crate::classify::rules::by_rules!($name, $tables, trailers: false);
+    };
+    ($name:ident, $tables:expr, trailers: $trailers:literal) => {
         impl $crate::classify::ClassifyResponse for $name {
             #[inline]
             fn classify(&self, response: &$crate::classify::ResponseHead<'_>) -> $crate::classify::Verdict {
@@ -197,6 +200,11 @@ macro_rules! by_rules {
             fn wants_body(&self, response: &$crate::classify::ResponseHead<'_>) -> bool {
                 $crate::classify::rules::concern(&$tables, response.status())
             }
+
+            #[inline]
+            fn wants_trailers(&self) -> bool {
+                $trailers
+            }
         }
     };
 }
@@ -204,13 +212,16 @@ macro_rules! by_rules {
 /// The classifier of one service, by the rules of its file. Its documentation is written from them.
 macro_rules! service {
     ($(#[$doc:meta])* $name:ident, $page:literal) => {
+        $crate::classify::rules::service!($(#[$doc])* $name, $page, trailers: false);
+    };
+    ($(#[$doc:meta])* $name:ident, $page:literal, trailers: $trailers:literal) => {
         $(#[$doc])*
         ///
         #[doc = include_str!($page)]
         #[derive(Clone, Copy, Debug, Default)]
         pub struct $name;
 
-        $crate::classify::rules::by_rules!($name, [RULES]);
+        $crate::classify::rules::by_rules!($name, [RULES], trailers: $trailers);
     };
 }
 

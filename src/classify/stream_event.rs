@@ -16,11 +16,11 @@
 
 use std::borrow::Cow;
 
-use http::StatusCode;
+use http::{HeaderMap, StatusCode};
 use memchr::memmem;
 use serde_json::{Value, json};
 
-use super::{events::Event, rules, services::OF_LLMS};
+use super::{events::Event, grpc_status::forbids_retry, rules, services::OF_LLMS};
 
 /// What an event says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,7 +35,20 @@ pub(crate) enum Said {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct StreamError {
     pub(crate) status: StatusCode,
+    /// Instead of the response's headers.
+    pub(crate) trailers: Option<HeaderMap>,
     pub(crate) body: Vec<u8>,
+}
+
+impl StreamError {
+    /// The error of a gRPC call.
+    pub(crate) fn in_trailers(trailers: &HeaderMap) -> Self {
+        Self { status: StatusCode::OK, trailers: Some(trailers.clone()), body: Vec::new() }
+    }
+
+    pub(crate) fn forbids_retry(&self) -> bool {
+        self.trailers.as_ref().is_some_and(forbids_retry)
+    }
 }
 
 /// The statuses that services document for errors without a rule.
@@ -78,9 +91,11 @@ impl Said {
         match error_in(&json, is_error) {
             Some(error) => {
                 let body = error.to_string().into_bytes();
-                Self::Error(StreamError { status: status(&error, &body), body })
+                Self::Error(StreamError { status: status(&error, &body), trailers: None, body })
             }
-            None if is_error => Self::Error(StreamError { status: UNKNOWN, body: data.to_vec() }),
+            None if is_error => {
+                Self::Error(StreamError { status: UNKNOWN, trailers: None, body: data.to_vec() })
+            }
             None if is_before_content(&json) => Self::Nothing,
             None => Self::Content,
         }

@@ -186,12 +186,12 @@ impl<B: Body> Begun<B> {
 
     async fn hold(&mut self, watch: Arc<dyn Watch>, mut time_over: Sleep) {
         let mut seen = Seen::TooLittle;
-        for data in self.read.iter().filter_map(Frame::data_ref) {
-            seen = watch.data(data);
+        for frame in &self.read {
+            seen = show(&*watch, frame).unwrap_or(seen);
         }
         while seen == Seen::TooLittle {
             let Some(frame) = self.read_frame(&mut time_over).await else { break };
-            seen = frame.data_ref().map_or(seen, |data| watch.data(data));
+            seen = show(&*watch, frame).unwrap_or(seen);
         }
         if seen == Seen::All {
             return;
@@ -235,7 +235,7 @@ impl<B: Body> Begun<B> {
         if let Some(watch) = &self.watch {
             // Nobody has to ask for more than the last frame.
             let has_ended = frame.is_none() || rest.is_end_stream();
-            if !show(&**watch, &frame, has_ended) {
+            if !show_passing(&**watch, &frame, has_ended) {
                 self.watch = None;
             }
         }
@@ -259,10 +259,15 @@ impl<B: Body> Begun<B> {
     }
 }
 
+fn show(watch: &dyn Watch, frame: &Frame<Bytes>) -> Option<Seen> {
+    let data = frame.data_ref().map(|data| watch.data(data));
+    data.or_else(|| frame.trailers_ref().map(|trailers| watch.trailers(trailers)))
+}
+
 /// Shows what a body has yielded. Returns whether the next frame has to be shown, too.
-fn show<E>(watch: &dyn Watch, frame: &Option<Result<Frame<Bytes>, E>>, has_ended: bool) -> bool {
+fn show_passing<E>(watch: &dyn Watch, frame: &Option<Result<Frame<Bytes>, E>>, has_ended: bool) -> bool {
     let seen = match frame {
-        Some(Ok(frame)) => frame.data_ref().map_or(Seen::Enough, |data| watch.data(data)),
+        Some(Ok(frame)) => show(watch, frame).unwrap_or(Seen::Enough),
         Some(Err(_)) => return false,
         None => Seen::Enough,
     };

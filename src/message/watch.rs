@@ -1,9 +1,13 @@
 //! Who sees a body as it passes.
 
-/// Sees the data of a body as they pass, in order.
+use http::HeaderMap;
+
+/// Sees a body as it passes, in order.
 pub trait Watch: Send + Sync {
     /// Sees the next data.
     fn data(&self, data: &[u8]) -> Seen;
+    /// Sees trailers.
+    fn trailers(&self, trailers: &HeaderMap) -> Seen;
     /// The body has ended. Not called if the body fails or is dropped.
     fn ended(&self);
 }

@@ -17,12 +17,12 @@ use super::{
     mode::Attempt,
     reservation,
     rotation::Rotation,
-    stream_head::{self, StreamHead},
+    stream_head::Watches,
     stream_watch::StreamWatch,
     trace::Trace,
 };
 use crate::{
-    classify::{ClassifyResponse, Verdict, decoded},
+    classify::{ClassifyResponse, StreamError, Verdict, decoded},
     clock::Sleep,
     limit::Traits,
     message::{JudgedResponse, RequestMessage},
@@ -205,10 +205,11 @@ where
         lease: &mut Lease,
         mut answer: Answer<M::Response, E>,
     ) -> Settled<Answer<M::Response, E>> {
-        if let (Ok(response), Some(limits)) = (&answer, self.rotation.stream_head)
-            && stream_head::is_stream(response)
+        if M::SEES_BODIES
+            && let Ok(response) = &answer
+            && let Some(watches) = self.rotation.watches(response)
         {
-            return self.settle_stream(lease, answer, limits).await;
+            return self.settle_stream(lease, answer, watches).await;
         }
         let mut beginning = None;
         if let (Ok(response), Some(most)) = (&answer, self.rotation.error_bodies)
@@ -224,12 +225,13 @@ where
         Settled { answer, outcome, status: None }
     }
 
-    /// Judges the head of a stream, and holds it until its first content. An error before that is judged as a response.
+    /// Judges the head of a stream, and holds it until its first content. An error before that is judged as a response. Of a
+    /// gRPC call, trailers are such an error, if they are there at once.
     async fn settle_stream<E: 'static>(
         &mut self,
         lease: &mut Lease,
         mut answer: Answer<M::Response, E>,
-        limits: StreamHead,
+        watches: Watches,
     ) -> Settled<Answer<M::Response, E>> {
         let rotation = self.rotation.clone();
         // A trial succeeds with the first content.
@@ -242,12 +244,17 @@ where
                 return Settled { answer, outcome, status: None };
             }
         };
-        let watch = Arc::new(StreamWatch::new(rotation.clone(), limits, lease, &mut response, M::tell_end));
+        let watch = StreamWatch::new(rotation.clone(), watches, lease, &mut response, M::tell_end);
+        let watch = Arc::new(watch);
         let clock = rotation.pool.clock();
-        let time_over = clock.sleep_until(clock.now().saturating_add(limits.time));
+        let time_over = match watches {
+            Watches::Events(limits) => clock.sleep_until(clock.now().saturating_add(limits.time)),
+            Watches::Trailers => Box::pin(ready(())),
+        };
         let response = M::hold(response, watch.clone(), time_over).await;
         let error = watch.release();
         let verdict = error.as_ref().map(|error| watch.refuse(error));
+        let forbids_retry = error.as_ref().is_some_and(StreamError::forbids_retry);
         let status = error.map(|error| error.status);
         if is_trial && shows_that_key_serves(verdict, status) {
             lease.key.serves();
@@ -258,6 +265,7 @@ where
                 Outcome::Overloaded
             }
             (Some(Verdict::Nothing) | None, _) => Outcome::Answered,
+            (Some(_), _) if forbids_retry => Outcome::KeyRested,
             (Some(Verdict::Refused), _) => Outcome::Unclear,
             (Some(_), _) => Outcome::Refused,
         };

@@ -236,8 +236,9 @@ where
             drop(entered);
             let Some(lease) = this.lease else { return Poll::Ready(result.map(M::untouched)) };
             let rotation = &**this.rotation;
-            let reads =
-                rotation.reads_bodies() && result.as_ref().is_ok_and(|response| rotation.reads(response));
+            let reads = M::SEES_BODIES
+                && rotation.reads_bodies()
+                && result.as_ref().is_ok_and(|response| rotation.reads(response));
             let outcome = (!reads).then(|| rotation.judge.settle(lease, &mut result, None, |_, _| {}));
             if outcome.is_some() {
                 this.trace.answered(lease, &result);

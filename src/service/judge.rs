@@ -6,7 +6,7 @@ use http::StatusCode;
 
 use super::{error::Error, redact, reservation::Held, served_by};
 use crate::{
-    classify::{ClassifyResponse, ResponseHead, Verdict},
+    classify::{ClassifyResponse, ResponseHead, Verdict, forbids_retry},
     key::query::Parameter,
     limit::{Remaining, Rest},
     message::JudgedResponse,
@@ -138,7 +138,7 @@ fn is_attributed<R: JudgedResponse>(response: &R) -> bool {
 /// Notes an answer at the request's key and at the key's limit, as it was judged.
 #[cold]
 pub(super) fn apply(lease: &mut Lease, verdict: Verdict, head: &ResponseHead<'_>) {
-    let is_error = is_error(head.status());
+    let is_error = head.is_error();
     let (rest, wait) = match verdict {
         Verdict::Nothing => {
             if has_served(head.status()) {
@@ -210,7 +210,8 @@ pub(super) fn apply_within(key: &Arc<Key>, held: Option<&Held>, verdict: Verdict
 #[cold]
 fn attribute<R: JudgedResponse>(response: &mut R, verdict: Verdict) -> Outcome {
     response.extensions_mut().insert(Attributed);
-    match is_error(response.status()) {
+    let head = ResponseHead::new(response.status(), response.headers());
+    match head.is_error() && !forbids_retry(response.headers()) {
         true if verdict == Verdict::Refused => Outcome::Unclear,
         true => Outcome::Refused,
         false => Outcome::KeyRested,

@@ -228,7 +228,7 @@ impl KeyLease {
             let status = response.status();
             request.answer = Some(match verdict {
                 Verdict::Nothing => Answer::Served(status),
-                _ if !judge::is_error(status) => Answer::KeyRested,
+                _ if !response.is_error() => Answer::KeyRested,
                 Verdict::Refused => Answer::Unclear(status),
                 _ => Answer::Refused,
             });

@@ -23,8 +23,10 @@
 //! # Is a `POST` ever sent twice?
 //!
 //! Only with failover, and only after the service refused it: the classifier judged a response with a status from 400
-//! on to speak against the key. A request is never sent again after an error of the connection, after a response below
-//! 400, or once a response has begun to reach the caller. It is sent again only with the same body:
+//! on to speak against the key. Two errors come with a 200, and count as such a status: the error of a gRPC call that has
+//! no message and, with [`stream_head`](crate::KeyRotationLayer::stream_head), an error before the first content of a
+//! stream. A request is never sent again after an error of the connection, after any other response below 400, or once a
+//! response has begun to reach the caller. It is sent again only with the same body:
 //!
 //! - An `http::Request` is sent again if its body is `Clone`, knew its exact length before the first attempt, and the
 //!   clone still has that length. A body whose clones share one stream is therefore never sent half or empty.

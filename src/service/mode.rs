@@ -31,6 +31,8 @@ pub struct Waiting;
 pub trait Attempt<Req, R> {
     type Kept: Send + 'static;
     type Response: ResponseMessage + Send + 'static;
+    /// Whether the mode can see bodies.
+    const SEES_BODIES: bool;
 
     /// Whether requests may be sent again, and how often.
     fn resend(&self) -> Option<&Resend>;
@@ -61,6 +63,7 @@ macro_rules! sends_once {
         impl<Req, R: ResponseMessage + Send + 'static> Attempt<Req, R> for $mode {
             type Kept = Infallible;
             type Response = R;
+            const SEES_BODIES: bool = false;
 
             fn resend(&self) -> Option<&Resend> {
                 None
@@ -105,6 +108,7 @@ where
 {
     type Kept = K::Kept;
     type Response = R::Replayed;
+    const SEES_BODIES: bool = true;
 
     #[inline]
     fn resend(&self) -> Option<&Resend> {

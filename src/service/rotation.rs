@@ -6,7 +6,7 @@ use super::{
     error::Refused,
     gate::Gate,
     judge::Judge,
-    stream_head::{self, StreamHead},
+    stream_head::{self, StreamHead, Watches},
 };
 use crate::{
     classify::{ClassifyResponse, TooManyRequests},
@@ -171,16 +171,22 @@ fn refuse_cleartext<Req: RequestMessage>(request: &Req) -> Box<Refused> {
 }
 
 impl<C: ClassifyResponse, M> Rotation<C, M> {
-    /// Whether the bodies of some responses are read before these are judged.
+    /// Whether the bodies of some responses are read before these are judged, in a mode that can see bodies.
     #[inline]
     pub(crate) fn reads_bodies(&self) -> bool {
-        self.error_bodies.is_some() || self.stream_head.is_some()
+        self.error_bodies.is_some() || self.stream_head.is_some() || self.judge.classifier.wants_trailers()
     }
 
     /// Whether the body of this response is read, for such a layer.
     pub(crate) fn reads<R: JudgedResponse>(&self, response: &R) -> bool {
-        self.error_bodies.is_some() && self.judge.wants_body(response)
-            || self.stream_head.is_some() && stream_head::is_stream(response)
+        self.error_bodies.is_some() && self.judge.wants_body(response) || self.watches(response).is_some()
+    }
+
+    /// What of a response is looked at beyond its head, if it is no error.
+    pub(super) fn watches<R: JudgedResponse>(&self, response: &R) -> Option<Watches> {
+        let events = self.stream_head.filter(|_| stream_head::is_stream(response)).map(Watches::Events);
+        let trailers = || self.judge.classifier.wants_trailers() && stream_head::is_call(response);
+        events.or_else(|| trailers().then_some(Watches::Trailers))
     }
 }
 

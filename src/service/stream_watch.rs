@@ -1,4 +1,4 @@
-//! Looks at a stream as it passes: an error before the first content is a refusal, a later one rests the key.
+//! Looks at a response's body as it passes: an error before the first content is a refusal, a later one rests the key.
 
 use std::{
     mem,
@@ -11,15 +11,18 @@ use super::{
     judge,
     reservation::{self, Held},
     rotation::Rotation,
-    stream_head::{StreamHead, Watched},
+    stream_head::{StreamHead, Watched, Watches},
 };
 use crate::{
-    classify::{ClassifyResponse, Event, Events, ResponseHead, Said, StreamError, Verdict, may_be_error},
+    classify::{
+        ClassifyResponse, Event, Events, ResponseHead, Said, StreamError, Verdict, is_grpc_error,
+        may_be_error,
+    },
     message::{EndOfBody, JudgedResponse, Seen, Watch},
     pool::{Key, Lease},
 };
 
-/// Looks at the stream of one response, whose head has been judged.
+/// Looks at the body of one response, whose head has been judged.
 pub(super) struct StreamWatch<C, M> {
     rotation: Arc<Rotation<C, M>>,
     key: Arc<Key>,
@@ -29,7 +32,8 @@ pub(super) struct StreamWatch<C, M> {
 }
 
 struct Stream {
-    events: Events,
+    /// `None` if only trailers matter.
+    events: Option<Events>,
     stage: Stage,
     /// How many more bytes may be held.
     left: usize,
@@ -55,11 +59,16 @@ where
     /// Takes over what the request holds until the end of the body.
     pub(super) fn new<R: JudgedResponse>(
         rotation: Arc<Rotation<C, M>>,
-        StreamHead { bytes, .. }: StreamHead,
+        watches: Watches,
         lease: &mut Lease,
         response: &mut R,
         tell_end: impl FnOnce(&mut R, Arc<dyn EndOfBody>),
     ) -> Self {
+        let (events, left) = match watches {
+            Watches::Events(StreamHead { bytes, .. }) => (Some(Events::new(bytes)), bytes),
+            // A message is content.
+            Watches::Trailers => (None, 1),
+        };
         let held = reservation::keep_for_stream(lease, response, tell_end);
         response.extensions_mut().insert(Watched);
         Self {
@@ -67,7 +76,7 @@ where
             key: lease.key.clone(),
             held,
             headers: response.headers().clone(),
-            stream: Mutex::new(Stream { events: Events::new(bytes), stage: Stage::Holding, left: bytes }),
+            stream: Mutex::new(Stream { events, stage: Stage::Holding, left }),
         }
     }
 
@@ -97,7 +106,8 @@ where
     }
 
     fn judge(&self, error: &StreamError) -> Verdict {
-        let head = ResponseHead::new(error.status, &self.headers).with_body(&error.body);
+        let headers = error.trailers.as_ref().unwrap_or(&self.headers);
+        let head = ResponseHead::new(error.status, headers).with_body(&error.body);
         let verdict = self.rotation.judge.classifier.classify(&head);
         judge::apply_within(&self.key, self.held.as_deref(), verdict, error.status);
         verdict
@@ -134,7 +144,9 @@ where
 {
     fn data(&self, data: &[u8]) -> Seen {
         self.look(|stream| {
-            stream.events.read(data, |event| stream.stage.sees(event));
+            if let Some(events) = &mut stream.events {
+                events.read(data, |event| stream.stage.sees(event));
+            }
             stream.left = stream.left.saturating_sub(data.len());
             if stream.left == 0 && matches!(stream.stage, Stage::Holding) {
                 stream.stage = Stage::Passing;
@@ -142,8 +154,20 @@ where
         })
     }
 
+    fn trailers(&self, trailers: &HeaderMap) -> Seen {
+        self.look(|stream| {
+            if stream.events.is_none() && is_grpc_error(trailers) {
+                stream.stage.meets(StreamError::in_trailers(trailers));
+            }
+        })
+    }
+
     fn ended(&self) {
-        self.look(|stream| stream.events.end(|event| stream.stage.sees(event)));
+        self.look(|stream| {
+            if let Some(events) = &mut stream.events {
+                events.end(|event| stream.stage.sees(event));
+            }
+        });
     }
 }
 
@@ -154,15 +178,23 @@ impl Stage {
             Self::Holding => match Said::by(event) {
                 Said::Nothing => {}
                 Said::Content => *self = Self::Passing,
-                Said::Error(error) => *self = Self::Refused(error),
+                Said::Error(error) => self.meets(error),
             },
             Self::Passing if may_be_error(event) => {
                 if let Said::Error(error) = Said::by(event) {
-                    *self = Self::Failed(error);
+                    self.meets(error);
                 }
             }
             _ => {}
         }
         matches!(self, Self::Holding | Self::Passing)
+    }
+
+    fn meets(&mut self, error: StreamError) {
+        match self {
+            Self::Holding => *self = Self::Refused(error),
+            Self::Passing => *self = Self::Failed(error),
+            Self::Refused(_) | Self::Failed(_) | Self::Over => {}
+        }
     }
 }

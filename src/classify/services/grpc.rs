@@ -8,13 +8,16 @@ use super::super::{
 service! {
     /// A classifier for gRPC services.
     ///
-    /// It reads the `grpc-status` of a response's head, which is where a service puts it if it sends no message. A
-    /// `grpc-status` in trailers comes after the response was judged, so it has no effect. The wait comes from
-    /// `grpc-retry-pushback-ms`, or from a `google.rpc.RetryInfo` in `grpc-status-details-bin`.
+    /// It reads the `grpc-status` of a response's head, which is where a service puts it if it sends no message, and of
+    /// its trailers. The wait comes from `grpc-retry-pushback-ms`, or from a `google.rpc.RetryInfo` in
+    /// `grpc-status-details-bin`.
     ///
-    /// Such a response has the status 200, so failover does not send its request again: the key rests, and the caller
-    /// gets the response.
-    Grpc, "grpc.md"
+    /// A layer sees trailers with [`failover`](crate::KeyRotationLayer::failover),
+    /// [`read_error_bodies`](crate::KeyRotationLayer::read_error_bodies) or
+    /// [`stream_head`](crate::KeyRotationLayer::stream_head). Failover sends a call again if its status is in the head, or
+    /// in trailers that are there at once, without a message; and not if `grpc-retry-pushback-ms` is below zero. The
+    /// request's body has to be one that can be cloned: see [`Failover::clone_with`](crate::Failover::clone_with).
+    Grpc, "grpc.md", trailers: true
 }
 
 const CODES: &str = "https://grpc.github.io/grpc/core/md_doc_statuscodes.html";
