@@ -1,7 +1,7 @@
 //! Recorded responses of services, and what the classifiers make of them: `corpus/<service>/<name>.http`.
 //!
 //! A file begins with comments: `# expect:` a verdict, `# source:` where the response is documented or was seen, and
-//! `# body: gzip` or `deflate` if the service sent the body so. Then come the status line, the headers, an empty line and
+//! `# body:` with `gzip`, `deflate`, `br` or `zstd` if the service sent the body so. Then come the status line, the headers, an empty line and
 //! the body.
 
 use std::{
@@ -15,6 +15,7 @@ use std::{
     time::Duration,
 };
 
+use brotli::enc::BrotliEncoderParams;
 use bytes::Bytes;
 use flate2::{
     Compression,
@@ -24,6 +25,7 @@ use futures_util::FutureExt;
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full};
 use proptest::{collection::vec, prelude::*, sample::select};
+use ruzstd::encoding::{CompressionLevel, compress_to_vec};
 use tower::{Layer, Service, ServiceExt, service_fn};
 use tower_key_rotation::{
     KeyPool, KeyPoolBuilder, KeyRotationLayer, KeyStats, Status, Traits,
@@ -194,6 +196,12 @@ fn encoded(encoding: &str, body: &[u8]) -> Bytes {
             encoder.write_all(body).unwrap();
             encoder.finish().unwrap().into()
         }
+        "br" => {
+            let (mut plain, mut encoded) = (body, Vec::new());
+            brotli::BrotliCompress(&mut plain, &mut encoded, &BrotliEncoderParams::default()).unwrap();
+            encoded.into()
+        }
+        "zstd" => compress_to_vec(body, CompressionLevel::Fastest).into(),
         _ => Bytes::copy_from_slice(body),
     }
 }

@@ -2,25 +2,41 @@
 
 use std::io::{ErrorKind, Read};
 
+use brotli_decompressor::Decompressor;
 use bytes::Bytes;
 use flate2::read::{DeflateDecoder, MultiGzDecoder, ZlibDecoder};
 use http::{HeaderMap, header::CONTENT_ENCODING};
+use ruzstd::decoding::StreamingDecoder;
 
 use super::hint;
 
 /// What a body may expand to, whatever the layer may read: 1 MiB.
 const MOST: usize = 1 << 20;
 
+/// The largest window of zstd that RFC 9659 allows for HTTP. A decoder allocates it.
+const ZSTD_WINDOW: u64 = 8 << 20;
+
 /// Returns the beginning of a body without its compression: at most `most` bytes, or 1 MiB.
 ///
-/// A body in another format than gzip or deflate, or in none, is returned as it is, and so is one that can't be decoded.
+/// A body in another format than gzip, deflate, brotli or zstd, or in none, is returned as it is, and so is one that can't be
+/// decoded.
 pub(crate) fn decoded(headers: &HeaderMap, body: Bytes, most: usize) -> Bytes {
     let most = most.min(MOST);
-    let is_deflate = |value: &str| value.eq_ignore_ascii_case("deflate");
+    let says = |encoding| {
+        hint::values(headers, CONTENT_ENCODING.as_str()).any(|value| value.eq_ignore_ascii_case(encoding))
+    };
+    // By its first bytes, not by its header, where a format has such: clients that decode bodies may leave the header.
     let decoded = if body.starts_with(&[0x1f, 0x8b, 8]) {
-        // By its first bytes, not by its header: clients that decode bodies may leave the header.
         beginning(MultiGzDecoder::new(&body[..]), most)
-    } else if hint::values(headers, CONTENT_ENCODING.as_str()).any(is_deflate) {
+    } else if body.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]) {
+        let decoder = StreamingDecoder::new_with_max_window_size(&body[..], ZSTD_WINDOW).ok();
+        // It does not say why it ends. No text begins so.
+        decoder.map(|decoder| read(decoder, most).0).filter(|decoded| !decoded.is_empty())
+    } else if says("br") {
+        // Any bytes may be the beginning of brotli. So a body that was decoded already shows by its text.
+        let (decoded, end) = read(Decompressor::new(&body[..], 4_096), most);
+        (end.is_none() || !decoded.is_empty() && str::from_utf8(&body).is_err()).then_some(decoded)
+    } else if says("deflate") {
         // RFC 9110 means zlib's format. Some servers leave out its frame. Then only data that ends well proves the format.
         beginning(ZlibDecoder::new(&body[..]), most).or_else(|| {
             let (decoded, end) = read(DeflateDecoder::new(&body[..]), most);
@@ -50,12 +66,14 @@ fn read(decoder: impl Read, most: usize) -> (Vec<u8>, Option<ErrorKind>) {
 mod tests {
     use std::io::Write;
 
+    use brotli::enc::BrotliEncoderParams;
     use flate2::{
         Compression,
         write::{DeflateEncoder, GzEncoder, ZlibEncoder},
     };
     use http::HeaderValue;
     use proptest::prelude::*;
+    use ruzstd::encoding::{CompressionLevel, compress_to_vec};
 
     use super::*;
 
@@ -67,6 +85,16 @@ mod tests {
             encoder.write_all($body).unwrap();
             encoder.finish().unwrap()
         }};
+    }
+
+    fn brotli(body: &[u8]) -> Vec<u8> {
+        let mut compressed = Vec::new();
+        brotli::BrotliCompress(&mut &body[..], &mut compressed, &BrotliEncoderParams::default()).unwrap();
+        compressed
+    }
+
+    fn zstd(body: &[u8]) -> Vec<u8> {
+        compress_to_vec(body, CompressionLevel::Fastest)
     }
 
     fn decode(encoding: &'static str, body: &[u8], most: usize) -> Vec<u8> {
@@ -83,6 +111,18 @@ mod tests {
     }
 
     #[test]
+    fn brotli_and_zstd_are_decoded() {
+        let long = TEXT.repeat(1_000);
+        for text in [TEXT, &long] {
+            assert_eq!(decode("br", &brotli(text), 100_000), text);
+            assert_eq!(decode("zstd", &zstd(text), 100_000), text);
+            assert_eq!(decode("", &zstd(text), 100_000), text);
+        }
+        // Without the header, nobody knows.
+        assert_eq!(decode("", &brotli(&long), 100_000), brotli(&long));
+    }
+
+    #[test]
     fn a_body_that_is_plain_already_stays() {
         for encoding in ["gzip", "deflate", "br", "zstd", "identity"] {
             assert_eq!(decode(encoding, TEXT, 1_000), TEXT, "{encoding}");
@@ -96,6 +136,9 @@ mod tests {
         let body = compressed!(GzEncoder, &text);
         let part = decode("gzip", &body[..body.len() / 2], usize::MAX);
         assert!(part.len() > 1_000 && text.starts_with(&part), "{}", part.len());
+        let body = brotli(&text);
+        let part = decode("br", &body[..body.len() / 2], usize::MAX);
+        assert!(part.len() > 1_000 && text.starts_with(&part), "{}", part.len());
     }
 
     #[test]
@@ -106,6 +149,15 @@ mod tests {
         assert_eq!(decode("gzip", &bomb, usize::MAX).len(), MOST);
         let bomb = compressed!(ZlibEncoder, &vec![0; 4 * MOST]);
         assert_eq!(decode("deflate", &bomb, usize::MAX).len(), MOST);
+        let bomb = brotli(&vec![0; 4 * MOST]);
+        assert_eq!(decode("br", &bomb, 4_096).len(), 4_096);
+        assert_eq!(decode("br", &bomb, usize::MAX).len(), MOST);
+        let bomb = zstd(&vec![0; 4 * MOST]);
+        assert_eq!(decode("zstd", &bomb, 4_096).len(), 4_096);
+        assert_eq!(decode("zstd", &bomb, usize::MAX).len(), MOST);
+        // A window of 16 MiB, by RFC 8878 §3.1.1.1.2, is refused before it is allocated.
+        let wide = [0x28, 0xb5, 0x2f, 0xfd, 0, 14 << 3, 1, 0, 0];
+        assert_eq!(decode("zstd", &wide, usize::MAX), wide);
     }
 
     proptest! {
@@ -114,6 +166,9 @@ mod tests {
             let gzip = [&[0x1f, 0x8b, 8][..], &body].concat();
             prop_assert!(decode("gzip", &gzip, 1_000).len() <= 1_000);
             prop_assert!(decode("deflate", &body, 1_000).len() <= 1_000);
+            prop_assert!(decode("br", &body, 1_000).len() <= 1_000);
+            let zstd = [&[0x28, 0xb5, 0x2f, 0xfd][..], &body].concat();
+            prop_assert!(decode("zstd", &zstd, 1_000).len() <= 1_000);
         }
     }
 }

@@ -145,8 +145,8 @@ impl<C: Clone, D> KeyRotationLayer<C, Once, D> {
     }
 
     /// Lets the classifier see the body of an error if it asks for it: about that many bytes, for at most a second. The
-    /// caller still gets the whole body. The classifier sees a body in gzip or deflate without its compression, up to that
-    /// many bytes, and up to 1 MiB.
+    /// caller still gets the whole body. The classifier sees a body in gzip, deflate, brotli or zstd without its
+    /// compression, up to that many bytes, and up to 1 MiB.
     ///
     /// The response type becomes an `http::Response<Replay<B>>`, see [`Replay`](crate::Replay); a `reqwest::Response`
     /// stays one. The client has to be `Clone`.

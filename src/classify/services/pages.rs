@@ -106,8 +106,8 @@ whole of a body that is no JSON. Only the beginning of a message counts where th
 
 A 401, 402 or 403 that says how long to wait is a rate limit, unless its words are about the request.
 
-Bodies that are compressed with gzip or deflate are decoded before they are judged, up to 1 MiB. Those in other formats
-count as unknown.
+Bodies that are compressed with gzip, deflate, brotli or zstd are decoded before they are judged, up to 1 MiB. Those in
+other formats count as unknown.
 ";
 
 #[test]
