@@ -593,25 +593,75 @@ async fn f44_held_streams_are_in_flight_until_they_end() {
     assert!(has_room(&pool));
 }
 
-/// The tokens that are left of 1,000, after a request for 400 whose stream has these parts.
-async fn left_after(parts: Vec<Part>) -> f64 {
+fn thousand_tokens() -> KeyPool {
     let quota = Quota::per_day(1_000).burst(1_000).tokens();
-    let pool = KeyPool::builder().key("alpha", "sk-alpha").quota(quota).build().unwrap();
-    let client = layer(&pool).layer(Scripted::alpha(parts).service());
-    let mut request = request();
-    request.extensions_mut().insert(Traits::new().tokens(400));
-    let response = client.oneshot(request).await.unwrap();
-    drop(response.into_body().collect().await);
+    KeyPool::builder().key("alpha", "sk-alpha").quota(quota).build().unwrap()
+}
+
+fn left(pool: &KeyPool) -> f64 {
     let explanation = pool.explain(&Traits::new());
     explanation.keys[0].budgets.iter().map(|budget| budget.left).fold(f64::INFINITY, f64::min)
 }
 
+fn for_400_tokens() -> Req {
+    let mut request = request();
+    request.extensions_mut().insert(Traits::new().tokens(400));
+    request
+}
+
+/// The tokens that are left of 1,000, after a request for 400 whose stream has these parts.
+async fn left_after(parts: Vec<Part>) -> f64 {
+    let pool = thousand_tokens();
+    let client = layer(&pool).layer(Scripted::alpha(parts).service());
+    let response = client.oneshot(for_400_tokens()).await.unwrap();
+    drop(response.into_body().collect().await);
+    left(&pool)
+}
+
+/// The same for `reqwest`, with a body of a known length.
+async fn left_after_by_reqwest(text: String) -> f64 {
+    let pool = thousand_tokens();
+    let client = service_fn(move |_: reqwest::Request| {
+        let response = Response::builder().header(CONTENT_TYPE, "text/event-stream").body(text.clone());
+        ready(io::Result::Ok(reqwest::Response::from(response.unwrap())))
+    });
+    let layer = layer(&pool).describe(|_: &reqwest::Request| Traits::new().tokens(400));
+    let response = get(&layer.layer(client), "https://api.example.com/v1").await.unwrap();
+    response.text().await.unwrap();
+    left(&pool)
+}
+
 #[tokio::test(start_paused = true)]
 async fn f44_a_refused_stream_gives_its_tokens_back() {
+    let left = left_after_by_reqwest([START, OVERLOADED].concat()).await;
+    assert!(left > 990.0, "{left}");
+    let left = left_after_by_reqwest([START, CONTENT, OVERLOADED].concat()).await;
+    assert!((599.0..650.0).contains(&left), "{left}");
+
     let left = left_after(vec![data(START), data(OVERLOADED)]).await;
     assert!(left > 990.0, "{left}");
     let left = left_after(vec![data(START), data(CONTENT), data(OVERLOADED)]).await;
     assert!((599.0..650.0).contains(&left), "{left}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn f44_a_dropped_stream_gives_half_back() {
+    let about_800 = |pool: &KeyPool| (799.0..850.0).contains(&left(pool));
+    // While it is held.
+    let pool = thousand_tokens();
+    let client = layer(&pool).layer(Scripted::alpha([data(START), Stays]).service());
+    let sent = tokio::spawn(client.oneshot(for_400_tokens()));
+    sleep(SECOND).await;
+    sent.abort();
+    assert!(sent.await.unwrap_err().is_cancelled());
+    assert!(about_800(&pool), "{}", left(&pool));
+    // While it passes.
+    let pool = thousand_tokens();
+    let client = layer(&pool).layer(Scripted::alpha([data(START), data(CONTENT), Stays]).service());
+    let mut body = client.oneshot(for_400_tokens()).await.unwrap().into_body();
+    body.frame().await.unwrap().unwrap();
+    drop(body);
+    assert!(about_800(&pool), "{}", left(&pool));
 }
 
 #[tokio::test(start_paused = true)]

@@ -128,6 +128,9 @@ mod tests {
             assert_eq!(decode(encoding, TEXT, 1_000), TEXT, "{encoding}");
         }
         assert_eq!(decode("gzip", b"", 1_000), b"");
+        // A text that begins as brotli does.
+        let text = b"QeFg Lyz3BHoGKHVW:mWV6Es";
+        assert_eq!(decode("br", text, 1_000), text);
     }
 
     #[test]
@@ -155,9 +158,16 @@ mod tests {
         let bomb = zstd(&vec![0; 4 * MOST]);
         assert_eq!(decode("zstd", &bomb, 4_096).len(), 4_096);
         assert_eq!(decode("zstd", &bomb, usize::MAX).len(), MOST);
-        // A window of 16 MiB, by RFC 8878 §3.1.1.1.2, is refused before it is allocated.
-        let wide = [0x28, 0xb5, 0x2f, 0xfd, 0, 14 << 3, 1, 0, 0];
-        assert_eq!(decode("zstd", &wide, usize::MAX), wide);
+    }
+
+    #[test]
+    fn zstd_gets_no_larger_window_than_http_allows() {
+        // RFC 8878: a window of 2^(10 + exponent) bytes, and one block, which is the text.
+        let frame = |exponent: u8| {
+            [&[0x28, 0xb5, 0x2f, 0xfd, 0, exponent << 3, 4 << 3 | 1, 0, 0], &b"text"[..]].concat()
+        };
+        assert_eq!(decode("zstd", &frame(13), usize::MAX), b"text");
+        assert_eq!(decode("zstd", &frame(14), usize::MAX), frame(14));
     }
 
     proptest! {

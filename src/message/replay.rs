@@ -83,8 +83,17 @@ impl<B: Body> Replay<B> {
         Self { state: State::Begun { begun } }
     }
 
-    /// Reads until `watch` has seen enough, to the end, or until `time_over` completes. `watch` sees the rest as it passes.
-    pub(crate) async fn hold(self, watch: Arc<dyn Watch>, time_over: Sleep) -> Self {
+    /// Reads until `watch` has seen enough, to the end, or until `time_over` completes. `watch` sees the rest as it passes,
+    /// and `end` is told when the caller has read all.
+    pub(crate) async fn hold(
+        mut self,
+        watch: Arc<dyn Watch>,
+        end: Option<Arc<dyn EndOfBody>>,
+        time_over: Sleep,
+    ) -> Self {
+        if let Some(end) = end {
+            self.tell_end(end);
+        }
         let mut begun = self.begun();
         begun.hold(watch, time_over).await;
         Self { state: State::Begun { begun } }

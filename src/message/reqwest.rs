@@ -108,10 +108,15 @@ impl ReadableResponse for Response {
         (from_http(response.map(Body::wrap), url), beginning)
     }
 
-    async fn hold(response: Self, watch: Arc<dyn Watch>, time_over: Sleep) -> Self {
+    async fn hold(
+        response: Self,
+        watch: Arc<dyn Watch>,
+        end: Option<Arc<dyn EndOfBody>>,
+        time_over: Sleep,
+    ) -> Self {
         let url = response.url().clone();
         let response = http::Response::<Body>::from(response).map(Replay::untouched);
-        let response = http::Response::<Body>::hold(response, watch, time_over).await;
+        let response = http::Response::<Body>::hold(response, watch, end, time_over).await;
         from_http(response.map(Body::wrap), url)
     }
 

@@ -65,11 +65,12 @@ pub trait ReadableResponse: ResponseMessage {
     ) -> impl Future<Output = (Self::Replayed, Bytes)> + Send;
 
     /// Reads a body until `watch` has seen enough of it, until its end, or until the time is over. `watch` sees the rest as
-    /// it passes.
+    /// it passes, and `end` is told that the caller has read all.
     #[doc(hidden)]
     fn hold(
         response: Self::Replayed,
         watch: Arc<dyn Watch>,
+        end: Option<Arc<dyn EndOfBody>>,
         time_over: Sleep,
     ) -> impl Future<Output = Self::Replayed> + Send;
 
@@ -161,9 +162,14 @@ where
         (Response::from_parts(head, body), beginning)
     }
 
-    async fn hold(response: Self::Replayed, watch: Arc<dyn Watch>, time_over: Sleep) -> Self::Replayed {
+    async fn hold(
+        response: Self::Replayed,
+        watch: Arc<dyn Watch>,
+        end: Option<Arc<dyn EndOfBody>>,
+        time_over: Sleep,
+    ) -> Self::Replayed {
         let (head, body) = response.into_parts();
-        Response::from_parts(head, body.hold(watch, time_over).await)
+        Response::from_parts(head, body.hold(watch, end, time_over).await)
     }
 
     fn tell_end_of(response: &mut Self::Replayed, end: Arc<dyn EndOfBody>) {

@@ -244,14 +244,14 @@ where
                 return Settled { answer, outcome, status: None };
             }
         };
-        let watch = StreamWatch::new(rotation.clone(), watches, lease, &mut response, M::tell_end);
+        let watch = StreamWatch::new(rotation.clone(), watches, lease, &mut response);
         let watch = Arc::new(watch);
         let clock = rotation.pool.clock();
         let time_over = match watches {
             Watches::Events(limits) => clock.sleep_until(clock.now().saturating_add(limits.time)),
             Watches::Trailers => Box::pin(ready(())),
         };
-        let response = M::hold(response, watch.clone(), time_over).await;
+        let response = M::hold(response, watch.clone(), watch.end(), time_over).await;
         let error = watch.release();
         let verdict = error.as_ref().map(|error| watch.refuse(error));
         let forbids_retry = error.as_ref().is_some_and(StreamError::forbids_retry);

@@ -51,6 +51,7 @@ pub trait Attempt<Req, R> {
     fn hold(
         response: Self::Response,
         watch: Arc<dyn Watch>,
+        end: Option<Arc<dyn EndOfBody>>,
         time_over: Sleep,
     ) -> impl Future<Output = Self::Response> + Send;
     /// Has the body say when it ends, if the mode can see the body.
@@ -85,7 +86,12 @@ macro_rules! sends_once {
                 ready((response, Bytes::new()))
             }
 
-            fn hold(response: R, _: Arc<dyn Watch>, _: Sleep) -> impl Future<Output = R> + Send {
+            fn hold(
+                response: R,
+                _: Arc<dyn Watch>,
+                _: Option<Arc<dyn EndOfBody>>,
+                _: Sleep,
+            ) -> impl Future<Output = R> + Send {
                 ready(response)
             }
 
@@ -140,9 +146,10 @@ where
     fn hold(
         response: R::Replayed,
         watch: Arc<dyn Watch>,
+        end: Option<Arc<dyn EndOfBody>>,
         time_over: Sleep,
     ) -> impl Future<Output = R::Replayed> + Send {
-        R::hold(response, watch, time_over)
+        R::hold(response, watch, end, time_over)
     }
 
     fn tell_end(response: &mut R::Replayed, end: Arc<dyn EndOfBody>) {

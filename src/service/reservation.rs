@@ -103,32 +103,21 @@ pub(crate) fn keep<R: JudgedResponse>(
     tell_end: impl FnOnce(&mut R, Arc<dyn EndOfBody>),
 ) {
     if let Some(ticket) = lease.take_ticket_of_body() {
-        keep_ticket(ticket, response, tell_end);
+        let held = Arc::new(Held(Mutex::new(ticket)));
+        response.extensions_mut().insert(Reservation(held.clone()));
+        tell_end(response, held);
     }
 }
 
-/// The same for a stream: an error in it may rest the limit, whatever the end of the body means.
-pub(super) fn keep_for_stream<R: JudgedResponse>(
-    lease: &mut Lease,
-    response: &mut R,
-    tell_end: impl FnOnce(&mut R, Arc<dyn EndOfBody>),
-) -> Option<Arc<Held>> {
+/// The same for a stream, which tells its end itself: an error in it may rest the limit, also if the end makes no difference.
+pub(super) fn keep_for_stream<R: JudgedResponse>(lease: &mut Lease, response: &mut R) -> Option<Arc<Held>> {
     let ticket = lease.take_ticket()?;
-    if ticket.has_body() {
-        return Some(keep_ticket(ticket, response, tell_end));
-    }
-    Some(Arc::new(Held(Mutex::new(ticket))))
-}
-
-fn keep_ticket<R: JudgedResponse>(
-    ticket: Ticket,
-    response: &mut R,
-    tell_end: impl FnOnce(&mut R, Arc<dyn EndOfBody>),
-) -> Arc<Held> {
+    let has_body = ticket.has_body();
     let held = Arc::new(Held(Mutex::new(ticket)));
-    response.extensions_mut().insert(Reservation(held.clone()));
-    tell_end(response, held.clone());
-    held
+    if has_body {
+        response.extensions_mut().insert(Reservation(held.clone()));
+    }
+    Some(held)
 }
 
 impl fmt::Debug for Reservation {

@@ -62,14 +62,13 @@ where
         watches: Watches,
         lease: &mut Lease,
         response: &mut R,
-        tell_end: impl FnOnce(&mut R, Arc<dyn EndOfBody>),
     ) -> Self {
         let (events, left) = match watches {
             Watches::Events(StreamHead { bytes, .. }) => (Some(Events::new(bytes)), bytes),
             // A message is content.
             Watches::Trailers => (None, 1),
         };
-        let held = reservation::keep_for_stream(lease, response, tell_end);
+        let held = reservation::keep_for_stream(lease, response);
         response.extensions_mut().insert(Watched);
         Self {
             rotation,
@@ -78,6 +77,11 @@ where
             headers: response.headers().clone(),
             stream: Mutex::new(Stream { events, stage: Stage::Holding, left }),
         }
+    }
+
+    /// Who has to be told that the body ends.
+    pub(super) fn end(&self) -> Option<Arc<dyn EndOfBody>> {
+        Some(self.held.clone()?)
     }
 
     /// Ends the hold. Returns the error that came before any content.
