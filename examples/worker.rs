@@ -109,7 +109,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
         "failed": counts.failed.load(Relaxed),
         "passes": report.pass,
         "recovered": report.recovered,
-        "marks_not_written": written.map_or_else(|error| error.0, |()| 0),
+        "marks_not_written": written.map_or_else(|error| error.marks, |()| 0),
     }));
     Ok(())
 }
