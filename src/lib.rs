@@ -38,6 +38,7 @@
 //! # Where to look
 //!
 //! - [`KeyPool`]: the keys, where they come from, how long they rest; [`Inject`]: where they go in a request.
+//! - [`source`]: keys that change while the program runs, in files or elsewhere, and secrets that expire.
 //! - [`KeyRotationLayer`]: a key for each request; [`Failover`]: a refused request again with another key. The
 //!   module [`service`] explains what happens to a limited request, whether a `POST` is ever sent twice, and the
 //!   order of layers.
@@ -65,6 +66,7 @@ mod pool;
 mod replication;
 mod select;
 pub mod service;
+pub mod source;
 pub mod store;
 mod sync;
 

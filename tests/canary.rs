@@ -51,6 +51,7 @@ use tower_key_rotation::{
     },
     clock::{ManualClock, SystemClock},
     service::TryClone,
+    source::{self, KeyDirectory, KeyFile, KeySource, KeyVariable, SourcedKey},
     store::{
         Born, Change, Heard, KeyRecord, KeyStore, Loaded, Mark, MemoryStore, Operation, Planted, Recovered,
         Replaced, Resting, Scope, Standing, StoreError, StoreFuture, Unreadable, Until, Usage, Words, Writes,
@@ -962,6 +963,33 @@ fn s01_a_response_head_shows_no_quoted_key() {
     show!(ResponseHead::new(StatusCode::UNAUTHORIZED, &headers).with_body(secret("alpha").as_bytes()));
 }
 
+async fn show_sources() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("keys.json");
+    let broken = json!({ "id": "broken", "secret": format!("{}\n", secret("broken")) });
+    let keys = json!([{ "id": "alpha", "secret": secret("alpha") }, broken]);
+    fs::write(&path, keys.to_string()).unwrap();
+    let token = || async {
+        let key = KeySpec::new(id("beta"), secret("beta"));
+        Ok::<_, io::Error>(SourcedKey::from(key).expires_in(SECOND))
+    };
+    let (file, token) = (KeyFile::new(&path).interval(SECOND / 100), source::from_fn("token", token));
+    show!(file, token, KeyDirectory::new(directory.path()), KeyVariable::new("KEYS"));
+    let set = file.read().await.unwrap();
+    show!(set, set.keys[0]);
+    let builder = KeyPool::builder().source(file).await.unwrap().source(token).await.unwrap();
+    show!(builder);
+    let pool = builder.build().unwrap();
+    let recovery = RecoveryHandle::spawn(&pool);
+    show!(pool.sources());
+    fs::write(&path, format!("[{{\"id\": \"alpha\", \"secret\": \"{}\"", secret("other"))).unwrap();
+    eventually("the file can't be used", || pool.sources()[0].error.is_some()).await;
+    show!(pool.sources(), pool.sources()[0]);
+    show_error(KeyPool::builder().source(KeyFile::new(&path)).await);
+    show_error(KeyFile::new(&path).read().await);
+    recovery.shutdown().await.unwrap();
+}
+
 /// The structs and enums that users can name: what is public in the crate's root and in its public modules.
 fn public_types() -> BTreeSet<String> {
     let mut names = BTreeSet::new();
@@ -1237,6 +1265,7 @@ async fn s01_no_key_is_shown_by_any_public_type() {
     show_keys_and_stores();
     show_errors().await;
     show_layers().await;
+    show_sources().await;
     let public = public_types();
     assert!(public.len() > 50 && public.contains("MongoStore"), "{public:?}");
     let shown = SHOWN.take();

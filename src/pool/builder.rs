@@ -1,18 +1,13 @@
 //! Builds a pool from keys and settings.
 
-use std::{
-    borrow::Cow,
-    collections::{HashMap, HashSet},
-    env, io,
-    path::PathBuf,
-    sync::Arc,
-    time::Duration,
-};
+use std::{borrow::Cow, env, io, path::PathBuf, sync::Arc, time::Duration};
 
 use super::{
+    accepted::Accepted,
     engine::{Config, Engine},
     key::UsableKey,
     key_pool::KeyPool,
+    source::{Read, Source},
 };
 use crate::{
     clock::{Clock, SystemClock},
@@ -20,12 +15,13 @@ use crate::{
     key::inject::Inject,
     key::{
         InvalidKeyId, KeyId, KeySpec, Rejected, Secret,
-        rejected::{ParsedKey, Place, Reason},
+        rejected::{ParsedKey, Place},
         source::{self, Unnamed},
     },
     limit::{Cooldowns, InvalidReset, Quota},
     meter::Meter,
     replication::Link,
+    source::{KeySource, SourceError},
     store::{KeyStore, StoreError},
 };
 
@@ -70,6 +66,7 @@ enum Given {
     Code(Result<KeySpec, InvalidKeyId>),
     Env(String),
     File(PathBuf),
+    Source(Arc<Source>, Read),
 }
 
 impl KeyPool {
@@ -84,6 +81,7 @@ impl KeyPool {
             learns: false,
             quotas: Vec::new(),
             fills_first: false,
+            sources: Vec::new(),
         };
         KeyPoolBuilder { given: Vec::new(), strict: false, invalid_host: None, config }
     }
@@ -145,7 +143,8 @@ impl KeyPoolBuilder {
         self
     }
 
-    /// Adds the keys of a file in one of three formats. The builder reads the file in [`build`](Self::build).
+    /// Adds the keys of a file in one of three formats. The builder reads the file in [`build`](Self::build), once: for a
+    /// file that changes, see [`source`](Self::source).
     ///
     /// **TOML**, with the feature `toml`, if the name ends in `.toml` or a line is `[[key]]`. A key needs only its
     /// `secret`:
@@ -179,6 +178,43 @@ impl KeyPoolBuilder {
     pub fn keys_from_file(mut self, path: impl Into<PathBuf>) -> Self {
         self.given.push(Given::File(path.into()));
         self
+    }
+
+    /// Adds the keys of a source that may change, and reads them now.
+    ///
+    /// A [`RecoveryHandle`](crate::RecoveryHandle) follows the source: see [`source`](crate::source). In
+    /// [`strict`](Self::strict) builders, an entry that can't be used is an error now, and is left out in later reads.
+    ///
+    /// ```
+    /// use tower_key_rotation::{KeyPool, RecoveryHandle, source::KeyFile};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let directory = tempfile::tempdir()?;
+    /// # let path = directory.path().join("keys.txt");
+    /// # std::fs::write(&path, "alpha|sk-1")?;
+    /// let pool = KeyPool::builder().source(KeyFile::new(path)).await?.build()?;
+    /// let recovery = RecoveryHandle::spawn(&pool);
+    /// assert_eq!(pool.sources()[0].keys, 1);
+    /// # recovery.shutdown().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// If the source can't be read within 30 seconds, or has no key.
+    ///
+    /// # Panics
+    ///
+    /// Outside of a tokio runtime.
+    pub async fn source(mut self, source: impl KeySource) -> Result<Self, BuildError> {
+        let source = Arc::new(Source::new(source));
+        let read = source.read(&*self.config.clock).await;
+        let read =
+            read.map_err(|error| Problem::Source { name: source.name().into_owned(), source: error })?;
+        self.given.push(Given::Source(source, read));
+        Ok(self)
     }
 
     /// Sets the place of the key in a request. The default is `Authorization: Bearer`.
@@ -409,8 +445,13 @@ impl KeyPoolBuilder {
         }
         let mut accepted = Accepted::default();
         for (number, given) in (1..).zip(&self.given) {
+            let before = accepted.keys.len();
             for parsed in given.read(number, accepted.candidates)? {
                 accepted.add(parsed, &self.config.inject);
+            }
+            if let Given::Source(source, read) = given {
+                source.begin(read, &accepted.keys[before..]);
+                self.config.sources.push(source.clone());
             }
         }
         let Accepted { keys, rejected, .. } = accepted;
@@ -443,6 +484,7 @@ impl Given {
                 let parsed = source::file(path, unnamed);
                 Ok(parsed.map_err(|source| Problem::File { path: path.clone(), source })??)
             }
+            Self::Source(source, read) => Ok(source.parsed(read)),
         }
     }
 }
@@ -461,46 +503,6 @@ fn over(
     let engine = Engine::new(keys, config, true);
     let link = Link::new(engine.clone(), Arc::new(store), seeds);
     KeyPool::new(engine, Some(Arc::new(link)), rejected)
-}
-
-#[derive(Default)]
-struct Accepted {
-    keys: Vec<UsableKey>,
-    rejected: Vec<Rejected>,
-    ids: HashSet<KeyId>,
-    by_secret: HashMap<Secret, KeyId>,
-    candidates: usize,
-}
-
-impl Accepted {
-    fn add(&mut self, parsed: ParsedKey, inject: &Inject) {
-        self.candidates += 1;
-        let spec = match parsed.key {
-            Ok(spec) => spec,
-            Err(rejected) => return self.rejected.push(rejected),
-        };
-        match self.check(&spec, inject) {
-            Ok(key) => {
-                self.ids.insert(spec.id.clone());
-                self.by_secret.insert(spec.secret, spec.id);
-                self.keys.push(key);
-            }
-            Err(reason) => self.rejected.push(Rejected::new(parsed.place, Some(spec.id), reason)),
-        }
-    }
-
-    fn check(&self, spec: &KeySpec, inject: &Inject) -> Result<UsableKey, Reason> {
-        if self.ids.contains(&spec.id) {
-            return Err(Reason::DuplicateId);
-        }
-        if let Some(other) = self.by_secret.get(&spec.secret) {
-            return Err(Reason::DuplicateSecret(other.clone()));
-        }
-        if let Some(field) = spec.unsupported() {
-            return Err(Reason::Unsupported(field));
-        }
-        Ok(UsableKey::new(spec, inject)?)
-    }
 }
 
 /// Why a pool could not be built or opened.
@@ -538,6 +540,8 @@ enum Problem {
     VariableNotText(String),
     #[error("{} could not be read", path.display())]
     File { path: PathBuf, source: io::Error },
+    #[error("{name} could not be read as a source of keys")]
+    Source { name: String, source: SourceError },
     #[error(transparent)]
     Text(#[from] Rejected),
     #[error("{0:?} is not a header name")]

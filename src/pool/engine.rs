@@ -23,6 +23,7 @@ use super::{
     scoped::{Limiting, Regrouping},
     scopes::{Pending, Scopes},
     snapshot::Snapshot,
+    source::Source,
 };
 use crate::{
     clock::Clock,
@@ -61,6 +62,7 @@ pub(crate) struct Config {
     pub(crate) quotas: Vec<Quota>,
     /// The first key with room serves, not the next one in turn.
     pub(crate) fills_first: bool,
+    pub(crate) sources: Vec<Arc<Source>>,
 }
 
 pub(crate) struct Engine {
@@ -110,6 +112,7 @@ impl Engine {
                 scopes: Scopes::default(),
                 fills_first: config.fills_first,
                 regrouping: Regrouping::default(),
+                renewed: Mutex::new(None),
                 meter: config.meter.clone(),
             };
             Self {
@@ -582,6 +585,41 @@ impl Engine {
         self.count_out(removed);
     }
 
+    /// Puts the same key with another secret in the place of one, or back into the pool. `note` is called before any load
+    /// can look at the keys.
+    pub(super) fn renew(&self, old: &Arc<Key>, with: UsableKey, note: impl FnOnce()) {
+        let (new, was_refused) = old.renewed(with);
+        let new = Arc::new(new);
+        let set_renewed =
+            |renewed| *self.limiting.renewed.lock().unwrap_or_else(PoisonError::into_inner) = renewed;
+        self.edit(|before| {
+            note();
+            let slot = before.slot(&old.id);
+            let mut keys = before.keys().to_vec();
+            match slot {
+                Some(slot) if Arc::ptr_eq(&keys[slot], old) => keys[slot] = new.clone(),
+                Some(_) => return None,
+                None => keys.push(new.clone()),
+            }
+            self.limiting.scopes.rename(old, &new);
+            set_renewed(Some((old.clone(), new.clone())));
+            Some(keys)
+        });
+        set_renewed(None);
+        if was_refused && self.has_store() {
+            self.put_served_back([new]);
+        }
+        self.wake_writer();
+    }
+
+    /// Takes a key out of the pool that may come back, if it is still there. Its picks stay its own.
+    pub(super) fn suspend(&self, key: &Arc<Key>) {
+        self.edit(|before| {
+            before.get(key.id.as_str()).filter(|held| Arc::ptr_eq(held, key))?;
+            Some(before.keys().iter().filter(|held| !Arc::ptr_eq(held, key)).cloned().collect())
+        });
+    }
+
     /// Gives a key another id, if that is free. What is known of the key stays known.
     pub(crate) fn rename(&self, id: &KeyId, to: &KeyId) {
         self.edit(|before| {
@@ -622,6 +660,7 @@ fn drop_older_pending(key: &Key) {
 
 impl Home for Engine {
     fn mark(&self, key: &Arc<Key>, reason: Rest, hint: Option<Duration>, http_status: u16) {
+        self.ask_sources(key, http_status);
         key.counts.limited.fetch_add(1, Relaxed);
         key.set_last_status(http_status);
         match reason {
@@ -655,6 +694,7 @@ impl Home for Engine {
     }
 
     fn refuse(&self, key: &Arc<Key>, http_status: u16) {
+        self.ask_sources(key, http_status);
         self.suspect(key, http_status);
     }
 

@@ -190,6 +190,29 @@ impl Key {
         same
     }
 
+    /// The same key with another secret, which took the place of one that expires. A rest that may be about the old secret
+    /// ends: the second value says whether there was one.
+    pub(super) fn renewed(&self, with: UsableKey) -> (Self, bool) {
+        let settings = self.settings.clone();
+        let same = UsableKey { id: self.id.clone(), credentials: with.credentials, settings }
+            .healthy_in(self.home.clone());
+        let resting = self.state.load().resting(Duration::ZERO);
+        let is_revoked = resting.is_some_and(|resting| resting.reason == Rest::Revoked);
+        let was_refused = is_revoked || self.last_status() == Some(401);
+        let next = |word: Word| if was_refused { word.ended() } else { word };
+        same.cause.store(self.cause.load(Relaxed), Relaxed);
+        same.counts.continue_from(&self.counts);
+        same.state.update(|_| next(self.state.load()));
+        if !was_refused {
+            same.set_last_status(self.last_status.load(Relaxed));
+            same.pending.update(|_| self.pending.load());
+        }
+        if let Some(born) = self.born() {
+            same.born.get_or_init(|| born);
+        }
+        (same, was_refused && resting.is_some())
+    }
+
     /// Whether this is the key object of that secret and birth, and of these settings. A key whose birth is unknown is born
     /// by this.
     pub(crate) fn is(&self, spec: &KeySpec, born: Born) -> bool {
@@ -316,6 +339,14 @@ pub(crate) struct Counts {
 }
 
 impl Counts {
+    /// Goes on where the counts of the same key stood.
+    fn continue_from(&self, other: &Self) {
+        self.requests.continue_from(&other.requests);
+        self.tokens.continue_from(&other.tokens);
+        self.limited.store(other.limited.load(Relaxed), Relaxed);
+        self.recovered.store(other.recovered.load(Relaxed), Relaxed);
+    }
+
     fn take_over(&self, other: &Self) {
         self.requests.add(other.requests.take());
         self.tokens.add(other.tokens.take());
@@ -344,6 +375,12 @@ impl Count {
     /// Whether anything was added that was not taken.
     pub(crate) fn has_untaken(&self) -> bool {
         self.sum() != self.taken.load(Relaxed)
+    }
+
+    fn continue_from(&self, other: &Self) {
+        let taken = other.taken.load(Relaxed);
+        self.taken.store(taken, Relaxed);
+        self.sum.store(other.sum(), Relaxed);
     }
 
     /// What was added since the last call.

@@ -5,6 +5,7 @@ use std::{fmt, sync::Arc, time::Duration};
 use super::{
     engine::Engine,
     no_key::NoKeyAvailable,
+    source::SourceStats,
     stats::{PoolStats, ScopeTotals},
 };
 use crate::{
@@ -123,6 +124,27 @@ impl KeyPool {
     #[must_use]
     pub fn scopes(&self) -> Vec<ScopeTotals> {
         self.engine().scopes()
+    }
+
+    /// The [sources](crate::source) of the pool's keys, and how fresh each is. No secret is in it.
+    ///
+    /// ```
+    /// use tower_key_rotation::{KeyPool, source::KeyVariable};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let error = KeyPool::builder().source(KeyVariable::new("OPENAI_KEYS")).await.unwrap_err();
+    /// assert_eq!(error.to_string(), "OPENAI_KEYS could not be read as a source of keys");
+    ///
+    /// let pool = KeyPool::builder().key("alpha", "sk-1").build()?;
+    /// assert!(pool.sources().is_empty()); // keys in code have no source
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn sources(&self) -> Vec<SourceStats> {
+        let now = self.clock().now();
+        self.engine().config.sources.iter().map(|source| source.stats(now)).collect()
     }
 
     /// Credits tokens, or whatever else the service counts, to a key. An unknown id is ignored: the key may

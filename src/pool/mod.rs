@@ -13,6 +13,7 @@
 //! | `Link::sharing` | a task exchanges messages about limits; never with the others |
 //! | `Link::round` | a round of marks is written; beside `turn`, never with it |
 //! | `Engine::editing` | the set of keys is replaced |
+//! | the state of a `Source` | what is known of a source is read or changed; with `Engine::editing` or alone |
 //! | `Doubts::known` | a refusal is judged, or a key is tried |
 //! | `Complaints`, `Link::gone`, `Meter::scopes` | their own map is read or changed; each alone |
 //! | `Borrowing::stock`, `Borrowing::news` | a token is taken or added; something is noted for a lender; each alone |
@@ -21,6 +22,7 @@
 //! | `ScopesInUse::adding`, `Common::newest`, `Common::probing` | a scope is made; the newest snapshot's scope is looked up; a probe is planned; each alone |
 //! | `Scopes` | rests of scopes are read or changed |
 
+mod accepted;
 mod bitset;
 mod borrowing;
 mod builder;
@@ -50,12 +52,15 @@ mod parked;
 #[cfg(all(test, schedules = "shuttle"))]
 mod random_schedules;
 mod refusals;
+mod renewal;
 mod scoped;
 mod scopes;
 mod scopes_in_use;
 mod shared;
 mod snapshot;
+mod source;
 mod stats;
+mod take_over;
 mod ticket;
 mod waiting;
 mod windows;
@@ -66,6 +71,7 @@ pub use self::{
     key_pool::KeyPool,
     no_key::NoKeyAvailable,
     operate::OperateError,
+    source::SourceStats,
     stats::{KeyStats, PoolStats, ScopeStats, ScopeTotals},
 };
 pub(crate) use self::{
@@ -76,5 +82,7 @@ pub(crate) use self::{
     lender::Lender,
     parked::block_on,
     snapshot::Snapshot,
+    source::Source,
+    take_over::Taken,
     ticket::{Head, Ticket},
 };

@@ -153,6 +153,16 @@ impl KeyPool {
         Ok(())
     }
 
+    /// Removes a key from the store that has left the pool already.
+    pub(super) async fn remove_from_store(&self, id: &KeyId) -> Result<(), OperateError> {
+        let remove = async {
+            let Some(link) = self.link() else { return Ok(()) };
+            let _turn = link.turn().await?;
+            link.operate(id, Operation::Remove).await.map(drop)
+        };
+        remove.await.map_err(|error: StoreError| OperateError(error.into()))
+    }
+
     async fn change(&self, id: &str, operation: Operation) -> Result<(), Cause> {
         let key = self.known(id)?;
         let Some(link) = self.link() else {

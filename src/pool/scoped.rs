@@ -82,6 +82,8 @@ pub(crate) struct Limiting {
     /// The first key with room serves, not the next one in turn.
     pub(crate) fills_first: bool,
     pub(crate) regrouping: Regrouping,
+    /// While the set of keys is replaced: a key, and the one that goes on in its place with another secret.
+    pub(crate) renewed: Mutex<Option<(Arc<Key>, Arc<Key>)>>,
     pub(crate) meter: Arc<Meter>,
 }
 
@@ -95,6 +97,11 @@ pub(crate) struct Regrouping {
 }
 
 impl Limiting {
+    fn renewed(&self, key: &Arc<Key>) -> Option<Arc<Key>> {
+        let renewed = self.renewed.lock().unwrap_or_else(PoisonError::into_inner);
+        renewed.as_ref().filter(|(old, _)| Arc::ptr_eq(old, key)).map(|(_, new)| new.clone())
+    }
+
     pub(crate) fn is_on(&self) -> bool {
         self.learns || !self.quotas.is_empty()
     }
@@ -366,7 +373,8 @@ impl Scoped {
         for of_members in passes {
             for (slot, key) in self.keys.iter().enumerate() {
                 let Some(limit) = self.known_limit(slot) else { continue };
-                let Some(there) = next.slot_of(key) else { continue };
+                let renewed = || next.slot_of(&self.limiting.renewed(key)?);
+                let Some(there) = next.slot_of(key).or_else(renewed) else { continue };
                 let (before, after) = (self.layout.organisation(slot), next.layout.organisation(there));
                 let is_member = before == after;
                 // The limit of another organisation stays with its other keys.

@@ -259,7 +259,10 @@ fn scope_stats((scope, Resting { until, reason }): (Scope, Resting)) -> ScopeSta
 }
 
 #[cfg(feature = "serde")]
-fn seconds<S: serde::Serializer>(time: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
+pub(super) fn seconds<S: serde::Serializer>(
+    time: &Option<Duration>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
     serde::Serialize::serialize(&time.map(|time| time.as_secs_f64()), serializer)
 }
 

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use super::complaints::Complaints;
+use super::{complaints::Complaints, log::Chain};
 use crate::{
     key::{KeyId, KeySpec},
     meter::Counted,
@@ -62,6 +62,13 @@ impl Link {
     ) -> Result<Option<Standing>, StoreError> {
         let done = self.store.operate(id.clone(), operation).await;
         done.inspect_err(|_| self.engine.store_failed(Counted::Operate))
+    }
+
+    /// Has the store know that these keys came from a source.
+    pub(crate) async fn note_sourced(&self, keys: &[KeySpec]) {
+        if let Err(error) = self.store.note_sourced(keys).await {
+            tracing::debug!(error = %Chain(&error), "the store does not know that keys came from a source");
+        }
     }
 
     /// Resets ended rests in the store.

@@ -90,8 +90,14 @@ impl Link {
         let mut unreadable = loaded.unreadable;
         let (mut gone, mut new) = (Vec::new(), Vec::new());
         self.engine.edit(|before| {
+            let expiring = self.engine.expiring();
             let mut changes = Changes::default();
-            for KeyRecord { spec, standing } in loaded.records {
+            for KeyRecord { mut spec, standing } in loaded.records {
+                match expiring.get(&spec.id) {
+                    Some(Some(secret)) => spec.secret = secret.clone(),
+                    Some(None) => continue,
+                    None => {}
+                }
                 if !changes.found.insert(spec.id.clone()) {
                     continue;
                 }

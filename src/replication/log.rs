@@ -3,7 +3,7 @@
 use std::{error::Error, fmt, iter::successors};
 
 /// An error and its sources on one line, of bounded length.
-pub(super) struct Chain<'a>(pub(super) &'a (dyn Error + 'static));
+pub(crate) struct Chain<'a>(pub(crate) &'a (dyn Error + 'static));
 
 impl fmt::Display for Chain<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -12,8 +12,9 @@ mod log;
 mod quotas;
 mod recovery;
 mod seeds;
+mod sources;
 mod usage;
 mod writer;
 
-pub(crate) use self::link::Link;
 pub use self::recovery::{NotWritten, PassError, RecoveryConfig, RecoveryHandle, Report};
+pub(crate) use self::{link::Link, log::Chain};

@@ -8,7 +8,7 @@ use tokio::{
     task::JoinHandle,
 };
 
-use super::{follow::follow, limits::share_limits, log::Chain, quotas::keep_quotas};
+use super::{follow::follow, limits::share_limits, log::Chain, quotas::keep_quotas, sources::follow_source};
 use crate::{
     clock::Clock,
     limit::{millis, nanos},
@@ -96,10 +96,13 @@ impl RecoveryConfig {
 /// Keeps a pool and its store in line for as long as it lives. Dropping it stops that without waiting, and writes
 /// nothing: [`shutdown`](Self::shutdown) does.
 ///
-/// A pool works without a handle: keys rest and come back. The handle is for the store: it writes marks as they come,
+/// A pool works without a handle: keys rest and come back. For the store, the handle writes marks as they come,
 /// resets expired cooldowns, adds up usage, and brings in what other processes and operators changed: at once if the
 /// store tells of changes, otherwise with the next pass. In a pool that [learns limits](crate::KeyPoolBuilder::paced), it
 /// shares them with the other processes over the store.
+///
+/// The handle also follows the [sources](crate::source) of the pool's keys, with or without a store. Without it, keys do not
+/// change, and secrets that expire are neither renewed nor taken out of service.
 ///
 /// ```
 /// use tower_key_rotation::{KeyPool, RecoveryHandle};
@@ -155,6 +158,10 @@ impl RecoveryHandle {
         follow_changes(pool, stopped.clone());
         let sharing = tokio::spawn(share_limits(pool.clone(), stopped.clone()));
         let keeping = tokio::spawn(keep_quotas(pool.clone(), stopped.clone()));
+        let sources = pool.engine().config.sources.iter();
+        let sourcing =
+            sources.map(|source| tokio::spawn(follow_source(pool.clone(), source.clone(), stopped.clone())));
+        let sourcing = sourcing.collect();
         tracing::info!(interval_ms = millis(config.interval_or_default()), "recovery started");
         let recovery = Recovery {
             pool: pool.clone(),
@@ -165,6 +172,7 @@ impl RecoveryHandle {
             writer: tokio::spawn(write_marks(pool.clone(), stopped)),
             sharing,
             keeping,
+            sourcing,
             stop,
             overdue: None,
             passes: 0,
@@ -288,6 +296,7 @@ struct Recovery {
     writer: JoinHandle<()>,
     sharing: JoinHandle<()>,
     keeping: JoinHandle<()>,
+    sourcing: Vec<JoinHandle<()>>,
     /// Dropped to stop the writer and the follower.
     stop: watch::Sender<()>,
     /// A pass that took longer than its limit and is still in progress.
@@ -398,12 +407,15 @@ impl Recovery {
         // A value, so that the other processes are told; dropping the sender tells nobody.
         let _ = self.stop.send(());
         let pool = self.pool.clone();
-        let (writer, sharing, keeping, overdue) = (self.writer, self.sharing, self.keeping, self.overdue);
+        let Self { writer, sharing, keeping, sourcing, overdue, .. } = self;
         let last_writes = tokio::spawn(async move {
             write_last(&pool).await;
             let _ = writer.await;
             let _ = sharing.await;
             let _ = keeping.await;
+            for following in sourcing {
+                let _ = following.await;
+            }
             if let Some(pass) = overdue {
                 let _ = pass.await;
             }

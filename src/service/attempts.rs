@@ -53,6 +53,8 @@ where
     tried: Vec<Arc<Key>>,
     experiment: Experiment,
     sent: u32,
+    /// Whether a 401 has had the source of its key read.
+    has_asked_source: bool,
     waited: Duration,
     /// Returned with the answer of an attempt that had to wait for its turn.
     pass: Option<Pass>,
@@ -92,6 +94,7 @@ where
             tried: Vec::new(),
             experiment: Experiment::default(),
             sent: 0,
+            has_asked_source: false,
             waited: Duration::ZERO,
             pass: None,
             refused: None,
@@ -205,6 +208,14 @@ where
         lease: &mut Lease,
         mut answer: Answer<M::Response, E>,
     ) -> Settled<Answer<M::Response, E>> {
+        let is_refused = |response: &M::Response| {
+            response.status() == StatusCode::UNAUTHORIZED && !judge::is_attributed(response)
+        };
+        if answer.as_ref().is_ok_and(is_refused) && self.is_outdated(lease).await {
+            let outcome = self.rotation.judge.settle_outdated(lease, &mut answer);
+            self.trace.answered(lease, &answer);
+            return Settled { answer, outcome, status: None };
+        }
         if M::SEES_BODIES
             && let Ok(response) = &answer
             && let Some(watches) = self.rotation.watches(response)
@@ -270,6 +281,17 @@ where
             (Some(_), _) => Outcome::Refused,
         };
         Settled { answer: Ok(response), outcome, status }
+    }
+
+    /// Whether the key that a service refused has another secret by now. A request asks once, and only if it can be sent
+    /// again.
+    async fn is_outdated(&mut self, lease: &Lease) -> bool {
+        let has_failover = self.rotation.mode.resend().is_some_and(Resend::has_failover);
+        if self.kept.is_none() || !has_failover || std::mem::replace(&mut self.has_asked_source, true) {
+            return false;
+        }
+        let pool = &self.rotation.pool;
+        pool.engine().is_outdated(&lease.key, &**pool.clock()).await
     }
 
     async fn after<E>(

@@ -8,6 +8,7 @@ use std::{
     task::{Context, Poll, ready},
 };
 
+use http::StatusCode;
 use pin_project_lite::pin_project;
 use tower_service::Service;
 use tracing::Instrument;
@@ -24,7 +25,7 @@ use super::{
 use crate::{
     classify::ClassifyResponse,
     limit::Traits,
-    message::{RequestMessage, ResponseMessage},
+    message::{JudgedResponse, RequestMessage, ResponseMessage},
     pool::Lease,
 };
 
@@ -239,7 +240,15 @@ where
             let reads = M::SEES_BODIES
                 && rotation.reads_bodies()
                 && result.as_ref().is_ok_and(|response| rotation.reads(response));
-            let outcome = (!reads).then(|| rotation.judge.settle(lease, &mut result, None, |_, _| {}));
+            let has_kept = this.kept.is_some();
+            let is_settled_later = reads
+                || result.as_ref().is_ok_and(|response| {
+                    response.status() == StatusCode::UNAUTHORIZED
+                        && has_kept
+                        && rotation.may_be_outdated(lease)
+                });
+            let outcome =
+                (!is_settled_later).then(|| rotation.judge.settle(lease, &mut result, None, |_, _| {}));
             if outcome.is_some() {
                 this.trace.answered(lease, &result);
             }

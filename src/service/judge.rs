@@ -107,6 +107,26 @@ impl<C: ClassifyResponse> Judge<C> {
         outcome
     }
 
+    /// The response refused a secret that the key no longer has, so it counts against nothing.
+    pub(crate) fn settle_outdated<R, E>(&self, lease: &mut Lease, result: &mut Result<R, Error<E>>) -> Outcome
+    where
+        R: JudgedResponse,
+        E: 'static,
+    {
+        lease.drop_ticket();
+        if let Ok(response) = result {
+            response.extensions_mut().insert(Attributed);
+            if self.expose_key {
+                served_by::expose(lease, response);
+            }
+        }
+        let parameters = lease.credentials().query_parameters();
+        if !parameters.is_empty() {
+            forget_query(result, parameters);
+        }
+        Outcome::Refused
+    }
+
     /// Whether the classifier wants to see this response's body.
     pub(crate) fn wants_body<R: JudgedResponse>(&self, response: &R) -> bool {
         let status = response.status();
@@ -131,7 +151,8 @@ pub(super) fn is_without_capacity(status: StatusCode) -> bool {
     matches!(status.as_u16(), 498 | 503 | 529)
 }
 
-fn is_attributed<R: JudgedResponse>(response: &R) -> bool {
+/// Whether a layer further in has judged the response by a key of its own.
+pub(super) fn is_attributed<R: JudgedResponse>(response: &R) -> bool {
     response.extensions().get::<Attributed>().is_some()
 }
 

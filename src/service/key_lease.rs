@@ -65,7 +65,7 @@ pub(super) enum Answer {
     Served(StatusCode),
     /// By a success that rests the key.
     KeyRested,
-    Refused,
+    Refused(StatusCode),
     /// Nobody knows if it was about the key.
     Unclear(StatusCode),
 }
@@ -230,7 +230,7 @@ impl KeyLease {
                 Verdict::Nothing => Answer::Served(status),
                 _ if !response.is_error() => Answer::KeyRested,
                 Verdict::Refused => Answer::Unclear(status),
-                _ => Answer::Refused,
+                _ => Answer::Refused(status),
             });
         }
     }

@@ -7,6 +7,8 @@ use std::{
     time::Duration,
 };
 
+use http::StatusCode;
+
 use super::{
     error::Error,
     experiment::Experiment,
@@ -177,8 +179,17 @@ impl KeyLeases {
             if result.is_ok() && key.answer().is_none() {
                 key.answered_with(Verdict::Nothing);
             }
+            let is_outdated = match key.answer() {
+                Some(Answer::Refused(status) | Answer::Unclear(status))
+                    if status == StatusCode::UNAUTHORIZED =>
+                {
+                    engine.is_outdated(key.key(), clock).await
+                }
+                _ => false,
+            };
             let goes_on = match key.answer() {
-                Some(Answer::Refused) => true,
+                _ if is_outdated => true,
+                Some(Answer::Refused(_)) => true,
                 Some(Answer::Unclear(status)) => experiment.refused(engine, key.key(), status),
                 Some(Answer::Served(status)) => {
                     experiment.answered(engine, status);

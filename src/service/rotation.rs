@@ -137,6 +137,12 @@ impl<C, M> Rotation<C, M> {
         traits.or_else(|| self.pool.engine().chooses().then(Traits::new))
     }
 
+    /// Whether a source may have another secret for the key of a request that was refused.
+    #[cold]
+    pub(crate) fn may_be_outdated(&self, lease: &Lease) -> bool {
+        self.pool.engine().may_be_outdated(&lease.key)
+    }
+
     /// Whether a key is back before a request that has waited that long gives up.
     pub(crate) fn can_wait(&self, waited: Duration) -> bool {
         let left = self.wait.saturating_sub(waited);

@@ -68,6 +68,9 @@ pub type StoreFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, StoreError>>
 ///     fn plant<'a>(&'a self, seeds: &'a [KeySpec]) -> StoreFuture<'a, Vec<Planted>> {
 ///         self.inner.plant(seeds)
 ///     }
+///     fn note_sourced<'a>(&'a self, keys: &'a [KeySpec]) -> StoreFuture<'a, ()> {
+///         self.inner.note_sourced(keys)
+///     }
 ///     fn writes(&self) -> Writes {
 ///         self.inner.writes()
 ///     }
@@ -134,6 +137,15 @@ pub trait KeyStore: fmt::Debug + Send + Sync + 'static {
             }
             Ok(planted)
         })
+    }
+
+    /// Notes that these keys of the store came from a pool's [source](crate::source), not from an operator. A pool calls
+    /// this when it has taken over keys of a source that has changed.
+    ///
+    /// A store for which that makes no difference has nothing to do.
+    fn note_sourced<'a>(&'a self, keys: &'a [KeySpec]) -> StoreFuture<'a, ()> {
+        let _ = keys;
+        Box::pin(std::future::ready(Ok(())))
     }
 
     /// How a pool writes marks and new keys to this store.

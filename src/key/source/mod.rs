@@ -87,7 +87,7 @@ pub(crate) fn file(path: &Path, unnamed: Unnamed) -> std::io::Result<Result<Vec<
     Ok(parse(&path.display().to_string(), &text, unnamed))
 }
 
-fn parse(name: &str, text: &[u8], unnamed: Unnamed) -> Result<Vec<ParsedKey>, Rejected> {
+pub(crate) fn parse(name: &str, text: &[u8], unnamed: Unnamed) -> Result<Vec<ParsedKey>, Rejected> {
     let (file, name): (_, Arc<str>) = (Path::new(name), name.into());
     if text.len() > MOST_BYTES {
         return Err(Rejected::new(Place::Whole(name), None, Reason::TooLarge(MOST_BYTES >> 20)));

@@ -64,7 +64,8 @@ const WRITES: Writes = Writes { at_once: 1_024, pause: Duration::from_millis(5) 
 ///
 /// - A key of the builder is in the pool with the builder's id, secret and settings. It keeps the state that its secret has
 ///   in the file, also under another id. A key with another secret than before is a new key.
-/// - A key that came from a builder at an earlier opening, and is not given any more, is removed.
+/// - A key that came from a builder at an earlier opening, or from one of its [sources](crate::source) since, and is not
+///   given any more, is removed.
 /// - A key that an operator added ([`KeyPool::insert`](crate::KeyPool::insert)) stays, until an operator removes it.
 /// - A key that an operator removed, and that the builder still gives, is back.
 ///
@@ -225,6 +226,10 @@ impl KeyStore for FileStore {
             self.inner.was_planted.store(true, SeqCst);
             Ok(Vec::new())
         })
+    }
+
+    fn note_sourced<'a>(&'a self, keys: &'a [KeySpec]) -> StoreFuture<'a, ()> {
+        Box::pin(async { self.plant(keys).await.map(drop) })
     }
 
     fn writes(&self) -> Writes {
