@@ -32,7 +32,9 @@ pub struct KeySpec {
     /// A [paced](crate::KeyPoolBuilder::paced) pool finds the group of a key without one, where responses name the
     /// organisation.
     pub group: Option<String>,
-    /// The tier. The pool prefers keys of a lower tier.
+    /// The tier. The pool prefers keys of a lower tier: those of a higher one serve while no other has room.
+    ///
+    /// For keys that take the place of lost ones, `MongoStore` has standby keys.
     pub tier: Option<u8>,
     /// The weight in the rotation; 1 if it is not set. While both have room, a key of weight 3 serves three times as many
     /// requests as a key of weight 1 in the same tier, evenly spread, and three times as many sessions.

@@ -135,6 +135,15 @@ use crate::{
 /// cannot be used (no usable secret, an `_id` or a secret that another key has) is logged, stays `isUsed`, and the next
 /// one is taken.
 ///
+/// Standby keys are not [tiers](crate::KeySpec::tier):
+///
+/// | | a key of a higher tier | a standby key |
+/// |---|---|---|
+/// | use it for | more load than the first keys take | keys that are lost |
+/// | serves | while no key of a lower tier has room, for a moment or for a day | from the moment on in which a key is exhausted or revoked, for good |
+/// | until then | is a key of the pool: its limits are learned, and it shows in the statistics | is in no pool; nobody needs to pay for it yet |
+/// | needs | any pool, with or without a store | `MongoStore` |
+///
 /// # Processes that share limits
 ///
 /// Pools that [learn limits](crate::KeyPoolBuilder::paced) share them through one more collection, `keys_processes` by
