@@ -2,8 +2,9 @@
 
 use std::{error::Error, io, mem, net, sync::Arc, thread};
 
-use axum::{Router, middleware};
+use axum::{Router, response::Response};
 use futures_util::{FutureExt, future::join_all};
+use http::Request;
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::{
     join,
@@ -11,6 +12,7 @@ use tokio::{
     runtime,
     sync::{oneshot, watch},
 };
+use tower_key_rotation::NotWritten;
 
 use crate::{
     admin::{Access, Admin},
@@ -18,9 +20,8 @@ use crate::{
     config::Config,
     health, metrics,
     proxy::Proxy,
-    read_on::read_on,
     reload::Reload,
-    serve::{Limits, serve},
+    serve::{App, CallerBody, Limits, serve},
     served::{Current, Served},
     settings::Settings,
     upstream::Upstream,
@@ -28,25 +29,68 @@ use crate::{
     webhook::Webhook,
 };
 
+/// A gateway whose configuration is right and whose address is bound. Nobody is served yet.
+pub(crate) struct Opened {
+    pub(crate) current: Current,
+    listener: TcpListener,
+    proxy: Proxy,
+    limits: Limits,
+}
+
+impl Opened {
+    /// Opens the upstreams and callers, which are taken out of the configuration.
+    pub(crate) async fn open(config: &mut Config) -> Result<Self, Box<dyn Error>> {
+        let mut upstreams = Vec::new();
+        for upstream in mem::take(&mut config.upstreams) {
+            upstreams.push(Arc::new(Upstream::open(upstream).await?));
+        }
+        let callers = Callers::new(mem::take(&mut config.callers), None);
+        let current = Current::new(Served { upstreams, callers });
+        let settings = &config.settings;
+        let listener = bind("--listen", settings.listen).await?;
+        let proxy = Proxy::new(current.clone(), settings);
+        Ok(Self { current, listener, proxy, limits: Limits::of(settings) })
+    }
+
+    pub(crate) fn address(&self) -> io::Result<net::SocketAddr> {
+        self.listener.local_addr()
+    }
+
+    /// Begins to recover keys and to exchange their state with the store.
+    pub(crate) fn start(&self) {
+        for upstream in &self.current.get().upstreams {
+            upstream.start();
+        }
+    }
+
+    /// Serves until `stop` completes and the requests in flight have ended.
+    pub(crate) async fn serve(self, stop: impl Future<Output = ()>) {
+        let limits = self.limits;
+        let stop = stop.inspect(move |()| {
+            tracing::info!("stopping: requests in flight have {:?} to finish", limits.shutdown);
+        });
+        let front = Front { health: health::router(self.current), proxy: self.proxy };
+        serve(self.listener, front, stop, limits).await;
+    }
+}
+
+/// Writes what is pending of the keys' state to the stores.
+pub(crate) async fn shut_down(current: &Current) -> Result<(), NotWritten> {
+    let served = current.get();
+    let written = join_all(served.upstreams.iter().map(|upstream| upstream.shutdown())).await;
+    written.into_iter().collect()
+}
+
+/// Serves with an admin, and reloads, until a stop signal.
 pub(crate) async fn run(mut config: Config) -> Result<(), Box<dyn Error>> {
     let exporter = metrics::install()?;
     let files = Files::now(config.files());
-    let mut upstreams = Vec::new();
-    for upstream in mem::take(&mut config.upstreams) {
-        upstreams.push(Arc::new(Upstream::open(upstream).await?));
-    }
-    let callers = Callers::new(mem::take(&mut config.callers), None);
-    let current = Current::new(Served { upstreams, callers });
-    let settings = &config.settings;
-    let listener = bind("--listen", settings.listen).await?;
+    let opened = Opened::open(&mut config).await?;
+    let (current, settings) = (opened.current.clone(), &config.settings);
     let admin_listener = bind("--admin-listen", settings.admin_listen).await?;
     let signal = stop_signal()?;
-    for upstream in &current.get().upstreams {
-        upstream.start();
-    }
+    opened.start();
     let admin_address = admin_listener.local_addr()?;
-    let limits = Limits::of(settings);
-    let proxy = Proxy::new(current.clone(), settings);
     let (stop, stopped) = watch::channel(());
     let admin = start_admin(admin_listener.into_std()?, &current, exporter, settings, stopped)?;
     let webhook = settings.webhook.clone().map(|url| {
@@ -54,29 +98,37 @@ pub(crate) async fn run(mut config: Config) -> Result<(), Box<dyn Error>> {
         tokio::spawn(webhook.run())
     });
     let reload = Reload::new(config, files, current.clone())?;
-    announce(&current.get(), listener.local_addr()?, admin_address);
+    announce(&current.get(), opened.address()?, admin_address);
 
-    let app = Router::new()
-        .merge(health::router(current.clone()))
-        .fallback_service(proxy.router())
-        .layer(middleware::map_request(read_on));
-    let signal = signal.inspect(move |()| {
-        tracing::info!("stopping: requests in flight have {:?} to finish", limits.shutdown);
-        drop(stop);
-    });
+    let signal = signal.inspect(|()| drop(stop));
     let reload = tokio::spawn(reload.run());
     // An error means that the admin's thread has ended, by a panic at worst, which the panic hook logs.
-    _ = join!(serve(listener, app, signal, limits), admin);
+    _ = join!(opened.serve(signal), admin);
 
     reload.abort();
     if let Some(webhook) = webhook {
         webhook.abort();
     }
-    let served = current.get();
-    let written = join_all(served.upstreams.iter().map(|upstream| upstream.shutdown())).await;
-    written.into_iter().collect::<Result<(), _>>()?;
+    shut_down(&current).await?;
     tracing::info!("stopped");
     Ok(())
+}
+
+/// What answers callers: the proxy, and health checks. The proxy is not behind a router, which costs each request more
+/// than all that the proxy does with its headers.
+struct Front {
+    health: Router,
+    proxy: Proxy,
+}
+
+impl App for Front {
+    async fn answer(&self, request: Request<CallerBody>) -> Response {
+        if health::PATHS.contains(&request.uri().path()) {
+            self.health.answer(request).await
+        } else {
+            self.proxy.answer(request).await
+        }
+    }
 }
 
 async fn bind(setting: &str, address: net::SocketAddr) -> Result<TcpListener, String> {
@@ -100,10 +152,7 @@ fn start_admin(
     let run = async move {
         let listener = TcpListener::from_std(listener)?;
         let admin = Admin::of(current.clone(), access);
-        let app = Router::new()
-            .merge(admin.router())
-            .merge(admin.guard(metrics::router(current, exporter)))
-            .layer(middleware::map_request(read_on));
+        let app = Router::new().merge(admin.router()).merge(admin.guard(metrics::router(current, exporter)));
         let stop = async {
             // The sender never sends: its drop is the signal.
             _ = stopped.changed().await;

@@ -5,8 +5,15 @@ use tower_key_rotation::KeyPool;
 
 use crate::served::Current;
 
+/// The paths that it answers.
+pub(crate) const PATHS: [&str; 2] = [HEALTHZ, READYZ];
+
+const HEALTHZ: &str = "/healthz";
+
+const READYZ: &str = "/readyz";
+
 pub(crate) fn router(current: Current) -> Router {
-    Router::new().route("/healthz", get("ok")).route("/readyz", get(ready)).with_state(current)
+    Router::new().route(HEALTHZ, get("ok")).route(READYZ, get(ready)).with_state(current)
 }
 
 /// The gateway is ready while one upstream is: a load balancer must not take the others away with a broken one.

@@ -131,6 +131,7 @@ fn with_sources_of_keys(builder: KeyPoolBuilder, upstream: &UpstreamConfig) -> K
     upstream.keys.iter().fold(builder, |builder, source| match source {
         KeySource::File(file) => builder.keys_from_file(file),
         KeySource::Variable(name) => builder.keys_from_env(name),
+        KeySource::Program(keys) => builder.keys(keys.iter().cloned()),
     })
 }
 

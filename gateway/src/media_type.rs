@@ -7,12 +7,16 @@ use axum::http::{
 
 /// Returns the media type without parameters, in lower case: it is case-insensitive (RFC 9110 section 8.3.1).
 pub(crate) fn media_type(headers: &HeaderMap) -> Option<String> {
-    let value = headers.get(CONTENT_TYPE)?.to_str().ok()?;
-    Some(value.split(';').next()?.trim().to_ascii_lowercase())
+    named(headers).map(str::to_ascii_lowercase)
 }
 
-/// The same for a body that is not compressed; `None` for a compressed one.
-pub(crate) fn plain_media_type(headers: &HeaderMap) -> Option<String> {
-    let is_plain = headers.get(CONTENT_ENCODING).is_none_or(|encoding| encoding == "identity");
-    media_type(headers).filter(|_| is_plain)
+/// Whether a body has this media type and is not compressed.
+pub(crate) fn is_plain(headers: &HeaderMap, media_type: &str) -> bool {
+    let is_compressed = || headers.get(CONTENT_ENCODING).is_some_and(|encoding| encoding != "identity");
+    named(headers).is_some_and(|named| named.eq_ignore_ascii_case(media_type)) && !is_compressed()
+}
+
+fn named(headers: &HeaderMap) -> Option<&str> {
+    let value = headers.get(CONTENT_TYPE)?.to_str().ok()?;
+    Some(value.split(';').next()?.trim())
 }

@@ -1,6 +1,6 @@
 //! Prometheus metrics at `/metrics`: those of the key pools, request durations, and the usage of callers.
 
-use std::{error::Error, time::Duration};
+use std::{error::Error, iter, sync::OnceLock, time::Duration};
 
 use axum::{
     Router,
@@ -9,6 +9,7 @@ use axum::{
     response::IntoResponse,
     routing::get,
 };
+use metrics::Histogram;
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 
 use crate::served::Current;
@@ -61,11 +62,39 @@ async fn keep_up(exporter: PrometheusHandle) {
     }
 }
 
-/// Records the status of a response and the time until its head. A request that the gateway itself refuses may have no
-/// upstream.
-pub(crate) fn answered(upstream: Option<&str>, status: StatusCode, took: Duration) {
-    let upstream = upstream.unwrap_or_default().to_owned();
-    metrics::histogram!(REQUESTS, "pool" => upstream, "status" => status.as_str().to_owned()).record(took);
+/// The times until the heads of an upstream's responses, by status.
+pub(crate) struct Durations {
+    upstream: String,
+    /// Looked up once: the lookup costs more than all else that a request records.
+    by_status: Box<[OnceLock<Histogram>]>,
+}
+
+/// Statuses are numbers of three digits.
+const STATUSES: usize = 1_000;
+
+impl Durations {
+    pub(crate) fn of(upstream: &str) -> Self {
+        let by_status = iter::repeat_with(OnceLock::new).take(STATUSES).collect();
+        Self { upstream: upstream.to_owned(), by_status }
+    }
+
+    /// Records the status of a response and the time until its head.
+    pub(crate) fn record(&self, status: StatusCode, took: Duration) {
+        let histogram = || histogram(self.upstream.clone(), status);
+        match self.by_status.get(usize::from(status.as_u16())) {
+            Some(known) => known.get_or_init(histogram).record(took),
+            None => histogram().record(took),
+        }
+    }
+}
+
+/// Records a response of the gateway's own to a request that has no upstream.
+pub(crate) fn refused(status: StatusCode, took: Duration) {
+    histogram(String::new(), status).record(took);
+}
+
+fn histogram(upstream: String, status: StatusCode) -> Histogram {
+    metrics::histogram!(REQUESTS, "pool" => upstream, "status" => status.as_str().to_owned())
 }
 
 /// Counts log lines that were not written.

@@ -77,7 +77,7 @@ pub(crate) async fn keys(upstream: &UpstreamConfig) -> Result<Vec<(KeyId, Outcom
 
 async fn try_key(client: Client, upstream: &UpstreamConfig, id: KeyId) -> Outcome {
     let path = upstream.probe.clone().unwrap_or_else(|| usual_path(upstream));
-    let Some(uri) = upstream.url.uri_of(&path) else {
+    let Some(uri) = path.parse().ok().and_then(|path| upstream.url.uri_of(&path)) else {
         return Outcome::Failed(format!("{path} is no path"));
     };
     let mut request = Request::new(without_body());

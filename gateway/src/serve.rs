@@ -2,25 +2,26 @@
 //!
 //! `axum::serve` sets no timeouts: an idle connection or half a request would stay open forever. Hence this module.
 
-use std::{io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
+use std::{convert::Infallible, io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
-use axum::{Router, body::Body, extract::ConnectInfo};
-use hyper::{Request, Version, body::Incoming};
+use axum::{Router, body::Body, extract::ConnectInfo, response::Response};
+use http_body_util::Either;
+use hyper::{Request, Version, body::Incoming, service::service_fn};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     server::conn::auto::Builder,
-    service::TowerToHyperService,
 };
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{Semaphore, watch},
     time::{Instant, sleep, timeout},
 };
-use tower::{ServiceExt, service_fn};
+use tower::ServiceExt;
 
 use crate::{
     caller::{Activity, Caller},
     held::Held,
+    read_on::ReadOn,
     settings::Settings,
     unread::Responses,
     whole::Whole,
@@ -38,6 +39,21 @@ const CONNECTION_WINDOW: u32 = (1 << 31) - 1;
 
 /// Shortest pause between two looks at a connection.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(20);
+
+/// The body of a caller's request.
+pub(crate) type CallerBody = ReadOn<Whole<Incoming>>;
+
+/// What answers requests.
+pub(crate) trait App: Send + Sync + 'static {
+    fn answer(&self, request: Request<CallerBody>) -> impl Future<Output = Response> + Send;
+}
+
+impl App for Router {
+    async fn answer(&self, request: Request<CallerBody>) -> Response {
+        let Ok(response) = self.clone().oneshot(request).await;
+        response
+    }
+}
 
 #[derive(Clone, Copy)]
 pub(crate) struct Limits {
@@ -71,11 +87,11 @@ impl Limits {
 /// Serves until `stop` completes, then until the requests in flight finish or the shutdown limit passes.
 pub(crate) async fn serve(
     listener: TcpListener,
-    app: Router,
+    app: impl App,
     stop: impl Future<Output = ()>,
     limits: Limits,
 ) {
-    let http = http(limits);
+    let (http, app) = (http(limits), Arc::new(app));
     let places = Arc::new(Semaphore::new(limits.connections));
     let (stopping, stopped) = watch::channel(());
     let mut stop = pin!(stop);
@@ -147,7 +163,7 @@ async fn answer(
     http: Builder<TokioExecutor>,
     connection: TcpStream,
     from: SocketAddr,
-    app: Router,
+    app: Arc<impl App>,
     mut stopped: watch::Receiver<()>,
     limits: Limits,
 ) {
@@ -159,23 +175,21 @@ async fn answer(
         let in_flight = counted.begin(version);
         // In HTTP/1.1, a caller that does not read makes the whole connection wait, which `Caller` sees.
         let responses = (version == Version::HTTP_2).then(|| watched.clone());
-        let mut request = request.map(|body| Body::new(Whole::new(body, version)));
-        request.extensions_mut().insert(ConnectInfo(from));
-        let response = app.clone().oneshot(request);
+        let app = app.clone();
         async move {
-            let response = response.await;
-            response.map(|response| {
-                response.map(|body| {
-                    let body = Body::new(Held::new(body, in_flight));
-                    match responses {
-                        Some(responses) => responses.watch(body),
-                        None => body,
-                    }
-                })
-            })
+            let mut request = ReadOn::wrap(request.map(|body| Whole::new(body, version)));
+            request.extensions_mut().insert(ConnectInfo(from));
+            let response = app.answer(request).await;
+            Ok::<_, Infallible>(response.map(|body| {
+                let body = Held::new(body, in_flight);
+                match responses {
+                    Some(responses) => Either::Left(responses.watch(Body::new(body))),
+                    None => Either::Right(body),
+                }
+            }))
         }
     });
-    let served = http.serve_connection(TokioIo::new(connection), TowerToHyperService::new(app));
+    let served = http.serve_connection(TokioIo::new(connection), app);
     let mut served = pin!(served);
     let is_stopping = tokio::select! {
         // An error here concerns only the caller.

@@ -19,6 +19,7 @@ use clap::{
     error::{ContextKind, ContextValue, ErrorKind},
 };
 use tokio::sync::Semaphore;
+use tower_key_rotation::Secret;
 use tracing_subscriber::EnvFilter;
 
 use crate::{
@@ -38,7 +39,7 @@ use crate::{
 /// Each setting can also come from an environment variable (GATEWAY_UPSTREAM) or a TOML file (upstream = "…"). The
 /// command line overrides the environment, and the environment overrides the file.
 #[derive(Parser)]
-#[command(name = env!("CARGO_BIN_NAME"))]
+#[command(name = crate::NAME)]
 pub(crate) struct Settings {
     /// TOML file with any of these settings, and with several upstreams
     #[arg(long, value_name = "FILE")]
@@ -198,6 +199,10 @@ pub(crate) struct Settings {
     /// Log level (error, warn, info, debug, trace) or a filter of tracing's EnvFilter
     #[arg(long, value_name = "FILTER", default_value = "info")]
     pub(crate) log: String,
+
+    /// Keys that the program gives which the gateway is a part of.
+    #[arg(skip)]
+    pub(crate) keys_of_program: Option<Vec<(String, Secret)>>,
 }
 
 fn at_least_one(text: &str) -> Result<usize, String> {
@@ -218,6 +223,14 @@ impl Settings {
     /// The command line alone, of which nothing is required.
     pub(crate) fn command_without_environment() -> Command {
         Self::command().mut_args(|arg| arg.required(false))
+    }
+
+    /// The settings of a gateway that is a part of a program: on a free port, and in memory.
+    pub(crate) fn command_of_program() -> Command {
+        let command = Self::command_without_environment();
+        command
+            .mut_arg("listen", |arg| arg.default_value("127.0.0.1:0"))
+            .mut_arg("state", |arg| arg.default_value("none"))
     }
 
     /// Replaces the defaults of settings with the file's values.

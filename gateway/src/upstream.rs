@@ -15,6 +15,7 @@ use crate::{
     config::UpstreamConfig,
     exchange::{Taken, exchange},
     keys,
+    metrics::Durations,
     proxy::{Client, client},
     with_sources,
 };
@@ -23,6 +24,7 @@ pub(crate) struct Upstream {
     pub(crate) config: UpstreamConfig,
     pub(crate) pool: KeyPool,
     pub(crate) client: Client,
+    pub(crate) durations: Durations,
     /// The file that keeps the state.
     state: Option<FileStore>,
     /// The keys of its files and variables, when these were last read.
@@ -104,7 +106,16 @@ impl Upstream {
     ) -> Result<Self, Box<dyn Error>> {
         let pool = keys::open(&config, keys, state.clone()).await?;
         let client = client(&pool, &config)?;
-        Ok(Self { config, pool, client, state, given: Mutex::new(given), recovery: Mutex::default() })
+        let durations = Durations::of(&config.name);
+        Ok(Self {
+            config,
+            pool,
+            client,
+            durations,
+            state,
+            given: Mutex::new(given),
+            recovery: Mutex::default(),
+        })
     }
 
     /// An upstream on this machine with these keys.
@@ -113,7 +124,8 @@ impl Upstream {
         let config = UpstreamConfig::local();
         let client = client(&pool, &config).unwrap();
         let given = Mutex::new(pool.specs());
-        Self { config, pool, client, state: None, given, recovery: Mutex::default() }
+        let durations = Durations::of(&config.name);
+        Self { config, pool, client, durations, state: None, given, recovery: Mutex::default() }
     }
 
     pub(crate) fn name(&self) -> &str {

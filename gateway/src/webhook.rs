@@ -186,7 +186,7 @@ async fn tell(client: &WebhookClient, url: &WebhookUrl, event: &Event) {
     let mut pauses = PAUSES.into_iter();
     loop {
         let mut request = Request::post(url.0.clone()).header(CONTENT_TYPE, "application/json");
-        request = request.header("user-agent", env!("CARGO_BIN_NAME"));
+        request = request.header("user-agent", crate::NAME);
         let Ok(request) = request.body(Full::from(body.clone())) else { return };
         let failure = match timeout(PATIENCE, client.request(request)).await {
             Ok(Ok(response)) if response.status().is_success() => return,

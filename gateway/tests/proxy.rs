@@ -48,7 +48,9 @@ use tokio::{
     time::timeout,
 };
 
-use self::body::{BodyLimits, KeptBody};
+use self::body::BodyLimits;
+
+type KeptBody = self::body::KeptBody<Body>;
 
 /// An upstream that receives each request before its body is complete.
 async fn upstream<F, A>(answer: F) -> SocketAddr

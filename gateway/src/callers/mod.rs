@@ -19,7 +19,8 @@ use crate::{
 };
 
 /// Headers in which clients send their API key.
-pub(crate) const CREDENTIALS: [HeaderName; 4] = [
+// Not a constant, of which each use would be a copy.
+pub(crate) static CREDENTIALS: [HeaderName; 4] = [
     AUTHORIZATION,
     HeaderName::from_static("x-api-key"),
     HeaderName::from_static("api-key"),
@@ -58,7 +59,7 @@ impl Callers {
         if self.named.is_empty() {
             return Ok(self.anyone.clone());
         }
-        let given = CREDENTIALS.into_iter().flat_map(|name| head.headers.get_all(name));
+        let given = CREDENTIALS.iter().flat_map(|name| head.headers.get_all(name));
         let given = given.filter_map(|value| value.to_str().ok()).map(without_scheme);
         let found = Cell::new(None);
         guesses.check(head, given, |given| {

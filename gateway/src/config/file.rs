@@ -85,7 +85,7 @@ impl<'t> File<'t> {
         };
         // Parsed as a command line of its own, so that each wrong setting is found.
         let arguments = values.iter().map(|value| OsString::from(format!("--{name}={value}")));
-        let arguments = std::iter::once(env!("CARGO_BIN_NAME").into()).chain(arguments);
+        let arguments = std::iter::once(crate::NAME.into()).chain(arguments);
         if let Err(error) = command.clone().try_get_matches_from(arguments) {
             return self.problems.add_at(at, in_one_line(&error));
         }

@@ -19,6 +19,7 @@ use std::{
 };
 
 use clap::{ArgMatches, Command, FromArgMatches, parser::ValueSource};
+use tower_key_rotation::Secret;
 
 pub(crate) use self::{
     caller::CallerConfig,
@@ -29,6 +30,7 @@ pub(crate) use self::{
 };
 use self::{file::File, table::Fields};
 use crate::{
+    NAME,
     settings::{Settings, in_one_line},
     state::State,
 };
@@ -44,6 +46,10 @@ const OF_ONE_UPSTREAM: [&str; 8] = [
     "mongodb-standby-collection",
     "data-keys",
 ];
+
+/// Settings of the program around the gateway: its admin, its log, and the files that it looks at.
+const NOT_IN_A_PROGRAM: [&str; 6] =
+    ["admin-listen", "admin-token", "log", "watch", "webhook", "webhook-below"];
 
 pub(crate) struct Config {
     /// What the configuration was read by.
@@ -71,13 +77,45 @@ impl Config {
         let no_setting_required = command.clone().mut_args(|arg| arg.required(false));
         let path = parse(no_setting_required.clone(), arguments)?.get_one::<PathBuf>("config").cloned();
         let text = path.as_deref().map(file::text).transpose()?.unwrap_or_default();
-        let mut file = match &path {
+        let file = match &path {
             Some(path) => File::parse(path, &text, &Settings::command_without_environment()),
             None => File::none(),
         };
+        Self::with_file(command, arguments, file, None)
+    }
+
+    /// Reads the configuration of a gateway that is a part of a program, without a look at the environment.
+    pub(crate) fn of_program(
+        upstream: Option<&str>,
+        text: &str,
+        keys: Vec<(String, Secret)>,
+    ) -> Result<Self, Invalid> {
+        let mut file =
+            File::parse(Path::new("the configuration"), text, &Settings::command_without_environment());
+        for name in NOT_IN_A_PROGRAM {
+            if file.values.contains_key(name) {
+                file.wrong_setting(name, format!("{name}: not for a gateway that is a part of a program"));
+            }
+        }
+        let upstream = upstream.map(|url| format!("--upstream={url}").into());
+        let arguments: Vec<_> = [NAME.into()].into_iter().chain(upstream).collect();
+        let keys = (!keys.is_empty()).then_some(keys);
+        match Self::with_file(Settings::command_of_program(), &arguments, file, keys)? {
+            (config, None) => Ok(config),
+            (_, Some(invalid)) => Err(invalid),
+        }
+    }
+
+    fn with_file(
+        command: Command,
+        arguments: &[OsString],
+        mut file: File<'_>,
+        keys_of_program: Option<Vec<(String, Secret)>>,
+    ) -> Result<(Self, Option<Invalid>), Invalid> {
         let matches = parse(Settings::with_file(command, &file.values), arguments)?;
-        let settings =
+        let mut settings =
             Settings::from_arg_matches(&matches).map_err(|error| Invalid::because(in_one_line(&error)))?;
+        settings.keys_of_program = keys_of_program;
         for (name, reason) in settings.problems().into_iter().chain(open_addresses(&settings, &file)) {
             file.wrong_setting(name, reason);
         }
@@ -134,6 +172,9 @@ fn upstreams(settings: &Settings, matches: &ArgMatches, file: &mut File<'_>) -> 
         if is_given || file.values.contains_key(name) {
             file.wrong_setting(name, format!("--{name}: with [[upstream]] it belongs in these tables"));
         }
+    }
+    if settings.keys_of_program.is_some() {
+        file.problems.add("with [[upstream]], keys belong in these tables, by keys or keys-variable");
     }
     if let Some(State::File(_)) = settings.state {
         file.wrong_setting("state", "--state: with [[upstream]] a file belongs in these tables".to_owned());

@@ -43,7 +43,7 @@ impl fmt::Display for Invalid {
             [] => f.write_str("invalid"),
             [only] => only.fmt(f),
             [first, rest @ ..] => {
-                write!(f, "{first} (and {} more: `{} check` lists all)", rest.len(), env!("CARGO_BIN_NAME"))
+                write!(f, "{first} (and {} more: `{} check` lists all)", rest.len(), crate::NAME)
             }
         }
     }

@@ -2,8 +2,7 @@
 
 use std::borrow::Cow;
 
-/// Paths of the gateway's own.
-const OWN: [&str; 2] = ["/healthz", "/readyz"];
+use crate::health;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Route {
@@ -39,7 +38,7 @@ pub(super) fn prefix(text: &str) -> Result<String, &'static str> {
     if segments != Some(true) || !prefix.bytes().all(is_plain) {
         return Err("it must be a path such as /openai, without query, escapes and empty segments");
     }
-    if OWN.iter().any(|own| below(own, prefix).is_some()) {
+    if health::PATHS.iter().any(|own| below(own, prefix).is_some()) {
         return Err("the gateway itself answers /healthz and /readyz");
     }
     Ok(prefix.to_owned())

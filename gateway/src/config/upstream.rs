@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use tower_key_rotation::Quota;
+use tower_key_rotation::{Quota, Secret};
 
 use super::{
     problems::Problems,
@@ -59,6 +59,8 @@ pub(crate) struct UpstreamConfig {
 pub(crate) enum KeySource {
     File(PathBuf),
     Variable(String),
+    /// By the program that the gateway is a part of.
+    Program(Vec<(String, Secret)>),
 }
 
 /// The file that keeps keys and their state.
@@ -131,7 +133,14 @@ impl UpstreamConfig {
         });
         let state = mongodb.is_none().then(|| settings.state.clone().unwrap_or_default());
         let state = state.and_then(|state| StateFile::new(state, DEFAULT, &url, settings.data_keys.clone()));
-        if settings.keys.is_none() && mongodb.is_none() && !state.as_ref().is_some_and(|file| file.is_named) {
+        let keys: Vec<_> = settings
+            .keys_of_program
+            .iter()
+            .cloned()
+            .map(KeySource::Program)
+            .chain(settings.keys.iter().cloned().map(KeySource::File))
+            .collect();
+        if keys.is_empty() && mongodb.is_none() && !state.as_ref().is_some_and(|file| file.is_named) {
             problems.add("there are no keys: set --keys, or --mongodb, or --state to a file with keys");
         }
         if mongodb.is_none() && state.is_none() && settings.data_keys.is_some() {
@@ -141,7 +150,7 @@ impl UpstreamConfig {
             problems.add("--upstream: keys would travel in cleartext: use https, or set --allow-cleartext");
         }
         Some(Self {
-            keys: settings.keys.iter().cloned().map(KeySource::File).collect(),
+            keys,
             mongodb,
             state,
             inject: settings.inject.clone(),
@@ -289,7 +298,7 @@ impl UpstreamConfig {
     pub(crate) fn files(&self) -> impl Iterator<Item = &Path> {
         let keys = self.keys.iter().filter_map(|source| match source {
             KeySource::File(file) => Some(file.as_path()),
-            KeySource::Variable(_) => None,
+            KeySource::Variable(_) | KeySource::Program(_) => None,
         });
         let of_mongodb = self.mongodb.iter().filter_map(|mongodb| mongodb.data_keys.as_deref());
         keys.chain(of_mongodb).chain(self.state.iter().filter_map(|state| state.data_keys.as_deref()))

@@ -7,7 +7,7 @@ use std::{
     task::{Context, Poll},
 };
 
-use axum::body::{Body, Bytes, HttpBody};
+use axum::body::{Bytes, HttpBody};
 use bytes::BytesMut;
 use futures_util::future::poll_fn;
 use hyper::body::{Frame, SizeHint};
@@ -16,54 +16,57 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 /// A smaller frame is copied: as it is, it would keep the whole buffer that it was read into.
 const SMALL: usize = 4 << 10;
 
-/// A body of which the first frames have been read.
-struct Ahead {
+/// A body of which the first frames may have been read.
+pub(crate) struct Ahead<B> {
     read: VecDeque<Bytes>,
     /// The share of `read` in the room for all bodies.
     room: Option<OwnedSemaphorePermit>,
-    rest: Option<Body>,
+    rest: Option<B>,
 }
 
-/// Reads a body until its end or a limit, or until all bodies together take too much room.
-///
-/// Returns what was read, and the body as it was, without trailers.
-///
-/// # Errors
-///
-/// If the body breaks off.
-pub(super) async fn read_ahead(
-    body: Body,
-    most: usize,
-    room: &Arc<Semaphore>,
-) -> Result<(Bytes, Body), axum::Error> {
-    let mut ahead = Ahead { read: VecDeque::new(), room: None, rest: Some(body) };
-    let mut small = BytesMut::new();
-    let mut length = 0;
-    while length <= most
-        && let Some(rest) = &mut ahead.rest
-    {
-        let Some(frame) = poll_fn(|cx| Pin::new(&mut *rest).poll_frame(cx)).await else {
-            ahead.rest = None;
-            break;
-        };
-        let Ok(data) = frame?.into_data() else { continue };
-        length += data.len();
-        let has_room = ahead.take_room(room, data.len());
-        if data.len() < SMALL {
-            small.extend_from_slice(&data);
-        } else {
-            ahead.push(small.split());
-            ahead.read.push_back(data);
-        }
-        if !has_room {
-            break;
-        }
+impl<B: HttpBody<Data = Bytes> + Unpin> Ahead<B> {
+    /// A body of which nothing has been read.
+    pub(super) fn new(body: B) -> Self {
+        Self { read: VecDeque::new(), room: None, rest: Some(body) }
     }
-    ahead.push(small);
-    Ok((ahead.text(), Body::new(ahead)))
-}
 
-impl Ahead {
+    pub(super) fn empty() -> Self {
+        Self { read: VecDeque::new(), room: None, rest: None }
+    }
+
+    /// Reads until the end of the body or a limit, or until all bodies together take too much room, and returns what was
+    /// read. The body stays as it was, without trailers.
+    ///
+    /// # Errors
+    ///
+    /// If the body breaks off.
+    pub(super) async fn read(&mut self, most: usize, room: &Arc<Semaphore>) -> Result<Bytes, B::Error> {
+        let mut small = BytesMut::new();
+        let mut length = 0;
+        while length <= most
+            && let Some(rest) = &mut self.rest
+        {
+            let Some(frame) = poll_fn(|cx| Pin::new(&mut *rest).poll_frame(cx)).await else {
+                self.rest = None;
+                break;
+            };
+            let Ok(data) = frame?.into_data() else { continue };
+            length += data.len();
+            let has_room = self.take_room(room, data.len());
+            if data.len() < SMALL {
+                small.extend_from_slice(&data);
+            } else {
+                self.push(small.split());
+                self.read.push_back(data);
+            }
+            if !has_room {
+                break;
+            }
+        }
+        self.push(small);
+        Ok(self.text())
+    }
+
     fn take_room(&mut self, room: &Arc<Semaphore>, size: usize) -> bool {
         let size = u32::try_from(size).unwrap_or(u32::MAX);
         let Ok(more) = room.clone().try_acquire_many_owned(size) else { return false };
@@ -89,14 +92,14 @@ impl Ahead {
     }
 }
 
-impl HttpBody for Ahead {
+impl<B: HttpBody<Data = Bytes> + Unpin> HttpBody for Ahead<B> {
     type Data = Bytes;
-    type Error = axum::Error;
+    type Error = B::Error;
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+    ) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
         if let Some(data) = self.read.pop_front() {
             if let Some(room) = &mut self.room {
                 // The last frame may have found no room.
@@ -128,7 +131,7 @@ impl HttpBody for Ahead {
 
 #[cfg(test)]
 mod tests {
-    use axum::BoxError;
+    use axum::{BoxError, body::Body};
     use futures_util::stream;
     use http_body_util::BodyExt;
 
@@ -140,9 +143,10 @@ mod tests {
         Body::from_stream(stream::iter(frames))
     }
 
-    async fn read(body: Body, most: usize, room: usize) -> (Bytes, Body, Arc<Semaphore>) {
+    async fn read(body: Body, most: usize, room: usize) -> (Bytes, Ahead<Body>, Arc<Semaphore>) {
         let room = Arc::new(Semaphore::new(room));
-        let (text, body) = read_ahead(body, most, &room).await.unwrap();
+        let mut body = Ahead::new(body);
+        let text = body.read(most, &room).await.unwrap();
         (text, body, room)
     }
 
@@ -177,7 +181,9 @@ mod tests {
     #[tokio::test]
     async fn a_body_that_breaks_off_is_an_error() {
         let room = Arc::new(Semaphore::new(100));
-        assert!(read_ahead(body(&[Ok("one"), Err("broken")]), 100, &room).await.is_err());
+        let mut body = Ahead::new(body(&[Ok("one"), Err("broken")]));
+        assert!(body.read(100, &room).await.is_err());
+        drop(body);
         assert_eq!(room.available_permits(), 100);
     }
 }

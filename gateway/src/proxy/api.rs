@@ -3,13 +3,14 @@
 use axum::{
     Json,
     http::{
-        HeaderValue, StatusCode,
+        HeaderMap, HeaderName, HeaderValue, StatusCode,
         header::{RETRY_AFTER, WWW_AUTHENTICATE},
-        request::Parts,
     },
     response::{IntoResponse, Response},
 };
 use serde_json::{Value, json};
+
+static ANTHROPIC_VERSION: HeaderName = HeaderName::from_static("anthropic-version");
 
 #[derive(Clone, Copy)]
 pub(super) enum Api {
@@ -32,11 +33,15 @@ impl Refusal {
 }
 
 impl Api {
-    /// The path may have the prefix of an upstream.
-    pub(super) fn of(request: &Parts) -> Self {
-        let path = request.uri.path();
+    /// Whether a request names a version of Anthropic's API.
+    pub(super) fn has_version(headers: &HeaderMap) -> bool {
+        headers.contains_key(&ANTHROPIC_VERSION)
+    }
+
+    /// The API of a request. The path may have the prefix of an upstream.
+    pub(super) fn of(path: &str, has_version: bool) -> Self {
         let ends_at_messages = path.split_once("/v1/messages").map(|(_, rest)| rest);
-        let is_anthropic = request.headers.contains_key("anthropic-version")
+        let is_anthropic = has_version
             || path.ends_with("/v1/complete")
             || ends_at_messages.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
         if is_anthropic { Self::Anthropic } else { Self::OpenAi }

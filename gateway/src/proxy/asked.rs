@@ -2,15 +2,16 @@
 
 use std::{borrow::Cow, fmt};
 
-use axum::http::{HeaderMap, Method, request::Parts};
+use axum::http::{HeaderMap, HeaderName, Method, request::Parts};
 use serde::{
     Deserialize, Deserializer,
     de::{DeserializeSeed, IgnoredAny, MapAccess, SeqAccess, Visitor},
 };
-use serde_json::Value;
+use serde_json::{Value, value::RawValue};
 use tower_key_rotation::Traits;
 
-use crate::{config::ScopeRule, media_type::plain_media_type};
+use super::json;
+use crate::{config::ScopeRule, media_type::is_plain};
 
 /// In UTF-8 a token of English takes about so many bytes.
 const BYTES_A_TOKEN: u64 = 4;
@@ -25,11 +26,12 @@ const LARGEST_OUTPUT: u64 = 128 << 10;
 const MOST_INSTRUCTIONS: usize = 16;
 
 /// Headers by which callers name their conversation.
-const SESSIONS: [&str; 2] = ["x-session-id", "session_id"];
+static SESSIONS: [HeaderName; 2] =
+    [HeaderName::from_static("x-session-id"), HeaderName::from_static("session_id")];
 
 /// Whether the body says what the request asks for.
 pub(super) fn is_in_the_body(head: &Parts) -> bool {
-    head.method == Method::POST && plain_media_type(&head.headers).as_deref() == Some("application/json")
+    head.method == Method::POST && is_plain(&head.headers, "application/json")
 }
 
 /// What a request asks for.
@@ -96,7 +98,7 @@ impl Asked {
 }
 
 fn named_session(headers: &HeaderMap) -> Option<&[u8]> {
-    SESSIONS.iter().find_map(|name| headers.get(*name)).map(|value| value.as_bytes())
+    SESSIONS.iter().find_map(|name| headers.get(name)).map(|value| value.as_bytes())
 }
 
 /// The model in a path of Gemini (`/v1beta/models/{model}:generateContent`) or the deployment in one of Azure
@@ -114,22 +116,22 @@ fn model_in(path: &str) -> Option<&str> {
     (!model.is_empty()).then_some(model)
 }
 
-#[derive(Debug, Default, PartialEq)]
-struct Fields {
+#[derive(Default)]
+struct Fields<'de> {
     model: Option<String>,
     /// How often a model is named.
     models: usize,
     session: Option<String>,
-    /// The system prompt, and the first message of the user.
-    begins_with: Vec<String>,
+    /// The system prompt, and the first message of the user, as they are written.
+    begins_with: Vec<Cow<'de, str>>,
     /// Whether the first message of the user has been read.
     has_first_message: bool,
     max_output: Option<u64>,
 }
 
-struct Reading<'a>(&'a mut Fields);
+struct Reading<'a, 'de>(&'a mut Fields<'de>);
 
-impl<'de> DeserializeSeed<'de> for Reading<'_> {
+impl<'de> DeserializeSeed<'de> for Reading<'_, 'de> {
     type Value = ();
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
@@ -137,7 +139,7 @@ impl<'de> DeserializeSeed<'de> for Reading<'_> {
     }
 }
 
-impl<'de> Visitor<'de> for Reading<'_> {
+impl<'de> Visitor<'de> for Reading<'_, 'de> {
     type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -167,7 +169,7 @@ impl<'de> Visitor<'de> for Reading<'_> {
                     asked.max_output = asked.max_output.max(output);
                 }
                 "system" | "instructions" | "systemInstruction" | "system_instruction" => {
-                    asked.begins_with.push(fields.next_value::<Value>()?.to_string());
+                    asked.begins_with.push(fields.next_value::<&RawValue>()?.get().into());
                 }
                 "messages" | "input" | "contents" => {
                     fields.next_value_seed(Beginning(asked))?;
@@ -194,17 +196,21 @@ fn text(value: Value) -> Option<String> {
 struct Name<'a>(#[serde(borrow)] Cow<'a, str>);
 
 /// Reads the messages of a conversation up to the first one of the user.
-struct Beginning<'a>(&'a mut Fields);
+struct Beginning<'a, 'de>(&'a mut Fields<'de>);
 
-impl Beginning<'_> {
-    fn message(&mut self, message: &Value) {
-        let role = message.get("role").and_then(Value::as_str);
-        self.0.has_first_message = !role.is_some_and(|role| ["system", "developer"].contains(&role));
-        self.0.begins_with.push(message.to_string());
+impl<'de> Beginning<'_, 'de> {
+    fn message(&mut self, message: &'de RawValue) {
+        let message = message.get();
+        let role = json::Fields::of(message.as_bytes()).find(|(name, _)| *name == b"role");
+        let is = |role: &[u8], name: &str| role.starts_with(name.as_bytes());
+        let is_instruction =
+            role.is_some_and(|(_, role)| is(role, r#""system""#) || is(role, r#""developer""#));
+        self.0.has_first_message = !is_instruction;
+        self.0.begins_with.push(message.into());
     }
 }
 
-impl<'de> DeserializeSeed<'de> for Beginning<'_> {
+impl<'de> DeserializeSeed<'de> for Beginning<'_, 'de> {
     type Value = ();
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
@@ -212,15 +218,23 @@ impl<'de> DeserializeSeed<'de> for Beginning<'_> {
     }
 }
 
-impl<'de> Visitor<'de> for Beginning<'_> {
+impl<'de> Visitor<'de> for Beginning<'_, 'de> {
     type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("messages")
     }
 
-    fn visit_str<E>(mut self, text: &str) -> Result<(), E> {
-        self.message(&text.into());
+    fn visit_borrowed_str<E>(self, text: &'de str) -> Result<(), E> {
+        self.0.has_first_message = true;
+        self.0.begins_with.push(text.into());
+        Ok(())
+    }
+
+    /// With escapes.
+    fn visit_str<E>(self, text: &str) -> Result<(), E> {
+        self.0.has_first_message = true;
+        self.0.begins_with.push(text.to_owned().into());
         Ok(())
     }
 
@@ -230,7 +244,7 @@ impl<'de> Visitor<'de> for Beginning<'_> {
                 break;
             }
             match messages.next_element()? {
-                Some(message) => self.message(&message),
+                Some(message) => self.message(message),
                 None => return Ok(()),
             }
         }
@@ -287,7 +301,7 @@ mod tests {
     }
 
     fn beginning(messages: &[&str]) -> Vec<String> {
-        messages.iter().map(|message| message.parse::<Value>().unwrap().to_string()).collect()
+        messages.iter().map(|message| (*message).to_owned()).collect()
     }
 
     #[test]
@@ -364,7 +378,7 @@ mod tests {
         assert_ne!(of_body(&other), expected);
 
         assert_eq!(of_body(r#"{"system":"s","messages":[]}"#), Traits::new().session(beginning(&[r#""s""#])));
-        assert_eq!(of_body(r#"{"input":"hello"}"#), Traits::new().session(beginning(&[r#""hello""#])));
+        assert_eq!(of_body(r#"{"input":"hello"}"#), Traits::new().session(beginning(&["hello"])));
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::{
     task::{Context, Poll, Waker, ready},
 };
 
-use axum::body::{Body, Bytes, HttpBody};
+use axum::body::{Bytes, HttpBody};
 use bytes::BytesMut;
 use hyper::body::{Frame, SizeHint};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -29,26 +29,26 @@ pub(super) struct BodyLimits {
 ///
 /// A clone is for another attempt and starts at the first byte. Only one attempt reads from the caller: the last one
 /// that called [`hold`](Self::hold) before it was sent.
-pub(crate) struct KeptBody {
-    shared: Arc<Mutex<Shared>>,
+pub(crate) struct KeptBody<B> {
+    shared: Arc<Mutex<Shared<B>>>,
     attempt: u32,
     /// Number of bytes that this attempt has sent.
     sent: usize,
 }
 
 /// Tells whether the caller or the upstream delays a request body.
-pub(super) struct Caller(Arc<Mutex<Shared>>);
+pub(super) struct Caller<B>(Arc<Mutex<Shared<B>>>);
 
-impl Caller {
+impl<B> Caller<B> {
     /// Whether the upstream is ready for more of the body than the caller has sent.
     pub(super) fn is_waited_for(&self) -> bool {
         lock(&self.0).waits_for_source
     }
 }
 
-struct Shared {
+struct Shared<B> {
     /// `None` after its end or an error.
-    source: Option<Body>,
+    source: Option<B>,
     waits_for_source: bool,
     received: usize,
     limits: BodyLimits,
@@ -89,8 +89,8 @@ impl Kept {
     }
 }
 
-impl KeptBody {
-    pub(super) fn new(body: Body, limits: BodyLimits) -> Self {
+impl<B> KeptBody<B> {
+    pub(super) fn new(body: B, limits: BodyLimits) -> Self {
         let shared = Shared {
             source: Some(body),
             waits_for_source: false,
@@ -120,20 +120,20 @@ impl KeptBody {
         self.attempt == 0
     }
 
-    pub(super) fn caller(&self) -> Caller {
+    pub(super) fn caller(&self) -> Caller<B> {
         Caller(self.shared.clone())
     }
 
-    fn shared(&self) -> MutexGuard<'_, Shared> {
+    fn shared(&self) -> MutexGuard<'_, Shared<B>> {
         lock(&self.shared)
     }
 }
 
-fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
+fn lock<B>(shared: &Mutex<Shared<B>>) -> MutexGuard<'_, Shared<B>> {
     shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Clone for KeptBody {
+impl<B> Clone for KeptBody<B> {
     fn clone(&self) -> Self {
         let mut shared = self.shared();
         shared.last += 1;
@@ -141,7 +141,7 @@ impl Clone for KeptBody {
     }
 }
 
-impl Drop for KeptBody {
+impl<B> Drop for KeptBody<B> {
     fn drop(&mut self) {
         let mut shared = self.shared();
         if shared.held_for == Some(self.attempt) {
@@ -151,7 +151,7 @@ impl Drop for KeptBody {
     }
 }
 
-fn wake(mut shared: MutexGuard<'_, Shared>) {
+fn wake<B>(mut shared: MutexGuard<'_, Shared<B>>) {
     let waker = shared.waker.take();
     drop(shared);
     if let Some(waker) = waker {
@@ -159,7 +159,10 @@ fn wake(mut shared: MutexGuard<'_, Shared>) {
     }
 }
 
-impl HttpBody for KeptBody {
+impl<B> HttpBody for KeptBody<B>
+where
+    B: HttpBody<Data = Bytes, Error: Into<BoxError>> + Unpin,
+{
     type Data = Bytes;
     type Error = BoxError;
 
@@ -202,7 +205,10 @@ impl HttpBody for KeptBody {
     }
 }
 
-impl Shared {
+impl<B> Shared<B>
+where
+    B: HttpBody<Data = Bytes, Error: Into<BoxError>> + Unpin,
+{
     fn unsent(&self, sent: usize) -> &[u8] {
         self.kept.as_ref().and_then(|kept| kept.bytes.get(sent..)).unwrap_or_default()
     }
@@ -237,7 +243,7 @@ impl Shared {
             let Some(source) = &mut self.source else { return Poll::Ready(None) };
             let frame = match ready!(Pin::new(source).poll_frame(cx)) {
                 Some(Ok(frame)) => frame,
-                Some(Err(error)) => return Poll::Ready(Some(Err(self.fail(CutOff(error))))),
+                Some(Err(error)) => return Poll::Ready(Some(Err(self.fail(CutOff(error.into()))))),
                 None => {
                     self.source = None;
                     return Poll::Ready(None);
@@ -275,7 +281,7 @@ pub(super) struct TooLarge;
 
 /// The caller's connection broke, or its body was malformed.
 #[derive(Debug)]
-pub(super) struct CutOff(axum::Error);
+pub(super) struct CutOff(BoxError);
 
 /// Another attempt has replaced this one.
 #[derive(Debug)]
@@ -303,7 +309,7 @@ impl std::error::Error for TooLarge {}
 
 impl std::error::Error for CutOff {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        Some(&self.0)
+        Some(&*self.0)
     }
 }
 

@@ -2,10 +2,10 @@
 
 use std::{error::Error, io, time::Duration};
 
-use axum::body::{Body, Bytes, HttpBody};
+use axum::body::HttpBody;
 use h2::Reason;
-use http::{Request, Response};
-use http_body_util::BodyExt;
+use http::{Request, Response, uri::Scheme};
+use hyper::body::Incoming;
 use hyper_rustls::HttpsConnectorBuilder;
 use hyper_util::{
     client::legacy::{
@@ -21,17 +21,20 @@ use tower::{
     timeout::TimeoutLayer,
     util::BoxCloneSyncService,
 };
-use tower_http::timeout::TimeoutBody;
-use tower_key_rotation::{Error as RotationError, Failover, KeyPool, KeyRotationLayer};
+use tower_key_rotation::{Error as RotationError, Failover, KeyPool, KeyRotationLayer, Replay};
 
 use super::{
-    body::KeptBody,
-    connections::Connections,
+    RequestBody,
+    connections::{Connections, InFlight},
     streams::{NoStreams, Noted},
 };
-use crate::{config::UpstreamConfig, sources, with_sources};
+use crate::{config::UpstreamConfig, held::Held, sources, whole::Whole, with_sources};
 
-pub(crate) type Client = BoxCloneSyncService<Request<KeptBody>, Response<Body>, RotationError<BoxError>>;
+pub(crate) type Client =
+    BoxCloneSyncService<Request<RequestBody>, Response<UpstreamBody>, RotationError<BoxError>>;
+
+/// The body of an upstream's response.
+pub(crate) type UpstreamBody = Replay<Held<Whole<Incoming>, InFlight>>;
 
 /// How many bytes of an error body the classifier reads.
 const ERROR_BODY: usize = 16 * 1024;
@@ -62,9 +65,7 @@ pub(crate) fn client(pool: &KeyPool, upstream: &UpstreamConfig) -> io::Result<Cl
         .expose_key()
         .failover(failover)
         .wait_up_to(upstream.wait);
-    let idle = upstream.idle_timeout;
     let client = ServiceBuilder::new()
-        .map_response(move |response: Response<_>| response.map(|body| with_limit(idle, body)))
         .layer(rotation)
         .layer(RetryLayer::new(NotProcessed::default()))
         .layer(TimeoutLayer::new(upstream.response_timeout))
@@ -72,26 +73,10 @@ pub(crate) fn client(pool: &KeyPool, upstream: &UpstreamConfig) -> io::Result<Cl
     Ok(BoxCloneSyncService::new(client))
 }
 
-/// Adds an idle timeout to a response body. After it, the response to the caller breaks off, too.
-fn with_limit<B>(idle: Duration, body: B) -> Body
-where
-    B: HttpBody<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
-{
-    // `TimeoutBody` does not forward `is_end_stream`, so an empty body would look like a stream.
-    if body.is_end_stream() {
-        return Body::empty();
-    }
-    let body = TimeoutBody::new(idle, body);
-    Body::new(body.map_err(|error| {
-        tracing::warn!("the upstream's response broke off: {}", with_sources(&*error));
-        error
-    }))
-}
-
 /// Builds the hyper clients. They follow no redirects, because the key would go with them.
 fn hyper(
     upstream: &UpstreamConfig,
-) -> io::Result<Connections<HyperClient<impl Connect + Clone + Send + Sync + 'static, KeptBody>>> {
+) -> io::Result<Connections<HyperClient<impl Connect + Clone + Send + Sync + 'static, RequestBody>>> {
     let mut tcp = HttpConnector::new();
     tcp.enforce_http(false);
     tcp.set_nodelay(true);
@@ -128,7 +113,7 @@ fn hyper(
 }
 
 /// Clones a request for a further attempt, and a kept clone if its body can still be sent.
-fn send_again(request: &Request<KeptBody>) -> Option<Request<KeptBody>> {
+fn send_again(request: &Request<RequestBody>) -> Option<Request<RequestBody>> {
     let clone = request.clone();
     (request.body().is_first() || clone.body().hold()).then_some(clone)
 }
@@ -141,12 +126,12 @@ struct NotProcessed {
     pauses: u32,
 }
 
-impl<B> Policy<Request<KeptBody>, Response<B>, BoxError> for NotProcessed {
+impl<B> Policy<Request<RequestBody>, Response<B>, BoxError> for NotProcessed {
     type Future = Sleep;
 
     fn retry(
         &mut self,
-        request: &mut Request<KeptBody>,
+        request: &mut Request<RequestBody>,
         result: &mut Result<Response<B>, BoxError>,
     ) -> Option<Self::Future> {
         let error = result.as_ref().err()?;
@@ -161,12 +146,13 @@ impl<B> Policy<Request<KeptBody>, Response<B>, BoxError> for NotProcessed {
         Some(sleep(pause))
     }
 
-    fn clone_request(&mut self, request: &Request<KeptBody>) -> Option<Request<KeptBody>> {
-        Some(request.clone())
+    fn clone_request(&mut self, request: &Request<RequestBody>) -> Option<Request<RequestBody>> {
+        // Without TLS, no upstream speaks HTTP/2, whose errors alone are retried.
+        (request.uri().scheme() != Some(&Scheme::HTTP)).then(|| request.clone())
     }
 }
 
-fn is_not_processed(error: &(dyn Error + 'static), request: &Request<KeptBody>) -> bool {
+fn is_not_processed(error: &(dyn Error + 'static), request: &Request<RequestBody>) -> bool {
     // h2 reports the same error for a request that it was still sending when a graceful `GOAWAY` arrived. The server
     // may have processed its head, so a request without a body must be idempotent.
     let is_harmless = request.method().is_idempotent() || !request.body().is_end_stream();

@@ -41,7 +41,7 @@ struct Connection<C> {
 }
 
 /// Counts a request as in flight until it is dropped.
-pub(super) struct InFlight(Arc<AtomicUsize>);
+pub(crate) struct InFlight(Arc<AtomicUsize>);
 
 impl Drop for InFlight {
     fn drop(&mut self) {

@@ -16,7 +16,8 @@ use axum::{
 use crate::{base_url::BaseUrl, callers::CREDENTIALS};
 
 /// Hop-by-hop headers of RFC 9110 section 7.6.1, and those of proxy authentication, section 11.7.
-const HOP_BY_HOP: [HeaderName; 9] = [
+// Not constants, of which each use would be a copy.
+static HOP_BY_HOP: [HeaderName; 9] = [
     CONNECTION,
     HeaderName::from_static("keep-alive"),
     HeaderName::from_static("proxy-connection"),
@@ -30,14 +31,14 @@ const HOP_BY_HOP: [HeaderName; 9] = [
 ];
 
 /// Headers that name the account of the caller's own key. The API refuses a key of another account with them.
-const ACCOUNT: [HeaderName; 3] = [
+static ACCOUNT: [HeaderName; 3] = [
     HeaderName::from_static("openai-organization"),
     HeaderName::from_static("openai-project"),
     HeaderName::from_static("x-goog-user-project"),
 ];
 
 /// Headers that tell who or where the caller is, beside `x-forwarded-…`. The upstream should know only the gateway.
-const OF_CALLER: [HeaderName; 7] = [
+static OF_CALLER: [HeaderName; 7] = [
     FORWARDED,
     VIA,
     ORIGIN,
@@ -48,20 +49,22 @@ const OF_CALLER: [HeaderName; 7] = [
 ];
 
 /// Headers that apply to the server's whole host name, which for the caller is the gateway's.
-const OF_ORIGIN: [HeaderName; 3] =
+static OF_ORIGIN: [HeaderName; 3] =
     [STRICT_TRANSPORT_SECURITY, ALT_SVC, HeaderName::from_static("clear-site-data")];
 
 const FETCH_MODE: HeaderName = HeaderName::from_static("sec-fetch-mode");
 
 pub(super) fn to_upstream(headers: &mut HeaderMap) {
-    remove_hop_by_hop(headers);
-    let by_proxies: Vec<_> = headers.keys().filter(|name| is_forwarded(name)).cloned().collect();
-    // The client sets the upstream's `Host`. The gateway itself meets an expectation: hyper sends the 100 in HTTP/1.1
-    // when the body is first read. In HTTP/2 it sends none, and callers send the body after a timeout.
-    let ours = [HOST, EXPECT].into_iter().chain(CREDENTIALS).chain(ACCOUNT).chain(OF_CALLER);
-    for name in ours.chain(by_proxies) {
-        headers.remove(name);
-    }
+    remove(headers, |name| {
+        // The client sets the upstream's `Host`. The gateway itself meets an expectation: hyper sends the 100 in
+        // HTTP/1.1 when the body is first read. In HTTP/2 it sends none, and callers send the body after a timeout.
+        *name == HOST
+            || *name == EXPECT
+            || CREDENTIALS.contains(name)
+            || ACCOUNT.contains(name)
+            || OF_CALLER.contains(name)
+            || is_forwarded(name)
+    });
     join_cookies(headers);
     // The gateway reads token counts from the response body, which therefore must not be compressed.
     headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
@@ -96,10 +99,7 @@ fn join_cookies(headers: &mut HeaderMap) {
 
 /// `prefix` goes before the upstream's paths at the gateway.
 pub(super) fn to_caller(headers: &mut HeaderMap, url: &BaseUrl, prefix: &str) {
-    remove_hop_by_hop(headers);
-    for name in OF_ORIGIN {
-        headers.remove(name);
-    }
+    remove(headers, |name| OF_ORIGIN.contains(name));
     let location = headers.get(LOCATION).and_then(|location| location.to_str().ok());
     let path = location.and_then(|location| url.path_of(location));
     if let Some(path) = path.and_then(|path| HeaderValue::try_from(format!("{prefix}{path}")).ok()) {
@@ -119,11 +119,10 @@ pub(super) fn sandbox(headers: &mut HeaderMap) {
     headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
 }
 
-fn remove_hop_by_hop(headers: &mut HeaderMap) {
+/// Removes hop-by-hop headers and those that `is_unwanted` names, with one look at each header.
+fn remove(headers: &mut HeaderMap, is_unwanted: impl Fn(&HeaderName) -> bool) {
     // The coding wins (RFC 9112 section 6.3), and the length is wrong then.
-    if headers.contains_key(TRANSFER_ENCODING) {
-        headers.remove(CONTENT_LENGTH);
-    }
+    let has_wrong_length = headers.contains_key(TRANSFER_ENCODING);
     let named: Vec<HeaderName> = headers
         .get_all(CONNECTION)
         .iter()
@@ -131,7 +130,14 @@ fn remove_hop_by_hop(headers: &mut HeaderMap) {
         .flat_map(|names| names.split(','))
         .filter_map(|name| name.trim().parse().ok())
         .collect();
-    for name in named.into_iter().chain(HOP_BY_HOP) {
+    let is_unwanted = |name: &&HeaderName| {
+        HOP_BY_HOP.contains(name)
+            || (has_wrong_length && **name == CONTENT_LENGTH)
+            || is_unwanted(name)
+            || named.contains(name)
+    };
+    let unwanted: Vec<_> = headers.keys().filter(is_unwanted).cloned().collect();
+    for name in unwanted {
         headers.remove(name);
     }
 }

@@ -8,6 +8,7 @@ mod body;
 mod client;
 mod connections;
 mod headers;
+mod json;
 mod streams;
 mod tokens;
 
@@ -19,17 +20,16 @@ use std::{
 };
 
 use axum::{
-    Router,
     body::{Body, HttpBody},
-    extract::{Request, State},
     http::{
-        HeaderValue, Method, StatusCode, Uri, Version,
+        HeaderValue, Method, Request, StatusCode, Uri, Version,
         header::{CONTENT_LENGTH, RETRY_AFTER},
         request::Parts,
         uri,
     },
     response::Response,
 };
+use http_body_util::Either;
 use hyper::ext::ReasonPhrase;
 use hyper_util::client::legacy;
 use tokio::{
@@ -39,12 +39,15 @@ use tokio::{
 use tower::{BoxError, ServiceExt, timeout::error::Elapsed};
 use tower_key_rotation::{Error, NoKeyAvailable, ServedBy, Traits};
 
-pub(crate) use self::client::{Client, client};
+pub(crate) use self::client::{Client, UpstreamBody, client};
 use self::{
+    ahead::Ahead,
+    answer::AnswerBody,
     api::{Api, Refusal},
     asked::Asked,
     body::{BodyLimits, Caller, CutOff, KeptBody, TooLarge},
     streams::NoStreams,
+    tokens::{Counted, Counting},
 };
 use crate::{
     base_url::leads_out,
@@ -52,6 +55,7 @@ use crate::{
     guesses::{Denied, Guesses, Tokens},
     held::Held,
     metrics,
+    serve::{App, CallerBody},
     served::{Current, Served, without},
     settings::Settings,
     sources, this_machine,
@@ -59,7 +63,9 @@ use crate::{
     with_sources,
 };
 
-#[derive(Clone)]
+/// The body of a request to an upstream.
+pub(crate) type RequestBody = KeptBody<Ahead<CallerBody>>;
+
 pub(crate) struct Proxy {
     current: Current,
     guesses: Arc<Guesses>,
@@ -93,13 +99,8 @@ impl Proxy {
         }
     }
 
-    /// Returns a router that proxies every request.
-    pub(crate) fn router(self) -> Router {
-        Router::new().fallback(answer).with_state(self)
-    }
-
     /// Authorizes a request and finds its upstream.
-    fn admit(&self, served: &Served, head: &mut Parts, body: &Body) -> Result<Admitted, Refusal> {
+    fn admit(&self, served: &Served, head: &mut Parts, body: &CallerBody) -> Result<Admitted, Refusal> {
         if !this_machine::has_valid_host(head) {
             return Err(Refusal::new(StatusCode::BAD_REQUEST, "a request must name exactly one valid host"));
         }
@@ -111,8 +112,8 @@ impl Proxy {
             ));
         }
         let caller = served.callers.admit(&self.guesses, head).map_err(denied)?;
-        let is_asked_here = this_machine::asks(head) && !this_machine::is_for_another_page(head);
-        if served.callers.are_all_here() && !is_asked_here {
+        let is_asked_here = || this_machine::asks(head) && !this_machine::is_for_another_page(head);
+        if served.callers.are_all_here() && !is_asked_here() {
             return Err(Refusal::new(
                 StatusCode::FORBIDDEN,
                 "without a client token this gateway answers only requests to localhost or a loopback address, not \
@@ -152,10 +153,10 @@ impl Proxy {
 
     async fn forward(
         &self,
-        api: Api,
+        api: impl Fn() -> Api,
         admitted: Admitted,
         head: Parts,
-        body: Body,
+        body: CallerBody,
     ) -> Result<Response, Refusal> {
         let Admitted { upstream, prefix, uri, caller, mut under_way, place } = admitted;
         let method = head.method.clone();
@@ -175,9 +176,13 @@ impl Proxy {
         let body = KeptBody::new(body, self.limits.clone());
         let caller = body.caller();
         let mut request = Request::new(body);
+        // It has room for the traits. What is in it concerns only the caller's connection.
+        let mut extensions = head.extensions;
+        extensions.clear();
         if let Some(asked) = &asked {
-            request.extensions_mut().insert(asked.traits.clone());
+            extensions.insert(asked.traits.clone());
         }
+        *request.extensions_mut() = extensions;
         *request.method_mut() = head.method;
         *request.uri_mut() = uri;
         *request.headers_mut() = head.headers;
@@ -209,8 +214,9 @@ impl Proxy {
         upstream: &Upstream,
         caller: &NamedCaller,
         head: &Parts,
-        body: Body,
-    ) -> Result<(Option<Asked>, Body), Refusal> {
+        body: CallerBody,
+    ) -> Result<(Option<Asked>, Ahead<CallerBody>), Refusal> {
+        let mut body = Ahead::new(body);
         let config = &upstream.config;
         let matters_to_caller = caller.has_models() || caller.limits_tokens();
         if !config.pace && config.quotas.is_empty() && !matters_to_caller {
@@ -219,9 +225,9 @@ impl Proxy {
         if !asked::is_in_the_body(head) {
             return Ok((Some(asked::read(config.scope, head, &[])), body));
         }
-        let read = ahead::read_ahead(body, self.limits.keep, &self.limits.room);
+        let read = body.read(self.limits.keep, &self.limits.room);
         let read = timeout(config.response_timeout, read).await.map_err(|_| not_arrived())?;
-        let (text, body) = read.map_err(|_| broke_off())?;
+        let text = read.map_err(|_| broke_off())?;
         Ok((Some(asked::read(config.scope, head, &text)), body))
     }
 }
@@ -239,7 +245,7 @@ fn route(served: &Served, head: &mut Parts) -> Result<(Arc<Upstream>, String, Ur
         Refusal::new(StatusCode::NOT_FOUND, "no upstream of this gateway has this path or host")
     })?;
     let path = without(prefix, path).ok_or_else(not_forwarded)?;
-    let uri = upstream.config.url.uri_of(path.as_str()).ok_or_else(not_forwarded)?;
+    let uri = upstream.config.url.uri_of(&path).ok_or_else(not_forwarded)?;
     if !prefix.is_empty() {
         let mut parts = uri::Parts::default();
         parts.path_and_query = Some(path);
@@ -257,11 +263,15 @@ struct Sent<'a> {
     traits: Option<&'a Traits>,
 }
 
-/// Turns the response of an upstream into one for the caller.
-fn pass_on(sent: &Sent<'_>, api: Api, method: &Method, mut response: Response) -> Response {
+/// Turns the response of an upstream into one for the caller, or into an error of the gateway's own.
+fn pass_on(
+    sent: &Sent<'_>,
+    api: impl Fn() -> Api,
+    method: &Method,
+    mut response: Response<UpstreamBody>,
+) -> Response<Either<Counted<AnswerBody<UpstreamBody>>, Body>> {
     let upstream = sent.upstream;
     headers::to_caller(response.headers_mut(), &upstream.config.url, sent.prefix);
-    response = response.map(answer::body);
     *response.version_mut() = Version::default();
     let status = response.status();
     if status == StatusCode::TOO_MANY_REQUESTS {
@@ -274,19 +284,21 @@ fn pass_on(sent: &Sent<'_>, api: Api, method: &Method, mut response: Response) -
             message: format!("the upstream answered {status}"),
             retry_after: response.headers_mut().remove(RETRY_AFTER),
         };
-        let mut error = api.error(refusal);
+        let mut error = api().error(refusal);
         *error.extensions_mut() = mem::take(response.extensions_mut());
         // The reason phrase of HTTP/1.1 is the upstream's text, too.
         error.extensions_mut().remove::<ReasonPhrase>();
-        return error;
+        return error.map(Either::Right);
     }
-    tokens::count(&upstream.pool, sent.caller, method, response)
+    let counting = Counting::of(&upstream.pool, sent.caller, method, &response);
+    let idle = upstream.config.idle_timeout;
+    response.map(|body| Either::Left(Counted::new(AnswerBody::new(body, idle), counting)))
 }
 
 /// Replaces the `Retry-After` of a limited response, which is about one key, if no key has room.
 ///
 /// The new value is the time until the first key has room for such a request.
-fn correct_retry_after(sent: &Sent<'_>, response: &mut Response) {
+fn correct_retry_after<B>(sent: &Sent<'_>, response: &mut Response<B>) {
     let pool = &sent.upstream.pool;
     let wait = sent.traits.map_or_else(|| pool.next_return(), |traits| pool.next_room(traits));
     let Some(wait) = wait.filter(|wait| !wait.is_zero()) else { return };
@@ -297,32 +309,38 @@ fn correct_retry_after(sent: &Sent<'_>, response: &mut Response) {
     response.headers_mut().insert(RETRY_AFTER, whole_seconds(wait));
 }
 
-async fn answer(State(proxy): State<Proxy>, request: Request) -> Response {
-    let began = Instant::now();
-    let (mut head, body) = request.into_parts();
-    let api = Api::of(&head);
-    let (method, path) = (head.method.clone(), head.uri.path().to_owned());
-    let is_navigation = headers::is_navigation(&head.headers);
-    // Not held while the request is in flight: a reload waits for the requests of an upstream.
-    let admitted = proxy.admit(&proxy.current.get(), &mut head, &body);
-    let (upstream, answered) = match admitted {
-        Ok(admitted) => (Some(admitted.upstream.clone()), proxy.forward(api, admitted, head, body).await),
-        Err(refusal) => (None, Err(refusal)),
-    };
-    let mut response = answered.unwrap_or_else(|refusal| api.error(refusal));
-    if is_navigation {
-        headers::sandbox(response.headers_mut());
+impl App for Proxy {
+    async fn answer(&self, request: Request<CallerBody>) -> Response {
+        let began = Instant::now();
+        let (mut head, body) = request.into_parts();
+        let (method, uri) = (head.method.clone(), head.uri.clone());
+        let has_version = Api::has_version(&head.headers);
+        let api = || Api::of(uri.path(), has_version);
+        let is_navigation = headers::is_navigation(&head.headers);
+        // Not held while the request is in flight: a reload waits for the requests of an upstream.
+        let admitted = self.admit(&self.current.get(), &mut head, &body);
+        let (upstream, answered) = match admitted {
+            Ok(admitted) => (Some(admitted.upstream.clone()), self.forward(api, admitted, head, body).await),
+            Err(refusal) => (None, Err(refusal)),
+        };
+        let mut response = answered.unwrap_or_else(|refusal| api().error(refusal));
+        if is_navigation {
+            headers::sandbox(response.headers_mut());
+        }
+        let key = response.extensions().get().map(|ServedBy(key)| key.as_str());
+        let (status, took) = (response.status(), began.elapsed());
+        let name = upstream.as_deref().map(Upstream::name);
+        tracing::debug!(%method, path = uri.path(), status = status.as_u16(), key, upstream = name, ?took);
+        match &upstream {
+            Some(upstream) => upstream.durations.record(status, took),
+            None => metrics::refused(status, took),
+        }
+        response
     }
-    let upstream = upstream.as_deref().map(Upstream::name);
-    let key = response.extensions().get().map(|ServedBy(key)| key.as_str());
-    let (status, took) = (response.status(), began.elapsed());
-    tracing::debug!(%method, path, status = status.as_u16(), key, upstream, ?took);
-    metrics::answered(upstream, status, took);
-    response
 }
 
 /// Turns an error of the client into an error for the caller.
-fn refuse(error: Error<BoxError>, caller: &Caller) -> Refusal {
+fn refuse(error: Error<BoxError>, caller: &Caller<Ahead<CallerBody>>) -> Refusal {
     match error {
         Error::NoKeyAvailable(no_key) => no_key_available(&no_key),
         Error::Inner(error) => not_answered(&*error, caller),
@@ -353,7 +371,7 @@ fn no_key_available(no_key: &NoKeyAvailable) -> Refusal {
     }
 }
 
-fn not_answered(error: &(dyn StdError + 'static), caller: &Caller) -> Refusal {
+fn not_answered(error: &(dyn StdError + 'static), caller: &Caller<Ahead<CallerBody>>) -> Refusal {
     if is_behind::<TooLarge>(error) {
         return too_large();
     }
@@ -407,9 +425,9 @@ fn over_limit(over: OverLimit) -> Refusal {
 }
 
 /// The body of a request that has none.
-pub(crate) fn without_body() -> KeptBody {
+pub(crate) fn without_body() -> RequestBody {
     let room = Arc::new(Semaphore::new(0));
-    KeptBody::new(Body::empty(), BodyLimits { keep: 0, most: 0, room })
+    KeptBody::new(Ahead::empty(), BodyLimits { keep: 0, most: 0, room })
 }
 
 fn not_arrived() -> Refusal {

@@ -8,22 +8,32 @@ use std::{
 };
 
 use axum::{
-    body::{Body, Bytes, HttpBody},
-    http::{HeaderMap, Method},
-    response::Response,
+    body::{Bytes, HttpBody},
+    http::{HeaderMap, Method, Response},
 };
 use hyper::body::{Frame, SizeHint};
-use serde::Deserialize;
 use tower_key_rotation::{KeyId, KeyPool, Reservation, ServedBy};
 
-use crate::{callers::UnderWay, media_type::plain_media_type};
+use super::json::{Fields, number};
+use crate::{callers::UnderWay, media_type::is_plain};
 
 /// The largest JSON that is parsed: a whole response, or one event of a stream.
 const LARGEST_JSON: usize = 8 << 20;
 
-/// A response body that passes unchanged while a reader looks for its usage.
-struct Counted {
-    body: Body,
+/// A response body that passes unchanged while a reader may look for its usage.
+pub(super) struct Counted<B> {
+    body: B,
+    counting: Option<Counting>,
+}
+
+impl<B> Counted<B> {
+    pub(super) fn new(body: B, counting: Option<Counting>) -> Self {
+        Self { body, counting }
+    }
+}
+
+/// Counts the tokens of a response.
+pub(super) struct Counting {
     reader: Reader,
     pool: KeyPool,
     key: KeyId,
@@ -32,22 +42,28 @@ struct Counted {
     caller: Arc<UnderWay>,
 }
 
-/// Counts the tokens of a response to a `POST`.
-///
-/// Other methods use no tokens: a `GET` of a stored response reports the same usage each time.
-pub(super) fn count(pool: &KeyPool, caller: &Arc<UnderWay>, method: &Method, response: Response) -> Response {
-    if method != Method::POST {
-        return response;
+impl Counting {
+    /// Begins to count the tokens of a response to a `POST`.
+    ///
+    /// Other methods use no tokens: a `GET` of a stored response reports the same usage each time.
+    pub(super) fn of<B>(
+        pool: &KeyPool,
+        caller: &Arc<UnderWay>,
+        method: &Method,
+        response: &Response<B>,
+    ) -> Option<Self> {
+        if method != Method::POST {
+            return None;
+        }
+        let ServedBy(key) = response.extensions().get()?;
+        let reader = Reader::of(response.headers())?;
+        let reservation = response.extensions().get().cloned();
+        Some(Self { reader, pool: pool.clone(), key: key.clone(), reservation, caller: caller.clone() })
     }
-    let key = response.extensions().get().map(|ServedBy(key)| key.clone());
-    let (Some(key), Some(reader)) = (key, Reader::of(response.headers())) else { return response };
-    let (pool, caller) = (pool.clone(), caller.clone());
-    let reservation = response.extensions().get().cloned();
-    response.map(|body| Body::new(Counted { body, reader, pool, key, reservation, caller }))
 }
 
 /// Records the usage on drop, so that it counts even if the caller stops reading early.
-impl Drop for Counted {
+impl Drop for Counting {
     fn drop(&mut self) {
         let usage = self.reader.usage();
         if let Some(tokens) = usage.tokens() {
@@ -60,19 +76,20 @@ impl Drop for Counted {
     }
 }
 
-impl HttpBody for Counted {
+impl<B: HttpBody<Data = Bytes> + Unpin> HttpBody for Counted<B> {
     type Data = Bytes;
-    type Error = axum::Error;
+    type Error = B::Error;
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+    ) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
         let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
         if let Some(Ok(frame)) = &frame
             && let Some(data) = frame.data_ref()
+            && let Some(counting) = &mut self.counting
         {
-            self.reader.read(data);
+            counting.reader.read(data);
         }
         Poll::Ready(frame)
     }
@@ -93,10 +110,12 @@ enum Reader {
 
 impl Reader {
     fn of(headers: &HeaderMap) -> Option<Self> {
-        match plain_media_type(headers)?.as_str() {
-            "application/json" => Some(Self::Json { chunks: Vec::new(), length: 0 }),
-            "text/event-stream" => Some(Self::Events(Events::default())),
-            _ => None,
+        if is_plain(headers, "application/json") {
+            Some(Self::Json { chunks: Vec::new(), length: 0 })
+        } else if is_plain(headers, "text/event-stream") {
+            Some(Self::Events(Events::default()))
+        } else {
+            None
         }
     }
 
@@ -117,7 +136,10 @@ impl Reader {
     /// Returns the usage of everything read so far.
     fn usage(&mut self) -> Usage {
         match self {
-            Self::Json { chunks, .. } => usage_in(&chunks.concat()),
+            Self::Json { chunks, .. } => match &chunks[..] {
+                [whole] => usage_in(whole),
+                chunks => usage_in(&chunks.concat()),
+            },
             Self::Events(events) => events.end(),
         }
     }
@@ -184,29 +206,25 @@ impl Events {
     }
 }
 
-/// Reads the usage in a response or an event.
+/// Reads the usage in a response or an event: in itself, in Anthropic's `message` of a `message_start`, or in OpenAI's
+/// `response` of a `response.completed`.
 fn usage_in(json: &[u8]) -> Usage {
-    let Ok(answer) = serde_json::from_slice::<Answer>(json) else { return Usage::default() };
-    let of_part = answer.message.or(answer.response).and_then(|part| part.usage);
-    answer.usage.or(of_part).unwrap_or_default()
-}
-
-#[derive(Deserialize)]
-struct Answer {
-    usage: Option<Usage>,
-    /// In Anthropic's `message_start`.
-    message: Option<Part>,
-    /// In OpenAI's `response.completed`.
-    response: Option<Part>,
-}
-
-#[derive(Deserialize)]
-struct Part {
-    usage: Option<Usage>,
+    let mut of_part = None;
+    for (name, value) in Fields::of(json) {
+        match name {
+            b"usage" if value.starts_with(b"{") => return Usage::read(value),
+            b"message" | b"response" => {
+                let usage = Fields::of(value).find(|(name, _)| *name == b"usage");
+                of_part = of_part.or(usage.map(|(_, usage)| Usage::read(usage)));
+            }
+            _ => {}
+        }
+    }
+    of_part.unwrap_or_default()
 }
 
 /// Token counts under the field names of both APIs.
-#[derive(Clone, Copy, Default, Deserialize)]
+#[derive(Clone, Copy, Default)]
 struct Usage {
     total_tokens: Option<u64>,
     prompt_tokens: Option<u64>,
@@ -218,6 +236,24 @@ struct Usage {
 }
 
 impl Usage {
+    fn read(json: &[u8]) -> Self {
+        let mut usage = Self::default();
+        for (name, value) in Fields::of(json) {
+            let count = match name {
+                b"total_tokens" => &mut usage.total_tokens,
+                b"prompt_tokens" => &mut usage.prompt_tokens,
+                b"completion_tokens" => &mut usage.completion_tokens,
+                b"input_tokens" => &mut usage.input_tokens,
+                b"output_tokens" => &mut usage.output_tokens,
+                b"cache_creation_input_tokens" => &mut usage.cache_creation_input_tokens,
+                b"cache_read_input_tokens" => &mut usage.cache_read_input_tokens,
+                _ => continue,
+            };
+            *count = number(value);
+        }
+        usage
+    }
+
     /// Merges the usage of a later event.
     ///
     /// Counts are cumulative, so the larger one is right: some services report the input once and 0 after that.
