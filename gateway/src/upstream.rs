@@ -16,7 +16,7 @@ use crate::{
     exchange::{Taken, exchange},
     keys,
     metrics::Durations,
-    proxy::{Client, client},
+    proxy::{Client, Turns, client},
     with_sources,
 };
 
@@ -24,6 +24,7 @@ pub(crate) struct Upstream {
     pub(crate) config: UpstreamConfig,
     pub(crate) pool: KeyPool,
     pub(crate) client: Client,
+    pub(crate) turns: Turns,
     pub(crate) durations: Durations,
     /// The file that keeps the state.
     state: Option<FileStore>,
@@ -112,6 +113,7 @@ impl Upstream {
             pool,
             client,
             durations,
+            turns: Turns::default(),
             state,
             given: Mutex::new(given),
             recovery: Mutex::default(),
@@ -125,7 +127,16 @@ impl Upstream {
         let client = client(&pool, &config).unwrap();
         let given = Mutex::new(pool.specs());
         let durations = Durations::of(&config.name);
-        Self { config, pool, client, durations, state: None, given, recovery: Mutex::default() }
+        Self {
+            config,
+            pool,
+            client,
+            turns: Turns::default(),
+            durations,
+            state: None,
+            given,
+            recovery: Mutex::default(),
+        }
     }
 
     pub(crate) fn name(&self) -> &str {

@@ -223,3 +223,44 @@ async fn invalid_callers_are_named_by_line() {
         assert!(!said.contains("canary"), "{said}");
     }
 }
+
+#[tokio::test]
+async fn callers_that_wait_are_served_in_rotation() {
+    let upstream = Server::limiting([]).await;
+    let keys = keys_file("alpha|sk-alpha");
+    let callers = ["batch", "website"]
+        .map(|name| format!("[[caller]]\nname = {name:?}\ntoken = \"token-of-{name}\"\n"))
+        .concat();
+    let upstream_of = format!(
+        "[[upstream]]\nname = \"one\"\nurl = \"http://{}\"\nkeys = {:?}\nwait = 300\n\
+         quotas = [{{ requests = 120, per = \"minute\", burst = 1 }}]\n",
+        upstream.address(),
+        keys.path(),
+    );
+    let config = file("toml", &format!("admin-token = \"the-admin-s-token\"\n{upstream_of}{callers}"));
+    let gateway = Gateway::start(command(["--config", config.path()])).await;
+    let send = |caller: &'static str| {
+        let request = http().post(gateway.url("/v1")).bearer_auth(format!("token-of-{caller}"));
+        let request = request.json(&json!({ "model": "m", "caller": caller }));
+        tokio::spawn(async move { request.send().await.unwrap().status().as_u16() })
+    };
+    let in_flight = async || -> u64 {
+        let callers = http().get(gateway.admin_url("/admin/api/callers")).bearer_auth("the-admin-s-token");
+        let callers: Value = callers.send().await.unwrap().json().await.unwrap();
+        callers.as_array().unwrap().iter().map(|caller| caller["in_flight"].as_u64().unwrap()).sum()
+    };
+    let mut requests: Vec<_> = (0..14).map(|_| send("batch")).collect();
+    while in_flight().await + (upstream.count() as u64) < 14 {
+        tokio::time::sleep(INSTANT).await;
+    }
+    requests.extend([send("website"), send("website")]);
+    for request in requests {
+        assert_eq!(request.await.unwrap(), 200);
+    }
+    let body =
+        |request: &http::Request<bytes::Bytes>| -> Value { serde_json::from_slice(request.body()).unwrap() };
+    let order: Vec<_> =
+        upstream.requests().iter().map(|request| body(request)["caller"] == "website").collect();
+    let last = order.iter().rposition(|is_website| *is_website).unwrap();
+    assert!(order.len() - last > 4, "{order:?}");
+}

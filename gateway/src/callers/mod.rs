@@ -54,6 +54,11 @@ impl Callers {
         self.named.is_empty()
     }
 
+    /// Whether there are callers to tell apart.
+    pub(crate) fn are_several(&self) -> bool {
+        self.named.len() > 1
+    }
+
     /// Finds the caller of a request by its token. Without any tokens, everyone is the same caller.
     pub(crate) fn admit(&self, guesses: &Guesses, head: &Parts) -> Result<Arc<NamedCaller>, Denied> {
         if self.named.is_empty() {

@@ -1,6 +1,10 @@
 //! What a request asks for, as far as its limits depend on it: the model, whose request it is, and its tokens.
 
-use std::{borrow::Cow, fmt};
+use std::{
+    borrow::Cow,
+    fmt,
+    hash::{DefaultHasher, Hash, Hasher},
+};
 
 use axum::http::{HeaderMap, HeaderName, Method, request::Parts};
 use serde::{
@@ -44,6 +48,8 @@ pub(super) struct Asked {
     is_clear: bool,
     /// An estimate of input and output; `None` if the body names no maximum, or is no text.
     pub(super) tokens: Option<u64>,
+    /// The scope's hash, which callers that wait take turns by.
+    pub(super) scope: u64,
     /// For the pool: the scope, the session and the tokens.
     pub(super) traits: Traits,
 }
@@ -69,9 +75,12 @@ pub(super) fn read(rule: ScopeRule, head: &Parts, body: &[u8]) -> Asked {
         ScopeRule::Path => Some(head.uri.path()),
         ScopeRule::None => None,
     };
+    let mut hash = DefaultHasher::new();
     if let Some(scope) = scope {
+        scope.hash(&mut hash);
         traits = traits.scope(scope);
     }
+    let scope = hash.finish();
     if let Some(name) = named_session(&head.headers) {
         traits = traits.session(name);
     } else if let Some(session) = &fields.session {
@@ -85,7 +94,7 @@ pub(super) fn read(rule: ScopeRule, head: &Parts, body: &[u8]) -> Asked {
     if let Some(tokens) = tokens {
         traits = traits.tokens(tokens);
     }
-    Asked { model: fields.model, model_of_path, is_clear, tokens, traits }
+    Asked { model: fields.model, model_of_path, is_clear, tokens, scope, traits }
 }
 
 impl Asked {

@@ -27,6 +27,7 @@ use super::{
     RequestBody,
     connections::{Connections, InFlight},
     streams::{NoStreams, Noted},
+    turns::end_turn,
 };
 use crate::{config::UpstreamConfig, held::Held, sources, whole::Whole, with_sources};
 
@@ -67,6 +68,7 @@ pub(crate) fn client(pool: &KeyPool, upstream: &UpstreamConfig) -> io::Result<Cl
         .wait_up_to(upstream.wait);
     let client = ServiceBuilder::new()
         .layer(rotation)
+        .map_request(end_turn)
         .layer(RetryLayer::new(NotProcessed::default()))
         .layer(TimeoutLayer::new(upstream.response_timeout))
         .service(hyper(upstream)?);

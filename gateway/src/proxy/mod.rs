@@ -11,6 +11,7 @@ mod headers;
 mod json;
 mod streams;
 mod tokens;
+mod turns;
 
 use std::{
     error::Error as StdError,
@@ -39,7 +40,6 @@ use tokio::{
 use tower::{BoxError, ServiceExt, timeout::error::Elapsed};
 use tower_key_rotation::{Error, NoKeyAvailable, ServedBy, Traits};
 
-pub(crate) use self::client::{Client, UpstreamBody, client};
 use self::{
     ahead::Ahead,
     answer::AnswerBody,
@@ -48,6 +48,10 @@ use self::{
     body::{BodyLimits, Caller, CutOff, KeptBody, TooLarge},
     streams::NoStreams,
     tokens::{Counted, Counting},
+};
+pub(crate) use self::{
+    client::{Client, UpstreamBody, client},
+    turns::Turns,
 };
 use crate::{
     base_url::leads_out,
@@ -83,6 +87,8 @@ struct Admitted {
     caller: Arc<NamedCaller>,
     under_way: UnderWay,
     place: OwnedSemaphorePermit,
+    /// Whether there are other callers, with whom this one takes turns.
+    takes_turns: bool,
 }
 
 impl Proxy {
@@ -148,7 +154,8 @@ impl Proxy {
             retry_after: Some(HeaderValue::from_static("1")),
         })?;
         let under_way = caller.begin().map_err(over_limit)?;
-        Ok(Admitted { upstream, prefix, uri, caller, under_way, place })
+        let takes_turns = served.callers.are_several();
+        Ok(Admitted { upstream, prefix, uri, caller, under_way, place, takes_turns })
     }
 
     async fn forward(
@@ -158,11 +165,11 @@ impl Proxy {
         head: Parts,
         body: CallerBody,
     ) -> Result<Response, Refusal> {
-        let Admitted { upstream, prefix, uri, caller, mut under_way, place } = admitted;
+        let Admitted { upstream, prefix, uri, caller: from, mut under_way, place, takes_turns } = admitted;
         let method = head.method.clone();
-        let (asked, body) = self.ask(&upstream, &caller, &head, body).await?;
-        let may_use_model = |asked: &Asked| asked.is_for(|model| caller.may_use_model(model));
-        if caller.has_models() && !method.is_safe() && !asked.as_ref().is_some_and(may_use_model) {
+        let (asked, body) = self.ask(&upstream, &from, &head, body).await?;
+        let may_use_model = |asked: &Asked| asked.is_for(|model| from.may_use_model(model));
+        if from.has_models() && !method.is_safe() && !asked.as_ref().is_some_and(may_use_model) {
             return Err(Refusal::new(
                 StatusCode::FORBIDDEN,
                 "this client token is for certain models only, and the request names none of them",
@@ -189,8 +196,19 @@ impl Proxy {
         headers::to_upstream(request.headers_mut());
         headers::announce_body(&mut request);
 
-        let response =
-            upstream.client.clone().oneshot(request).await.map_err(|error| refuse(error, &caller))?;
+        let wait = upstream.config.wait;
+        let answered = if takes_turns && !wait.is_zero() {
+            let in_time = tokio::time::Instant::now() + wait;
+            let no_turn = || no_turn(&upstream, asked.as_ref());
+            let scope = asked.as_ref().map_or(0, |asked| asked.scope);
+            let turn = upstream.turns.next(from.name(), scope, in_time).await.ok_or_else(no_turn)?;
+            request.extensions_mut().insert(turn.clone());
+            let call = upstream.client.clone().oneshot(request);
+            turn.in_time(in_time, call).await.ok_or_else(no_turn)?
+        } else {
+            upstream.client.clone().oneshot(request).await
+        };
+        let response = answered.map_err(|error| refuse(error, &caller))?;
         // The gateway removes `Upgrade`, so no request asks for another protocol.
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
             return Err(Refusal::new(StatusCode::BAD_GATEWAY, "the upstream switched to another protocol"));
@@ -345,6 +363,18 @@ fn refuse(error: Error<BoxError>, caller: &Caller<Ahead<CallerBody>>) -> Refusal
         Error::NoKeyAvailable(no_key) => no_key_available(&no_key),
         Error::Inner(error) => not_answered(&*error, caller),
         other => Refusal::new(StatusCode::BAD_GATEWAY, other.to_string()),
+    }
+}
+
+/// Requests of the same caller have waited for so long that this one has no turn in time.
+fn no_turn(upstream: &Upstream, asked: Option<&Asked>) -> Refusal {
+    let pool = &upstream.pool;
+    let wait = asked.map_or_else(|| pool.next_return(), |asked| pool.next_room(&asked.traits));
+    Refusal {
+        status: StatusCode::TOO_MANY_REQUESTS,
+        message: "no key had room in time: other requests with this client token wait before this one"
+            .to_owned(),
+        retry_after: Some(whole_seconds(wait.unwrap_or_default().max(Duration::from_secs(1)))),
     }
 }
 
