@@ -279,6 +279,23 @@ async fn smithy_puts_with_the_second_key() {
 }
 
 #[tokio::test]
+async fn ollama_asks_with_the_second_key() {
+    let server = Server::start(|request| async move {
+        if key_of(&request) == Some("alpha") {
+            return answer_with(429, [("retry-after", "60")], r#"{"error":"too many concurrent requests"}"#);
+        }
+        let message = json!({ "role": "assistant", "content": "good day" });
+        let reply =
+            json!({ "model": "gpt-oss", "created_at": "2026-01-01T00:00:00Z", "message": message, "done": true });
+        answer_with(200, [("content-type", "application/json")], reply.to_string())
+    })
+    .await;
+    assert_eq!(run!("ollama", server), ["good day"]);
+    assert_eq!(server.keys(), ["alpha", "beta"]);
+    assert_eq!(bodies(&server)[0], bodies(&server)[1]);
+}
+
+#[tokio::test]
 async fn ureq_asks_with_the_second_key() {
     let server = openai(&["/v1/chat/completions"]).await;
     assert_eq!(run!("ureq", server), [r#""good day""#]);
