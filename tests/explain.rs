@@ -7,8 +7,11 @@ use std::{
     time::{Duration, UNIX_EPOCH},
 };
 
-use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
-use support::{MINUTE, SECOND};
+use http::{HeaderMap, StatusCode};
+use support::{
+    MINUTE, SECOND,
+    leased::{ask, keys, left, scope},
+};
 use tokio::time::sleep;
 use tower_key_rotation::{
     ExplainedKey, Explanation, KeyId, KeyPool, KeyPoolBuilder, KeySpec, KnownBy, PassedOver, Quota,
@@ -17,16 +20,8 @@ use tower_key_rotation::{
 
 const HOUR: Duration = Duration::from_secs(60 * 60);
 
-fn keys(count: usize) -> KeyPoolBuilder {
-    KeyPool::builder().keys((0..count).map(|key| (format!("k{key}"), format!("sk-{key}"))))
-}
-
 fn id(name: &str) -> KeyId {
     KeyId::new(name).unwrap()
-}
-
-fn scope(name: &str) -> Traits {
-    Traits::new().scope(name)
 }
 
 fn spec(number: usize, tier: u8, group: Option<&str>) -> KeySpec {
@@ -34,28 +29,6 @@ fn spec(number: usize, tier: u8, group: Option<&str>) -> KeySpec {
     spec.tier = Some(tier);
     spec.group = group.map(str::to_owned);
     spec
-}
-
-fn headers(pairs: &[(&'static str, &str)]) -> HeaderMap {
-    let pair = |(name, value): &(&'static str, &str)| {
-        (HeaderName::from_static(name), HeaderValue::from_str(value).unwrap())
-    };
-    pairs.iter().map(pair).collect()
-}
-
-/// OpenAI's headers of a bucket of 10 requests.
-fn left(requests: &str, reset: &str) -> HeaderMap {
-    headers(&[
-        ("x-ratelimit-limit-requests", "10"),
-        ("x-ratelimit-remaining-requests", requests),
-        ("x-ratelimit-reset-requests", reset),
-    ])
-}
-
-/// Sends a request by a lease, which is answered so.
-fn ask(pool: &KeyPool, traits: &Traits, status: u16, headers: &HeaderMap) {
-    let lease = pool.lease(traits).unwrap();
-    lease.answered(&ResponseHead::new(StatusCode::from_u16(status).unwrap(), headers));
 }
 
 fn of<'a>(explanation: &'a Explanation, name: &str) -> &'a ExplainedKey {

@@ -55,6 +55,13 @@ fn call(frames: Frames) -> Answered {
     Response::builder().header(CONTENT_TYPE, "application/grpc+proto").body(body).unwrap()
 }
 
+/// A call without a message, whose status is in the head.
+fn failed_in_head(status: &[(&'static str, &'static str)]) -> Answered {
+    let mut response = call(vec![]);
+    response.headers_mut().extend(headers(status));
+    response
+}
+
 /// A service that answers the first key so, and the others with a message.
 #[derive(Clone)]
 struct Scripted {
@@ -108,12 +115,7 @@ async fn read<B: Body<Data = Bytes, Error: std::fmt::Debug>>(body: B) -> (Bytes,
 
 #[tokio::test]
 async fn a_call_without_a_message_fails_over() {
-    let in_head = || {
-        let mut response = call(vec![]);
-        response.headers_mut().extend(headers(&EXHAUSTED));
-        response
-    };
-    for answer in [in_head, || call(vec![trailers(&EXHAUSTED)])] {
+    for answer in [|| failed_in_head(&EXHAUSTED), || call(vec![trailers(&EXHAUSTED)])] {
         let pool = two_keys();
         let service = Scripted::new(answer);
         let response = layer(&pool).layer(service.service()).oneshot(request()).await.unwrap();
@@ -149,12 +151,7 @@ async fn trailers_that_come_later_hold_up_nothing() {
 #[tokio::test]
 async fn calls_that_may_not_be_sent_again_are_not() {
     const NEVER: [(&str, &str); 2] = [("grpc-status", "8"), ("grpc-retry-pushback-ms", "-1")];
-    let in_head = || {
-        let mut response = call(vec![]);
-        response.headers_mut().extend(headers(&NEVER));
-        response
-    };
-    for answer in [in_head, || call(vec![trailers(&NEVER)])] {
+    for answer in [|| failed_in_head(&NEVER), || call(vec![trailers(&NEVER)])] {
         let pool = two_keys();
         let service = Scripted::new(answer);
         layer(&pool).layer(service.service()).oneshot(request()).await.unwrap();

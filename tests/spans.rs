@@ -13,12 +13,15 @@ use std::{
     },
 };
 
-use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode};
-use support::{MINUTE, SECOND, listen_to_everything};
+use http::{HeaderMap, Request, Response, StatusCode};
+use support::{
+    MINUTE, SECOND,
+    leased::{ask, keys, left, scope},
+    listen_to_everything,
+};
 use tower::{Layer as _, ServiceExt, service_fn};
 use tower_key_rotation::{
-    Failover, KeyPool, KeyPoolBuilder, KeyRotationLayer, Quota, Traits, classify::ResponseHead,
-    clock::ManualClock,
+    Failover, KeyRotationLayer, Quota, Traits, classify::ResponseHead, clock::ManualClock,
 };
 use tracing::{
     Event, Subscriber,
@@ -27,36 +30,6 @@ use tracing::{
     subscriber::DefaultGuard,
 };
 use tracing_subscriber::{filter::LevelFilter, layer::Context, prelude::*, registry::LookupSpan};
-
-fn keys(count: usize) -> KeyPoolBuilder {
-    KeyPool::builder().keys((0..count).map(|key| (format!("k{key}"), format!("sk-{key}"))))
-}
-
-fn scope(name: &str) -> Traits {
-    Traits::new().scope(name)
-}
-
-fn headers(pairs: &[(&'static str, &str)]) -> HeaderMap {
-    let pair = |(name, value): &(&'static str, &str)| {
-        (HeaderName::from_static(name), HeaderValue::from_str(value).unwrap())
-    };
-    pairs.iter().map(pair).collect()
-}
-
-/// OpenAI's headers of a bucket of 10 requests.
-fn left(requests: &str, reset: &str) -> HeaderMap {
-    headers(&[
-        ("x-ratelimit-limit-requests", "10"),
-        ("x-ratelimit-remaining-requests", requests),
-        ("x-ratelimit-reset-requests", reset),
-    ])
-}
-
-/// Sends a request by a lease, which is answered so.
-fn ask(pool: &KeyPool, traits: &Traits, status: u16, headers: &HeaderMap) {
-    let lease = pool.lease(traits).unwrap();
-    lease.answered(&ResponseHead::new(StatusCode::from_u16(status).unwrap(), headers));
-}
 
 type Fields = BTreeMap<String, String>;
 

@@ -7,6 +7,7 @@
 
 pub mod canary;
 mod files;
+pub mod leased;
 pub mod limited;
 mod logs;
 pub mod model;
